@@ -1,0 +1,185 @@
+"""The plugins of one run, in the order of the list: validated once, folded and asked many times."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import pluggy
+from torch import Tensor, nn
+
+from metaplug import hookspecs
+from metaplug.checks import CHECKS, non_finite
+from metaplug.errors import MetaplugError, RequestError, RunError, did_you_mean, quoted
+from metaplug.hookspecs import KINDS
+from metaplug.plugin import Plugin
+from metaplug.values import Context
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One plugin's place in one hook; `place` reads "link 2 of 3"."""
+
+    plugin: Plugin
+    hook: str
+    place: str
+    function: Callable[..., Any]
+    arguments: tuple[str, ...]
+
+    def call(self, given: Mapping[str, Any]) -> Any:
+        """Call the implementation with the arguments that it names; what goes wrong in it names plugin, hook, link and step."""
+        step = given.get("step")
+        try:
+            return self.function(*[step.seen_by(self.plugin) if name == "step" else given[name] for name in self.arguments])  # type: ignore[union-attr]
+        except MetaplugError:
+            raise
+        except Exception as error:
+            raise self.fault(f"failed: {type(error).__name__}: {error}", given) from error
+
+    def fault(self, what: str, given: Mapping[str, Any]) -> RunError:
+        """The error for a fault of this link: `what` follows the plugin's name."""
+        step = given.get("step")
+        when = f", iteration {step.meta_iteration}, inner step {step.index}" if step is not None else ""
+        when = when or (f", iteration {given['iteration']}" if "iteration" in given else "")
+        return RunError(f"plugin '{self.plugin.name}' in {self.hook} ({self.place}{when}) {what}")
+
+
+class Chain:
+    """The plugins of one run.
+
+    Args:
+        plugins: in the order in which every fold applies them.
+
+    Raises:
+        RequestError: two plugins of one name, a wrong order, a conflict, or a class that does not keep to the contract.
+    """
+
+    def __init__(self, plugins: Iterable[Plugin]) -> None:
+        self.plugins = tuple(plugins)
+        self.check_finite = False
+        """Whether every value that a fold returns is checked for NaN and Inf: costly, set only to find a culprit."""
+        for plugin in self.plugins:
+            _check_class(plugin)
+        _check_list(self.plugins)
+        manager = pluggy.PluginManager("metaplug")
+        manager.add_hookspecs(hookspecs)
+        for plugin in reversed(self.plugins):  # pluggy calls the last registered first
+            _register(manager, plugin)
+        self._links = {hook: _links(manager, hook) for hook in KINDS}
+
+    def fold(self, hook: str, value: Any, **arguments: Any) -> Any:
+        """Pass `value` through every plugin that implements `hook`, in the order of the list, checking after each."""
+        for link in self._links[hook]:
+            value = MappingProxyType(value) if isinstance(value, dict) else value
+            given = {_FOLDED[hook]: value, **arguments}
+            result = link.call(given)
+            if result is None:
+                continue
+            fault = CHECKS[hook](value, result, arguments) or (self.check_finite and non_finite(result))
+            if fault:
+                raise link.fault(fault, given)
+            value = result
+        return value
+
+    def choose(self, hook: str, default: Any, **arguments: Any) -> Any:
+        """The one answer to `hook`, or `default` where no plugin answers.
+
+        Raises:
+            RequestError: two plugins answer.
+        """
+        answers = [(link, answer) for link in self._links[hook] if (answer := link.call(arguments)) is not None]
+        if len(answers) > 1:
+            both = " and ".join(f"'{link.plugin.name}'" for link, _ in answers[:2])
+            raise RequestError(f"plugins {both} both answer {hook}, which only one may: leave one of them out")
+        for link, answer in answers:
+            fault = hook in CHECKS and CHECKS[hook](default, answer, arguments)
+            if fault:
+                raise link.fault(fault, arguments)
+            return answer
+        return default
+
+    def setup(self, context: Context) -> None:
+        """Let every plugin create its meta-parameters and buffers, once in its life."""
+        used = [plugin.name for plugin in self.plugins if plugin.is_set_up]
+        if used:
+            raise RequestError(f"plugin {quoted(used)} already belongs to another learner: make a new instance for each learner")
+        for plugin in self.plugins:
+            plugin.is_set_up = True
+        for link in self._links["setup"]:
+            link.call({"context": context})
+
+    def commit(self, kept: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Give every plugin the statistics that it kept in this iteration."""
+        for link in self._links["commit"]:
+            if link.plugin.name in kept:
+                link.call({"kept": kept[link.plugin.name]})
+
+    def figures(self) -> dict[str, float]:
+        """What the plugins have to log, as "PLUGIN.FIGURE"."""
+        answers = [(link, link.call({}) or {}) for link in self._links["end_meta_step"]]
+        return {f"{link.plugin.name}.{name}": float(value) for link, answer in answers for name, value in answer.items()}
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Every plugin's meta-parameters, as "PLUGIN.NAME"."""
+        return {f"{plugin.name}.{name}": parameter for plugin in self.plugins for name, parameter in plugin.named_parameters()}
+
+    def order(self) -> dict[str, tuple[str, ...]]:
+        """For every hook that some plugin implements, the names of its plugins in the order of application."""
+        return {hook: tuple(link.plugin.name for link in links) for hook, links in self._links.items() if links}
+
+    @property
+    def transductive(self) -> tuple[str, ...]:
+        """The plugins that let test tasks share."""
+        return tuple(plugin.name for plugin in self.plugins if plugin.transductive)
+
+
+def _register(manager: pluggy.PluginManager, plugin: Plugin) -> None:
+    try:
+        manager.register(plugin, name=plugin.name)
+    except pluggy.PluginValidationError as error:
+        raise RequestError(f"plugin '{plugin.name}' does not fit the hooks: {' '.join(str(error).split())}") from None
+
+
+def _links(manager: pluggy.PluginManager, hook: str) -> tuple[Link, ...]:
+    implementations = list(reversed(getattr(manager.hook, hook).get_hookimpls()))
+    places = [f"link {index} of {len(implementations)}" for index in range(1, len(implementations) + 1)]
+    return tuple(
+        Link(implementation.plugin, hook, place, implementation.function, tuple(implementation.argnames))
+        for implementation, place in zip(implementations, places, strict=True)
+    )
+
+
+def _check_class(plugin: Plugin) -> None:
+    """Refuse what pluggy would pass over in silence: unmarked and misspelt hooks, defaults, and ways to jump the queue."""
+    if not isinstance(plugin, Plugin):
+        raise RequestError(f"{plugin!r} is not a plugin: give an instance of a subclass of metaplug.Plugin")
+    for name, function in inspect.getmembers(type(plugin), inspect.isfunction):
+        marks = getattr(function, "metaplug_impl", None)
+        where = f"plugin '{plugin.name}': method {name}"
+        if marks is None and name in KINDS:
+            raise RequestError(f"{where} overrides a hook but is not marked: put @hookimpl above it, or rename it")
+        if marks is None:
+            continue
+        if name not in KINDS:
+            raise RequestError(f"{where} is marked @hookimpl but no such hook exists: {did_you_mean(name, KINDS)}")
+        if marks["tryfirst"] or marks["trylast"] or marks["hookwrapper"] or marks["wrapper"]:
+            raise RequestError(f"{where} asks for a place of its own: the order is the configured list; take tryfirst, trylast and wrapper out")
+        if any(parameter.default is not parameter.empty for parameter in inspect.signature(function).parameters.values()):
+            raise RequestError(f"{where} gives an argument a default, so that the hook would never fill it: take the default out")
+
+
+def _check_list(plugins: Sequence[Plugin]) -> None:
+    kinds = [plugin.kind() for plugin in plugins]
+    for index, plugin in enumerate(plugins):
+        if plugin.name in [other.name for other in plugins[:index]]:
+            raise RequestError(f"plugin '{plugin.name}' stands twice in the list: give one of them a name of its own, or leave it out")
+        if conflicts := [kind for kind in kinds if kind in plugin.conflicts_with]:
+            raise RequestError(f"plugin '{plugin.name}' conflicts with {quoted(conflicts)}: leave one of them out")
+        if late := [kind for kind in kinds[index + 1 :] if kind in plugin.runs_after]:
+            raise RequestError(f"plugin '{plugin.name}' must run after {quoted(late)}: move it behind in the list of plugins")
+
+
+_FOLDED = {hook: next(iter(inspect.signature(getattr(hookspecs, hook)).parameters)) for hook, kind in KINDS.items() if kind == "fold"}

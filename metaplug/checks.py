@@ -1,0 +1,107 @@
+"""What a plugin may return: one check for each fold and choose hook, made after every link. A fault is said in words, for the end of a sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaplug.errors import did_you_mean, quoted
+from metaplug.tasks.batch import TaskBatch
+
+
+def _check_tensor(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
+    if not isinstance(after, Tensor):
+        return f"returned {type(after).__name__}, not a tensor"
+    if (after.shape, after.dtype, after.device) != (before.shape, before.dtype, before.device):
+        return f"returned {form(after)}; it was given {form(before)}, which it must keep"
+    return None
+
+
+def _check_mapping(before: Any, after: Any, arguments: Mapping[str, Any]) -> str | None:
+    if fault := _check_names(before, after):
+        return fault
+    for name, tensor in after.items():
+        if tensor is not before[name] and (fault := _check_tensor(before[name], tensor, arguments)):
+            return f"{fault} (for '{name}')"
+    return None
+
+
+def _check_names(before: Mapping[str, Tensor], after: Any) -> str | None:
+    if not isinstance(after, Mapping):
+        return f"returned {type(after).__name__}, not a mapping from names to tensors"
+    if after.keys() == before.keys():
+        return None
+    missing, extra = [name for name in before if name not in after], [name for name in after if name not in before]
+    return f"returned other names than it was given: missing {quoted(missing)}, not known {quoted(extra)}"
+
+
+def _check_learning_rates(before: Any, after: Any, arguments: Mapping[str, Any]) -> str | None:
+    if fault := _check_names(before, after):
+        return fault
+    for name, rate in after.items():
+        if rate is before[name]:
+            continue
+        target = arguments["step"].parameters[name]
+        if not isinstance(rate, Tensor) or rate.dtype != target.dtype or rate.device != target.device:
+            form = form(rate) if isinstance(rate, Tensor) else type(rate).__name__
+            return f"returned {form} for '{name}', not a tensor of {target.dtype} on {target.device}"
+        if not _broadcasts(rate.shape, target.shape):
+            return f"returned shape {tuple(rate.shape)} for '{name}', which does not broadcast to (tasks, *parameter.shape) = {tuple(target.shape)}"
+    return None
+
+
+def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
+    return len(shape) <= len(target) and all(own in (1, other) for own, other in zip(reversed(shape), reversed(target), strict=False))
+
+
+def _check_subset(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
+    wrong = [name for name in after if name not in before]
+    return f"selects {quoted(wrong)}, not among what it was given: {did_you_mean(wrong[0], before)}" if wrong else None
+
+
+def _check_batch(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
+    return None if isinstance(after, TaskBatch) else f"returned {type(after).__name__}, not a TaskBatch"
+
+
+def _check_factor(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
+    fits = isinstance(after, int | float) and math.isfinite(after) and after >= 0
+    return None if fits else f"returned {after!r}, not a finite factor of at least 0"
+
+
+def _check_order(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
+    return None if after in (1, 2) else f"answered {after!r}: the derivative order is 1 or 2"
+
+
+def _check_weights(before: Any, after: Any, arguments: Mapping[str, Any]) -> str | None:
+    steps = arguments["inner_steps"]
+    fits = len(after) == steps and all(math.isfinite(weight) for weight in after) and any(after)
+    return None if fits else f"answered {list(after)!r}: give {steps} finite weights, one for each inner step, not all of them 0"
+
+
+def form(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+
+
+def non_finite(value: Any) -> str | None:
+    named = value.items() if isinstance(value, Mapping) else [("its value", value)]
+    wrong = [name for name, tensor in named if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all())]
+    return f"returned NaN or Inf in {quoted(wrong)}" if wrong else None
+
+
+CHECKS: dict[str, Callable[[Any, Any, Mapping[str, Any]], str | None]] = {
+    "select_adapted": _check_subset,
+    "transform_tasks": _check_batch,
+    "transform_parameters": _check_mapping,
+    "transform_inner_losses": _check_tensor,
+    "derivative_order": _check_order,
+    "transform_gradients": _check_mapping,
+    "transform_learning_rates": _check_learning_rates,
+    "outer_step_weights": _check_weights,
+    "transform_outer_losses": _check_tensor,
+    "transform_meta_gradients": _check_mapping,
+    "scale_meta_learning_rate": _check_factor,
+}

@@ -1,0 +1,176 @@
+"""The experiment as pydantic models: YAML and options in, one resolved configuration out, with the origin of every value."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from metaplug.errors import RequestError, did_you_mean
+from metaplug.preset import PluginUse, find_preset
+from metaplug.settings import Settings, validated
+
+
+class ModelSettings(Settings):
+    """The model, built for the tasks' input shape and outputs."""
+
+    name: str = Field("conv4", description="A model's entry-point name.")
+    settings: dict[str, Any] = Field(default_factory=dict, description="Fields of the model's Config.")
+
+
+class TaskSettings(Settings):
+    """Where tasks come from, and their form."""
+
+    source: str = Field("glyphs", description="A task source's entry-point name, with its argument behind a colon: folder:PATH.")
+    ways: int = Field(5, ge=2, le=1000, description="Classes in a task (classification).")
+    shots: int = Field(1, ge=1, le=1000, description="Support examples of each class (classification) or of the task (regression).")
+    queries: int = Field(15, ge=1, le=1000, description="Query examples of each class (classification) or of the task (regression).")
+    settings: dict[str, Any] = Field(default_factory=dict, description="Fields of the task source's Config.")
+
+
+class LearnerSettings(Settings):
+    """The bilevel loop."""
+
+    inner_lr: float = Field(0.4, ge=0, le=1000, description="Inner learning rate.")
+    inner_steps: int = Field(3, ge=0, le=1000, description="Inner steps K of a task.")
+    inner_optimizer: str = Field("sgd", description="sgd, adam, adamax, adagrad, adadelta or rmsprop.")
+    inner_optimizer_settings: dict[str, Any] = Field(default_factory=dict, description="Settings of the inner optimizer, such as momentum.")
+    meta_lr: float = Field(1e-3, gt=0, le=10, description="Adam's rate in the outer loop.")
+    batch_norm: Literal["batch", "frozen"] = Field(
+        "batch", description="Batch norm by the statistics of each task's batch (transductive), or by the model's stored ones, never updated."
+    )
+
+
+class TrainingSettings(Settings):
+    """How long meta-training runs, and what is measured on the way."""
+
+    iterations: int = Field(400, ge=1, description="Meta-iterations.")
+    tasks_per_batch: int = Field(8, ge=1, description="Tasks in a meta-batch.")
+    validate_every: int = Field(25, ge=1, description="Iterations between two validations.")
+    validation_tasks: int = Field(200, ge=2, description="Validation tasks, the same at every validation.")
+    test_tasks: int = Field(600, ge=2, description="Test tasks at the end.")
+
+
+class RuntimeSettings(Settings):
+    """How a step is computed; none of this changes what is computed."""
+
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    task_batching: Literal["auto", "vectorized", "sequential"] = Field("auto", description="Whether tasks run in one call or one after the other.")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null leaves torch's choice.")
+
+
+class ExperimentConfig(Settings):
+    """Everything that a run needs to be repeated."""
+
+    preset: str = Field("maml", description="The algorithm, as `metaplug plugins` lists it.")
+    plugins: tuple[PluginUse, ...] = Field((), description="Plugins behind the preset's, in the order of application.")
+    model: ModelSettings = ModelSettings()
+    tasks: TaskSettings = TaskSettings()
+    learner: LearnerSettings = LearnerSettings()
+    training: TrainingSettings = TrainingSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+    seed: int = Field(0, ge=0, lt=2**31, description="Of the model's first weights, the tasks and every other random number.")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration, and by dotted path where each value came from: "default", "preset …", "FILE" or "option"."""
+
+    config: ExperimentConfig
+    origins: Mapping[str, str]
+
+
+def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Resolved:
+    """One configuration from (origin, nested values) pairs, a later one over an earlier; the preset's defaults lie under all of them.
+
+    Raises:
+        RequestError: an unknown field or preset, or a value out of bounds, each named with its origin.
+    """
+    values: dict[str, Any] = {}
+    for origin, layer in layers:
+        validated(ExperimentConfig, layer, origin)
+        values = merge(values, layer)
+    preset = find_preset(values.get("preset", ExperimentConfig.model_fields["preset"].default))
+    stack = [(f"preset {preset.name}", preset.defaults), *layers]
+    config = validated(ExperimentConfig, merge(preset.defaults, values), "configuration")
+    origins = dict.fromkeys(flatten(config.model_dump(mode="json")), "default")
+    for origin, layer in stack:
+        origins.update((path, origin) for path in origins if any(path == given or path.startswith(f"{given}.") for given in flatten(layer)))
+    return Resolved(config, origins)
+
+
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`under` with every value of `over` put in its place; nested mappings are merged, everything else is replaced."""
+    both = {key: merge(under[key], over[key]) for key in under if isinstance(under[key], Mapping) and isinstance(over.get(key), Mapping)}
+    return {**under, **over, **both}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted path; an empty mapping counts as a value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value})
+    return flat
+
+
+def assign(values: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """`values` with `value` at a dotted path. An entry of the list of plugins is found by its name, or its plugin's."""
+    head, _, rest = path.partition(".")
+    if head == "plugins" and rest:
+        return {**values, "plugins": _assign_plugin(list(values.get("plugins", ())), rest, value, path)}
+    inside = values.get(head, {})
+    return {**values, head: assign(inside if isinstance(inside, Mapping) else {}, rest, value) if rest else value}
+
+
+def _assign_plugin(uses: list[Any], path: str, value: Any, whole: str) -> list[Any]:
+    name, _, field = path.partition(".")
+    entries = [use.model_dump() if isinstance(use, PluginUse) else ({"plugin": use} if isinstance(use, str) else dict(use)) for use in uses]
+    known = [entry.get("name") or entry["plugin"] for entry in entries]
+    if name not in known or not field:
+        raise RequestError(f"'{whole}' is no setting of a listed plugin ({did_you_mean(name, known)}): write plugins.NAME.field, or add it by --with")
+    index = known.index(name)
+    entries[index] = {**entries[index], "settings": {**(entries[index].get("settings") or {}), field: value}}
+    return entries
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A configuration file.
+
+    Raises:
+        RequestError: it cannot be read, is no YAML, names a key twice, or is no mapping; the file and line are named.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise RequestError(f"cannot read the configuration {path}: {reason}; give a YAML file") from None
+    try:
+        values = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise RequestError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise RequestError(f"{path} holds a {type(values).__name__}, not a mapping of settings: begin with a line such as 'preset: maml'")
+    return values
+
+
+def to_yaml(config: ExperimentConfig) -> str:
+    """The configuration as YAML that `read_yaml` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=sys.maxsize)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key that stands twice, of which PyYAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", node.value[index][0].start_mark)
+        return super().construct_mapping(node, deep=deep)

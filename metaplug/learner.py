@@ -1,0 +1,396 @@
+"""What a user imports: a model, a preset and plugins become a learner that fits, evaluates, adapts, saves and loads."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metaplug import checkpoint, registry
+from metaplug.chain import Chain
+from metaplug.config import LearnerSettings
+from metaplug.engine import Engine, MetaStep
+from metaplug.errors import RequestError, RunError, quoted
+from metaplug.evaluation import EvaluationResult, better, metric_of, score
+from metaplug.inner import InnerLoop, Loss, set_mode
+from metaplug.plugin import Plugin
+from metaplug.preset import Preset, PluginUse, make_plugins
+from metaplug.runtime.batching import Batching, BatchingChoice, choose_batching
+from metaplug.runtime.guards import check_forward, check_model
+from metaplug.settings import validated
+from metaplug.tasks.batch import TaskBatch
+from metaplug.tasks.episodes import TaskStream
+from metaplug.values import Context, Kind
+
+LOSSES: dict[Kind, Loss] = {"classification": nn.functional.cross_entropy, "regression": nn.functional.mse_loss}
+"""The loss of one task where none is given: cross-entropy over class indices, or mean squared error."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One meta-iteration as `fit` saw it: the update, and the validation that followed it, if one was due."""
+
+    step: MetaStep
+    validation: EvaluationResult | None = None
+
+
+@dataclass
+class History:
+    """The records of one `fit`, in order."""
+
+    records: list[Record] = field(default_factory=list)
+
+    @property
+    def validations(self) -> list[tuple[int, EvaluationResult]]:
+        """(iteration, result) of every validation."""
+        return [(record.step.iteration, record.validation) for record in self.records if record.validation]
+
+    @property
+    def best(self) -> tuple[int, EvaluationResult] | None:
+        """The best validation and its iteration; the earlier of two equal ones."""
+        best = None
+        for iteration, result in self.validations:
+            if best is None or better(result.metric, result.mean, best[1].mean):
+                best = iteration, result
+        return best
+
+
+class MetaLearner:
+    """Meta-learns the weights of a model, and the meta-parameters of plugins, over tasks.
+
+    Args:
+        model: any `nn.Module` from inputs (n, *input) to one tensor (n, *output), on its device, in one floating dtype. Its trainable
+            parameters are updated in place; nothing else of it is changed.
+        preset: an algorithm: a name that `metaplug plugins` lists, or a Preset.
+        plugins: instances, or names; applied behind the preset's, in this order.
+        inner_lr: inner learning rate, 0 to 1000.
+        inner_steps: inner steps K, 0 to 1000.
+        inner_optimizer: sgd, adam, adamax, adagrad, adadelta or rmsprop, with `inner_optimizer_settings` such as {"momentum": 0.9}.
+        kind: "classification" (targets: class indices, int64) or "regression".
+        loss: (prediction, target) of one task → a tensor of shape (). Default: cross-entropy or mean squared error, by kind.
+        meta_lr: Adam's rate in the outer loop.
+        batch_norm: "batch" (statistics of each task's own batch, in training and at evaluation: transductive, and named so in results) or
+            "frozen" (the model's stored statistics, never updated).
+        task_batching: "auto", "vectorized" or "sequential": the same numbers, another speed.
+        seed: of every random number of training.
+
+    Raises:
+        RequestError: the model cannot be meta-trained, a name is unknown, or a value out of bounds.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        preset: str | Preset = "maml",
+        plugins: Sequence[Plugin | PluginUse | str] = (),
+        inner_lr: float = 0.1,
+        inner_steps: int = 5,
+        inner_optimizer: str = "sgd",
+        inner_optimizer_settings: Mapping[str, Any] | None = None,
+        kind: Kind = "classification",
+        loss: Loss | None = None,
+        meta_lr: float = 1e-3,
+        batch_norm: Literal["batch", "frozen"] = "batch",
+        task_batching: Batching = "auto",
+        seed: int = 0,
+    ) -> None:
+        settings = {
+            "inner_lr": inner_lr,
+            "inner_steps": inner_steps,
+            "inner_optimizer": inner_optimizer,
+            "inner_optimizer_settings": dict(inner_optimizer_settings or {}),
+            "meta_lr": meta_lr,
+            "batch_norm": batch_norm,
+        }
+        self.settings = validated(LearnerSettings, settings, "learner")
+        if kind not in LOSSES:
+            raise RequestError(f"unknown kind of task '{kind}': classification or regression")
+        check_model(model)
+        self.model, self.kind, self.seed, self.task_batching = model, kind, seed, task_batching
+        self.custom_loss = loss is not None
+        self.batching: BatchingChoice | None = None
+        """How tasks are batched and why; known from the first batch on."""
+        self._outputs: int | None = None
+        self._warned = False
+        self.chain = Chain(make_plugins(preset, plugins))
+        trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        adapted = self._select_adapted(tuple(trainable))
+        reference = next(iter(trainable.values()))
+        self.chain.setup(
+            Context(
+                shapes={name: parameter.shape for name, parameter in trainable.items()},
+                adapted=adapted,
+                dtype=reference.dtype,
+                device=reference.device,
+                inner_steps=inner_steps,
+                inner_lr=inner_lr,
+                kind=kind,
+            )
+        )
+        inner = InnerLoop(
+            model,
+            self.chain,
+            loss or LOSSES[kind],
+            adapted=adapted,
+            inner_steps=inner_steps,
+            inner_lr=inner_lr,
+            optimizer=inner_optimizer,
+            optimizer_settings=self.settings.inner_optimizer_settings,
+            batch_norm=batch_norm,
+        )
+        self.engine = Engine(model, self.chain, inner, meta_lr=meta_lr, seed=seed)
+
+    @property
+    def iteration(self) -> int:
+        """The meta-iterations done."""
+        return self.engine.iteration
+
+    def fit(
+        self,
+        tasks: TaskStream,
+        *,
+        iterations: int,
+        tasks_per_batch: int = 8,
+        validation: TaskStream | None = None,
+        validate_every: int = 50,
+        validation_tasks: int = 200,
+        on_record: Callable[[Record], None] | None = None,
+    ) -> History:
+        """Meta-train for `iterations` more iterations; `iterate` with its records gathered.
+
+        Args:
+            on_record: called after every iteration, for a progress bar or a log of your own.
+        """
+        history = History()
+        steps = self.iterate(
+            tasks,
+            iterations=iterations,
+            tasks_per_batch=tasks_per_batch,
+            validation=validation,
+            validate_every=validate_every,
+            validation_tasks=validation_tasks,
+        )
+        for record in steps:
+            history.records.append(record)
+            if on_record:
+                on_record(record)
+        return history
+
+    def iterate(
+        self,
+        tasks: TaskStream,
+        *,
+        iterations: int,
+        tasks_per_batch: int = 8,
+        validation: TaskStream | None = None,
+        validate_every: int = 50,
+        validation_tasks: int = 200,
+    ) -> Iterator[Record]:
+        """Meta-train, one iteration at each step of the iterator: stop whenever you like.
+
+        Args:
+            tasks: where the tasks of iteration i come from: `tasks.batch(i, range(tasks_per_batch))`.
+            iterations: how many more.
+            tasks_per_batch: tasks in a meta-batch, at least 1.
+            validation: tasks that are evaluated every `validate_every` iterations and after the last: always the same `validation_tasks`.
+
+        Raises:
+            RunError: a loss or gradient is NaN or Inf; the weights are those of the iteration before.
+        """
+        total = self.iteration + iterations
+        while self.iteration < total:
+            batch = self._checked(tasks.batch(self.iteration, range(tasks_per_batch)))
+            step = self.engine.meta_step(batch, total)
+            due = validation is not None and (step.iteration % validate_every == 0 or step.iteration == total)
+            yield Record(step, self.evaluate(validation, num_tasks=validation_tasks) if validation is not None and due else None)
+
+    def evaluate(
+        self, tasks: TaskStream, *, num_tasks: int = 600, inner_steps: int | None = None, tasks_per_batch: int = 16
+    ) -> EvaluationResult:
+        """Adapt to `num_tasks` tasks that do not see each other, and measure on their query examples. Changes no state.
+
+        Args:
+            tasks: task i is `tasks.batch(0, [i])`, whatever the batch.
+            inner_steps: default: as in training.
+            tasks_per_batch: how many are computed together; the result does not depend on it.
+        """
+        steps = self._steps(inner_steps)
+        scores = []
+        for start in range(0, num_tasks, tasks_per_batch):
+            batch = self._checked(tasks.batch(0, range(start, min(start + tasks_per_batch, num_tasks))))
+            outcome = self.engine.evaluate(batch, steps)
+            scores.append(score(self.kind, outcome.query_predictions, batch.query_y))
+        return EvaluationResult(metric_of(self.kind), torch.cat(scores), steps, self.transductive)
+
+    def adapt(self, support_x: Tensor, support_y: Tensor, *, inner_steps: int | None = None) -> nn.Module:
+        """A copy of the model, adapted to one new task.
+
+        Args:
+            support_x: (n, *input).
+            support_y: (n, *target).
+
+        Returns:
+            An ordinary module in evaluation mode, which shares nothing with this learner.
+        """
+        steps = self._steps(inner_steps)
+        x, y = support_x.unsqueeze(0), support_y.unsqueeze(0)
+        outcome = self.engine.evaluate(self._checked(TaskBatch(x, y, x, y)), steps)
+        adapted = copy.deepcopy(self.model)
+        set_mode(adapted, False, self.settings.batch_norm)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                parameter.copy_(outcome.query_parameters[name][0])
+        return adapted
+
+    def meta_gradients(self, batch: TaskBatch) -> dict[str, Tensor]:
+        """The meta-gradients of one batch: by the model's own names, and PLUGIN.NAME for a plugin's. Steps and commits nothing.
+
+        A meta-parameter that received no gradient is left out.
+        """
+        return dict(self.engine.meta_gradients(self._checked(batch), self.iteration).gradients)
+
+    @property
+    def transductive(self) -> tuple[str, ...]:
+        """What lets the examples of a test batch see each other, in words."""
+        reasons = [f"plugin {name} shares between test tasks" for name in self.chain.transductive]
+        normalised = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in self.model.modules())
+        if normalised and self.settings.batch_norm == "batch":
+            reasons.append("batch norm uses the statistics of each task's own batch")
+        return tuple(reasons)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training goes on from: tensors and plain values only."""
+        return {
+            "iteration": self.iteration,
+            "kind": self.kind,
+            "seed": self.seed,
+            "settings": self.settings.model_dump(mode="json"),
+            "task_batching": self.task_batching,
+            "custom_loss": self.custom_loss,
+            "model_spec": _model_spec(self.model),
+            "model": self.model.state_dict(),
+            "plugins": [
+                {"part": registry.name_of("plugin", type(plugin)), "name": plugin.name, "settings": plugin.config.model_dump(mode="json")}
+                for plugin in self.chain.plugins
+            ],
+            "plugin_states": {plugin.name: plugin.state_dict() for plugin in self.chain.plugins},
+            "optimizer": self.engine.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], origin: str = "the state") -> None:
+        """Go on from a state of the same model and plugins.
+
+        Raises:
+            RunError: the state belongs to another model or to other plugins; `origin` is named, nothing was loaded.
+        """
+        names = [plugin["name"] for plugin in state["plugins"]]
+        own = [plugin.name for plugin in self.chain.plugins]
+        if names != own:
+            raise RunError(f"{origin} belongs to the plugins {quoted(names)}, this learner has {quoted(own)}: make it with the same list")
+        _check_shapes(state["model"], self.model.state_dict(), f"{origin} belongs to another model")
+        for plugin in self.chain.plugins:
+            _check_shapes(state["plugin_states"][plugin.name], plugin.state_dict(), f"{origin} has another form of plugin '{plugin.name}'")
+        self.model.load_state_dict(state["model"])
+        for plugin in self.chain.plugins:
+            plugin.load_state_dict(state["plugin_states"][plugin.name])
+        self.engine.optimizer.load_state_dict(state["optimizer"])
+        self.engine.iteration = state["iteration"]
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to a file, atomically."""
+        checkpoint.write(Path(path), self.state_dict())
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, model: nn.Module | None = None, plugins: Sequence[Plugin] | None = None, loss: Loss | None = None
+    ) -> MetaLearner:
+        """The learner that `save` wrote. Executes no code from the file.
+
+        Args:
+            model: needed where the model is not an installed part; any weights of the same shapes.
+            plugins: needed where a plugin is not an installed part; the same list, new instances.
+            loss: needed where one was given.
+
+        Raises:
+            RunError: the file is missing, damaged, or of another model or version.
+            RequestError: something is needed that the file cannot hold; it is named.
+        """
+        state = checkpoint.read(Path(path))
+        if loss is None and state["custom_loss"]:
+            raise RequestError(f"{path} was trained with a loss of your own, which a file cannot hold: give it as MetaLearner.load(..., loss=...)")
+        learner = cls(
+            _rebuilt(state["model_spec"], path) if model is None else model,
+            plugins=[_plugin_use(use, path) for use in state["plugins"]] if plugins is None else plugins,
+            kind=state["kind"],
+            loss=loss,
+            seed=state["seed"],
+            task_batching=state["task_batching"],
+            preset=Preset(name="saved", summary="The plugins of a saved learner.", source=""),
+            **state["settings"],
+        )
+        learner.load_state_dict(state, str(path))
+        return learner
+
+    def _select_adapted(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        selected = self.chain.fold("select_adapted", names)
+        if not selected:
+            raise RequestError("the plugins select no parameter to adapt: leave at least one")
+        return tuple(name for name in names if name in selected)
+
+    def _checked(self, batch: TaskBatch) -> TaskBatch:
+        """The batch on the model's device; before the first, the model is tried on it and the batching decided."""
+        batch = batch.to(self.engine.device)
+        if self.batching is None:
+            self._outputs = check_forward(self.engine.inner, batch, self.kind)
+            self.batching = choose_batching(self.task_batching, self.engine.inner, batch)
+            self.engine.inner.vectorized = self.batching.batching == "vectorized"
+        batch.check_values(self._outputs)
+        return batch
+
+    def _steps(self, inner_steps: int | None) -> int:
+        trained = self.settings.inner_steps
+        steps = trained if inner_steps is None else inner_steps
+        if steps < 0:
+            raise RequestError(f"inner_steps = {steps}: a task cannot be adapted for fewer than 0 steps")
+        if steps > trained and self.chain.plugins and not self._warned:
+            self._warned = True
+            warnings.warn(f"adapting for {steps} inner steps, trained with {trained}: later steps use the last step's values", stacklevel=3)
+        return steps
+
+
+def _model_spec(model: nn.Module) -> dict[str, Any] | None:
+    """How to build an installed model anew; None for any other module."""
+    name = registry.name_of("model", type(model))
+    if name is None:
+        return None
+    part: Any = model
+    return {"name": name, "input_shape": list(part.input_shape), "outputs": part.outputs, "settings": part.config.model_dump(mode="json")}
+
+
+def _rebuilt(spec: Mapping[str, Any] | None, path: str | Path) -> nn.Module:
+    if spec is None:
+        raise RequestError(f"{path} holds the weights of a model of your own, which a file cannot build: give it as MetaLearner.load(..., model=...)")
+    model: nn.Module = registry.load("model", spec["name"])(tuple(spec["input_shape"]), spec["outputs"], **spec["settings"])
+    return model
+
+
+def _plugin_use(use: Mapping[str, Any], path: str | Path) -> PluginUse:
+    if use["part"] is None:
+        raise RequestError(f"{path} was trained with the plugin '{use['name']}', which is not an installed part: give MetaLearner.load(..., plugins=...)")
+    return PluginUse(plugin=use["part"], name=use["name"], settings=use["settings"])
+
+
+def _check_shapes(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str) -> None:
+    missing, extra = [name for name in own if name not in saved], [name for name in saved if name not in own]
+    if missing or extra:
+        raise RunError(f"{what}: it lacks {quoted(missing[:3])} and has {quoted(extra[:3])} beside; build the model as it was")
+    for name, tensor in own.items():
+        if saved[name].shape != tensor.shape:
+            raise RunError(f"{what}: '{name}' is {tuple(saved[name].shape)} there and {tuple(tensor.shape)} here; build the model as it was")

@@ -1,0 +1,124 @@
+"""Algorithms as data: a preset is a named list of plugins with settings, and the training defaults that its paper gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from metaplug import registry
+from metaplug.errors import RequestError, did_you_mean
+from metaplug.plugin import Plugin
+from metaplug.settings import Settings
+
+
+class PluginUse(Settings):
+    """One entry of a list of plugins; a bare name stands for a plugin with its default settings."""
+
+    plugin: str = Field(description="The plugin's entry-point name, as `metaplug plugins` lists it.")
+    name: str | None = Field(None, description="What this instance is called; needed only where a plugin stands twice.")
+    settings: dict[str, Any] = Field(default_factory=dict, description="Fields of the plugin's Config.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"plugin": value} if isinstance(value, str) else value
+
+    def make(self) -> Plugin:
+        """A new instance.
+
+        Raises:
+            RequestError: no plugin of that name is installed, or a setting is wrong.
+        """
+        made = registry.load("plugin", self.plugin)(name=self.name or self.plugin, **self.settings)
+        assert isinstance(made, Plugin)
+        return made
+
+
+class Preset(Settings):
+    """A published algorithm as a list of plugins. It contains no code.
+
+    `defaults` are fields of the experiment's configuration, nested as there; they give way to what the user sets.
+    """
+
+    name: str = Field(description="The name on the command line, such as 'maml'.")
+    summary: str = Field(description="One line on what it does.")
+    source: str = Field(description="The paper, with its identifier.")
+    plugins: tuple[PluginUse, ...] = Field((), description="The plugins, in the order of application.")
+    defaults: dict[str, Any] = Field(default_factory=dict, description="Training defaults of the paper.")
+
+    @field_validator("defaults")
+    @classmethod
+    def _only_settings(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if wrong := {"preset", "plugins", "tasks"} & value.keys():
+            raise ValueError(f"a preset sets no {sorted(wrong)[0]} by default: list plugins in its own field")
+        return value
+
+
+def find_preset(preset: str | Preset) -> Preset:
+    """The preset of that name; a Preset is returned as it is."""
+    if isinstance(preset, Preset):
+        return preset
+    found: Preset = registry.load("preset", preset)
+    return found
+
+
+def make_plugins(preset: str | Preset, plugins: Sequence[Plugin | PluginUse | str]) -> list[Plugin]:
+    """The preset's plugins, then those of the list, as instances.
+
+    Raises:
+        RequestError: an unknown name, a wrong setting, or something that is no plugin.
+    """
+    uses = [*find_preset(preset).plugins, *plugins]
+    return [_instance(use) for use in uses]
+
+
+def _instance(use: Any) -> Plugin:
+    if isinstance(use, Plugin):
+        return use
+    if isinstance(use, PluginUse):
+        return use.make()
+    if isinstance(use, str):
+        return PluginUse(plugin=use).make()
+    raise RequestError(f"{use!r} is not a plugin: give its name, or an instance of a subclass of metaplug.Plugin")
+
+
+def parse_variant(text: str) -> tuple[str, list[PluginUse]]:
+    """A preset and plugins from "preset+plugin:field=value,field=value+plugin"; the preset is the longest known name at the start.
+
+    Raises:
+        RequestError: no preset of that name, or a plugin without a name.
+    """
+    compact = text.replace(" ", "")
+    known = [name for name in registry.names("preset") if compact == name or compact.startswith(name + "+")]
+    if not known:
+        first = compact.split("+")[0]
+        raise RequestError(f"unknown preset at the start of '{text}': {did_you_mean(first, registry.names('preset'))}")
+    preset = max(known, key=len)
+    rest = compact[len(preset) + 1 :]
+    return preset, [parse_plugin(part) for part in rest.split("+")] if rest else []
+
+
+def parse_plugin(text: str) -> PluginUse:
+    """A plugin from "plugin" or "plugin:field=value,field=value"; values are read as YAML."""
+    name, _, settings = text.strip().partition(":")
+    if not name:
+        raise RequestError(f"'{text}' names no plugin: write plugin or plugin:field=value,field=value")
+    return PluginUse(plugin=name, settings=dict(_setting(name, pair) for pair in settings.split(",")) if settings else {})
+
+
+def _setting(plugin: str, pair: str) -> tuple[str, Any]:
+    field, equals, value = pair.partition("=")
+    if not equals or not field:
+        raise RequestError(f"'{pair}' is no setting of plugin '{plugin}': write field=value")
+    return field, read_scalar(value)
+
+
+def read_scalar(text: str) -> Any:
+    """A value as YAML reads it on one line: numbers, true and false, null, [lists], {maps}, else text."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RequestError(f"'{text}' cannot be read as a value: {' '.join(str(error).split())}") from None

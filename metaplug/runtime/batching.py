@@ -1,0 +1,80 @@
+"""Whether the tasks of a batch run in one vectorised call or one after the other: the same numbers, another speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from metaplug.errors import RequestError
+from metaplug.inner import InnerLoop
+from metaplug.tasks.batch import TaskBatch
+
+Batching = Literal["auto", "vectorized", "sequential"]
+
+CPU_TASK_BYTES = 4 * 2**20
+"""On a CPU, the most that one task's forward pass may keep for its backward pass if tasks are to be vectorised. Measured by `metaplug bench`."""
+
+
+@dataclass(frozen=True)
+class BatchingChoice:
+    """How tasks are batched, and why."""
+
+    batching: Literal["vectorized", "sequential"]
+    reason: str
+
+
+def choose_batching(requested: Batching, inner: InnerLoop, batch: TaskBatch) -> BatchingChoice:
+    """Decide by rule, never by timing, so that the same seed is the same run.
+
+    "auto" is vectorised, except where vmap refuses the model, or where on a CPU one task keeps more than CPU_TASK_BYTES for its backward pass:
+    then the tasks' activations together fall out of the cache, and one after the other is faster.
+
+    Raises:
+        RequestError: "vectorized" was asked for, and vmap refuses the model.
+    """
+    if requested == "sequential":
+        return BatchingChoice("sequential", "as configured")
+    refusal = _refusal(inner, batch)
+    if requested == "vectorized":
+        if refusal:
+            raise RequestError(f"task batching 'vectorized' cannot be had, as torch.vmap refuses the model ({refusal}): use 'auto' or 'sequential'")
+        return BatchingChoice("vectorized", "as configured")
+    if refusal:
+        return BatchingChoice("sequential", f"torch.vmap refuses the model: {refusal}")
+    if batch.device.type != "cpu":
+        return BatchingChoice("vectorized", f"tasks are stacked on {batch.device.type}")
+    kept = _kept_bytes(inner, batch)
+    small = kept <= CPU_TASK_BYTES
+    size = f"a task keeps {kept / 2**20:.2f} MiB for its backward pass, {'at most' if small else 'more than'} {CPU_TASK_BYTES / 2**20:g} MiB on a CPU"
+    return BatchingChoice("vectorized" if small else "sequential", size)
+
+
+def _refusal(inner: InnerLoop, batch: TaskBatch) -> str | None:
+    """vmap's own reason for refusing two tasks of this batch, in one line; None where it takes them."""
+    parameters = [parameter.detach().expand(2, *parameter.shape) for parameter in inner.model.parameters()]
+    x, y = (tensor[:1].expand(2, *tensor.shape[1:]) for tensor in (batch.support_x, batch.support_y))
+    try:
+        with torch.no_grad():
+            torch.vmap(inner.task, in_dims=(0, 0, 0), randomness="different")(parameters, x, y)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return None
+
+
+def _kept_bytes(inner: InnerLoop, batch: TaskBatch) -> int:
+    """The bytes that autograd keeps for one task's support pass, the model's own parameters left out."""
+    parameters = [parameter.detach().requires_grad_() for parameter in inner.model.parameters()]
+    own = {parameter.data_ptr() for parameter in parameters}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        _loss, _ = inner.task(parameters, batch.support_x[0], batch.support_y[0])
+    return sum(kept.values())

@@ -1,0 +1,96 @@
+"""What would be wrong in silence is refused before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from metaplug.errors import RequestError, quoted
+from metaplug.inner import InnerLoop, set_mode
+from metaplug.runtime.seeding import stream
+from metaplug.tasks.batch import TaskBatch
+from metaplug.values import Kind
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that cannot be meta-trained, or not rightly.
+
+    Raises:
+        RequestError: no trainable parameter; a lazy parameter; parameters of several devices or dtypes; a compiled module, which would go on
+            running its original weights.
+    """
+    parameters = dict(model.named_parameters())
+    lazy = [name for name, parameter in parameters.items() if isinstance(parameter, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise RequestError(f"the model's parameters {quoted(lazy)} have no shape yet: pass one batch through the model first")
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise RequestError("the model has no trainable parameter, so there is nothing to meta-learn: set requires_grad on some")
+    forms = {(parameter.dtype, parameter.device) for parameter in parameters.values()}
+    if len(forms) > 1:
+        raise RequestError(f"the model's parameters differ in dtype or device ({quoted(map(str, sorted(map(str, forms))))}): call model.to(...) first")
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+            raise RequestError(f"the module '{name or 'model'}' is compiled and would run its original weights: pass the module as it was before")
+
+
+def check_forward(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> int | None:
+    """Run one task forward, patched and as torch itself would, on weights that are not the model's own, and compare.
+
+    Returns:
+        The width of the model's output for classification, None for regression.
+
+    Raises:
+        RequestError: the patched model differs (a forward hook, a closure over the module, …); it writes a buffer; its output or loss has
+            not the right form, or is too narrow for the labels.
+    """
+    x, y = batch.support_x[0], batch.support_y[0]
+    weights = _perturbed(inner.model)
+    buffers = {id(buffer): buffer._version for buffer in inner.patched.buffers()}
+    with torch.no_grad(), stream(0, x.device):
+        prediction = inner.patched(x, params=list(weights.values()))
+    if {id(buffer): buffer._version for buffer in inner.patched.buffers()} != buffers:
+        raise RequestError("the model writes to a buffer in forward, which would leak from task to task: make its buffers constant in training")
+    if not isinstance(prediction, Tensor) or prediction.shape[:1] != x.shape[:1]:
+        raise RequestError("the model must answer with one tensor (n, *output), a row for each example: wrap it in a module that does")
+    expected = _reference(inner, weights, x)
+    if not torch.allclose(prediction, expected, rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise RequestError(
+            "the model's forward pass does not follow the weights that it is given (a forward hook such as the old weight_norm, a stored function "
+            "that closes over a module, or random numbers from outside torch): replace that part; torch.nn.utils.parametrize does without hooks"
+        )
+    outputs = _output_width(prediction) if kind == "classification" else None
+    batch.check_values(outputs)
+    loss = inner.loss(prediction, y)
+    if not isinstance(loss, Tensor) or loss.shape != ():
+        raise RequestError("the loss must answer with one number for a task, a tensor of shape (): take the mean over its examples")
+    return outputs
+
+
+def _output_width(prediction: Tensor) -> int:
+    if prediction.dim() < 2:
+        raise RequestError(f"for classification the model must answer (n, classes), not {tuple(prediction.shape)}: give it a head with an output a class")
+    return prediction.shape[1]
+
+
+def _perturbed(model: nn.Module) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    noise = {name: torch.randn(parameter.shape, generator=generator).to(parameter) for name, parameter in model.named_parameters()}
+    return {name: parameter.detach() + 0.1 * noise[name] for name, parameter in model.named_parameters()}
+
+
+def _reference(inner: InnerLoop, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """What torch's own functional call gives for these weights; the model is left as it was."""
+    model, modes = inner.model, {module: module.training for module in inner.model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        model.train()
+        if inner.batch_norm == "frozen":
+            set_mode(model, True, "frozen")
+        with torch.no_grad(), stream(0, x.device):
+            expected: Tensor = torch.func.functional_call(model, {**weights, **buffers}, (x,))
+        return expected
+    finally:
+        for module, training in modes.items():
+            module.training = training

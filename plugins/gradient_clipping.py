@@ -1,0 +1,55 @@
+"""Gradient clipping in the inner loop, in the outer loop, or in both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from metaplug import Gradients, InnerStep, Plugin, PluginConfig, hookimpl
+
+
+class GradientClipping(Plugin):
+    """Shorten gradients that are longer than a bound, keeping their direction.
+
+        g[t] ← g[t] · min(1, c / ‖g[t]‖)        each task's own inner gradient, norm over all adapted parameters
+        G    ← G · min(1, C / ‖G‖)              the meta-gradient, norm over all meta-parameters
+
+    Source: Pascanu et al. 2013, "On the difficulty of training recurrent neural networks", section 3.2.
+    """
+
+    class Config(PluginConfig):
+        """At least one of the two bounds."""
+
+        max_norm: float | None = Field(None, gt=0, description="c, the longest inner gradient of a task; null leaves inner gradients alone.")
+        max_meta_norm: float | None = Field(None, gt=0, description="C, the longest meta-gradient; null leaves meta-gradients alone.")
+
+        @model_validator(mode="after")
+        def _clips_something(self) -> GradientClipping.Config:
+            if self.max_norm is None and self.max_meta_norm is None:
+                raise ValueError("neither max_norm nor max_meta_norm is set, so that nothing would be clipped: set one")
+            return self
+
+    config: Config
+
+    @hookimpl
+    def transform_gradients(self, gradients: Gradients, step: InnerStep) -> Gradients | None:
+        if self.config.max_norm is None:
+            return None
+        squared = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients.values()]).sum(0)
+        scale = _scale(squared, self.config.max_norm)
+        return {name: gradient * scale.view(-1, *[1] * (gradient.dim() - 1)) for name, gradient in gradients.items()}
+
+    @hookimpl
+    def transform_meta_gradients(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+        if self.config.max_meta_norm is None:
+            return None
+        scale = _scale(torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum(), self.config.max_meta_norm)
+        return {name: gradient * scale for name, gradient in gradients.items()}
+
+
+def _scale(squared: Tensor, bound: float) -> Tensor:
+    """min(1, bound / √squared), with a finite derivative at zero."""
+    return bound / squared.clamp_min(bound**2).sqrt()
