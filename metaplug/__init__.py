@@ -2,7 +2,8 @@
 
 from metaplug.errors import MetaplugError, RequestError, RunError
 from metaplug.evaluation import EvaluationResult
-from metaplug.learner import History, MetaLearner, Record
+from metaplug.history import History, Record
+from metaplug.learner import MetaLearner
 from metaplug.plugin import Plugin, PluginConfig, hookimpl
 from metaplug.preset import PluginUse, Preset
 from metaplug.tasks.batch import TaskBatch

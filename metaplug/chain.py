@@ -166,7 +166,9 @@ def _check_class(plugin: Plugin) -> None:
         if name not in KINDS:
             raise RequestError(f"{where} is marked @hookimpl but no such hook exists: {did_you_mean(name, KINDS)}")
         if marks["tryfirst"] or marks["trylast"] or marks["hookwrapper"] or marks["wrapper"]:
-            raise RequestError(f"{where} asks for a place of its own: the order is the configured list; take tryfirst, trylast and wrapper out")
+            raise RequestError(
+                f"{where} asks for a place of its own: the order is the configured list; take tryfirst, trylast and wrapper out"
+            )
         if any(parameter.default is not parameter.empty for parameter in inspect.signature(function).parameters.values()):
             raise RequestError(f"{where} gives an argument a default, so that the hook would never fill it: take the default out")
 

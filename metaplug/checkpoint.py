@@ -1,16 +1,20 @@
-"""Files that hold a learner's state: written atomically, read without executing anything."""
+"""Files that hold a learner's state: written atomically, read without executing anything, and held against what they are loaded into."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from metaplug.errors import RunError
+from metaplug import registry
+from metaplug.errors import RequestError, RunError, quoted
+from metaplug.preset import PluginUse
 
 FORMAT = 1
 """The number of the layout; a file with another is refused."""
@@ -46,7 +50,9 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise RunError(f"there is no checkpoint {path}: train first, or give another path") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise RunError(f"{path} is not a whole metaplug checkpoint ({str(error).splitlines()[0][:120]}): use another one of the run") from None
+        raise RunError(
+            f"{path} is not a whole metaplug checkpoint ({str(error).splitlines()[0][:120]}): use another one of the run"
+        ) from None
     if not isinstance(state, dict) or "format" not in state:
         raise RunError(f"{path} is not a metaplug checkpoint: give a file that MetaLearner.save or `metaplug train` wrote")
     if state["format"] != FORMAT:
@@ -64,3 +70,43 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def model_spec(model: nn.Module) -> dict[str, Any] | None:
+    """How to build an installed model anew; None for any other module."""
+    name = registry.name_of("model", type(model))
+    if name is None:
+        return None
+    part: Any = model
+    return {"name": name, "input_shape": list(part.input_shape), "outputs": part.outputs, "settings": part.config.model_dump(mode="json")}
+
+
+def rebuilt_model(spec: Mapping[str, Any] | None, path: str | Path) -> nn.Module:
+    """The installed model that `model_spec` described, with new weights."""
+    if spec is None:
+        raise RequestError(
+            f"{path} holds the weights of a model of your own, which a file cannot build: give it as MetaLearner.load(..., model=...)"
+        )
+    model: nn.Module = registry.load("model", spec["name"])(tuple(spec["input_shape"]), spec["outputs"], **spec["settings"])
+    return model
+
+
+def plugin_use(use: Mapping[str, Any], path: str | Path) -> PluginUse:
+    """The installed plugin that a state names, with its settings."""
+    if use["part"] is None:
+        raise RequestError(
+            f"{path} was trained with the plugin '{use['name']}', which is not an installed part: give MetaLearner.load(..., plugins=...)"
+        )
+    return PluginUse(plugin=use["part"], name=use["name"], settings=use["settings"])
+
+
+def check_shapes(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str) -> None:
+    """Refuse saved tensors of other names or shapes than `own`; `what` begins the sentence."""
+    missing, extra = [name for name in own if name not in saved], [name for name in saved if name not in own]
+    if missing or extra:
+        raise RunError(f"{what}: it lacks {quoted(missing[:3])} and has {quoted(extra[:3])} beside; build the model as it was")
+    for name, tensor in own.items():
+        if saved[name].shape != tensor.shape:
+            raise RunError(
+                f"{what}: '{name}' is {tuple(saved[name].shape)} there and {tuple(tensor.shape)} here; build the model as it was"
+            )

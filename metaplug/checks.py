@@ -1,4 +1,7 @@
-"""What a plugin may return: one check for each fold and choose hook, made after every link. A fault is said in words, for the end of a sentence."""
+"""What a plugin may return: one check for each fold and choose hook, made after every link.
+
+A check answers None, or the fault in words that follow the plugin's name.
+"""
 
 from __future__ import annotations
 
@@ -43,14 +46,12 @@ def _check_learning_rates(before: Any, after: Any, arguments: Mapping[str, Any])
     if fault := _check_names(before, after):
         return fault
     for name, rate in after.items():
-        if rate is before[name]:
-            continue
         target = arguments["step"].parameters[name]
-        if not isinstance(rate, Tensor) or rate.dtype != target.dtype or rate.device != target.device:
-            form = form(rate) if isinstance(rate, Tensor) else type(rate).__name__
-            return f"returned {form} for '{name}', not a tensor of {target.dtype} on {target.device}"
+        if not isinstance(rate, Tensor) or (rate.dtype, rate.device) != (target.dtype, target.device):
+            given = form(rate) if isinstance(rate, Tensor) else type(rate).__name__
+            return f"returned {given} for '{name}', not a tensor of {target.dtype} on {target.device}"
         if not _broadcasts(rate.shape, target.shape):
-            return f"returned shape {tuple(rate.shape)} for '{name}', which does not broadcast to (tasks, *parameter.shape) = {tuple(target.shape)}"
+            return f"returned shape {tuple(rate.shape)} for '{name}', which does not broadcast to (tasks, *shape) = {tuple(target.shape)}"
     return None
 
 

@@ -42,7 +42,8 @@ class LearnerSettings(Settings):
     inner_optimizer_settings: dict[str, Any] = Field(default_factory=dict, description="Settings of the inner optimizer, such as momentum.")
     meta_lr: float = Field(1e-3, gt=0, le=10, description="Adam's rate in the outer loop.")
     batch_norm: Literal["batch", "frozen"] = Field(
-        "batch", description="Batch norm by the statistics of each task's batch (transductive), or by the model's stored ones, never updated."
+        "batch",
+        description="Batch norm by the statistics of each task's batch (transductive), or by the model's stored ones, never updated.",
     )
 
 
@@ -60,7 +61,9 @@ class RuntimeSettings(Settings):
     """How a step is computed; none of this changes what is computed."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    task_batching: Literal["auto", "vectorized", "sequential"] = Field("auto", description="Whether tasks run in one call or one after the other.")
+    task_batching: Literal["auto", "vectorized", "sequential"] = Field(
+        "auto", description="Whether tasks run in one call or one after the other."
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null leaves torch's choice.")
 
 
@@ -106,15 +109,22 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Resolved:
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`under` with every value of `over` put in its place; nested mappings are merged, everything else is replaced."""
-    both = {key: merge(under[key], over[key]) for key in under if isinstance(under[key], Mapping) and isinstance(over.get(key), Mapping)}
-    return {**under, **over, **both}
+    merged = {**under, **over}
+    for key in under.keys() & over.keys():
+        below, above = under[key], over[key]
+        if isinstance(below, Mapping) and isinstance(above, Mapping):
+            merged[key] = merge(below, above)
+    return merged
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested values by dotted path; an empty mapping counts as a value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value})
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
@@ -132,7 +142,9 @@ def _assign_plugin(uses: list[Any], path: str, value: Any, whole: str) -> list[A
     entries = [use.model_dump() if isinstance(use, PluginUse) else ({"plugin": use} if isinstance(use, str) else dict(use)) for use in uses]
     known = [entry.get("name") or entry["plugin"] for entry in entries]
     if name not in known or not field:
-        raise RequestError(f"'{whole}' is no setting of a listed plugin ({did_you_mean(name, known)}): write plugins.NAME.field, or add it by --with")
+        raise RequestError(
+            f"'{whole}' is no setting of a listed plugin ({did_you_mean(name, known)}): write plugins.NAME.field, or add it by --with"
+        )
     index = known.index(name)
     entries[index] = {**entries[index], "settings": {**(entries[index].get("settings") or {}), field: value}}
     return entries

@@ -1,7 +1,7 @@
 """The bilevel engine: adapt a batch, outer loss, meta-gradients, meta-update.
 
-    L(θ, φ) = mean over t of Σ_i w_i · ℓ(f(query x_t; θ[t,i]), query y_t)        θ the model's parameters, φ the plugins'
-    θ, φ ← meta-optimizer(∂L/∂θ, ∂L/∂φ)
+L(θ, φ) = mean over t of Σ_i w_i · ℓ(f(query x_t; θ[t,i]), query y_t)        θ the model's parameters, φ the plugins'
+θ, φ ← meta-optimizer(∂L/∂θ, ∂L/∂φ)
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ Write a method of the same name, marked `@hookimpl`, and name the arguments that
 * **collect**: every answer counts.
 * **notify**: no answer.
 
-Hooks inside the loop (all that receive a `step`) write no state: they may run again, or for nothing. Hand statistics to `step.keep` and store
-them in `commit`. A decision that depends on state is a tensor (`torch.where`), never a Python branch.
+Hooks inside the loop (all that receive a `step`) write no state: they may run again, or for nothing. Hand statistics to `step.keep` and
+store them in `commit`. A decision that depends on state is a tensor (`torch.where`), never a Python branch.
 T is the number of tasks, K the number of inner steps.
 """
 
@@ -110,7 +110,7 @@ def transform_outer_losses(losses: Tensor, outcome: Outcome) -> Tensor | None:
 
 @choose
 def compute_meta_gradients(outcome: Outcome) -> Mapping[str, Tensor] | None:
-    """Replace differentiation through the loop. Answer by the model's parameter names, PLUGIN.NAME for a plugin's; leave none of those out."""
+    """Replace differentiation through the loop. Answer by parameter name, PLUGIN.NAME for a plugin's; leave none of the latter out."""
 
 
 @fold
@@ -129,5 +129,5 @@ def commit(kept: Mapping[str, Tensor]) -> None:
 
 
 @collect
-def end_meta_step() -> Mapping[str, float]:
+def end_meta_step() -> Mapping[str, float] | None:
     """Figures to log after a meta-update, by name: gate values, learning rates, norms."""

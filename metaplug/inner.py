@@ -28,7 +28,7 @@ from metaplug.values import InnerStep, Outcome
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(prediction, target) of one task → its loss, a tensor of shape ()."""
 
-OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], tuple[str, ...]]] = {
+OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...]]] = {
     "sgd": (torch.optim.SGD, ("momentum", "dampening", "nesterov", "weight_decay")),
     "adam": (torch.optim.Adam, ("betas", "eps", "weight_decay", "amsgrad")),
     "adamax": (torch.optim.Adamax, ("betas", "eps", "weight_decay")),
@@ -133,7 +133,9 @@ class InnerLoop:
         taken = torch.autograd.grad(objective.sum(), weights, create_graph=order == 2, allow_unused=True) if objective.requires_grad else ()
         gradients = {name: gradient for name, gradient in zip(self.adapted, taken, strict=False) if gradient is not None}
         if not gradients:
-            raise RunError(f"no gradient reaches the adapted parameters {quoted(self.adapted[:3])}: the loss does not depend on them; adapt others")
+            raise RunError(
+                f"no gradient reaches the adapted parameters {quoted(self.adapted[:3])}: the loss does not depend on them; adapt others"
+            )
         self._check("the gradient of the support loss", gradients, step)
         folded = self.chain.fold("transform_gradients", gradients, step=step)
         rates = self.chain.fold("transform_learning_rates", dict.fromkeys(self.adapted, self._rate), step=step)
@@ -220,7 +222,9 @@ def _differentiable_optimizer(name: str, settings: Mapping[str, Any], lr: float,
             reason = f"higher would ignore it or get it wrong: {did_you_mean(setting, faithful)}"
             raise RequestError(f"inner optimizer '{name}' does not take the setting '{setting}': {reason}")
     if name == "adam" and settings.get("eps", 0) > ADAM_EPS_LIMIT:
-        raise RequestError(f"inner Adam with eps {settings['eps']} would be wrong, as higher adds it before bias correction: use at most {ADAM_EPS_LIMIT}")
+        raise RequestError(
+            f"inner Adam with eps {settings['eps']} would be wrong, as higher adds it before bias correction: use at most {ADAM_EPS_LIMIT}"
+        )
     stand_ins = [torch.empty(0, requires_grad=True) for _ in range(count)]
     try:
         mirrored = optimizer([{"params": [stand_in]} for stand_in in stand_ins], lr=lr, **settings)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +14,13 @@ from torch import Tensor, nn
 from metaplug import checkpoint, registry
 from metaplug.chain import Chain
 from metaplug.config import LearnerSettings
-from metaplug.engine import Engine, MetaStep
+from metaplug.engine import Engine
 from metaplug.errors import RequestError, RunError, quoted
-from metaplug.evaluation import EvaluationResult, better, metric_of, score
+from metaplug.evaluation import EvaluationResult, metric_of, score
+from metaplug.history import History, Record
 from metaplug.inner import InnerLoop, Loss, set_mode
 from metaplug.plugin import Plugin
-from metaplug.preset import Preset, PluginUse, make_plugins
+from metaplug.preset import PluginUse, Preset, make_plugins
 from metaplug.runtime.batching import Batching, BatchingChoice, choose_batching
 from metaplug.runtime.guards import check_forward, check_model
 from metaplug.settings import validated
@@ -30,35 +30,6 @@ from metaplug.values import Context, Kind
 
 LOSSES: dict[Kind, Loss] = {"classification": nn.functional.cross_entropy, "regression": nn.functional.mse_loss}
 """The loss of one task where none is given: cross-entropy over class indices, or mean squared error."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One meta-iteration as `fit` saw it: the update, and the validation that followed it, if one was due."""
-
-    step: MetaStep
-    validation: EvaluationResult | None = None
-
-
-@dataclass
-class History:
-    """The records of one `fit`, in order."""
-
-    records: list[Record] = field(default_factory=list)
-
-    @property
-    def validations(self) -> list[tuple[int, EvaluationResult]]:
-        """(iteration, result) of every validation."""
-        return [(record.step.iteration, record.validation) for record in self.records if record.validation]
-
-    @property
-    def best(self) -> tuple[int, EvaluationResult] | None:
-        """The best validation and its iteration; the earlier of two equal ones."""
-        best = None
-        for iteration, result in self.validations:
-            if best is None or better(result.metric, result.mean, best[1].mean):
-                best = iteration, result
-        return best
 
 
 class MetaLearner:
@@ -112,7 +83,7 @@ class MetaLearner:
         self.settings = validated(LearnerSettings, settings, "learner")
         if kind not in LOSSES:
             raise RequestError(f"unknown kind of task '{kind}': classification or regression")
-        check_model(model)
+        check_model(model, batch_norm)
         self.model, self.kind, self.seed, self.task_batching = model, kind, seed, task_batching
         self.custom_loss = loss is not None
         self.batching: BatchingChoice | None = None
@@ -260,8 +231,8 @@ class MetaLearner:
     def transductive(self) -> tuple[str, ...]:
         """What lets the examples of a test batch see each other, in words."""
         reasons = [f"plugin {name} shares between test tasks" for name in self.chain.transductive]
-        normalised = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in self.model.modules())
-        if normalised and self.settings.batch_norm == "batch":
+        layers = [layer for layer in self.model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        if any(self.settings.batch_norm == "batch" or not layer.track_running_stats for layer in layers):
             reasons.append("batch norm uses the statistics of each task's own batch")
         return tuple(reasons)
 
@@ -274,7 +245,7 @@ class MetaLearner:
             "settings": self.settings.model_dump(mode="json"),
             "task_batching": self.task_batching,
             "custom_loss": self.custom_loss,
-            "model_spec": _model_spec(self.model),
+            "model_spec": checkpoint.model_spec(self.model),
             "model": self.model.state_dict(),
             "plugins": [
                 {"part": registry.name_of("plugin", type(plugin)), "name": plugin.name, "settings": plugin.config.model_dump(mode="json")}
@@ -294,9 +265,11 @@ class MetaLearner:
         own = [plugin.name for plugin in self.chain.plugins]
         if names != own:
             raise RunError(f"{origin} belongs to the plugins {quoted(names)}, this learner has {quoted(own)}: make it with the same list")
-        _check_shapes(state["model"], self.model.state_dict(), f"{origin} belongs to another model")
+        checkpoint.check_shapes(state["model"], self.model.state_dict(), f"{origin} belongs to another model")
         for plugin in self.chain.plugins:
-            _check_shapes(state["plugin_states"][plugin.name], plugin.state_dict(), f"{origin} has another form of plugin '{plugin.name}'")
+            checkpoint.check_shapes(
+                state["plugin_states"][plugin.name], plugin.state_dict(), f"{origin} has another form of plugin '{plugin.name}'"
+            )
         self.model.load_state_dict(state["model"])
         for plugin in self.chain.plugins:
             plugin.load_state_dict(state["plugin_states"][plugin.name])
@@ -324,10 +297,12 @@ class MetaLearner:
         """
         state = checkpoint.read(Path(path))
         if loss is None and state["custom_loss"]:
-            raise RequestError(f"{path} was trained with a loss of your own, which a file cannot hold: give it as MetaLearner.load(..., loss=...)")
+            raise RequestError(
+                f"{path} was trained with a loss of your own, which a file cannot hold: give it as MetaLearner.load(..., loss=...)"
+            )
         learner = cls(
-            _rebuilt(state["model_spec"], path) if model is None else model,
-            plugins=[_plugin_use(use, path) for use in state["plugins"]] if plugins is None else plugins,
+            checkpoint.rebuilt_model(state["model_spec"], path) if model is None else model,
+            plugins=[checkpoint.plugin_use(use, path) for use in state["plugins"]] if plugins is None else plugins,
             kind=state["kind"],
             loss=loss,
             seed=state["seed"],
@@ -363,34 +338,3 @@ class MetaLearner:
             self._warned = True
             warnings.warn(f"adapting for {steps} inner steps, trained with {trained}: later steps use the last step's values", stacklevel=3)
         return steps
-
-
-def _model_spec(model: nn.Module) -> dict[str, Any] | None:
-    """How to build an installed model anew; None for any other module."""
-    name = registry.name_of("model", type(model))
-    if name is None:
-        return None
-    part: Any = model
-    return {"name": name, "input_shape": list(part.input_shape), "outputs": part.outputs, "settings": part.config.model_dump(mode="json")}
-
-
-def _rebuilt(spec: Mapping[str, Any] | None, path: str | Path) -> nn.Module:
-    if spec is None:
-        raise RequestError(f"{path} holds the weights of a model of your own, which a file cannot build: give it as MetaLearner.load(..., model=...)")
-    model: nn.Module = registry.load("model", spec["name"])(tuple(spec["input_shape"]), spec["outputs"], **spec["settings"])
-    return model
-
-
-def _plugin_use(use: Mapping[str, Any], path: str | Path) -> PluginUse:
-    if use["part"] is None:
-        raise RequestError(f"{path} was trained with the plugin '{use['name']}', which is not an installed part: give MetaLearner.load(..., plugins=...)")
-    return PluginUse(plugin=use["part"], name=use["name"], settings=use["settings"])
-
-
-def _check_shapes(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str) -> None:
-    missing, extra = [name for name in own if name not in saved], [name for name in saved if name not in own]
-    if missing or extra:
-        raise RunError(f"{what}: it lacks {quoted(missing[:3])} and has {quoted(extra[:3])} beside; build the model as it was")
-    for name, tensor in own.items():
-        if saved[name].shape != tensor.shape:
-            raise RunError(f"{what}: '{name}' is {tuple(saved[name].shape)} there and {tuple(tensor.shape)} here; build the model as it was")

@@ -56,7 +56,9 @@ class Plugin(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if Plugin not in cls.__bases__:
-            raise TypeError(f"{cls.__name__} extends the plugin {cls.__bases__[0].__name__}: a plugin is final; subclass metaplug.Plugin instead")
+            raise TypeError(
+                f"{cls.__name__} extends the plugin {cls.__bases__[0].__name__}: a plugin is final; subclass metaplug.Plugin instead"
+            )
 
     @classmethod
     def kind(cls) -> str:

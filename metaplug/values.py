@@ -95,7 +95,9 @@ class InnerStep:
                 or by a plugin that does not declare `couples_tasks`.
         """
         if not self._owner.couples_tasks:
-            raise RequestError(f"plugin '{self._owner.name}' takes a mean over tasks but does not say so: set couples_tasks = True on its class")
+            raise RequestError(
+                f"plugin '{self._owner.name}' takes a mean over tasks but does not say so: set couples_tasks = True on its class"
+            )
         if not self.training and not self._owner.transductive:
             raise RequestError(
                 f"plugin '{self._owner.name}' takes a mean over test tasks, which must not see each other: "

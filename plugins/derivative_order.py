@@ -12,7 +12,8 @@ class DerivativeOrder(Plugin):
 
         order(i) = 1 where i < switch, 2 from there on
 
-    Source: Finn et al. 2017 (arXiv 1703.03400), section 5.2, for first order; Antoniou et al. 2019 (arXiv 1810.09502), section 4, for annealing.
+    Source: Finn et al. 2017 (arXiv 1703.03400), section 5.2, for first order; Antoniou et al. 2019 (arXiv 1810.09502), section 4, for
+    annealing.
     """
 
     class Config(PluginConfig):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -14,12 +14,16 @@ from metaplug import Context, Gradients, InnerStep, Plugin, PluginConfig, hookim
 
 TINY = 1e-24  # ε² with ε = 1e-12; clamped before the root, whose derivative at zero would be NaN
 
-SQUASH = {
-    "sigmoid": (torch.sigmoid, lambda value: math.log(value / (1 - value))),
-    "hard-sigmoid": (nn.functional.hardsigmoid, lambda value: 6 * value - 3),
-    "clamp": (lambda x: x.clamp(0, 1), lambda value: value),
+SQUASH: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "hard-sigmoid": nn.functional.hardsigmoid,
+    "clamp": lambda x: x.clamp(0, 1),
 }
-"""By name: from the meta-parameter to a weight in [0, 1], and back."""
+UNSQUASH: dict[str, Callable[[float], float]] = {
+    "sigmoid": lambda weight: math.log(weight / (1 - weight)),
+    "hard-sigmoid": lambda weight: 6 * weight - 3,
+    "clamp": lambda weight: weight,
+}
 
 
 class GradientSharing(Plugin):
@@ -30,8 +34,8 @@ class GradientSharing(Plugin):
         r[k]   = σ(m[k]) r_old[k] + (1 − σ(m[k])) ū[k]       running mean; at first r[k] = ū[k]
         d[t,k] = (1 − σ(λ[k])) g[t,k] + σ(λ[k]) ‖g[t,k]‖ r[k]
 
-    The momentum m and the gate λ are meta-parameters; r is a statistic, stored after the meta-update. At evaluation r is used as stored, and
-    test tasks never see each other; before anything was stored, gradients pass unchanged.
+    The momentum m and the gate λ are meta-parameters; r is a statistic, stored after the meta-update. At evaluation r is used as stored,
+    and test tasks never see each other; before anything was stored, gradients pass unchanged.
 
     Source: arXiv 2312.08398, section 3. Where the paper is silent, the choice is an option.
     """
@@ -46,17 +50,23 @@ class GradientSharing(Plugin):
         gate_function: Literal["sigmoid", "hard-sigmoid", "clamp"] = Field("sigmoid", description="σ, from a meta-parameter to a weight.")
         granularity: Literal["step", "step-and-tensor", "one"] = Field("step", description="What has a gate and a momentum of its own.")
         normalisation: Literal["unit", "none", "mean-unit"] = Field(
-            "unit", description="unit: each task's gradient, then the mean; mean-unit: the mean, then its length; none: the plain mean, unscaled."
+            "unit",
+            description="unit: each task's gradient, then the mean; mean-unit: the mean, then its length; none: the plain mean, unscaled.",
         )
-        scope: Literal["all", "tensor"] = Field("all", description="Whether a norm runs over all adapted parameters together or each tensor alone.")
+        scope: Literal["all", "tensor"] = Field(
+            "all", description="Whether a norm runs over all adapted parameters together or each tensor alone."
+        )
         through_mean: bool = Field(True, description="Whether meta-gradients flow through the mean into all tasks.")
-        share_at_evaluation: bool = Field(False, description="Share within a batch of test tasks too; results are then labelled transductive.")
+        share_at_evaluation: bool = Field(
+            False, description="Share within a batch of test tasks too; results are then labelled transductive."
+        )
         meta_lr: float = Field(1e-2, gt=0, le=10, description="Meta learning rate of gates and momenta.")
 
     config: Config
     couples_tasks = True
     running: Tensor
     started: Tensor
+    tensor_of: Tensor
 
     @property
     def meta_lr(self) -> float | None:
@@ -73,14 +83,16 @@ class GradientSharing(Plugin):
         self._sizes = dict(zip(context.adapted, sizes, strict=True))
         self.register_buffer("running", torch.zeros(slots, sum(sizes), dtype=context.dtype, device=context.device))
         self.register_buffer("started", torch.zeros(slots, dtype=torch.bool, device=context.device))
-        self.register_buffer("tensor_of", torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(context.device), persistent=False)
+        self.register_buffer(
+            "tensor_of", torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(context.device), persistent=False
+        )
         shape = {"step": (slots, 1), "step-and-tensor": (slots, len(sizes)), "one": (1, 1)}[self.config.granularity]
         for name, value, learn in (
             ("gate", self.config.gate, self.config.learn_gate),
             ("momentum", self.config.momentum, self.config.learn_momentum),
         ):
             if 0 < value < 1:
-                start = SQUASH[self.config.gate_function][1](value)
+                start = UNSQUASH[self.config.gate_function](value)
                 initial = torch.full(shape, start, dtype=context.dtype, device=context.device)
                 self.register_parameter(name, nn.Parameter(initial, requires_grad=learn))
 
@@ -135,13 +147,15 @@ class GradientSharing(Plugin):
         value = self._parameters.get(name)
         if value is None:
             return self.config.gate if name == "gate" else self.config.momentum
-        weight: Tensor = SQUASH[self.config.gate_function][0](value[slot if len(value) > 1 else 0])
+        weight: Tensor = SQUASH[self.config.gate_function](value[slot if len(value) > 1 else 0])
         return weight[self.tensor_of] if self.config.granularity == "step-and-tensor" else weight[0]
 
     def _flatten(self, gradients: Gradients) -> Tensor:
         """(T, P) over all adapted parameters, zero where one received no gradient."""
         tasks = len(next(iter(gradients.values())))
-        parts = [gradients[name].flatten(1) if name in gradients else self.running.new_zeros(tasks, size) for name, size in self._sizes.items()]
+        parts = [
+            gradients[name].flatten(1) if name in gradients else self.running.new_zeros(tasks, size) for name, size in self._sizes.items()
+        ]
         return torch.cat(parts, 1)
 
     def _unflatten(self, flat: Tensor, like: Gradients) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from metaplug.tasks.batch import TaskBatch
 Batching = Literal["auto", "vectorized", "sequential"]
 
 CPU_TASK_BYTES = 4 * 2**20
-"""On a CPU, the most that one task's forward pass may keep for its backward pass if tasks are to be vectorised. Measured by `metaplug bench`."""
+"""On a CPU, the most that one task's support pass may keep for its backward pass if tasks are to be vectorised (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class BatchingChoice:
 def choose_batching(requested: Batching, inner: InnerLoop, batch: TaskBatch) -> BatchingChoice:
     """Decide by rule, never by timing, so that the same seed is the same run.
 
-    "auto" is vectorised, except where vmap refuses the model, or where on a CPU one task keeps more than CPU_TASK_BYTES for its backward pass:
-    then the tasks' activations together fall out of the cache, and one after the other is faster.
+    "auto" is vectorised, except where vmap refuses the model, or where on a CPU one task keeps more than CPU_TASK_BYTES for its backward
+    pass: then the tasks' activations together fall out of the cache, and one after the other is faster.
 
     Raises:
         RequestError: "vectorized" was asked for, and vmap refuses the model.
@@ -40,7 +40,9 @@ def choose_batching(requested: Batching, inner: InnerLoop, batch: TaskBatch) -> 
     refusal = _refusal(inner, batch)
     if requested == "vectorized":
         if refusal:
-            raise RequestError(f"task batching 'vectorized' cannot be had, as torch.vmap refuses the model ({refusal}): use 'auto' or 'sequential'")
+            raise RequestError(
+                f"task batching 'vectorized' cannot be had, as torch.vmap refuses the model ({refusal}): use 'auto' or 'sequential'"
+            )
         return BatchingChoice("vectorized", "as configured")
     if refusal:
         return BatchingChoice("sequential", f"torch.vmap refuses the model: {refusal}")
@@ -48,8 +50,10 @@ def choose_batching(requested: Batching, inner: InnerLoop, batch: TaskBatch) -> 
         return BatchingChoice("vectorized", f"tasks are stacked on {batch.device.type}")
     kept = _kept_bytes(inner, batch)
     small = kept <= CPU_TASK_BYTES
-    size = f"a task keeps {kept / 2**20:.2f} MiB for its backward pass, {'at most' if small else 'more than'} {CPU_TASK_BYTES / 2**20:g} MiB on a CPU"
-    return BatchingChoice("vectorized" if small else "sequential", size)
+    bound = f"{'at most' if small else 'more than'} {CPU_TASK_BYTES / 2**20:g} MiB"
+    return BatchingChoice(
+        "vectorized" if small else "sequential", f"a task keeps {kept / 2**20:.2f} MiB for its backward pass, {bound} on a CPU"
+    )
 
 
 def _refusal(inner: InnerLoop, batch: TaskBatch) -> str | None:

@@ -14,12 +14,12 @@ from metaplug.tasks.batch import TaskBatch
 from metaplug.values import Kind
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, batch_norm: str) -> None:
     """Refuse a model that cannot be meta-trained, or not rightly.
 
     Raises:
-        RequestError: no trainable parameter; a lazy parameter; parameters of several devices or dtypes; a compiled module, which would go on
-            running its original weights.
+        RequestError: no trainable parameter; a lazy parameter; parameters of several devices or dtypes; a compiled module, which would
+            go on running its original weights; frozen batch norm asked of layers that store no statistics.
     """
     parameters = dict(model.named_parameters())
     lazy = [name for name, parameter in parameters.items() if isinstance(parameter, nn.parameter.UninitializedParameter)]
@@ -29,10 +29,14 @@ def check_model(model: nn.Module) -> None:
         raise RequestError("the model has no trainable parameter, so there is nothing to meta-learn: set requires_grad on some")
     forms = {(parameter.dtype, parameter.device) for parameter in parameters.values()}
     if len(forms) > 1:
-        raise RequestError(f"the model's parameters differ in dtype or device ({quoted(map(str, sorted(map(str, forms))))}): call model.to(...) first")
+        raise RequestError(
+            f"the model's parameters differ in dtype or device ({quoted(map(str, sorted(map(str, forms))))}): call model.to(...) first"
+        )
     for name, module in model.named_modules():
         if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
-            raise RequestError(f"the module '{name or 'model'}' is compiled and would run its original weights: pass the module as it was before")
+            raise RequestError(f"the module '{name or 'model'}' is compiled and would run its original weights: pass it as it was before")
+        if batch_norm == "frozen" and isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is None:
+            raise RequestError(f"batch_norm 'frozen' needs stored statistics, but the layer '{name}' keeps none: use 'batch'")
 
 
 def check_forward(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> int | None:
@@ -51,14 +55,16 @@ def check_forward(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> int | None:
     with torch.no_grad(), stream(0, x.device):
         prediction = inner.patched(x, params=list(weights.values()))
     if {id(buffer): buffer._version for buffer in inner.patched.buffers()} != buffers:
-        raise RequestError("the model writes to a buffer in forward, which would leak from task to task: make its buffers constant in training")
+        raise RequestError(
+            "the model writes to a buffer in forward, which would leak from task to task: make its buffers constant in training"
+        )
     if not isinstance(prediction, Tensor) or prediction.shape[:1] != x.shape[:1]:
         raise RequestError("the model must answer with one tensor (n, *output), a row for each example: wrap it in a module that does")
     expected = _reference(inner, weights, x)
     if not torch.allclose(prediction, expected, rtol=1e-3, atol=1e-4, equal_nan=True):
         raise RequestError(
-            "the model's forward pass does not follow the weights that it is given (a forward hook such as the old weight_norm, a stored function "
-            "that closes over a module, or random numbers from outside torch): replace that part; torch.nn.utils.parametrize does without hooks"
+            "the model's forward pass does not follow the weights that it is given (a forward hook such as the old weight_norm, a stored "
+            "function that closes over a module, or random numbers from outside torch): replace that part of the model"
         )
     outputs = _output_width(prediction) if kind == "classification" else None
     batch.check_values(outputs)
@@ -70,7 +76,9 @@ def check_forward(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> int | None:
 
 def _output_width(prediction: Tensor) -> int:
     if prediction.dim() < 2:
-        raise RequestError(f"for classification the model must answer (n, classes), not {tuple(prediction.shape)}: give it a head with an output a class")
+        raise RequestError(
+            f"for classification the model must answer (n, classes), not {tuple(prediction.shape)}: give it a head of that form"
+        )
     return prediction.shape[1]
 
 

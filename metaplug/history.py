@@ -1,0 +1,37 @@
+"""What happened in meta-training, iteration by iteration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from metaplug.engine import MetaStep
+from metaplug.evaluation import EvaluationResult, better
+
+
+@dataclass(frozen=True)
+class Record:
+    """One meta-iteration as `fit` saw it: the update, and the validation that followed it, if one was due."""
+
+    step: MetaStep
+    validation: EvaluationResult | None = None
+
+
+@dataclass
+class History:
+    """The records of one `fit`, in order."""
+
+    records: list[Record] = field(default_factory=list)
+
+    @property
+    def validations(self) -> list[tuple[int, EvaluationResult]]:
+        """(iteration, result) of every validation."""
+        return [(record.step.iteration, record.validation) for record in self.records if record.validation]
+
+    @property
+    def best(self) -> tuple[int, EvaluationResult] | None:
+        """The best validation and its iteration; the earlier of two equal ones."""
+        best = None
+        for iteration, result in self.validations:
+            if best is None or better(result.metric, result.mean, best[1].mean):
+                best = iteration, result
+        return best
