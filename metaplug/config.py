@@ -139,7 +139,9 @@ def assign(values: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 def _assign_plugin(uses: list[Any], path: str, value: Any, whole: str) -> list[Any]:
     name, _, field = path.partition(".")
-    entries = [use.model_dump() if isinstance(use, PluginUse) else ({"plugin": use} if isinstance(use, str) else dict(use)) for use in uses]
+    entries: list[dict[str, Any]] = [
+        use.model_dump() if isinstance(use, PluginUse) else ({"plugin": use} if isinstance(use, str) else dict(use)) for use in uses
+    ]
     known = [entry.get("name") or entry["plugin"] for entry in entries]
     if name not in known or not field:
         raise RequestError(

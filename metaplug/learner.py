@@ -38,7 +38,7 @@ class MetaLearner:
     Args:
         model: any `nn.Module` from inputs (n, *input) to one tensor (n, *output), on its device, in one floating dtype. Its trainable
             parameters are updated in place; nothing else of it is changed.
-        preset: an algorithm: a name that `metaplug plugins` lists, or a Preset.
+        preset: an algorithm: a name that `metaplug plugins` lists, or a Preset. None, like "maml", adds no plugin.
         plugins: instances, or names; applied behind the preset's, in this order.
         inner_lr: inner learning rate, 0 to 1000.
         inner_steps: inner steps K, 0 to 1000.
@@ -59,7 +59,7 @@ class MetaLearner:
         self,
         model: nn.Module,
         *,
-        preset: str | Preset = "maml",
+        preset: str | Preset | None = None,
         plugins: Sequence[Plugin | PluginUse | str] = (),
         inner_lr: float = 0.1,
         inner_steps: int = 5,
@@ -307,7 +307,6 @@ class MetaLearner:
             loss=loss,
             seed=state["seed"],
             task_batching=state["task_batching"],
-            preset=Preset(name="saved", summary="The plugins of a saved learner.", source=""),
             **state["settings"],
         )
         learner.load_state_dict(state, str(path))

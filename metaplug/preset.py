@@ -65,13 +65,13 @@ def find_preset(preset: str | Preset) -> Preset:
     return found
 
 
-def make_plugins(preset: str | Preset, plugins: Sequence[Plugin | PluginUse | str]) -> list[Plugin]:
+def make_plugins(preset: str | Preset | None, plugins: Sequence[Plugin | PluginUse | str]) -> list[Plugin]:
     """The preset's plugins, then those of the list, as instances.
 
     Raises:
         RequestError: an unknown name, a wrong setting, or something that is no plugin.
     """
-    uses = [*find_preset(preset).plugins, *plugins]
+    uses = [*(find_preset(preset).plugins if preset is not None else ()), *plugins]
     return [_instance(use) for use in uses]
 
 

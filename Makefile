@@ -1,0 +1,46 @@
+# Everything runs in .venv, which the first call makes from pyproject.toml and constraints.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: help setup demo test test-long lint docs clean
+
+help:
+	@echo "make demo       MAML against MAML + gradient sharing on letters of unseen scripts (under 4 minutes)"
+	@echo "make test       the tests"
+	@echo "make test-long  the tests with many more hypothesis examples, and the slow ones"
+	@echo "make lint       format, lint, types, and the direction of imports"
+	@echo "make docs       the documentation site, in site/"
+	@echo "make clean      remove what these made (but not runs/)"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "metaplug needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,lint,docs]'
+	@touch $(READY)
+
+demo: $(READY)
+	@rm -rf runs/demo
+	$(BIN)/metaplug compare --tasks glyphs --ways 5 --shots 1 --variant maml --variant maml+gradient-sharing --iterations 300 --out runs/demo
+
+test: $(READY)
+	$(BIN)/pytest
+
+test-long: $(READY)
+	HYPOTHESIS_PROFILE=long $(BIN)/pytest --run-slow
+
+lint: $(READY)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf .venv build site .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
