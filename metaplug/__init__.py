@@ -1,13 +1,17 @@
 """metaplug: a plugin framework for gradient-based meta-learning on PyTorch."""
 
-from metaplug.errors import MetaplugError, RequestError, RunError
-from metaplug.evaluation import EvaluationResult
-from metaplug.history import History, Record
-from metaplug.learner import MetaLearner
-from metaplug.plugin import Plugin, PluginConfig, hookimpl
-from metaplug.preset import PluginUse, Preset
-from metaplug.tasks.batch import TaskBatch
-from metaplug.values import Context, Gradients, InnerStep, LearningRates, Outcome, Parameters
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from metaplug.errors import MetaplugError, RequestError, RunError
+    from metaplug.evaluation import EvaluationResult
+    from metaplug.history import History, Record
+    from metaplug.learner import MetaLearner
+    from metaplug.plugin import Plugin, PluginConfig, hookimpl
+    from metaplug.preset import PluginUse, Preset
+    from metaplug.tasks.batch import TaskBatch
+    from metaplug.values import Context, Gradients, InnerStep, LearningRates, Outcome, Parameters
 
 __version__ = "0.1.0"
 
@@ -32,3 +36,27 @@ __all__ = [
     "TaskBatch",
     "hookimpl",
 ]
+
+if not TYPE_CHECKING:
+    # Names are imported when they are first used: torch takes seconds, and `metaplug --help` needs none of it.
+    _HOMES = {
+        "errors": ("MetaplugError", "RequestError", "RunError"),
+        "evaluation": ("EvaluationResult",),
+        "history": ("History", "Record"),
+        "learner": ("MetaLearner",),
+        "plugin": ("Plugin", "PluginConfig", "hookimpl"),
+        "preset": ("PluginUse", "Preset"),
+        "tasks.batch": ("TaskBatch",),
+        "values": ("Context", "Gradients", "InnerStep", "LearningRates", "Outcome", "Parameters"),
+    }
+    _HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'metaplug' has no attribute '{name}'")
+        value = getattr(import_module(f"metaplug.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted([*__all__, "__version__"])

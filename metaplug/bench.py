@@ -1,4 +1,4 @@
-"""The cost of a meta-step, side by side in one process: metaplug in every batching, a plain torch loop, plain `higher`, and the stacked loop by hand.
+"""The cost of a meta-step, side by side: metaplug in every batching, a plain torch loop, plain `higher`, and the stacked loop by hand.
 
 Every contestant does the same work on the same tasks from the same weights: adapt, meta-gradient, one Adam update.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 import copy
 import gc
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import higher
@@ -30,7 +30,10 @@ from metaplug.tasks.batch import TaskBatch
 from metaplug.values import Kind
 
 Step = Callable[[], object]
-MetaGradient = dict[str, Tensor]
+STATUS = Path("/proc/self/status")
+"""Where Linux says how much memory a process has had; elsewhere memory is not measured."""
+MetaGradient = Mapping[str, Tensor]
+Contestant = Callable[[nn.Module, TaskBatch, "Workload"], tuple[Step, Callable[[], MetaGradient]]]
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Row:
         spread: half the distance of the quartiles, in milliseconds.
         gradient_error: the largest difference of its meta-gradient from the plain loop's, in float64, over the largest entry of the latter;
             None where its chain changes the algorithm.
-        peak_mib: how far one step raises the peak memory of a process of its own, MiB.
+        peak_mib: how far one step raises the peak memory of a process of its own, MiB; None where it was not measured.
     """
 
     workload: str
@@ -112,9 +115,9 @@ def run(
     return rows
 
 
-def contestants(plugins: Sequence[str]) -> dict[str, Callable[[nn.Module, TaskBatch, Workload], tuple[Step, Callable[[], MetaGradient]]]]:
+def contestants(plugins: Sequence[str]) -> dict[str, Contestant]:
     """By name, what makes a step and a meta-gradient from a model, a batch and a workload."""
-    made: dict[str, Any] = {
+    made: dict[str, Contestant] = {
         "plain torch loop": lambda *work: _by_loss(_torch_loop, *work),
         "higher, task by task": _higher,
         "stacked by hand": lambda *work: _by_loss(_stacked, *work),
@@ -223,7 +226,7 @@ def _by_loss(
 def _torch_loop(model: nn.Module, batch: TaskBatch, workload: Workload, loss: Loss) -> Tensor:
     losses = []
     for task in range(batch.num_tasks):
-        weights = dict(model.named_parameters())
+        weights: dict[str, Tensor] = dict(model.named_parameters())
         for _ in range(workload.inner_steps):
             support = loss(torch.func.functional_call(model, weights, (batch.support_x[task],)), batch.support_y[task])
             gradients = torch.autograd.grad(support, list(weights.values()), create_graph=True)
@@ -269,7 +272,9 @@ def _higher(model: nn.Module, batch: TaskBatch, workload: Workload) -> tuple[Ste
     return step, gradient
 
 
-def _peak_in_own_process(workload: str, contestant: str) -> float:
+def _peak_in_own_process(workload: str, contestant: str) -> float | None:
+    if not STATUS.exists():
+        return None
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_report_peak, args=(sender, workload, contestant))
@@ -281,13 +286,18 @@ def _peak_in_own_process(workload: str, contestant: str) -> float:
 
 
 def _report_peak(sender: Any, workload: str, contestant: str) -> None:
-    """In a process of its own: a first small step loads what torch loads lazily, so that the second shows the step's own memory."""
+    """In a process of its own: a first step with one task loads what torch loads lazily, so that the second shows the step's own memory."""
     torch.set_num_threads(1)
     plugins = [contestant.removeprefix("metaplug + ")] if "+" in contestant else []
     work = WORKLOADS[workload]
-    small = Workload(**{**asdict(work), "tasks": 1})
-    for size in (small, work):
+    for size in (replace(work, tasks=1), work):
         gc.collect()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = _high_water_mib()
         contestants(plugins)[contestant](*size.build(), size)[0]()
-    sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    sender.send(_high_water_mib() - before)
+
+
+def _high_water_mib() -> float:
+    """The most memory that this process has had resident, MiB."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024

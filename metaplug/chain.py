@@ -78,8 +78,7 @@ class Chain:
             result = link.call(given)
             if result is None:
                 continue
-            fault = CHECKS[hook](value, result, arguments) or (self.check_finite and non_finite(result))
-            if fault:
+            if fault := CHECKS[hook](value, result, arguments) or self._non_finite(result):
                 raise link.fault(fault, given)
             value = result
         return value
@@ -95,8 +94,7 @@ class Chain:
             both = " and ".join(f"'{link.plugin.name}'" for link, _ in answers[:2])
             raise RequestError(f"plugins {both} both answer {hook}, which only one may: leave one of them out")
         for link, answer in answers:
-            fault = hook in CHECKS and CHECKS[hook](default, answer, arguments)
-            if fault:
+            if fault := (hook in CHECKS and CHECKS[hook](default, answer, arguments)) or self._non_finite(answer):
                 raise link.fault(fault, arguments)
             return answer
         return default
@@ -119,16 +117,32 @@ class Chain:
 
     def figures(self) -> dict[str, float]:
         """What the plugins have to log, as "PLUGIN.FIGURE"."""
-        answers = [(link, link.call({}) or {}) for link in self._links["end_meta_step"]]
-        return {f"{link.plugin.name}.{name}": float(value) for link, answer in answers for name, value in answer.items()}
+        found: dict[str, float] = {}
+        for link in self._links["end_meta_step"]:
+            answer = link.call({})
+            if answer is None:
+                continue
+            if fault := CHECKS["end_meta_step"](None, answer, {}):
+                raise link.fault(fault, {})
+            found.update({f"{link.plugin.name}.{name}": float(value) for name, value in answer.items()})
+        return found
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Every plugin's meta-parameters, as "PLUGIN.NAME"."""
-        return {f"{plugin.name}.{name}": parameter for plugin in self.plugins for name, parameter in plugin.named_parameters()}
+        """Every plugin's meta-parameters, as "PLUGIN.NAME"; those that do not learn (requires_grad False) are constants, and left out."""
+        return {
+            f"{plugin.name}.{name}": parameter
+            for plugin in self.plugins
+            for name, parameter in plugin.named_parameters()
+            if parameter.requires_grad
+        }
 
     def order(self) -> dict[str, tuple[str, ...]]:
         """For every hook that some plugin implements, the names of its plugins in the order of application."""
         return {hook: tuple(link.plugin.name for link in links) for hook, links in self._links.items() if links}
+
+    def _non_finite(self, value: Any) -> str | None:
+        fault = non_finite(value) if self.check_finite else None
+        return f"returned {fault}" if fault else None
 
     @property
     def transductive(self) -> tuple[str, ...]:
@@ -156,7 +170,7 @@ def _check_class(plugin: Plugin) -> None:
     """Refuse what pluggy would pass over in silence: unmarked and misspelt hooks, defaults, and ways to jump the queue."""
     if not isinstance(plugin, Plugin):
         raise RequestError(f"{plugin!r} is not a plugin: give an instance of a subclass of metaplug.Plugin")
-    for name, function in inspect.getmembers(type(plugin), inspect.isfunction):
+    for name, function in inspect.getmembers(type(plugin), callable):
         marks = getattr(function, "metaplug_impl", None)
         where = f"plugin '{plugin.name}': method {name}"
         if marks is None and name in KINDS:

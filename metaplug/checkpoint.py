@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -21,22 +22,35 @@ FORMAT = 1
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Write a state so that at every moment `path` holds either the whole old file or the whole new one.
+    """Write a state as a whole or not at all.
 
     Raises:
         RunError: the disk is full, or the folder cannot be written; an older file at `path` is as it was.
     """
+    with replacing(path) as file:
+        torch.save({"format": FORMAT, **state}, file)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, which then takes the place of `path`: at every moment that is the whole old file or the whole new one.
+
+    Raises:
+        RunError: as for `write`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(f"cannot write the checkpoint {path}: {error}; an older one there is untouched") from error
+        raise RunError(f"cannot write {path}: {error}; an older one there is untouched") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a plugin may return: one check for each fold and choose hook, made after every link.
+"""What a plugin may return: one check for each fold, choose and collect hook, made after every link.
 
 A check answers None, or the fault in words that follow the plugin's name.
 """
@@ -6,7 +6,7 @@ A check answers None, or the fault in words that follow the plugin's name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,8 @@ def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
 
 
 def _check_subset(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
+    if isinstance(after, str) or not isinstance(after, Collection):
+        return f"returned {after!r}, not a tuple of names"
     wrong = [name for name in after if name not in before]
     return f"selects {quoted(wrong)}, not among what it was given: {did_you_mean(wrong[0], before)}" if wrong else None
 
@@ -79,8 +81,14 @@ def _check_order(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
 
 def _check_weights(before: Any, after: Any, arguments: Mapping[str, Any]) -> str | None:
     steps = arguments["inner_steps"]
-    fits = len(after) == steps and all(math.isfinite(weight) for weight in after) and any(after)
-    return None if fits else f"answered {list(after)!r}: give {steps} finite weights, one for each inner step, not all of them 0"
+    numbers = isinstance(after, Sequence) and all(isinstance(weight, int | float) and math.isfinite(weight) for weight in after)
+    fits = numbers and len(after) == steps and any(after)
+    return None if fits else f"answered {after!r}: give {steps} finite weights, one for each inner step, not all of them 0"
+
+
+def _check_figures(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
+    fits = isinstance(after, Mapping) and all(isinstance(figure, int | float) for figure in after.values())
+    return None if fits else f"returned {after!r}, not numbers by name"
 
 
 def form(tensor: Tensor) -> str:
@@ -88,9 +96,12 @@ def form(tensor: Tensor) -> str:
 
 
 def non_finite(value: Any) -> str | None:
+    """Where a value holds NaN or Inf, in words; None where all of it is finite."""
+    if isinstance(value, TaskBatch):
+        value = {name: getattr(value, name) for name in ("support_x", "support_y", "query_x", "query_y")}
     named = value.items() if isinstance(value, Mapping) else [("its value", value)]
     wrong = [name for name, tensor in named if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all())]
-    return f"returned NaN or Inf in {quoted(wrong)}" if wrong else None
+    return f"NaN or Inf in {quoted(wrong)}" if wrong else None
 
 
 CHECKS: dict[str, Callable[[Any, Any, Mapping[str, Any]], str | None]] = {
@@ -105,4 +116,5 @@ CHECKS: dict[str, Callable[[Any, Any, Mapping[str, Any]], str | None]] = {
     "transform_outer_losses": _check_tensor,
     "transform_meta_gradients": _check_mapping,
     "scale_meta_learning_rate": _check_factor,
+    "end_meta_step": _check_figures,
 }

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from metaplug.chain import Chain
+from metaplug.checks import form, non_finite
 from metaplug.errors import RunError, quoted
-from metaplug.inner import InnerLoop
+from metaplug.inner import InnerLoop, recording
 from metaplug.runtime.seeding import mix, stream
 from metaplug.tasks.batch import TaskBatch
 from metaplug.values import Outcome
@@ -64,7 +65,7 @@ class Engine:
 
     def meta_gradients(self, batch: TaskBatch, iteration: int) -> MetaGradients:
         """The meta-gradients of one batch, as iteration `iteration` would use them. Steps and commits nothing."""
-        with stream(mix(self.seed, iteration), self.device) as generator, torch.inference_mode(False), torch.enable_grad():
+        with stream(mix(self.seed, iteration), self.device) as generator, recording():
             batch = self.chain.fold("transform_tasks", batch, iteration=iteration, generator=generator)
             weights = self._outer_weights(iteration)
             outcome = self.inner.run(batch, steps=self.inner.inner_steps, training=True, iteration=iteration, query_after=weights)
@@ -72,6 +73,8 @@ class Engine:
             outer_loss = self.chain.fold("transform_outer_losses", losses, outcome=outcome).mean()
             replaced = self.chain.choose("compute_meta_gradients", None, outcome=outcome)
             gradients = self._differentiate(outer_loss) if replaced is None else self._replaced(replaced)
+            if self.chain.check_finite and (fault := non_finite(gradients)):
+                raise RunError(f"the meta-gradient holds {fault}, though every loss on the way was finite")
             gradients = self.chain.fold("transform_meta_gradients", gradients, iteration=iteration)
         return MetaGradients(gradients, outer_loss.detach(), outcome)
 
@@ -90,9 +93,10 @@ class Engine:
         factor = self.chain.fold("scale_meta_learning_rate", 1.0, iteration=iteration, total=total)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
-        for name, gradient in found.gradients.items():
-            self.meta_parameters[name].grad = gradient
-        self.optimizer.step()
+        for name, parameter in self.meta_parameters.items():
+            parameter.grad = found.gradients.get(name)
+        with recording():  # under inference_mode the optimizer would make a state that no later step can change
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.chain.commit(found.outcome.statistics)
         self.iteration += 1
@@ -112,12 +116,22 @@ class Engine:
         return {after: weight for after, weight in enumerate(chosen, 1) if weight}
 
     def _differentiate(self, outer_loss: Tensor) -> dict[str, Tensor]:
-        taken = torch.autograd.grad(outer_loss, list(self.meta_parameters.values()), allow_unused=True)
+        if not outer_loss.requires_grad:
+            raise RunError("no meta-gradient: the outer loss depends on no trainable parameter; let the model's output depend on one")
+        try:
+            taken = torch.autograd.grad(outer_loss, list(self.meta_parameters.values()), allow_unused=True)
+        except RuntimeError as error:
+            raise _not_differentiable(error) from error
         return {name: gradient for name, gradient in zip(self.meta_parameters, taken, strict=True) if gradient is not None}
 
     def _replaced(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         wrong = [name for name in gradients if name not in self.meta_parameters]
         left_out = [name for name in self.chain.named_parameters() if name not in gradients]
+        misshapen = [name for name in gradients if name not in wrong and form(gradients[name]) != form(self.meta_parameters[name])]
+        if misshapen:
+            raise RunError(
+                f"compute_meta_gradients answered another form than the parameter's for {quoted(misshapen)}: keep shape and dtype"
+            )
         if wrong or left_out:
             raise RunError(
                 f"compute_meta_gradients answered names that are not meta-learned ({quoted(wrong)}) or left out a plugin's parameters "
@@ -133,7 +147,9 @@ class Engine:
                 self.meta_gradients(batch, iteration)
         except RunError as error:
             return RunError(f"iteration {iteration} stopped, nothing was updated: {error}; try a smaller inner or meta learning rate")
-        return RunError(f"the meta-gradient is NaN or Inf in iteration {iteration}, though no value on the way was: nothing was updated")
+        return RunError(
+            f"iteration {iteration} stopped, nothing was updated: the norm of the meta-gradient is Inf; clip it or lower inner_lr"
+        )
 
     @contextmanager
     def _checking(self) -> Iterator[None]:
@@ -142,3 +158,17 @@ class Engine:
             yield
         finally:
             self.chain.check_finite = False
+
+
+def _not_differentiable(error: RuntimeError) -> RuntimeError:
+    """The error of differentiating through the loop in words for the user; the error itself where it says something else."""
+    if "a second time" in str(error):
+        return RunError(
+            "a plugin uses the support losses of a first-order step in what is differentiated, but their graph is gone: "
+            "detach them in the plugin, or use second order"
+        )
+    if "derivative for" in str(error) or "once_differentiable" in str(error):
+        return RunError(
+            f"second-order meta-gradients cannot be had of this model ({str(error).splitlines()[0]}): add the plugin derivative-order"
+        )
+    return error

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,10 @@ from metaplug import checkpoint, registry
 from metaplug.chain import Chain
 from metaplug.config import LearnerSettings
 from metaplug.engine import Engine
-from metaplug.errors import RequestError, RunError, quoted
+from metaplug.errors import RequestError, RunError, quoted, unknown
 from metaplug.evaluation import EvaluationResult, metric_of, score
 from metaplug.history import History, Record
-from metaplug.inner import InnerLoop, Loss, set_mode
+from metaplug.inner import InnerLoop, Loss, recording, set_mode, usable
 from metaplug.plugin import Plugin
 from metaplug.preset import PluginUse, Preset, make_plugins
 from metaplug.runtime.batching import Batching, BatchingChoice, choose_batching
@@ -83,6 +83,8 @@ class MetaLearner:
         self.settings = validated(LearnerSettings, settings, "learner")
         if kind not in LOSSES:
             raise RequestError(f"unknown kind of task '{kind}': classification or regression")
+        if task_batching not in get_args(Batching):
+            raise unknown("task batching", task_batching, get_args(Batching))
         check_model(model, batch_norm)
         self.model, self.kind, self.seed, self.task_batching = model, kind, seed, task_batching
         self.custom_loss = loss is not None
@@ -175,6 +177,7 @@ class MetaLearner:
         Raises:
             RunError: a loss or gradient is NaN or Inf; the weights are those of the iteration before.
         """
+        _check_counts(tasks_per_batch=tasks_per_batch, validate_every=validate_every, validation_tasks=validation_tasks)
         total = self.iteration + iterations
         while self.iteration < total:
             batch = self._checked(tasks.batch(self.iteration, range(tasks_per_batch)))
@@ -192,6 +195,7 @@ class MetaLearner:
             inner_steps: default: as in training.
             tasks_per_batch: how many are computed together; the result does not depend on it.
         """
+        _check_counts(num_tasks=num_tasks, tasks_per_batch=tasks_per_batch)
         steps = self._steps(inner_steps)
         scores = []
         for start in range(0, num_tasks, tasks_per_batch):
@@ -322,8 +326,10 @@ class MetaLearner:
         """The batch on the model's device; before the first, the model is tried on it and the batching decided."""
         batch = batch.to(self.engine.device)
         if self.batching is None:
-            self._outputs = check_forward(self.engine.inner, batch, self.kind)
-            self.batching = choose_batching(self.task_batching, self.engine.inner, batch)
+            with recording():
+                tried = usable(batch)
+                self._outputs = check_forward(self.engine.inner, tried, self.kind)
+                self.batching = choose_batching(self.task_batching, self.engine.inner, tried)
             self.engine.inner.vectorized = self.batching.batching == "vectorized"
         batch.check_values(self._outputs)
         return batch
@@ -337,3 +343,9 @@ class MetaLearner:
             self._warned = True
             warnings.warn(f"adapting for {steps} inner steps, trained with {trained}: later steps use the last step's values", stacklevel=3)
         return steps
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise RequestError(f"{name} = {count}: give at least 1")

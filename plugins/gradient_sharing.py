@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metaplug import Context, Gradients, InnerStep, Plugin, PluginConfig, hookimpl
 
-TINY = 1e-24  # ε² with ε = 1e-12; clamped before the root, whose derivative at zero would be NaN
+TINY = 1e-24  # ε² with ε = 1e-12
 
 SQUASH: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -101,17 +101,15 @@ class GradientSharing(Plugin):
         if self.config.gate == 0:
             return None
         slot, flat = step.slot, self._flatten(gradients)
-        length = self._length(flat)
+        length, gate = self._length(flat), self._weight("gate", slot)
         if step.training or self.config.share_at_evaluation:
-            shared, started = self._mean(flat, length, step), torch.ones_like(self.started[slot])
-            weight = self._weight("momentum", slot)
-            shared = torch.where(self.started[slot], weight * self.running[slot] + (1 - weight) * shared, shared)
+            momentum = torch.where(self.started[slot], self._weight("momentum", slot), 0.0)
+            shared = torch.lerp(self._mean(flat, length, step), self.running[slot], momentum)
             step.keep(f"{slot}", shared)
         else:
-            shared, started = self.running[slot], self.started[slot]
-        gate = self._weight("gate", slot)
-        scaled = shared if self.config.normalisation == "none" else length * shared
-        return self._unflatten(torch.where(started, (1 - gate) * flat + gate * scaled, flat), gradients)
+            shared, gate = self.running[slot], torch.where(self.started[slot], gate, 0.0)
+        scale = gate if self.config.normalisation == "none" else gate * length
+        return self._unflatten((1 - gate) * flat + _outer(scale, shared), gradients)
 
     @hookimpl
     def commit(self, kept: Mapping[str, Tensor]) -> None:
@@ -122,15 +120,14 @@ class GradientSharing(Plugin):
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
         slots = len(self.started)
-        return {
-            f"{name}/{slot}": float(torch.as_tensor(self._weight(name, slot)).detach().mean())
-            for name in ("gate", "momentum")
-            for slot in range(slots)
-        }
+        return {f"{name}/{slot}": float(self._weight(name, slot).detach().mean()) for name in ("gate", "momentum") for slot in range(slots)}
 
     def _mean(self, flat: Tensor, length: Tensor, step: InnerStep) -> Tensor:
         """ū (P,), by the chosen normalisation."""
-        mean = step.task_mean(flat / length if self.config.normalisation == "unit" else flat)
+        if self.config.normalisation == "unit" and self.config.scope == "all":
+            mean = step.task_mean(flat, weights=length.squeeze(1).reciprocal())
+        else:
+            mean = step.task_mean(flat / length if self.config.normalisation == "unit" else flat)
         if self.config.normalisation == "mean-unit":
             mean = mean / self._length(mean.unsqueeze(0)).squeeze(0)
         return mean if self.config.through_mean else mean.detach()
@@ -138,16 +135,16 @@ class GradientSharing(Plugin):
     def _length(self, flat: Tensor) -> Tensor:
         """(rows, 1) or, by tensor, (rows, P): the norm that belongs to each column of `flat` (rows, P)."""
         if self.config.scope == "all":
-            return flat.square().sum(1, keepdim=True).clamp_min(TINY).sqrt()
-        squares = torch.stack([part.square().sum(1) for part in flat.split(list(self._sizes.values()), 1)], 1)
-        return squares.clamp_min(TINY).sqrt()[:, self.tensor_of]
+            return _root(torch.linalg.vecdot(flat, flat)).unsqueeze(1)
+        squares = [torch.linalg.vecdot(part, part) for part in flat.split(list(self._sizes.values()), 1)]
+        return _root(torch.stack(squares, 1)).index_select(1, self.tensor_of)
 
-    def _weight(self, name: str, slot: int) -> Tensor | float:
-        """σ of the gate or momentum of a slot, () or, by tensor, (P,); a number where it is fixed at 0 or 1."""
+    def _weight(self, name: str, slot: int) -> Tensor:
+        """σ of the gate or momentum of a slot: () or, by tensor, (P,)."""
         value = self._parameters.get(name)
         if value is None:
-            return self.config.gate if name == "gate" else self.config.momentum
-        weight: Tensor = SQUASH[self.config.gate_function](value[slot if len(value) > 1 else 0])
+            return self.running.new_tensor(self.config.gate if name == "gate" else self.config.momentum)
+        weight = SQUASH[self.config.gate_function](value[slot if len(value) > 1 else 0])
         return weight[self.tensor_of] if self.config.granularity == "step-and-tensor" else weight[0]
 
     def _flatten(self, gradients: Gradients) -> Tensor:
@@ -161,3 +158,13 @@ class GradientSharing(Plugin):
     def _unflatten(self, flat: Tensor, like: Gradients) -> dict[str, Tensor]:
         parts = dict(zip(self._sizes, flat.split(list(self._sizes.values()), 1), strict=True))
         return {name: parts[name].reshape(gradient.shape) for name, gradient in like.items()}
+
+
+def _outer(scale: Tensor, shared: Tensor) -> Tensor:
+    """scale · shared, as a matrix product where `scale` is one number a task: cheaper in both derivatives."""
+    return scale @ shared.unsqueeze(0) if scale.dim() == 2 and scale.shape[1] == 1 else scale * shared
+
+
+def _root(squares: Tensor) -> Tensor:
+    """√ with a finite derivative at zero."""
+    return squares.clamp_min(TINY).sqrt()

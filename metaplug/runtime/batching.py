@@ -10,11 +10,12 @@ from torch import Tensor
 
 from metaplug.errors import RequestError
 from metaplug.inner import InnerLoop
+from metaplug.runtime.seeding import stream
 from metaplug.tasks.batch import TaskBatch
 
 Batching = Literal["auto", "vectorized", "sequential"]
 
-CPU_TASK_BYTES = 4 * 2**20
+CPU_TASK_BYTES = 2 * 2**20
 """On a CPU, the most that one task's support pass may keep for its backward pass if tasks are to be vectorised (docs/performance.md)."""
 
 
@@ -61,7 +62,7 @@ def _refusal(inner: InnerLoop, batch: TaskBatch) -> str | None:
     parameters = [parameter.detach().expand(2, *parameter.shape) for parameter in inner.model.parameters()]
     x, y = (tensor[:1].expand(2, *tensor.shape[1:]) for tensor in (batch.support_x, batch.support_y))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), stream(0, x.device):
             torch.vmap(inner.task, in_dims=(0, 0, 0), randomness="different")(parameters, x, y)
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -79,6 +80,6 @@ def _kept_bytes(inner: InnerLoop, batch: TaskBatch) -> int:
             kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with stream(0, batch.device), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         _loss, _ = inner.task(parameters, batch.support_x[0], batch.support_y[0])
     return sum(kept.values())

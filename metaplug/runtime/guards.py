@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from metaplug.checks import form
 from metaplug.errors import RequestError, quoted
 from metaplug.inner import InnerLoop, set_mode
 from metaplug.runtime.seeding import stream
@@ -40,33 +41,50 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
 
 
 def check_forward(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> int | None:
-    """Run one task forward, patched and as torch itself would, on weights that are not the model's own, and compare.
+    """Run one task forward and backward, patched and as torch itself would, on weights that are not the model's own, and compare.
 
     Returns:
         The width of the model's output for classification, None for regression.
 
     Raises:
-        RequestError: the patched model differs (a forward hook, a closure over the module, …); it writes a buffer; its output or loss has
-            not the right form, or is too narrow for the labels.
+        RequestError: the model fails on the task; the patched model differs (a forward hook, a closure over the module, …), or runs parts
+            of its forward pass again in the backward pass; it writes a buffer; its output or loss has not the right form, or is too
+            narrow for the labels.
     """
     x, y = batch.support_x[0], batch.support_y[0]
     weights = _perturbed(inner.model)
-    buffers = {id(buffer): buffer._version for buffer in inner.patched.buffers()}
-    with torch.no_grad(), stream(0, x.device):
-        prediction = inner.patched(x, params=list(weights.values()))
-    if {id(buffer): buffer._version for buffer in inner.patched.buffers()} != buffers:
+    expected = _reference(inner, weights, x)
+    before = [(buffer, buffer._version) for buffer in inner.patched.buffers()]
+    try:
+        with stream(0, x.device):
+            prediction = inner.predict(list(weights.values()), x)
+    except Exception as error:
+        raise RequestError(
+            f"the model runs, but not with weights that are not its own ({_reason(error)}): replace that part of it"
+        ) from error
+    after = [(buffer, buffer._version) for buffer in inner.patched.buffers()]
+    if len(before) != len(after) or any(old is not new or was != now for (old, was), (new, now) in zip(before, after, strict=True)):
         raise RequestError(
             "the model writes to a buffer in forward, which would leak from task to task: make its buffers constant in training"
         )
     if not isinstance(prediction, Tensor) or prediction.shape[:1] != x.shape[:1]:
         raise RequestError("the model must answer with one tensor (n, *output), a row for each example: wrap it in a module that does")
-    expected = _reference(inner, weights, x)
-    if not torch.allclose(prediction, expected, rtol=1e-3, atol=1e-4, equal_nan=True):
+    if not _close(prediction, expected):
         raise RequestError(
             "the model's forward pass does not follow the weights that it is given (a forward hook such as the old weight_norm, a stored "
             "function that closes over a module, or random numbers from outside torch): replace that part of the model"
         )
+    if not _follows_backward(inner, prediction, expected, weights, x):
+        raise RequestError(
+            "the gradient of the model does not follow the weights of its forward pass (activation checkpointing, which runs forward again "
+            "with later weights, a backward hook, or an operation that has no gradient): replace that part of the model"
+        )
     outputs = _output_width(prediction) if kind == "classification" else None
+    if kind == "regression" and prediction.shape != y.shape:
+        raise RequestError(
+            f"for regression the model must answer in the form of the targets, {tuple(y.shape)} for a task, not {tuple(prediction.shape)}: "
+            "reshape one of them"
+        )
     batch.check_values(outputs)
     loss = inner.loss(prediction, y)
     if not isinstance(loss, Tensor) or loss.shape != ():
@@ -85,20 +103,54 @@ def _output_width(prediction: Tensor) -> int:
 def _perturbed(model: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     noise = {name: torch.randn(parameter.shape, generator=generator).to(parameter) for name, parameter in model.named_parameters()}
-    return {name: parameter.detach() + 0.1 * noise[name] for name, parameter in model.named_parameters()}
+    return {
+        name: (parameter.detach() + 0.1 * noise[name]).requires_grad_(parameter.requires_grad)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _close(own: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(own, expected, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def _follows_backward(inner: InnerLoop, prediction: Tensor, expected: Tensor, weights: Mapping[str, Tensor], x: Tensor) -> bool:
+    """Whether the gradient of a forward pass is still its own after a later forward pass with other weights."""
+    trainable = [weight for weight in weights.values() if weight.requires_grad]
+    if not expected.requires_grad:
+        return True  # nothing to follow: the inner loop says so where it asks for a gradient
+    with stream(0, x.device):
+        inner.predict([2 * weight.detach() for weight in weights.values()], x)
+    try:
+        own, reference = (torch.autograd.grad(output.sum(), trainable, allow_unused=True) for output in (prediction, expected))
+    except RuntimeError:
+        return False
+    return all(_close(*(torch.zeros(()) if one is None else one for one in pair)) for pair in zip(own, reference, strict=True))
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def _reference(inner: InnerLoop, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """What torch's own functional call gives for these weights; the model is left as it was."""
+    """What torch's own functional call gives for these weights; the model is left as it was.
+
+    Raises:
+        RequestError: the model fails on these examples.
+    """
     model, modes = inner.model, {module: module.training for module in inner.model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         model.train()
         if inner.batch_norm == "frozen":
             set_mode(model, True, "frozen")
-        with torch.no_grad(), stream(0, x.device):
+        with stream(0, x.device):
             expected: Tensor = torch.func.functional_call(model, {**weights, **buffers}, (x,))
         return expected
+    except Exception as error:
+        raise RequestError(
+            f"the model fails on the support examples of a task, {form(x)} ({_reason(error)}): give it the form and dtype of the tasks"
+        ) from error
     finally:
         for module, training in modes.items():
             module.training = training

@@ -23,11 +23,19 @@ def mix(*parts: int) -> int:
 
 @contextmanager
 def stream(seed: int, device: torch.device) -> Iterator[torch.Generator]:
-    """Inside, torch's random numbers start from `seed`; outside, the caller's streams are as they were.
+    """Inside, torch's random numbers on the CPU and on `device` start from `seed`; outside, the caller's streams are as they were.
 
     Yields:
         A CPU generator of its own, from the same seed.
     """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index if device.index is not None else torch.cuda.current_device()])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
         yield torch.Generator().manual_seed(mix(seed))
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -9,19 +9,21 @@ from torch import Tensor
 
 from metaplug.errors import RequestError, RunError
 
+_FIELDS = ("support_x", "support_y", "query_x", "query_y")
+
 
 @dataclass(frozen=True, slots=True)
 class TaskBatch:
-    """T tasks of equal size. Checked when made.
+    """T >= 1 tasks of equal size. Checked when made.
 
     Attributes:
-        support_x: (T, n_support, *input).
-        support_y: (T, n_support, *target).
-        query_x: (T, n_query, *input), of the dtype of support_x.
-        query_y: (T, n_query, *target), of the dtype of support_y.
+        support_x: (T, n_support, *input), n_support >= 1.
+        support_y: (T, n_support, *target): integer labels, or floating-point targets.
+        query_x: (T, n_query, *input), n_query >= 1, of the dtype of support_x.
+        query_y: (T, n_query, *target): integer where support_y is, floating-point where it is.
 
     Raises:
-        RequestError: shapes, dtypes or devices do not fit each other; the field and the shapes are named.
+        RequestError: a field is no tensor, or its shape, dtype or device does not fit the others; the fields and shapes are named.
     """
 
     support_x: Tensor
@@ -29,16 +31,86 @@ class TaskBatch:
     query_x: Tensor
     query_y: Tensor
 
+    def __post_init__(self) -> None:
+        for name in _FIELDS:
+            value = getattr(self, name)
+            if not isinstance(value, Tensor):
+                raise RequestError(f"TaskBatch: {name} is a {type(value).__name__}, not a tensor: give torch.as_tensor({name})")
+            if value.ndim < 2 or 0 in value.shape[:2]:
+                raise RequestError(
+                    f"TaskBatch: {name} has shape {_shape(value)}: give (tasks, examples, ...) with at least one task and one example"
+                )
+            if value.device != self.support_x.device:
+                raise RequestError(
+                    f"TaskBatch: {name} is on {value.device}, support_x on {self.support_x.device}: move all four to one device"
+                )
+            if value.shape[0] != self.support_x.shape[0]:
+                raise self._misfit("support_x", name, "every field must stack the same number of tasks")
+        for part in ("support", "query"):
+            if getattr(self, f"{part}_x").shape[1] != getattr(self, f"{part}_y").shape[1]:
+                raise self._misfit(f"{part}_x", f"{part}_y", "give one target for every example")
+        if self.support_x.shape[2:] != self.query_x.shape[2:]:
+            raise self._misfit("support_x", "query_x", "support and query examples must have one input shape")
+        if self.support_y.shape[2:] != self.query_y.shape[2:]:
+            raise self._misfit("support_y", "query_y", "support and query examples must have one target shape")
+        if self.support_x.dtype != self.query_x.dtype:
+            raise self._mixed("support_x", "query_x", "convert one of them")
+        if self.support_y.is_floating_point() != self.query_y.is_floating_point():
+            raise self._mixed("support_y", "query_y", "give integer labels in both, or floating-point targets in both")
+
     @property
     def num_tasks(self) -> int:
+        """T."""
         return len(self.support_x)
 
     @property
     def device(self) -> torch.device:
+        """The one device of all four tensors."""
         return self.support_x.device
 
     def to(self, device: torch.device | str) -> TaskBatch:
-        return TaskBatch(self.support_x.to(device), self.support_y.to(device), self.query_x.to(device), self.query_y.to(device))
+        """The batch on `device`; the batch itself where it is there already."""
+        moved = [getattr(self, name).to(device) for name in _FIELDS]
+        return self if all(tensor is getattr(self, name) for name, tensor in zip(_FIELDS, moved, strict=True)) else TaskBatch(*moved)
 
     def check_values(self, outputs: int | None) -> None:
-        pass
+        """Check what shapes do not show; it waits for the device once per tensor.
+
+        Args:
+            outputs: the model's number of outputs (>= 1), against which integer labels are checked; None leaves labels unchecked.
+
+        Raises:
+            RunError: NaN or Inf in an input or in a floating-point target; the field and the first such task are named.
+            RequestError: an integer label is not one of 0 ... outputs - 1.
+        """
+        for name in _FIELDS:
+            value: Tensor = getattr(self, name)
+            if value.is_floating_point():
+                if not torch.isfinite(value).all():
+                    task = int((~torch.isfinite(value)).flatten(1).any(1).nonzero()[0])
+                    raise RunError(f"{name} of task {task} holds NaN or Inf, on which no loss is defined: clean the data of that task")
+            elif name.endswith("_y") and outputs is not None:
+                low, high = (int(bound) for bound in value.aminmax())
+                if low < 0 or high >= outputs:
+                    raise RequestError(
+                        f"labels out of range: {name} has the label {low if low < 0 else high}, but the model has {outputs} outputs, "
+                        f"for the labels 0 to {outputs - 1}: give the model more outputs, or the tasks fewer ways"
+                    )
+
+    def _misfit(self, one: str, other: str, mend: str) -> RequestError:
+        return RequestError(
+            f"TaskBatch: {one} has shape {_shape(getattr(self, one))} and {other} {_shape(getattr(self, other))}, which do not fit: {mend}"
+        )
+
+    def _mixed(self, one: str, other: str, mend: str) -> RequestError:
+        return RequestError(
+            f"TaskBatch: {one} has dtype {_dtype(getattr(self, one))} and {other} {_dtype(getattr(self, other))}, which do not fit: {mend}"
+        )
+
+
+def _shape(value: Tensor) -> str:
+    return str(tuple(value.shape))
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")

@@ -1,0 +1,124 @@
+"""explain, plugins and tasks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from metaplug.cli.console import CONSOLE, line, print_json
+from metaplug.cli.options import Config, Json, PresetName, Set, With, resolve_options, shared
+from metaplug.errors import unknown
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command(epilog=_EXPLAIN_EXAMPLES)(shared(explain))
+    app.command(epilog=_PLUGINS_EXAMPLES)(plugins)
+    app.command(epilog=_TASKS_EXAMPLES)(tasks)
+
+
+_EXPLAIN_EXAMPLES = """**Examples**
+
+- metaplug explain experiment.yaml
+
+- metaplug explain --preset fomaml --with gradient-sharing --inner-lr 1.0"""
+
+
+def explain(*, given: dict[str, Any], config: Config = None, preset: PresetName = None, use: With = None, sets: Set = None) -> None:
+    """Show what a configuration comes to: the order of plugins at every hook, their settings, and where every value is from.
+
+    Takes the options of train, and trains nothing.
+    """
+    from metaplug.chain import Chain
+    from metaplug.preset import make_plugins, parse_plugin
+    from metaplug.report.terminal import explanation
+
+    resolved = resolve_options(given, sets, config=config, preset=preset, uses=[parse_plugin(text) for text in use or ()])
+    chain = Chain(make_plugins(resolved.config.preset, resolved.config.plugins))
+    CONSOLE.print(explanation(resolved, chain.order(), {plugin.name: plugin.config.model_dump(mode="json") for plugin in chain.plugins}))
+
+
+_PLUGINS_EXAMPLES = """**Examples**
+
+- metaplug plugins
+
+- metaplug plugins gradient-sharing
+
+- metaplug plugins gradient-sharing --json"""
+
+
+def plugins(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One part, with its settings and hooks.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """List what is installed: plugins, the presets that are made of them, and models; or show one of them in full."""
+    from metaplug.report.catalogue import entries
+    from metaplug.report.terminal import catalogue_page, catalogue_table
+
+    found = entries("plugin", "preset", "model")
+    chosen = [entry for entry in found if name in (None, entry.name)]
+    if not chosen:
+        raise unknown("plugin, preset or model", str(name), dict.fromkeys(entry.name for entry in found))
+    if as_json:
+        print_json([entry.values(whole=name is not None) for entry in chosen])
+    elif name is None:
+        CONSOLE.print(catalogue_table(chosen, "Installed"))
+        line("metaplug plugins NAME shows one with its settings; metaplug tasks lists task sources")
+    else:
+        CONSOLE.print(*(catalogue_page(entry) for entry in chosen), sep="\n")
+
+
+_TASKS_EXAMPLES = """**Examples**
+
+- metaplug tasks
+
+- metaplug tasks glyphs
+
+- metaplug tasks folder path/to/images --json"""
+
+
+def tasks(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="One source, with its settings and its data.", show_default=False)
+    ] = None,
+    argument: Annotated[
+        str | None, typer.Argument(metavar="ARGUMENT", help="What the source needs, such as folder's path.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the task sources; or show one of them, with the classes and images of its splits."""
+    from metaplug.report.catalogue import entries
+    from metaplug.report.terminal import catalogue_page, catalogue_table, values_table
+
+    found = entries("task source")
+    if name is None:
+        if as_json:
+            print_json([entry.values(whole=False) for entry in found])
+        else:
+            CONSOLE.print(catalogue_table(found, "Task sources"))
+        return
+    source, _, behind = name.partition(":")
+    chosen = next((entry for entry in found if entry.name == source), None)
+    if chosen is None:
+        raise unknown("task source", source, [entry.name for entry in found])
+    data = None if chosen.error else _describe(source, argument or behind)
+    if as_json:
+        print_json({**chosen.values(whole=True), "data": data})
+        return
+    CONSOLE.print(catalogue_page(chosen))
+    if data is not None:
+        CONSOLE.print(values_table("Data", data))
+
+
+def _describe(source: str, argument: str) -> dict[str, Any] | None:
+    """The data of a source; None for one that needs an argument and has none."""
+    from metaplug import registry
+    from metaplug.config import ExperimentConfig, TaskSettings
+    from metaplug.experiment import build_tasks
+
+    if registry.load("task source", source).argument is not None and not argument:
+        return None
+    # The smallest tasks there are, so that no data set is too small to be described.
+    settings = TaskSettings(source=f"{source}:{argument}" if argument else source, ways=2, shots=1, queries=1)
+    return build_tasks(ExperimentConfig(tasks=settings)).describe()

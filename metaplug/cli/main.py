@@ -1,0 +1,94 @@
+"""The `metaplug` command: every command registered, and every failure shown as one line. Imports no torch: `--help` must be quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+import metaplug
+from metaplug.cli import listing, running
+from metaplug.cli.console import line
+from metaplug.errors import MetaplugError
+
+# typer has come to carry a copy of click, so that the base of its usage errors is found through one that it exports.
+_USAGE_ERROR: type[Any] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+INTERRUPTED = 130
+"""The exit status after Ctrl-C."""
+
+app = typer.Typer(
+    name="metaplug",
+    help="Gradient-based meta-learning with plugins: train, evaluate and compare algorithms that are made of parts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"metaplug {metaplug.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. Stands before the command.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+) -> None:
+    context.obj = debug
+    _State.debug = debug
+
+
+class _State:
+    """Whether `--debug` was given, for errors that reach `main`."""
+
+    debug = False
+
+
+running.register(app)
+listing.register(app)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 for success, 1 for a failed run, 2 for a wrong request, 130 after Ctrl-C."""
+    _State.debug = False
+    _quiet_warnings()
+    try:
+        status = app(args=arguments, prog_name="metaplug", standalone_mode=False)
+    except _USAGE_ERROR as error:
+        _fail(error.format_message(), error.exit_code)
+    except MetaplugError as error:
+        _fail(str(error), error.exit_status)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("stopped", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it flushes at exit
+        sys.exit(1)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        _fail(f"unexpected {type(error).__name__}{': ' if text else ''}{text}; `metaplug --debug ...` shows the traceback", 1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(text: str, status: int) -> NoReturn:
+    if _State.debug:
+        traceback.print_exc()
+    line(f"metaplug: {text}", style="red")
+    sys.exit(status)
+
+
+def _quiet_warnings() -> None:
+    """Show a warning as one line, and hide what two source lines of higher make Python say when it first compiles them."""
+    warnings.filterwarnings("ignore", category=SyntaxWarning, module="higher")
+    warnings.filterwarnings("ignore", r'"is" with|invalid escape', SyntaxWarning)
+    warnings.filterwarnings("ignore", "invalid escape", DeprecationWarning)
+    warnings.showwarning = lambda message, *_, **__: line(f"metaplug: warning: {message}", style="yellow")

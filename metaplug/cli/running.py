@@ -1,0 +1,274 @@
+"""train, evaluate and compare."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from metaplug.cli.console import CONSOLE, line, print_json
+from metaplug.cli.options import RUN, Config, Json, PresetName, Set, With, resolve_options, shared
+from metaplug.errors import RequestError
+
+if TYPE_CHECKING:
+    from metaplug.comparison import Comparison
+    from metaplug.config import ExperimentConfig
+
+
+class Split(StrEnum):
+    """What `evaluate` may measure on."""
+
+    TEST = "test"
+    VAL = "val"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command(epilog=_TRAIN_EXAMPLES)(shared(train))
+    app.command(epilog=_EVALUATE_EXAMPLES)(evaluate)
+    app.command(epilog=_COMPARE_EXAMPLES)(shared(compare))
+
+
+_TRAIN_EXAMPLES = """**Examples**
+
+- metaplug train --preset maml --with gradient-sharing --tasks glyphs --ways 5 --shots 1
+
+- metaplug train --with gradient-sharing:gate=0.3,momentum=0.9 --set training.validate_every=50 --name mine
+
+- metaplug train experiment.yaml --iterations 2000 --resume"""
+
+
+def train(
+    *,
+    given: dict[str, Any],
+    config: Config = None,
+    preset: PresetName = None,
+    use: With = None,
+    sets: Set = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="The run's name.", show_default="CONFIG's name, or made of the options", rich_help_panel=RUN),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="The folder that holds runs.", rich_help_panel=RUN)] = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this name, bit for bit.", rich_help_panel=RUN)] = False,
+) -> None:
+    """Meta-train a model, and test it on tasks that it has not seen.
+
+    The run is kept in OUT/NAME: config.yaml, metrics.jsonl, last.pt, best.pt, curves.png and summary.json. Ctrl-C stops it after the
+    current step with a checkpoint.
+    """
+    from metaplug.experiment import SUMMARY, Experiment, read_metrics
+    from metaplug.experiment import train as train_in
+    from metaplug.preset import parse_plugin
+    from metaplug.report.figures import run_figure
+    from metaplug.report.terminal import TrainingProgress, heading, result_line
+
+    settings = resolve_options(given, sets, config=config, preset=preset, uses=[parse_plugin(text) for text in use or ()]).config
+    folder = out / (name or (config.stem if config is not None else _default_name(settings)))
+    if resume and (folder / SUMMARY).exists():
+        line(f"{folder} is finished already")
+    progress = TrainingProgress(CONSOLE, settings.training.iterations)
+
+    def begin(experiment: Experiment) -> None:
+        line(heading(experiment))
+        done = experiment.learner.iteration
+        line(f"going on in {folder} after iteration {done}" if done else f"a new run in {folder}")
+        progress.begin(done)
+
+    with _stop_on_interrupt() as stop, progress:
+        summary = train_in(settings, folder, resume=resume, on_start=begin, on_record=progress.record, stop=stop)
+    run_figure(read_metrics(folder), folder / "curves.png")
+    if summary is None:
+        line(f"stopped, with a checkpoint in {folder}; the same command with --resume goes on")
+        raise typer.Exit(130)
+    line(f"test {result_line(summary['test'])}")
+    line(f"by the weights after iteration {summary['best_validation']['iteration']}, which validated best; all of it is in {folder}")
+    for reason in summary["test"]["transductive"]:
+        line(f"transductive: {reason}")
+
+
+_EVALUATE_EXAMPLES = """**Examples**
+
+- metaplug evaluate runs/mine
+
+- metaplug evaluate runs/mine --num-tasks 2000 --inner-steps 10 --json"""
+
+
+def evaluate(
+    *,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or one of its checkpoints.", show_default=False)],
+    num_tasks: Annotated[
+        int | None, typer.Option("--num-tasks", min=2, help="How many tasks.", show_default="as the run was configured")
+    ] = None,
+    inner_steps: Annotated[
+        int | None, typer.Option("--inner-steps", min=0, max=1000, help="Inner steps K.", show_default="as trained")
+    ] = None,
+    split: Annotated[Split, typer.Option("--split", help="Which tasks.")] = Split.TEST,
+    device: Annotated[
+        str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", show_default="as the run was configured")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a trained run on tasks that it has not seen, by the weights that validated best."""
+    from metaplug.experiment import environment, load, result_values
+    from metaplug.report.terminal import result_line
+
+    experiment = load(run, device)
+    learner, tasks = experiment.learner, experiment.tasks
+    count = experiment.config.training.test_tasks if num_tasks is None else num_tasks
+    result = learner.evaluate(tasks.test if split is Split.TEST else tasks.val, num_tasks=count, inner_steps=inner_steps)
+    values = {"run": str(run), "split": split.value, "iteration": learner.iteration, **result_values(result), **environment(learner)}
+    if as_json:
+        print_json(values)
+        return
+    line(f"{split.value} {result_line(values)}")
+    for reason in result.transductive:
+        line(f"transductive: {reason}")
+
+
+_COMPARE_EXAMPLES = """**Examples**
+
+- metaplug compare --variant maml --variant maml+gradient-sharing --seeds 3 --json out.json
+
+- metaplug compare --variant maml --variant "fomaml + gradient-sharing:gate=0.3" --tasks sinusoid --model mlp --inner-lr 0.01"""
+
+
+def compare(
+    *,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant",
+            metavar="PRESET[+PLUGIN[:FIELD=VALUE,...]]...",
+            help="One algorithm; give two or more, the baseline first.",
+            show_default=False,
+            rich_help_panel="Comparison",
+        ),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, max=1000, help="How many seeds, from --seed on.", rich_help_panel="Comparison")
+    ] = 1,
+    given: dict[str, Any],
+    sets: Set = None,
+    json_to: Annotated[
+        str | None,
+        typer.Option(
+            "--json",
+            metavar="FILE|-",
+            help="Write everything that was measured as JSON, to a file or to standard output.",
+            show_default=False,
+            rich_help_panel="Comparison",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="A new folder for comparison.json, curves.png and report.txt.",
+            show_default=False,
+            rich_help_panel="Comparison",
+        ),
+    ] = None,
+) -> None:
+    """Meta-train several algorithms at an equal budget on the same tasks, and say how much faster each is than the first.
+
+    Acceleration: the target is the best validation value that the first variant reaches; (iterations that it needs / iterations that the
+    other needs - 1) x 100 %, for each seed.
+    """
+    from metaplug.comparison import Variant, to_values
+    from metaplug.comparison import compare as compare_variants
+    from metaplug.preset import parse_variant
+    from metaplug.report.terminal import TrainingProgress, comparison_report
+
+    for text in sets or ():
+        if text.partition("=")[0].split(".")[0] in ("preset", "plugins"):
+            raise RequestError(
+                f"--set {text}: in a comparison every variant has its own; write it into --variant, as PRESET+PLUGIN:FIELD=VALUE"
+            )
+    variants = []
+    for text in variant or ():
+        preset, uses = parse_variant(text)
+        variants.append(Variant(text.replace(" ", ""), resolve_options(given, sets, preset=preset, uses=uses).config))
+    _check_outputs(json_to, out)
+    first = variants[0].config.seed if variants else 0
+    iterations = sum(one.config.training.iterations for one in variants)
+    with TrainingProgress(CONSOLE, iterations * seeds) as progress:
+        comparison = compare_variants(
+            variants,
+            range(first, first + seeds),
+            on_record=lambda one, seed, record: progress.record(record, f"{one.label}, seed {seed}"),
+        )
+    report = comparison_report(comparison)
+    CONSOLE.print(report)
+    if out is not None:
+        _write_folder(comparison, report, out)
+    if json_to == "-":
+        print_json(to_values(comparison))
+    elif json_to is not None:
+        _write_json(to_values(comparison), Path(json_to))
+
+
+def _check_outputs(json_to: str | None, out: Path | None) -> None:
+    """Refuse before an hour of training what could not be written after it."""
+    if json_to not in (None, "-"):
+        target = Path(json_to)
+        if target.is_dir() or not target.parent.is_dir():
+            what = "is a folder" if target.is_dir() else f"lies in a folder {target.parent} that does not exist"
+            raise RequestError(f"--json {target}: it {what}; give a file in a folder that exists, or - for standard output")
+    if out is not None and out.exists():
+        raise RequestError(f"the folder {out} already exists: give another --out")
+
+
+def _write_folder(comparison: Comparison, report: Any, out: Path) -> None:
+    from rich.console import Console
+
+    from metaplug.comparison import to_values
+    from metaplug.report.figures import comparison_figure
+
+    out.mkdir(parents=True)
+    _write_json(to_values(comparison), out / "comparison.json")
+    comparison_figure(comparison, out / "curves.png")
+    with (out / "report.txt").open("w", encoding="utf-8") as file:
+        Console(file=file, width=120).print(report)
+    line(f"comparison.json, curves.png and report.txt are in {out}")
+
+
+def _write_json(values: Any, path: Path) -> None:
+    from metaplug.checkpoint import replacing
+    from metaplug.experiment import to_json
+
+    with replacing(path) as file:
+        file.write((to_json(values, indent=2) + "\n").encode())
+
+
+def _default_name(config: ExperimentConfig) -> str:
+    """A name that says what the run is, and that the same options give again."""
+    plugins = [use.name or use.plugin for use in config.plugins]
+    source, _, argument = config.tasks.source.partition(":")
+    parts = ["+".join([config.preset, *plugins]), source, *([Path(argument).stem] if argument else [])]
+    parts += [f"{config.tasks.ways}way", f"{config.tasks.shots}shot", f"seed{config.seed}"]
+    return re.sub(r"[^\w.+-]+", "-", "-".join(parts))
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C asks to stop after the current step, and a second one stops at once."""
+    asked: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        line("stopping after this step; Ctrl-C again stops at once")
+
+    previous = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, previous)

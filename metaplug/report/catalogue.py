@@ -1,0 +1,128 @@
+"""What is installed, as plain values: every part's summary, documentation, settings and hooks, read off its class."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from metaplug import registry
+from metaplug.hookspecs import KINDS
+from metaplug.preset import Preset
+from metaplug.registry import Part
+
+
+@dataclass(frozen=True)
+class SettingRow:
+    """One field of a Config, in words."""
+
+    name: str
+    type: str
+    bounds: str
+    default: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One installed part; `facts` are what its kind has beside settings, in words."""
+
+    kind: str
+    name: str
+    distribution: str
+    summary: str = ""
+    documentation: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
+    fields: tuple[SettingRow, ...] = ()
+    error: str | None = None
+
+    def values(self, *, whole: bool) -> dict[str, Any]:
+        """As JSON values: a row of the list, or the whole page."""
+        values = asdict(self)
+        return values if whole else {key: values[key] for key in ("kind", "name", "distribution", "summary", "error")}
+
+
+def entries(*kinds: str) -> list[Entry]:
+    """Every installed part of these kinds; one that does not load has its error."""
+    return [_entry(part) for kind in kinds for part in registry.parts(kind)]
+
+
+def _entry(part: Part) -> Entry:
+    if part.error is not None:
+        return Entry(part.kind, part.name, part.origin, error=part.error)
+    if isinstance(part.value, Preset):
+        return _preset_entry(part, part.value)
+    documentation = inspect.getdoc(part.value) or ""
+    facts = {}
+    if part.kind == "plugin":
+        hooks = [hook for hook in KINDS if getattr(getattr(part.value, hook, None), "metaplug_impl", None)]
+        facts["hooks"] = ", ".join(f"{hook} ({KINDS[hook]})" for hook in hooks) or "none"
+        facts |= {
+            name.replace("_", " "): ", ".join(names) for name in ("runs_after", "conflicts_with") if (names := getattr(part.value, name))
+        }
+        facts["couples tasks"] = "yes" if part.value.couples_tasks else "no"
+    config = getattr(part.value, "Config", None)
+    return Entry(
+        part.kind,
+        part.name,
+        part.origin,
+        summary=documentation.split("\n\n")[0].replace("\n", " "),
+        documentation=documentation,
+        facts=facts,
+        fields=rows(config) if config is not None else (),
+    )
+
+
+def _preset_entry(part: Part, preset: Preset) -> Entry:
+    facts = {"plugins": ", ".join(_use_text(use.plugin, use.settings) for use in preset.plugins) or "none", "source": preset.source}
+    if preset.defaults:
+        facts["training defaults"] = str(preset.defaults)
+    return Entry("preset", part.name, part.origin, summary=preset.summary, documentation=preset.summary, facts=facts)
+
+
+def _use_text(plugin: str, settings: dict[str, Any]) -> str:
+    return plugin + (":" + ",".join(f"{name}={value}" for name, value in settings.items()) if settings else "")
+
+
+def rows(config: type[BaseModel]) -> tuple[SettingRow, ...]:
+    """The fields of a pydantic model in words."""
+    return tuple(
+        SettingRow(name, type_text(info.annotation), _bounds(info), _default(info), info.description or "")
+        for name, info in config.model_fields.items()
+    )
+
+
+def type_text(annotation: Any) -> str:
+    """A type as a user writes its values: "float", "int or null", "sgd | adam", "list of float"."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (Union, types.UnionType):
+        return " or ".join(type_text(argument) for argument in arguments)
+    if origin in (tuple, list):
+        inner = dict.fromkeys(type_text(argument) for argument in arguments if argument is not Ellipsis)
+        count = f"{len(arguments)} " if origin is tuple and Ellipsis not in arguments else "list of "
+        return count + ", ".join(inner)
+    if hasattr(annotation, "__metadata__"):
+        return type_text(arguments[0])
+    if annotation is type(None):
+        return "null"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _bounds(info: FieldInfo) -> str:
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    found = [f"{sign} {getattr(bound, name)}" for name, sign in signs.items() for bound in info.metadata if hasattr(bound, name)]
+    return ", ".join(found)
+
+
+def _default(info: FieldInfo) -> str:
+    default = info.get_default(call_default_factory=True, validated_data={})
+    if default is PydanticUndefined:
+        return "required"
+    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)

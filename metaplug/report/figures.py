@@ -1,0 +1,190 @@
+"""Curves as PNG pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from metaplug.checkpoint import replacing
+from metaplug.comparison import Comparison, Curve
+from metaplug.evaluation import Metric
+
+COLOURS = ("#4D4D4D", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's colours, which colour-blind readers can tell apart; grey for the baseline."""
+
+INK, FAINT = "#222222", "#D9D9D9"
+WIDTH, DPI = 7.5, 160
+"""Inches and dots per inch: 1,200 pixels, legible at 900."""
+
+
+def comparison_figure(comparison: Comparison, path: Path) -> None:
+    """Validation curves of every variant: the mean over seeds with its 95 % band, each seed thin behind it, and the acceleration."""
+    figure = Figure(figsize=(WIDTH, 4.6), dpi=DPI, layout="constrained")
+    axes = _axes(figure, "meta-iterations", f"validation {comparison.metric}", comparison.metric)
+    for index, variant in enumerate(comparison.variants):
+        colour, label = COLOURS[index % len(COLOURS)], variant.label
+        if len(comparison.seeds) > 1:
+            for run in comparison.runs[label]:
+                _line(axes, run.curve, comparison.metric, color=colour, linewidth=0.7, alpha=0.45)
+        curve = comparison.mean_curve(label)
+        _line(axes, curve, comparison.metric, color=colour, linewidth=2.2, label=label, zorder=3)
+        _band(axes, curve, comparison.metric, colour)
+    _target(axes, comparison)
+    seeds = len(comparison.seeds)
+    axes.set_title(
+        f"mean over {seeds} seeds (thin: each seed), band: 95 % interval over tasks" if seeds > 1 else "band: 95 % interval over tasks",
+        loc="left",
+        fontsize=9,
+        color="#666666",
+    )
+    axes.legend(frameon=False, loc="lower right" if comparison.metric == "accuracy" else "upper right")
+    _save(figure, path)
+
+
+def run_figure(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The curves of one run: outer loss, validation, and the plugins' figures where they have any.
+
+    Args:
+        metrics: the lines of metrics.jsonl, at least one.
+    """
+    names = _grouped(metrics[0]["figures"])
+    count = 2 + len(names)
+    figure = Figure(figsize=(WIDTH, 0.4 + 2.1 * count), dpi=DPI, layout="constrained")
+    grid = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+    iterations = [line["iteration"] for line in metrics]
+    _style(grid[0], "", "outer loss")
+    losses = [line["outer_loss"] for line in metrics]
+    grid[0].plot(iterations, losses, color=COLOURS[1], linewidth=0.6, alpha=0.35)
+    grid[0].plot(iterations, _smoothed(losses), color=COLOURS[1], linewidth=1.8)
+    validated = [line for line in metrics if line.get("validation", {}).get("mean") is not None]
+    metric: Metric = validated[0]["validation"]["metric"] if validated else "accuracy"
+    _style(grid[1], "", f"validation {_unit(metric)}")
+    points = [(line["iteration"], line["validation"]["mean"], line["validation"]["interval"]) for line in validated]
+    scale = _scale(metric)
+    grid[1].plot(
+        [i for i, _, _ in points], [scale * mean for _, mean, _ in points], color=COLOURS[2], linewidth=1.8, marker="o", markersize=3
+    )
+    grid[1].fill_between(
+        [i for i, _, _ in points],
+        [scale * (mean - half) for _, mean, half in points],
+        [scale * (mean + half) for _, mean, half in points],
+        color=COLOURS[2],
+        alpha=0.15,
+        linewidth=0,
+    )
+    for axes, (group, members) in zip(grid[2:], names.items(), strict=True):
+        _style(axes, "", group)
+        for index, name in enumerate(members):
+            values = [line["figures"][name] for line in metrics]
+            axes.plot(iterations, values, color=COLOURS[(index + 1) % len(COLOURS)], linewidth=1.5, label=name.rpartition("/")[2])
+        if 1 < len(members) <= 8:
+            axes.legend(frameon=False, fontsize=8, ncols=len(members), loc="best")
+    grid[-1].set_xlabel("meta-iterations", color=INK)
+    _save(figure, path)
+
+
+def _grouped(names: Any) -> dict[str, list[str]]:
+    """Figures that differ only behind the last slash share a picture: gate/0, gate/1."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.partition("/")[0], []).append(name)
+    return groups
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """A running mean that forgets over about a thirtieth of the run."""
+    keep = 1 - 1 / max(len(values) / 30, 1)
+    smooth: list[float] = []
+    for value in values:
+        smooth.append(value if not smooth else keep * smooth[-1] + (1 - keep) * value)
+    return smooth
+
+
+def _target(axes: Axes, comparison: Comparison) -> None:
+    """The baseline's best value as a line, and an arrow from where the baseline reaches it to where the fastest variant does."""
+    means = {variant.label: comparison.acceleration_of_means(variant.label) for variant in comparison.variants}
+    base = means[comparison.baseline]
+    target, begin = _scale(comparison.metric) * base.targets[0], base.baseline_iterations[0]
+    axes.axhline(target, color="#888888", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.annotate(
+        f"best of {comparison.baseline}",
+        (0, target),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 4),
+        textcoords="offset points",
+        fontsize=8,
+        color="#666666",
+    )
+    faster = {label: found for label, found in means.items() if (found.percent[0] or 0) > 0}
+    if not faster:
+        return
+    label = min(faster, key=lambda name: faster[name].iterations[0] or 0)
+    end, percent = faster[label].iterations[0] or 0, faster[label].percent[0]
+    colour = COLOURS[[variant.label for variant in comparison.variants].index(label) % len(COLOURS)]
+    axes.annotate(
+        "",
+        xy=(end, target),
+        xytext=(begin, target),
+        arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.6},
+        zorder=4,
+    )
+    for x in (begin, end):
+        axes.plot([x], [target], marker="o", markersize=4.5, color=colour, zorder=5)
+    of = " (mean curves)" if len(comparison.seeds) > 1 else ""
+    axes.annotate(
+        f"{percent:+.0f} % faster{of}",
+        ((begin + end) / 2, target),
+        xytext=(0, -12),
+        textcoords="offset points",
+        ha="center",
+        va="center",
+        fontsize=9,
+        fontweight="bold",
+        color=colour,
+        zorder=6,
+        bbox={"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+    )
+
+
+def _axes(figure: Figure, x: str, y: str, metric: Metric) -> Axes:
+    axes = figure.subplots()
+    _style(axes, x, y.replace(metric, _unit(metric)))
+    return axes
+
+
+def _style(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x, color=INK)
+    axes.set_ylabel(y, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#888888")
+    axes.tick_params(colors="#444444", labelsize=9)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _line(axes: Axes, curve: Curve, metric: Metric, **style: Any) -> None:
+    axes.plot([point.iteration for point in curve], [_scale(metric) * point.mean for point in curve], **style)
+
+
+def _band(axes: Axes, curve: Curve, metric: Metric, colour: str) -> None:
+    scale = _scale(metric)
+    low = [scale * (point.mean - point.interval) for point in curve]
+    high = [scale * (point.mean + point.interval) for point in curve]
+    axes.fill_between([point.iteration for point in curve], low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _scale(metric: Metric) -> float:
+    return 100 if metric == "accuracy" else 1
+
+
+def _unit(metric: Metric) -> str:
+    return "accuracy (%)" if metric == "accuracy" else metric
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as file:
+        figure.savefig(file, format="png", facecolor="white")

@@ -1,0 +1,61 @@
+"""Counter-based random numbers: a number depends on where it is used, never on what was drawn before it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MASK = (1 << 64) - 1
+
+
+def draw(seed: int, split: str, iteration: int, indices: Sequence[int], count: int) -> NDArray[np.uint64]:
+    """Uniform 64-bit words of the tasks (seed, split, iteration, index): splitmix64 over a hash of these four.
+
+    Returns:
+        (len(indices), count). A task's words depend on nothing else, and its first words not on `count`.
+    """
+    label = int.from_bytes(hashlib.blake2b(split.encode(), digest_size=8).digest(), "little")
+    # Arrays, since numpy wraps arrays in silence but warns for scalars.
+    state = np.zeros(len(indices), np.uint64)
+    for part in (seed, label, iteration):
+        state = _mix(state + np.uint64(part & _MASK))
+    state = _mix(state + np.asarray(indices, np.int64).astype(np.uint64))
+    return _mix(state[:, None] + _GOLDEN * np.arange(count, dtype=np.uint64))
+
+
+def uniform(words: NDArray[np.uint64], low: float, high: float) -> NDArray[np.float64]:
+    """Words as float64 numbers, uniform in [low, high)."""
+    unit: NDArray[np.float64] = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return low + (high - low) * unit
+
+
+def distinct(words: NDArray[np.uint64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Draws without replacement, in random order: the first k places of a Fisher-Yates shuffle of range(size), for every row at once.
+
+    Args:
+        words: (..., k).
+        sizes: (...): how many there are to draw from, each >= 1. Where a size is below k, the places from it on hold numbers >= size.
+
+    Returns:
+        (..., k).
+    """
+    places = np.arange(words.shape[-1], dtype=np.int64)
+    left = np.maximum(sizes[..., None] - places, 1)
+    drawn: NDArray[np.int64] = places + (words % left.astype(np.uint64)).astype(np.int64)
+    # Swap k exchanged places k and drawn[k]: going back through the swaps finds what each later place held at the start.
+    for place in places[-2::-1]:
+        later = drawn[..., place + 1 :]
+        np.copyto(later, place, where=later == drawn[..., place, None])
+    return drawn
+
+
+def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """One splitmix64 step."""
+    words = words + _GOLDEN
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))

@@ -1,0 +1,156 @@
+"""Task sources: what gives the training, validation and test tasks of a run, and the one for arrays made in Python."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from itertools import combinations
+from typing import Any, ClassVar, Literal, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from metaplug.errors import RequestError
+from metaplug.settings import Settings
+from metaplug.tasks.episodes import ClassImages, ImageEpisodes, TaskStream
+
+SPLITS = ("train", "val", "test")
+
+
+class TaskSource(ABC):
+    """Training, validation and test tasks of one kind and form.
+
+    A final subclass takes keyword arguments only: the sizes of a task, `seed`, and the fields of its Config. A source that needs one
+    argument more (`folder:PATH`) takes it as its first positional parameter, and names it in `argument`.
+
+    Attributes:
+        Config: the fields of this source alone.
+        argument: the name of the positional parameter, or None.
+        config: the checked settings.
+        kind: "classification" (integer labels) or "regression" (floating-point targets).
+        train, val, test: the streams; no class of one stands in another.
+        input_shape: of one example.
+        outputs: how many outputs a model needs: the ways, or the width of the target.
+    """
+
+    Config: ClassVar[type[Settings]] = Settings
+    argument: ClassVar[str | None] = None
+
+    config: Settings
+    kind: Literal["classification", "regression"]
+    train: TaskStream
+    val: TaskStream
+    test: TaskStream
+    input_shape: tuple[int, ...]
+    outputs: int
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The data in words and numbers, ready for JSON: kind, shapes, origin, licence and the size of every split."""
+
+
+class ImageSource(TaskSource):
+    """The base of sources whose tasks are drawn from class images.
+
+    Args:
+        splits: the classes of "train", "val" and "test".
+        config: the checked settings of the subclass.
+        origin, licence: of the images, for `describe`.
+        ways, shots, queries, seed: as for ImageEpisodes.
+
+    Raises:
+        RequestError: a class stands in two splits, images of two splits differ in shape, or as ImageEpisodes raises.
+    """
+
+    train: ImageEpisodes
+    val: ImageEpisodes
+    test: ImageEpisodes
+
+    def __init__(
+        self,
+        splits: Mapping[str, ClassImages],
+        *,
+        config: Settings,
+        origin: str,
+        licence: str,
+        ways: int,
+        shots: int,
+        queries: int,
+        seed: int,
+    ) -> None:
+        for one, other in combinations(SPLITS, 2):
+            both = sorted(set(splits[one].names) & set(splits[other].names))
+            if both:
+                raise RequestError(
+                    f"the class '{both[0]}' stands in the {one} and in the {other} split, so it would not be new to the model: "
+                    f"keep it in one of them"
+                )
+            if splits[one].images.shape[1:] != splits[other].images.shape[1:]:
+                raise RequestError(
+                    f"images of the {one} split have shape {tuple(splits[one].images.shape[1:])}, of the {other} split "
+                    f"{tuple(splits[other].images.shape[1:])}, but one model takes one shape: resize them"
+                )
+        self.config = config
+        self.kind = "classification"
+        self.input_shape = tuple(splits["train"].images.shape[1:])
+        self.outputs = ways
+        self.train, self.val, self.test = (
+            ImageEpisodes(splits[split], split=split, ways=ways, shots=shots, queries=queries, seed=seed) for split in SPLITS
+        )
+        self._origin, self._licence = origin, licence
+
+    def describe(self) -> dict[str, Any]:
+        """The data in words and numbers, ready for JSON."""
+        streams = (self.train, self.val, self.test)
+        return {
+            "kind": self.kind,
+            "input_shape": list(self.input_shape),
+            "outputs": self.outputs,
+            "origin": self._origin,
+            "licence": self._licence,
+            "splits": {stream.split: {"classes": len(stream.classes.names), "images": sum(stream.classes.counts)} for stream in streams},
+        }
+
+
+@final
+class ArrayTasks(ImageSource):
+    """Tasks from class images that are in memory.
+
+    Args:
+        train, val, test: by class name, (n, channels, height, width); uint8 (255 is 1.0), or float32 in [0, 1]. No name stands in two.
+        ways, shots, queries, seed: as for ImageEpisodes.
+
+    Raises:
+        RequestError: an array has another shape or dtype than the first, or as ImageSource raises.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: Mapping[str, Tensor | NDArray[Any]],
+        val: Mapping[str, Tensor | NDArray[Any]],
+        test: Mapping[str, Tensor | NDArray[Any]],
+        ways: int = 5,
+        shots: int = 1,
+        queries: int = 15,
+        seed: int = 0,
+    ) -> None:
+        splits = {split: _stack(classes, split) for split, classes in zip(SPLITS, (train, val, test), strict=True)}
+        origin, licence = "arrays given in Python", "not stated"
+        super().__init__(splits, config=Settings(), origin=origin, licence=licence, ways=ways, shots=shots, queries=queries, seed=seed)
+
+
+def _stack(classes: Mapping[str, Tensor | NDArray[Any]], split: str) -> ClassImages:
+    if not classes:
+        raise RequestError(f"the {split} split has no class: give at least as many as the ways of a task")
+    arrays = {name: torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x) for name, x in classes.items()}
+    first_name, first = next(iter(arrays.items()))
+    for name, array in arrays.items():
+        if array.ndim != 4 or array.shape[1:] != first.shape[1:] or array.dtype != first.dtype:
+            raise RequestError(
+                f"the class '{name}' of the {split} split has {array.dtype} images of shape {tuple(array.shape)}, the class '{first_name}' "
+                f"{first.dtype} images of {tuple(first.shape)}: give every class (n, channels, height, width) of one size and dtype"
+            )
+    return ClassImages(tuple(arrays), torch.cat(list(arrays.values())), tuple(len(array) for array in arrays.values()))
