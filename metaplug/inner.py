@@ -9,6 +9,7 @@ It is taken outside vmap: inside, second-order gradients through batch and layer
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from metaplug.chain import Chain
 from metaplug.errors import RequestError, RunError, did_you_mean, quoted, unknown
+from metaplug.runtime.folding import Folding
 from metaplug.tasks.batch import TaskBatch
 from metaplug.values import InnerStep, Outcome
 
@@ -39,9 +41,6 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...
     "rmsprop": (torch.optim.RMSprop, ("alpha", "eps", "weight_decay", "momentum", "centered")),
 }
 """The inner optimizers, with the settings that `higher` mirrors faithfully; learning rates come from the chain."""
-
-ADAM_EPS_LIMIT = 1e-6
-"""higher adds Adam's eps before bias correction: 2e-5 off torch's after three steps at 1e-8, 0.2 off at 1e-2."""
 
 
 class InnerLoop:
@@ -79,6 +78,7 @@ class InnerLoop:
         self._rate = torch.tensor(inner_lr, dtype=reference.dtype, device=reference.device)
         self._unconnected = torch.zeros((), device=reference.device, requires_grad=True)
         self._optimizer = _differentiable_optimizer(optimizer, optimizer_settings, inner_lr, len(self.adapted))
+        self._eps, self._betas = (self._optimizer.param_groups[0].get(setting) for setting in ("eps", "betas"))
         self.patched = _patch(model, batch_norm)
 
     def run(self, batch: TaskBatch, *, steps: int, training: bool, iteration: int, query_after: Collection[int]) -> Outcome:
@@ -125,13 +125,13 @@ class InnerLoop:
                 query_losses[index + 1], predictions, values = self._query(fast, batch, replace(step, parameters=MappingProxyType(fast)))
         return Outcome(
             batch,
-            initial_parameters=initial,
-            adapted_parameters=fast,
+            initial_parameters=MappingProxyType(initial),
+            adapted_parameters=MappingProxyType(fast),
             support_losses=tuple(support_losses),
-            query_losses=query_losses,
+            query_losses=MappingProxyType(query_losses),
             query_predictions=predictions.detach(),
-            query_parameters=values,
-            statistics=first.statistics,
+            query_parameters=MappingProxyType(dict(values)),
+            statistics=MappingProxyType(first.statistics),
         )
 
     def _update(self, fast: Mapping[str, Tensor], losses: Tensor, step: InnerStep) -> dict[str, Tensor]:
@@ -152,12 +152,19 @@ class InnerLoop:
         updated = self._optimizer.step(
             self._unconnected,
             params=weights,
-            override={"lr": [rates[name] for name in self.adapted]},
+            override={"lr": [rates[name] for name in self.adapted], **self._corrected()},
             grad_callback=lambda _: [folded.get(name) for name in self.adapted],
         )
         after = {**fast, **dict(zip(self.adapted, updated, strict=True))}
         self._check("the updated weights", after, step)
         return after if step.training else _leaves(after, self.adapted)
+
+    def _corrected(self) -> dict[str, list[float]]:
+        """Adam's eps for this step: higher adds it before bias correction, torch (and the paper) behind it."""
+        if not isinstance(self._optimizer, higher.optim.DifferentiableAdam):
+            return {}
+        steps = [state[0].get("step", 0) + 1 for state in self._optimizer.state]
+        return {"eps": [self._eps * math.sqrt(1 - self._betas[1] ** step) for step in steps]}
 
     def _query(self, fast: Mapping[str, Tensor], batch: TaskBatch, step: InnerStep) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
         with torch.set_grad_enabled(step.training):
@@ -177,8 +184,12 @@ class InnerLoop:
         shared = [name not in self.adapted and value.stride(0) == 0 for name, value in zip(self._parameters, stacked, strict=True)]
         values = [value[0] if same else value for value, same in zip(stacked, shared, strict=True)]
         dims = [None if same else 0 for same in shared]
-        losses, predictions = torch.vmap(self.task, in_dims=(dims, 0, 0), randomness="different")(values, x, y)
+        losses, predictions = torch.vmap(self._folded_task, in_dims=(dims, 0, 0), randomness="different")(values, x, y)
         return losses, predictions
+
+    def _folded_task(self, parameters: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        with Folding():
+            return self.task(parameters, x, y)
 
     def _sequential(self, stacked: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         rows = zip(*(value.unbind(0) for value in stacked), strict=True)
@@ -232,10 +243,6 @@ def _differentiable_optimizer(name: str, settings: Mapping[str, Any], lr: float,
         if setting not in faithful:
             reason = f"higher would ignore it or get it wrong: {did_you_mean(setting, faithful)}"
             raise RequestError(f"inner optimizer '{name}' does not take the setting '{setting}': {reason}")
-    if name == "adam" and settings.get("eps", 0) > ADAM_EPS_LIMIT:
-        raise RequestError(
-            f"inner Adam with eps {settings['eps']} would be wrong, as higher adds it before bias correction: use at most {ADAM_EPS_LIMIT}"
-        )
     stand_ins = [torch.empty(0, requires_grad=True) for _ in range(count)]
     try:
         mirrored = optimizer([{"params": [stand_in]} for stand_in in stand_ins], lr=lr, **settings)
