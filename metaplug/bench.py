@@ -126,11 +126,12 @@ def contestants(plugins: Sequence[str]) -> dict[str, Contestant]:
         made[f"metaplug, {batching}"] = lambda *work, batching=batching: _metaplug(*work, batching=batching)
     for plugin in plugins:
         made[f"metaplug + {plugin}"] = lambda *work, plugin=plugin: _metaplug(*work, plugins=(plugin,))
+    made["metaplug without its chain"] = lambda *work: _metaplug(*work, chainless=True)
     made["metaplug, first order"] = lambda *work: _metaplug(*work, plugins=("derivative-order",))
     return made
 
 
-def as_json(rows: Sequence[Row], repeats: int) -> dict[str, Any]:
+def as_json_values(rows: Sequence[Row], repeats: int) -> dict[str, Any]:
     """The rows with what they were measured on."""
     return {
         "torch": torch.__version__,
@@ -183,7 +184,13 @@ def _same_algorithm(contestant: str) -> bool:
 
 
 def _metaplug(
-    model: nn.Module, batch: TaskBatch, workload: Workload, *, batching: Batching = "vectorized", plugins: Sequence[str] = ()
+    model: nn.Module,
+    batch: TaskBatch,
+    workload: Workload,
+    *,
+    batching: Batching = "vectorized",
+    plugins: Sequence[str] = (),
+    chainless: bool = False,
 ) -> tuple[Step, Callable[[], MetaGradient]]:
     learner = MetaLearner(
         model,
@@ -193,6 +200,10 @@ def _metaplug(
         inner_lr=workload.inner_lr,
         task_batching=batching,
     )
+
+    if chainless:
+        learner.chain.fold = lambda hook, value, **given: value  # type: ignore[method-assign]
+        learner.chain.choose = lambda hook, default, **given: default  # type: ignore[method-assign]
 
     class Same:
         split = "train"

@@ -29,7 +29,7 @@ class TaskSettings(Settings):
     source: str = Field("glyphs", description="A task source's entry-point name, with its argument behind a colon: folder:PATH.")
     ways: int = Field(5, ge=2, le=1000, description="Classes in a task (classification).")
     shots: int = Field(1, ge=1, le=1000, description="Support examples of each class (classification) or of the task (regression).")
-    queries: int = Field(15, ge=1, le=1000, description="Query examples of each class (classification) or of the task (regression).")
+    queries: int = Field(5, ge=1, le=1000, description="Query examples of each class (classification) or of the task (regression).")
     settings: dict[str, Any] = Field(default_factory=dict, description="Fields of the task source's Config.")
 
 
@@ -165,8 +165,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise RequestError(f"cannot read the configuration {path}: {reason}; give a YAML file") from None
     try:
         values = yaml.load(text, Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RequestError(f"{path}{where} is not valid YAML: {error.problem or error.context}; correct it there") from None
     except yaml.YAMLError as error:
-        raise RequestError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise RequestError(f"{path} is not valid YAML: {' '.join(str(error).split())}; correct it there") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -50,11 +50,21 @@ def build_tasks(config: ExperimentConfig) -> TaskSource:
         raise RequestError(f"the task source '{name}' takes no argument, but '{settings.source}' gives one: write {name}")
     if source.argument is not None and not argument:
         raise RequestError(f"the task source '{name}' needs a {source.argument} behind a colon: write {name}:{source.argument.upper()}")
-    size: dict[str, int] = {"shots": settings.shots, "queries": settings.queries, "seed": config.seed}
-    if "ways" in inspect.signature(source).parameters:  # a regression task has none
+    size = {"shots": settings.shots, "queries": settings.queries, "seed": config.seed}
+    if _takes_ways(source):
         size["ways"] = settings.ways
     made: TaskSource = source(*([argument] if argument else []), **size, **settings.settings)
     return made
+
+
+def task_form(config: ExperimentConfig) -> list[str]:
+    """The form of the configured tasks in words: ["5-way", "1-shot"], or ["10-shot"] where the source knows no ways."""
+    source = registry.load("task source", config.tasks.source.partition(":")[0])
+    return [*([f"{config.tasks.ways}-way"] if _takes_ways(source) else []), f"{config.tasks.shots}-shot"]
+
+
+def _takes_ways(source: Callable[..., TaskSource]) -> bool:
+    return "ways" in inspect.signature(source).parameters  # a regression task has none
 
 
 def build(config: ExperimentConfig, tasks: TaskSource | None = None) -> Experiment:

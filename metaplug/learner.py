@@ -269,6 +269,13 @@ class MetaLearner:
         own = [plugin.name for plugin in self.chain.plugins]
         if names != own:
             raise RunError(f"{origin} belongs to the plugins {quoted(names)}, this learner has {quoted(own)}: make it with the same list")
+        changed = [
+            plugin.name
+            for plugin, saved in zip(self.chain.plugins, state["plugins"], strict=True)
+            if plugin.config.model_dump(mode="json") != saved["settings"]
+        ]
+        if changed:
+            raise RunError(f"{origin} has other settings of plugin {quoted(changed)} than this learner: make it with the same settings")
         checkpoint.check_shapes(state["model"], self.model.state_dict(), f"{origin} belongs to another model")
         for plugin in self.chain.plugins:
             checkpoint.check_shapes(

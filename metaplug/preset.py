@@ -97,8 +97,7 @@ def parse_variant(text: str) -> tuple[str, list[PluginUse]]:
         first = compact.split("+")[0]
         raise RequestError(f"unknown preset at the start of '{text}': {did_you_mean(first, registry.names('preset'))}")
     preset = max(known, key=len)
-    rest = compact[len(preset) + 1 :]
-    return preset, [parse_plugin(part) for part in rest.split("+")] if rest else []
+    return preset, [parse_plugin(part) for part in compact[len(preset) :].split("+")[1:]]
 
 
 def parse_plugin(text: str) -> PluginUse:

@@ -53,5 +53,5 @@ class GradientClipping(Plugin):
 
 
 def _scale(squared: Tensor, bound: float) -> Tensor:
-    """min(1, bound / √squared), with a finite derivative at zero."""
-    return bound / squared.clamp_min(bound**2).sqrt()
+    """min(1, bound / √squared), exactly 1 up to the bound, with a finite derivative at zero."""
+    return torch.where(squared > bound**2, bound / squared.clamp_min(bound**2).sqrt(), 1.0)

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from metaplug.cli.console import CONSOLE, line, print_json
 from metaplug.cli.options import Config, Json, PresetName, Set, With, resolve_options, shared
 from metaplug.errors import unknown
+from metaplug.report.console import CONSOLE, emit, line
 
 
 def register(app: typer.Typer) -> None:
@@ -53,6 +53,7 @@ def plugins(
     as_json: Json = False,
 ) -> None:
     """List what is installed: plugins, the presets that are made of them, and models; or show one of them in full."""
+    from metaplug.experiment import to_json
     from metaplug.report.catalogue import entries
     from metaplug.report.terminal import catalogue_page, catalogue_table
 
@@ -61,7 +62,7 @@ def plugins(
     if not chosen:
         raise unknown("plugin, preset or model", str(name), dict.fromkeys(entry.name for entry in found))
     if as_json:
-        print_json([entry.values(whole=name is not None) for entry in chosen])
+        emit(to_json([entry.values(whole=name is not None) for entry in chosen], indent=2))
     elif name is None:
         CONSOLE.print(catalogue_table(chosen, "Installed"))
         line("metaplug plugins NAME shows one with its settings; metaplug tasks lists task sources")
@@ -88,13 +89,14 @@ def tasks(
     as_json: Json = False,
 ) -> None:
     """List the task sources; or show one of them, with the classes and images of its splits."""
+    from metaplug.experiment import to_json
     from metaplug.report.catalogue import entries
     from metaplug.report.terminal import catalogue_page, catalogue_table, values_table
 
     found = entries("task source")
     if name is None:
         if as_json:
-            print_json([entry.values(whole=False) for entry in found])
+            emit(to_json([entry.values(whole=False) for entry in found], indent=2))
         else:
             CONSOLE.print(catalogue_table(found, "Task sources"))
         return
@@ -104,7 +106,7 @@ def tasks(
         raise unknown("task source", source, [entry.name for entry in found])
     data = None if chosen.error else _describe(source, argument or behind)
     if as_json:
-        print_json({**chosen.values(whole=True), "data": data})
+        emit(to_json({**chosen.values(whole=True), "data": data}, indent=2))
         return
     CONSOLE.print(catalogue_page(chosen))
     if data is not None:

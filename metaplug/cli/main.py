@@ -11,9 +11,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import metaplug
-from metaplug.cli import listing, running
-from metaplug.cli.console import line
+from metaplug.cli import bench, listing, running
 from metaplug.errors import MetaplugError
+from metaplug.report.console import line
 
 # typer has come to carry a copy of click, so that the base of its usage errors is found through one that it exports.
 _USAGE_ERROR: type[Any] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -56,6 +56,7 @@ class _State:
 
 running.register(app)
 listing.register(app)
+bench.register(app)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -68,14 +69,18 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _fail(error.format_message(), error.exit_code)
     except MetaplugError as error:
         _fail(str(error), error.exit_status)
+    except running.StoppedError as stopped:
+        _fail(str(stopped), INTERRUPTED)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped", INTERRUPTED)
+        status = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it flushes at exit
         sys.exit(1)
     except Exception as error:
         text = " ".join(str(error).split())
         _fail(f"unexpected {type(error).__name__}{': ' if text else ''}{text}; `metaplug --debug ...` shows the traceback", 1)
+    if status == INTERRUPTED:  # typer answers Ctrl-C with this status, or raises: it depends on its version
+        _fail("stopped", INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)
 
 

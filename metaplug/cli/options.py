@@ -34,7 +34,7 @@ SHARED: dict[str, Any] = {
     ),
     "tasks.ways": _option(TASKS, "--ways", int, 5, "Classes in a task, 2 to 1000 (classification)."),
     "tasks.shots": _option(TASKS, "--shots", int, 1, "Support examples of each class, or of a regression task; 1 to 1000."),
-    "tasks.queries": _option(TASKS, "--queries", int, 15, "Query examples of each class, or of a regression task; 1 to 1000."),
+    "tasks.queries": _option(TASKS, "--queries", int, 5, "Query examples of each class, or of a regression task; 1 to 1000."),
     "model.name": _option(TASKS, "--model", str, "conv4", "Model, for example conv4 or mlp. See: metaplug plugins."),
     "learner.inner_steps": _option(LEARNING, "--inner-steps", int, 3, "Inner steps K of a task, 0 to 1000."),
     "learner.inner_lr": _option(LEARNING, "--inner-lr", float, 0.4, "Inner learning rate, 0 to 1000."),

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metaplug.cli.console import CONSOLE, line, print_json
 from metaplug.cli.options import RUN, Config, Json, PresetName, Set, With, resolve_options, shared
 from metaplug.errors import RequestError
+from metaplug.report.console import CONSOLE, emit, line
 
 if TYPE_CHECKING:
     from metaplug.comparison import Comparison
@@ -26,6 +26,10 @@ class Split(StrEnum):
 
     TEST = "test"
     VAL = "val"
+
+
+class StoppedError(Exception):
+    """Ctrl-C ended a command in good order; the text says how to go on."""
 
 
 def register(app: typer.Typer) -> None:
@@ -71,8 +75,7 @@ def train(
 
     settings = resolve_options(given, sets, config=config, preset=preset, uses=[parse_plugin(text) for text in use or ()]).config
     folder = out / (name or (config.stem if config is not None else _default_name(settings)))
-    if resume and (folder / SUMMARY).exists():
-        line(f"{folder} is finished already")
+    finished = (folder / SUMMARY).exists()
     progress = TrainingProgress(CONSOLE, settings.training.iterations)
 
     def begin(experiment: Experiment) -> None:
@@ -83,10 +86,11 @@ def train(
 
     with _stop_on_interrupt() as stop, progress:
         summary = train_in(settings, folder, resume=resume, on_start=begin, on_record=progress.record, stop=stop)
+    if finished:
+        line(f"{folder} is finished already")
     run_figure(read_metrics(folder), folder / "curves.png")
     if summary is None:
-        line(f"stopped, with a checkpoint in {folder}; the same command with --resume goes on")
-        raise typer.Exit(130)
+        raise StoppedError(f"stopped, with a checkpoint in {folder}: the same command with --resume goes on")
     line(f"test {result_line(summary['test'])}")
     line(f"by the weights after iteration {summary['best_validation']['iteration']}, which validated best; all of it is in {folder}")
     for reason in summary["test"]["transductive"]:
@@ -116,7 +120,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a trained run on tasks that it has not seen, by the weights that validated best."""
-    from metaplug.experiment import environment, load, result_values
+    from metaplug.experiment import environment, load, result_values, to_json
     from metaplug.report.terminal import result_line
 
     experiment = load(run, device)
@@ -125,7 +129,7 @@ def evaluate(
     result = learner.evaluate(tasks.test if split is Split.TEST else tasks.val, num_tasks=count, inner_steps=inner_steps)
     values = {"run": str(run), "split": split.value, "iteration": learner.iteration, **result_values(result), **environment(learner)}
     if as_json:
-        print_json(values)
+        emit(to_json(values, indent=2))
         return
     line(f"{split.value} {result_line(values)}")
     for reason in result.transductive:
@@ -183,6 +187,7 @@ def compare(
     """
     from metaplug.comparison import Variant, to_values
     from metaplug.comparison import compare as compare_variants
+    from metaplug.experiment import to_json
     from metaplug.preset import parse_variant
     from metaplug.report.terminal import TrainingProgress, comparison_report
 
@@ -209,7 +214,7 @@ def compare(
     if out is not None:
         _write_folder(comparison, report, out)
     if json_to == "-":
-        print_json(to_values(comparison))
+        emit(to_json(to_values(comparison), indent=2))
     elif json_to is not None:
         _write_json(to_values(comparison), Path(json_to))
 
@@ -249,10 +254,12 @@ def _write_json(values: Any, path: Path) -> None:
 
 def _default_name(config: ExperimentConfig) -> str:
     """A name that says what the run is, and that the same options give again."""
+    from metaplug.experiment import task_form
+
     plugins = [use.name or use.plugin for use in config.plugins]
     source, _, argument = config.tasks.source.partition(":")
     parts = ["+".join([config.preset, *plugins]), source, *([Path(argument).stem] if argument else [])]
-    parts += [f"{config.tasks.ways}way", f"{config.tasks.shots}shot", f"seed{config.seed}"]
+    parts += [*(form.replace("-", "") for form in task_form(config)), f"seed{config.seed}"]
     return re.sub(r"[^\w.+-]+", "-", "-".join(parts))
 
 

@@ -19,9 +19,10 @@ _GROUPS = 8
 class Conv4Config(Settings):
     """What a Conv4 looks like inside."""
 
-    filters: int = Field(64, ge=1, le=1024, description="Channels of every block.")
+    filters: int = Field(32, ge=1, le=1024, description="Channels of every block.")
     pooling: Literal["max", "stride"] = Field(
-        "max", description="How a block halves its size: max-pooling 2 x 2, or its convolution's stride 2 and a mean over space at the end."
+        "stride",
+        description="How a block halves its size: max-pooling 2 x 2, or its convolution's stride 2 and a mean over space at the end.",
     )
     leaky_slope: float = Field(0.0, ge=0, le=1, description="Slope of the activation below zero; 0 is ReLU.")
     norm: Literal["batch", "group", "layer", "none"] = Field(

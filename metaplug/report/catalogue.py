@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import re
 import types
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin
@@ -57,7 +59,7 @@ def _entry(part: Part) -> Entry:
         return Entry(part.kind, part.name, part.origin, error=part.error)
     if isinstance(part.value, Preset):
         return _preset_entry(part, part.value)
-    documentation = inspect.getdoc(part.value) or ""
+    documentation = re.split(r"\n\n(?:Args|Attributes|Raises):\n", inspect.getdoc(part.value) or "")[0]
     facts = {}
     if part.kind == "plugin":
         hooks = [hook for hook in KINDS if getattr(getattr(part.value, hook, None), "metaplug_impl", None)]
@@ -106,13 +108,12 @@ def type_text(annotation: Any) -> str:
         return " or ".join(type_text(argument) for argument in arguments)
     if origin in (tuple, list):
         inner = dict.fromkeys(type_text(argument) for argument in arguments if argument is not Ellipsis)
-        count = f"{len(arguments)} " if origin is tuple and Ellipsis not in arguments else "list of "
-        return count + ", ".join(inner)
+        if origin is tuple and Ellipsis not in arguments:
+            return f"[{', '.join(type_text(argument) for argument in arguments)}]"
+        return f"list of {', '.join(inner)}"
     if hasattr(annotation, "__metadata__"):
         return type_text(arguments[0])
-    if annotation is type(None):
-        return "null"
-    return getattr(annotation, "__name__", str(annotation))
+    return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation)).lower()
 
 
 def _bounds(info: FieldInfo) -> str:
@@ -125,4 +126,9 @@ def _default(info: FieldInfo) -> str:
     default = info.get_default(call_default_factory=True, validated_data={})
     if default is PydanticUndefined:
         return "required"
-    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+    return plain(default)
+
+
+def plain(value: Any) -> str:
+    """A value as a user would write it behind `--set`: text as it is, everything else as JSON, which YAML reads."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

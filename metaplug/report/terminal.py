@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import dedent
 from types import TracebackType
 from typing import Any, Self
 
+from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from metaplug.bench import Row
 from metaplug.comparison import Acceleration, Comparison
 from metaplug.config import Resolved, flatten
-from metaplug.experiment import Experiment
+from metaplug.evaluation import EvaluationResult
+from metaplug.experiment import Experiment, task_form
 from metaplug.history import Record
 from metaplug.hookspecs import KINDS
-from metaplug.report.catalogue import Entry
+from metaplug.report.catalogue import Entry, plain
+from metaplug.report.console import line
 
 
 def value_text(metric: str, mean: float | None, interval: float | None = None) -> str:
@@ -30,9 +36,10 @@ def value_text(metric: str, mean: float | None, interval: float | None = None) -
 
 def result_line(result: Mapping[str, Any]) -> str:
     """One line for an evaluation in the form of `result_values`."""
+    steps = "1 inner step" if result["inner_steps"] == 1 else f"{result['inner_steps']} inner steps"
     return (
         f"{result['metric']} {value_text(result['metric'], result['mean'], result['interval'])} "
-        f"(95 % interval over {result['num_tasks']} tasks, {result['inner_steps']} inner steps)"
+        f"(95 % interval over {result['num_tasks']} tasks, {steps})"
     )
 
 
@@ -40,9 +47,7 @@ def heading(experiment: Experiment) -> str:
     """One line on what a run is."""
     config, chain = experiment.config, experiment.learner.chain
     plugins = " → ".join(plugin.name for plugin in chain.plugins) or "no plugins"
-    form = (
-        f"{config.tasks.ways}-way {config.tasks.shots}-shot" if experiment.tasks.kind == "classification" else f"{config.tasks.shots}-shot"
-    )
+    form = " ".join(task_form(config))
     return (
         f"{config.preset} ({plugins}) on {config.tasks.source}, {form}, {config.model.name}, seed {config.seed}, "
         f"{experiment.learner.engine.device}"
@@ -78,7 +83,8 @@ class TrainingProgress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bar.stop()
+        if self.console.is_terminal:
+            self._bar.stop()
 
     def begin(self, done: int) -> None:
         """Tell that so many iterations were done before this process."""
@@ -94,7 +100,7 @@ class TrainingProgress:
         if self.console.is_terminal:
             self._show(label, loss)
         elif record.validation is not None:
-            print_line(self.console, f"{label}: iteration {record.step.iteration}  {loss}{self._validation}")
+            line(f"{label}: iteration {record.step.iteration}  {loss}{self._validation}", console=self.console)
 
     def _show(self, label: str, loss: str) -> None:
         fields: dict[str, Any] = {"loss": loss, "validation": self._validation}
@@ -103,70 +109,53 @@ class TrainingProgress:
         self._bar.update(self._task, description=label, completed=self._done, **fields)
 
 
-def print_line(console: Console, text: str, style: str | None = None) -> None:
-    """Print text as exactly one line, whatever the width of the terminal."""
-    console.print(" ".join(text.split()), style=style, soft_wrap=True, markup=False, highlight=False)
-
-
 def comparison_report(comparison: Comparison) -> RenderableType:
-    """The table of a comparison, and in words what its columns are."""
-    several = len(comparison.seeds) > 1
-    table = Table(title=f"{comparison.baseline} and what is compared with it", title_justify="left")
-    for column in ("variant", "iterations to target", "acceleration", f"test {comparison.metric}", "over the baseline"):
-        table.add_column(column, justify="left" if column == "variant" else "right", vertical="top")
+    """The table of a comparison, each variant with its seeds below it, and in words what the columns are."""
+    table = _table("", "variant", "acceleration", f"test {comparison.metric}", f"minus {comparison.baseline}")
+    table.columns[0].no_wrap = True
     for variant in comparison.variants:
-        label = variant.label
+        label, baseline = variant.label, variant.label == comparison.baseline
         acceleration, test, difference = comparison.acceleration(label), comparison.test(label), comparison.difference(label)
-        baseline = label == comparison.baseline
         table.add_row(
-            label,
-            _by_seed([_count(needed) for needed in acceleration.iterations]),
-            "baseline" if baseline else _acceleration_text(acceleration, several),
-            _with_seeds(
-                value_text(test.metric, test.mean, test.interval),
-                [value_text(test.metric, run.test.mean) for run in comparison.runs[label]] if several else [],
-            ),
-            "" if baseline else value_text(difference.metric, difference.mean, difference.interval),
+            Text(label, style="bold"),
+            "baseline" if baseline else _mean_text(acceleration),
+            value_text(test.metric, test.mean, test.interval),
+            "" if baseline else difference_text(difference),
         )
+        for run, before, needed, percent in zip(
+            comparison.runs[label], acceleration.baseline_iterations, acceleration.iterations, acceleration.percent, strict=True
+        ):
+            speed = f"best after {before}" if baseline else f"{_percent(percent)} ({before} → {needed})" if needed else _percent(percent)
+            table.add_row(f"  seed {run.seed}", speed, value_text(test.metric, run.test.mean), "", style="dim")
+        table.add_section()
+    targets = ", ".join(value_text(comparison.metric, target) for target in comparison.acceleration(comparison.baseline).targets)
+    seeds = ", ".join(map(str, comparison.seeds))
     notes = [
-        f"The target, for each of the seeds {', '.join(map(str, comparison.seeds))}: the best validation {comparison.metric} that "
-        f"'{comparison.baseline}' reaches: "
-        + ", ".join(value_text(comparison.metric, target) for target in comparison.acceleration(comparison.baseline).targets)
-        + ".",
-        "Acceleration: (iterations of the baseline / iterations of the variant − 1) · 100 %, mean over the seeds that reach the target; "
-        "as fine as validations are frequent.",
-        "Tests: unseen tasks, by the weights that validated best; 95 % intervals over the tasks of all seeds, "
-        "for 'over the baseline' on differences task by task.",
+        f"Target: the best validation {comparison.metric} that {comparison.baseline} reaches; {targets} for seed {seeds}.",
+        "Acceleration: (iterations that it needs / iterations that the other needs − 1) · 100 %, mean over the seeds that get there.",
+        "Test: unseen tasks, by the weights that validated best; 95 % intervals over the tasks of all seeds, differences task by task.",
     ]
     reasons = {reason for label in comparison.runs for reason in comparison.test(label).transductive}
     notes += [f"Transductive: {reason}." for reason in sorted(reasons)]
     return Group(table, *(Text(note, style="dim") for note in notes))
 
 
-def _acceleration_text(acceleration: Acceleration, several: bool) -> str:
-    mean = acceleration.mean_percent
-    seeds = [_percent(value) for value in acceleration.percent]
-    if mean is None:
-        return "target not reached"
-    missed = len(seeds) - acceleration.reached
-    head = _percent(mean) + (f" ({acceleration.reached} of {len(seeds)} seeds)" if missed else "")
-    return _with_seeds(head, seeds if several else [])
+def difference_text(difference: EvaluationResult) -> str:
+    """A difference of two means with its sign: "+7.40 ± 0.90 pp", percentage points, for accuracies."""
+    scale, digits, unit = (100, 2, " pp") if difference.metric == "accuracy" else (1, 4, "")
+    return f"{difference.mean * scale:+.{digits}f} ± {difference.interval * scale:.{digits}f}{unit}"
+
+
+def _mean_text(acceleration: Acceleration) -> str:
+    if acceleration.mean_percent is None:
+        return "not reached"
+    count = len(acceleration.iterations)
+    missed = f" ({acceleration.reached} of {count} seeds)" if acceleration.reached < count else ""
+    return _percent(acceleration.mean_percent) + missed
 
 
 def _percent(value: float | None) -> str:
     return "not reached" if value is None else f"{value:+.0f} %"
-
-
-def _count(value: int | None) -> str:
-    return "not reached" if value is None else str(value)
-
-
-def _by_seed(texts: Sequence[str]) -> str:
-    return " · ".join(texts)
-
-
-def _with_seeds(head: str, seeds: Sequence[str]) -> str:
-    return f"{head}\n[dim]{_by_seed(seeds)}[/dim]" if seeds else head
 
 
 def explanation(resolved: Resolved, order: Mapping[str, Sequence[str]], settings: Mapping[str, Mapping[str, Any]]) -> RenderableType:
@@ -204,18 +193,45 @@ def catalogue_table(entries: Sequence[Entry], title: str) -> RenderableType:
 
 def catalogue_page(entry: Entry) -> RenderableType:
     """One installed part: what it says of itself, its hooks and its settings."""
-    parts: list[RenderableType] = [Text(f"{entry.kind} {entry.name}, of {entry.distribution}", style="bold")]
+    parts: list[RenderableType] = [Text(f"{entry.name}: a {entry.kind} of {entry.distribution}", style="bold"), Text("")]
     if entry.error:
         return Group(*parts, Text(entry.error, style="red"))
-    parts += [Text(""), Text(entry.documentation), Text("")]
+    parts += [_documentation(block) for block in entry.documentation.split("\n\n")]
     for what, value in entry.facts.items():
-        parts.append(Text(f"{what}: {value}"))
+        parts.append(Text.assemble((f"{what}: ", "bold"), value))
     if entry.fields:
-        table = _table("Settings", "field", "type", "bounds", "default", "what it is")
-        for field in entry.fields:
-            table.add_row(field.name, Text(field.type), field.bounds, Text(field.default), Text(field.description))
-        parts.append(table)
-    return Group(*parts)
+        parts += [Text(""), Text("Settings", style="bold")]
+    for field in entry.fields:
+        form = ", ".join(filter(None, (field.type, field.bounds, f"default {field.default}")))
+        parts += [Text.assemble((field.name, "cyan"), f"  {form}"), Padding(Text(field.description), (0, 0, 0, 4))]
+    return Group(*parts, Text(""))
+
+
+def _documentation(block: str) -> RenderableType:
+    """A paragraph of a docstring, wrapped anew; an indented one, such as equations, as it is."""
+    if block.startswith(" "):
+        return Padding(Text(dedent(block) + "\n"), (0, 0, 0, 2))
+    return Text(" ".join(block.split()) + "\n")
+
+
+def bench_table(rows: Sequence[Row]) -> RenderableType:
+    """What a meta-step costs, each workload by itself; ratios are to its plain torch loop."""
+    table = _table("", "workload", "contestant", "ms", "±", "speed", "error", "peak MiB")
+    for index, row in enumerate(rows):
+        first = index == 0 or rows[index - 1].workload != row.workload
+        if first:
+            table.add_section()
+            plain_loop = row.milliseconds
+        table.add_row(
+            row.workload if first else "",
+            row.contestant,
+            f"{row.milliseconds:.1f}",
+            f"{row.spread:.1f}",
+            f"{plain_loop / row.milliseconds:.2f}×",
+            "" if row.gradient_error is None else f"{row.gradient_error:.0e}",
+            "" if row.peak_mib is None else f"{row.peak_mib:.1f}",
+        )
+    return table
 
 
 def values_table(title: str, values: Mapping[str, Any]) -> RenderableType:
@@ -227,11 +243,11 @@ def values_table(title: str, values: Mapping[str, Any]) -> RenderableType:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", show_lines=False, pad_edge=False)
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
 
 
 def _shown(value: Any) -> Text:
-    return Text("null" if value is None else str(value).lower() if isinstance(value, bool) else str(value))
+    return Text(plain(value))

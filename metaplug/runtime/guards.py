@@ -119,7 +119,7 @@ def _follows_backward(inner: InnerLoop, prediction: Tensor, expected: Tensor, we
     if not expected.requires_grad:
         return True  # nothing to follow: the inner loop says so where it asks for a gradient
     with stream(0, x.device):
-        inner.predict([2 * weight.detach() for weight in weights.values()], x)
+        inner.predict([2 * weight for weight in weights.values()], x)
     try:
         own, reference = (torch.autograd.grad(output.sum(), trainable, allow_unused=True) for output in (prediction, expected))
     except RuntimeError:

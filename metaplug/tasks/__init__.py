@@ -2,6 +2,7 @@
 
 from metaplug.tasks.batch import TaskBatch
 from metaplug.tasks.episodes import ClassImages, ImageEpisodes, TaskStream
+from metaplug.tasks.folder import Folder
 from metaplug.tasks.glyphs import Glyphs
 from metaplug.tasks.sinusoid import Sinusoid
 from metaplug.tasks.sources import ArrayTasks, ImageSource, TaskSource

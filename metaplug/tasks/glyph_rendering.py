@@ -65,7 +65,7 @@ def load_faces(hashes: Mapping[str, str]) -> list[Face]:
 
 def load_face(path: Path) -> Face:
     """One face. The basic layout engine, since the other one is not everywhere and not everywhere the same."""
-    return ImageFont.truetype(path, _FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(str(path), _FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
 
 
 def file_hash(path: Path) -> str:
@@ -73,7 +73,9 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def render_classes(letters: Sequence[str], faces_of: Sequence[Sequence[int]], faces: Sequence[Face]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def render_classes(
+    letters: Sequence[str], faces_of: Sequence[Sequence[int]], faces: Sequence[Face]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """VARIANTS images of every letter, each in another small warp, taking turns over the letter's faces.
 
     Args:
@@ -106,7 +108,7 @@ def draw_letter(letter: str, face: Face) -> NDArray[np.uint8]:
 def warp(ink: NDArray[np.uint8], change: Warp) -> NDArray[np.uint8]:
     """The ink scaled to the usual size, in the middle of an image, and changed: an affine map, in integers only.
 
-    With c the ink's middle, s its scale and (xx, xy, yx, yy, dx, dy) = change, the sample (x, y) of the image, measured from its middle, shows
+    With c the ink's middle, s its scale and (xx, xy, yx, yy, dx, dy) = change, the image's sample at (x, y) from its middle shows
 
         c + s * [[1 + xx, xy], [yx, 1 + yy]] @ (x - dx, y - dy)
 
@@ -128,7 +130,8 @@ def warp(ink: NDArray[np.uint8], change: Warp) -> NDArray[np.uint8]:
     places = np.clip(row + 1, 0, height + 1) * (width + 2) + np.clip(column + 1, 0, width + 1)
     samples = bordered.reshape(-1).take(places).reshape(SIDE, _SAMPLES, SIDE, _SAMPLES)
     sums = samples.sum(1, dtype=np.uint32).sum(2)
-    return ((sums + _SAMPLES**2 // 2) // _SAMPLES**2).astype(np.uint8)
+    means: NDArray[np.uint8] = ((sums + _SAMPLES**2 // 2) // _SAMPLES**2).astype(np.uint8)
+    return means
 
 
 def _numbers(letter: str) -> list[int]:

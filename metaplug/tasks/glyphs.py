@@ -78,7 +78,11 @@ class Glyphs(ImageSource):
 
 def letters_of(grouped: Mapping[str, str]) -> dict[str, list[int]]:
     """The letters of one split of the table, by code point, with the indices of their faces."""
-    faces = {letter: [bit for bit in range(int(mask, 16).bit_length()) if int(mask, 16) >> bit & 1] for mask in grouped for letter in grouped[mask]}
+    faces = {
+        letter: [bit for bit in range(int(mask, 16).bit_length()) if int(mask, 16) >> bit & 1]
+        for mask in grouped
+        for letter in grouped[mask]
+    }
     return dict(sorted(faces.items()))
 
 
@@ -124,7 +128,8 @@ def _load(table: Mapping[str, Any], group: str) -> dict[str, Rendered]:
 
 def _read(path: Path, count: int) -> Rendered | None:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, since numpy leaves a file open that it finds broken.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             images, styles, checksum = archive["images"], archive["styles"], str(archive["checksum"])
     except FileNotFoundError:
         return None

@@ -80,6 +80,14 @@ class ImageSource(TaskSource):
         queries: int,
         seed: int,
     ) -> None:
+        self.config = config
+        self.kind = "classification"
+        self.input_shape = tuple(splits["train"].images.shape[1:])
+        self.outputs = ways
+        self.train, self.val, self.test = (
+            ImageEpisodes(splits[split], split=split, ways=ways, shots=shots, queries=queries, seed=seed) for split in SPLITS
+        )
+        self._origin, self._licence = origin, licence
         for one, other in combinations(SPLITS, 2):
             both = sorted(set(splits[one].names) & set(splits[other].names))
             if both:
@@ -92,14 +100,6 @@ class ImageSource(TaskSource):
                     f"images of the {one} split have shape {tuple(splits[one].images.shape[1:])}, of the {other} split "
                     f"{tuple(splits[other].images.shape[1:])}, but one model takes one shape: resize them"
                 )
-        self.config = config
-        self.kind = "classification"
-        self.input_shape = tuple(splits["train"].images.shape[1:])
-        self.outputs = ways
-        self.train, self.val, self.test = (
-            ImageEpisodes(splits[split], split=split, ways=ways, shots=shots, queries=queries, seed=seed) for split in SPLITS
-        )
-        self._origin, self._licence = origin, licence
 
     def describe(self) -> dict[str, Any]:
         """The data in words and numbers, ready for JSON."""

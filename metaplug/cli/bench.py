@@ -1,0 +1,56 @@
+"""bench."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from metaplug.cli.options import Json
+from metaplug.report.console import CONSOLE, emit, line
+
+_BENCH_EXAMPLES = """**Examples**
+
+- metaplug bench --workload sinusoid-25x5 --memory
+
+- metaplug bench --threads 1 --repeats 20 --json"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command(epilog=_BENCH_EXAMPLES)(bench)
+
+
+def bench(
+    *,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option("--workload", help="Which, such as sinusoid-25x5: 25 tasks, 5 steps. Repeatable.", show_default="all"),
+    ] = None,
+    use: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="PLUGIN", help="A plugin to measure the cost of. Repeatable.", show_default="gradient-sharing"),
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, max=1000, help="How often each is timed, in turn.")] = 9,
+    threads: Annotated[int, typer.Option("--threads", min=1, max=1024, help="CPU threads.")] = 1,
+    memory: Annotated[bool, typer.Option("--memory", help="Measure the peak memory of a step too; slower.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Time a meta-step side by side: metaplug in every batching, plain torch, plain higher; with each one's error of the meta-gradient.
+
+    On a CPU, in one process, in turn; medians with half the distance of the quartiles.
+    """
+    import torch
+
+    from metaplug.bench import WORKLOADS, as_json_values, run
+    from metaplug.experiment import to_json
+    from metaplug.report.terminal import bench_table
+
+    torch.set_num_threads(threads)
+    chosen = workload or list(WORKLOADS)
+    rows = run(chosen, use or ["gradient-sharing"], repeats=repeats, memory=memory, on_workload=lambda name: line(f"measuring {name}"))
+    if as_json:
+        emit(to_json(as_json_values(rows, repeats), indent=2))
+    else:
+        CONSOLE.print(bench_table(rows))
+        line(f"torch {torch.__version__}, {threads} CPU thread{'s' if threads > 1 else ''}, median of {repeats}")

@@ -1,0 +1,435 @@
+"""The command line: what each command prints where, every error's line and exit status, and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from metaplug import MetaLearner, checkpoint, registry
+from metaplug.cli.main import main
+from metaplug.cli.options import SHARED
+from metaplug.config import ExperimentConfig, flatten
+
+TINY = [
+    *("--tasks", "sinusoid", "--model", "mlp", "--shots", "3", "--queries", "3", "--inner-steps", "1", "--inner-lr", "0.01"),
+    *("--tasks-per-batch", "2", "--iterations", "4", "--device", "cpu", "--set", "training.validate_every=2"),
+    *("--set", "training.test_tasks=5", "--set", "model.settings.hidden=[4]", "--set", "runtime.threads=1"),
+]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+class Answer:
+    """What a command left behind."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def metaplug(capfd: pytest.CaptureFixture[str]) -> Any:
+    def run(*arguments: str) -> Answer:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main(list(arguments))
+        assert isinstance(stopped.value.code, int)
+        return Answer(stopped.value.code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a plugin."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *TINY, "--with", "gradient-sharing", "--out", str(folder), "--name", "mine"])
+    assert stopped.value.code == 0
+    return folder / "mine"
+
+
+def test_help_is_quick_as_it_imports_no_torch() -> None:
+    code = (
+        "import sys\nfrom metaplug.cli.main import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as stopped:\n    assert stopped.code == 0\n"
+        "assert not {'torch', 'numpy', 'matplotlib', 'pydantic'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "purpose", "options"),
+    [
+        ("train", "Meta-train a model, and test it on tasks that it has not seen.", "--preset --with --set --name --out --resume"),
+        ("evaluate", "Measure a trained run on tasks that it has not seen", "--num-tasks --inner-steps --split --device --json"),
+        ("compare", "Meta-train several algorithms at an equal budget", "--variant --seeds --json --out --set"),
+        ("explain", "Show what a configuration comes to", "--preset --with --set"),
+        ("plugins", "List what is installed", "--json"),
+        ("tasks", "List the task sources", "--json"),
+    ],
+)
+def test_help_teaches_a_command(metaplug: Any, command: str, purpose: str, options: str) -> None:
+    shared = "--tasks --ways --shots --queries --model --inner-steps --inner-lr --tasks-per-batch --iterations --meta-lr --seed --device"
+    answer = metaplug(command, "--help")
+    assert answer.status == 0
+    assert purpose in answer.out
+    for option in [*options.split(), *(shared.split() if command in ("train", "compare", "explain") else [])]:
+        assert re.search(rf"│ {option}\s", answer.out), option
+    assert len(re.findall(rf"• metaplug {command}", answer.out)) in (2, 3)
+
+
+def test_defaults_that_help_shows_are_those_of_the_configuration() -> None:
+    defaults = flatten(ExperimentConfig().model_dump())
+    for path, annotation in SHARED.items():
+        assert annotation.__metadata__[0].show_default == str(defaults[path]), path
+
+
+def test_version(metaplug: Any) -> None:
+    answer = metaplug("--version")
+    assert (answer.status, answer.out, answer.err) == (0, "metaplug 0.1.0\n", "")
+
+
+ERRORS: list[tuple[str, str]] = [
+    ("trian", "No such command 'trian'. Did you mean 'train'?"),
+    ("train --iteration 4", "No such option: --iteration (Possible options: --iterations)"),
+    ("train --ways five", "Invalid value for '--ways': Input should be a valid integer, unable to parse string as an integer"),
+    ("train --preset mamll", "unknown preset 'mamll': did you mean 'maml'?"),
+    ("train --with gradient-shering", "unknown plugin 'gradient-shering': did you mean 'gradient-sharing'?"),
+    ("train --with gradient-sharing:gat=1", "plugin 'gradient-sharing': unknown field 'gat': did you mean 'gate'?"),
+    ("train --with gradient-sharing:gate=2", "plugin 'gradient-sharing': gate = 2: input should be less than or equal to 1"),
+    ("train --with gradient-sharing:gate", "'gate' is no setting of plugin 'gradient-sharing': write field=value"),
+    (
+        "train --with gradient-sharing --with gradient-sharing",
+        "plugin 'gradient-sharing' stands twice in the list: give one of them a name of its own, or leave it out",
+    ),
+    ("train --tasks glyph", "unknown task source 'glyph': did you mean 'glyphs'?"),
+    ("train --tasks folder", "the task source 'folder' needs a path behind a colon: write folder:PATH"),
+    ("train --tasks sinusoid --model conv5", "unknown model 'conv5': did you mean 'conv4'?"),
+    ("train --ways 1", "option: tasks.ways = 1: input should be greater than or equal to 2"),
+    ("train --seed=-1", "option: seed = -1: input should be greater than or equal to 0"),
+    ("train --set trainin.iterations=5", "option: unknown field 'trainin': did you mean 'training'?"),
+    ("train --set training.iteration=5", "option: unknown field 'training.iteration': did you mean 'iterations'?"),
+    ("train --set seed", "--set seed: no value is given; write --set path.to.field=value"),
+    (
+        "train --set plugins.gradient-sharing.gate=0.5",
+        "'plugins.gradient-sharing.gate' is no setting of a listed plugin (known: none): write plugins.NAME.field, or add it by --with",
+    ),
+    ("train --device tpu", "unknown device 'tpu': give auto, cpu, cuda or cuda:N"),
+    ("train --device meta", "device 'meta' is not supported: metaplug runs on cpu and cuda"),
+    ("train nope.yaml", "cannot read the configuration nope.yaml: No such file or directory; give a YAML file"),
+    ("explain --preset mamll", "unknown preset 'mamll': did you mean 'maml'?"),
+    ("evaluate nope", "there is no run nope: give the folder of a run that `metaplug train` has validated at least once"),
+    ("evaluate", "Missing argument 'RUN'."),
+    ("evaluate nope --num-tasks 1", "Invalid value for '--num-tasks': Input should be greater than or equal to 2"),
+    ("compare", "a comparison needs at least two variants, not 0: give the baseline first, then another"),
+    ("compare --variant maml", "a comparison needs at least two variants, not 1: give the baseline first, then another"),
+    ("compare --variant maml --variant maml", "the variant 'maml' stands twice, and would be compared with itself: leave one out"),
+    ("compare --variant mamll", "unknown preset at the start of 'mamll': did you mean 'maml'?"),
+    ("compare --variant maml --variant maml+", "'' names no plugin: write plugin or plugin:field=value,field=value"),
+    (
+        "compare --variant maml --variant fomaml --set preset=maml",
+        "--set preset=maml: in a comparison every variant has its own; write it into --variant, as PRESET+PLUGIN:FIELD=VALUE",
+    ),
+    (
+        "compare --variant maml --variant fomaml --json nope/out.json",
+        "--json nope/out.json: it lies in a folder nope that does not exist; give a file in a folder that exists, or - for standard output",
+    ),
+    ("compare --variant maml --variant fomaml --out .", "the folder . already exists: give another --out"),
+    (
+        "compare --variant maml --variant fomaml --set training.validation_tasks=100",
+        "training.validation_tasks = 100: too few to compare by, as the target would be mostly noise; use at least 200",
+    ),
+    ("tasks glyph", "unknown task source 'glyph': did you mean 'glyphs'?"),
+    ("plugins gradient-shering", "unknown plugin, preset or model 'gradient-shering': did you mean 'gradient-sharing'?"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), ERRORS, ids=[command for command, _ in ERRORS])
+def test_a_wrong_request_is_one_line_and_exit_status_2(metaplug: Any, command: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(MetaLearner, "iterate")  # nothing is trained before it is refused
+    answer = metaplug(*command.split())
+    assert (answer.err, answer.out, answer.status) == (f"metaplug: {message}\n", "", 2)
+    assert list(Path().iterdir()) == []
+
+
+def test_a_mistake_in_a_file_is_named_with_the_file(metaplug: Any) -> None:
+    Path("e.yaml").write_text("training:\n  iterations: 0\n")
+    assert metaplug("train", "e.yaml").err == "metaplug: e.yaml: training.iterations = 0: input should be greater than or equal to 1\n"
+    Path("e.yaml").write_text("seed: 1\nseed: 2\n")
+    assert metaplug("train", "e.yaml").err == "metaplug: e.yaml, line 2 is not valid YAML: the key 'seed' stands twice; correct it there\n"
+    Path("e.yaml").write_text("plugins: gradient-sharing\n")
+    answer = metaplug("train", "e.yaml", "--with", "gradient-clipping:max_norm=1")
+    assert (answer.err, answer.status) == (
+        "metaplug: e.yaml: plugins = 'gradient-sharing': input should be a valid tuple\n",
+        2,
+    )
+
+
+def test_a_failed_run_is_one_line_and_exit_status_1(metaplug: Any) -> None:
+    answer = metaplug("train", *TINY, "--inner-lr", "1000", "--inner-steps", "8", "--name", "wild")
+    assert answer.status == 1
+    assert re.fullmatch(
+        r"metaplug: iteration 0 stopped, nothing was updated: .* try a smaller inner or meta learning rate", answer.err.splitlines()[-1]
+    )
+    assert answer.out == ""
+
+
+def test_a_damaged_checkpoint_is_one_line_and_exit_status_1(metaplug: Any) -> None:
+    Path("broken.pt").write_bytes(b"not a checkpoint")
+    answer = metaplug("evaluate", "broken.pt")
+    assert answer.status == 1
+    assert re.fullmatch(r"metaplug: broken\.pt is not a whole metaplug checkpoint \(.*\): use another one of the run\n", answer.err)
+
+
+def test_debug_shows_the_traceback(metaplug: Any) -> None:
+    answer = metaplug("--debug", "train", "--ways", "1")
+    assert answer.status == 2
+    assert "Traceback (most recent call last)" in answer.err
+    assert answer.err.endswith("metaplug: option: tasks.ways = 1: input should be greater than or equal to 2\n")
+
+
+def test_what_nobody_foresaw_is_one_line_too(metaplug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def burst(*_: object) -> None:
+        raise KeyError("lost\nand gone")
+
+    monkeypatch.setattr(registry, "parts", burst)
+    answer = metaplug("plugins")
+    assert answer.status == 1
+    assert answer.err == "metaplug: unexpected KeyError: 'lost\\nand gone'; `metaplug --debug ...` shows the traceback\n"
+
+
+def test_train_writes_a_run(metaplug: Any) -> None:
+    answer = metaplug("train", *TINY, "--with", "gradient-sharing")
+    folder = Path("runs/maml+gradient-sharing-sinusoid-3shot-seed0")
+    lines = answer.err.splitlines()
+    assert (answer.status, answer.out) == (0, "")
+    assert lines[0] == "maml (gradient-sharing) on sinusoid, 3-shot, mlp, seed 0, cpu"
+    assert lines[1] == f"a new run in {folder}"
+    for iteration, line in zip((2, 4), lines[2:4], strict=True):
+        assert re.fullmatch(rf"training: iteration {iteration}  loss \d+\.\d{{4}}  validation \d+\.\d{{4}} ± \d+\.\d{{4}}", line)
+    assert re.fullmatch(r"test mean squared error \d+\.\d{4} ± \d+\.\d{4} \(95 % interval over 5 tasks, 1 inner step\)", lines[4])
+    assert lines[5].endswith(f"which validated best; all of it is in {folder}")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("best.pt", "config.yaml", "curves.png", "last.pt", "metrics.jsonl", "summary.json")
+    ]
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+    again = metaplug("train", *TINY, "--with", "gradient-sharing")
+    refusal = f"metaplug: the run folder {folder} already exists: give another --name or --out, or --resume to go on with it\n"
+    assert (again.status, again.err) == (2, refusal)
+    finished = metaplug("train", *TINY, "--with", "gradient-sharing", "--resume")
+    assert (finished.status, finished.err.splitlines()) == (0, [f"{folder} is finished already", *lines[4:]])
+    other = metaplug("train", *TINY, "--with", "gradient-sharing", "--resume", "--iterations", "5")
+    assert other.status == 2
+    assert other.err.startswith(f"metaplug: {folder} was begun with training.iterations = 4, which cannot become 5: ")
+
+
+def test_train_takes_a_file_and_options_over_it(metaplug: Any) -> None:
+    Path("mine.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "plugins": ["gradient-sharing"],
+                "model": {"name": "mlp", "settings": {"hidden": [4]}},
+                "tasks": {"source": "sinusoid", "shots": 3},
+                "training": {"iterations": 2, "tasks_per_batch": 2, "validation_tasks": 4, "test_tasks": 4},
+                "learner": {"inner_lr": 0.01, "inner_steps": 1},
+            }
+        )
+    )
+    answer = metaplug(
+        *("train", "mine.yaml", "--with", "gradient-clipping:max_norm=1", "--set", "plugins.gradient-sharing.gate=0.25"),
+        *("--seed", "3", "--out", "out"),
+    )
+    assert answer.status == 0, answer.err
+    config = yaml.safe_load(Path("out/mine/config.yaml").read_text())
+    assert [(use["plugin"], use["settings"]) for use in config["plugins"]] == [
+        ("gradient-sharing", {"gate": 0.25}),
+        ("gradient-clipping", {"max_norm": 1}),
+    ]
+    assert (config["seed"], config["tasks"]["shots"], config["training"]["iterations"]) == (3, 3, 2)
+    # the resolved configuration is a configuration
+    assert metaplug("explain", "out/mine/config.yaml").status == 0
+
+
+def test_explain_shows_the_order_the_settings_and_every_origin(metaplug: Any) -> None:
+    Path("mine.yaml").write_text("preset: fomaml\ntraining: {iterations: 7}\n")
+    answer = metaplug("explain", "mine.yaml", "--with", "gradient-sharing:gate=0.25", "--inner-lr", "1")
+    assert (answer.status, answer.out) == (0, "")
+    squeezed = [" ".join(line.split()) for line in answer.err.splitlines()]
+    assert "derivative_order choose derivative-order" in squeezed
+    assert "transform_gradients fold gradient-sharing" in squeezed
+    assert "gradient-sharing gate 0.25" in squeezed
+    assert "preset fomaml mine.yaml" in squeezed
+    assert "training.iterations 7 mine.yaml" in squeezed
+    assert "learner.inner_lr 1.0 option" in squeezed
+    assert "learner.inner_steps 3 default" in squeezed
+    order = metaplug("explain", "--with", "gradient-clipping:max_norm=1", "--with", "gradient-sharing")
+    assert "transform_gradients fold gradient-clipping → gradient-sharing" in " ".join(order.err.split())
+
+
+def test_evaluate(metaplug: Any, trained: Path) -> None:
+    summary = json.loads((trained / "summary.json").read_text())
+    answer = metaplug("evaluate", str(trained), "--json")
+    assert (answer.status, answer.err) == (0, "")
+    assert (answer.json["mean"], answer.json["interval"]) == (summary["test"]["mean"], summary["test"]["interval"])
+    assert (answer.json["split"], answer.json["num_tasks"], answer.json["iteration"]) == (
+        "test",
+        5,
+        summary["best_validation"]["iteration"],
+    )
+    other = metaplug("evaluate", str(trained / "last.pt"), "--split", "val", "--num-tasks", "7", "--inner-steps", "0")
+    assert (other.status, other.out) == (0, "")
+    assert re.fullmatch(r"val mean squared error \d+\.\d{4} ± \d+\.\d{4} \(95 % interval over 7 tasks, 0 inner steps\)\n", other.err)
+
+
+def test_a_warning_is_one_line(metaplug: Any, trained: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        answer = metaplug("evaluate", str(trained), "--inner-steps", "2", "--json")
+    assert answer.status == 0
+    assert answer.json["inner_steps"] == 2
+    assert answer.err == "metaplug: warning: adapting for 2 inner steps, trained with 1: later steps use the last step's values\n"
+
+
+def test_compare(metaplug: Any) -> None:
+    answer = metaplug(
+        *("compare", *TINY, "--variant", "maml", "--variant", "maml + gradient-sharing:gate=0.25", "--seeds", "2", "--seed", "5"),
+        *("--json", "-", "--out", "compared"),
+    )
+    assert answer.status == 0, answer.err
+    assert (answer.json["baseline"], answer.json["seeds"]) == ("maml", [5, 6])
+    assert [variant["label"] for variant in answer.json["variants"]] == ["maml", "maml+gradient-sharing:gate=0.25"]
+    assert answer.json["variants"][1]["config"]["plugins"][0]["settings"] == {"gate": 0.25}
+    assert [point[0] for point in answer.json["variants"][1]["runs"][1]["curve"]] == [2, 4]
+    assert sorted(path.name for path in Path("compared").iterdir()) == ["comparison.json", "curves.png", "report.txt"]
+    assert json.loads(Path("compared/comparison.json").read_text()) == answer.json
+    assert Path("compared/report.txt").read_text().split()[:2] == ["variant", "acceleration"]
+    assert "maml, seed 6: iteration 4  loss " in answer.err
+
+
+def test_compare_writes_json_to_a_file(metaplug: Any) -> None:
+    answer = metaplug("compare", *TINY, "--variant", "maml", "--variant", "fomaml", "--json", "out.json")
+    assert (answer.status, answer.out) == (0, "")
+    assert json.loads(Path("out.json").read_text())["metric"] == "mean squared error"
+
+
+def test_plugins_lists_parts(metaplug: Any) -> None:
+    answer = metaplug("plugins", "--json")
+    assert (answer.status, answer.err) == (0, "")
+    rows = {(row["kind"], row["name"]): row for row in answer.json}
+    assert {("plugin", "gradient-sharing"), ("preset", "maml"), ("model", "conv4")} <= rows.keys()
+    assert rows["plugin", "gradient-sharing"] == {
+        "kind": "plugin",
+        "name": "gradient-sharing",
+        "distribution": "metaplug 0.1.0",
+        "summary": "Blend every task's gradient with a running mean of the tasks' normalised gradients.",
+        "error": None,
+    }
+    people = metaplug("plugins")
+    assert (people.status, people.out) == (0, "")
+    assert people.err.endswith("metaplug plugins NAME shows one with its settings; metaplug tasks lists task sources\n")
+
+
+def test_plugins_shows_one_part(metaplug: Any) -> None:
+    (page,) = metaplug("plugins", "gradient-sharing", "--json").json
+    assert page["facts"]["hooks"] == "setup (notify), transform_gradients (fold), commit (notify), end_meta_step (collect)"
+    assert page["fields"][0] == {
+        "name": "gate",
+        "type": "float",
+        "bounds": "≥ 0, ≤ 1",
+        "default": "0.5",
+        "description": "Initial weight σ(λ) of the shared direction. Exactly 0 or 1 stays so for good.",
+    }
+    people = metaplug("plugins", "gradient-sharing")
+    assert people.out == ""
+    assert people.err.startswith("gradient-sharing: a plugin of metaplug 0.1.0\n\nBlend every task's gradient")
+    assert "gate_function  sigmoid | hard-sigmoid | clamp, default sigmoid\n" in people.err
+
+
+def test_a_broken_plugin_is_a_row_and_no_crash(metaplug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = registry.entry_points
+    broken = EntryPoint("broken", "no_such_module:Broken", "metaplug.plugins")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [*real(group=group), *([broken] if group == broken.group else [])])
+    answer = metaplug("plugins", "--json")
+    assert answer.status == 0
+    (row,) = (row for row in answer.json if row["name"] == "broken")
+    assert row["error"] == "the plugin 'broken' of no_such_module does not load: ModuleNotFoundError: No module named 'no_such_module'"
+    assert metaplug("plugins", "broken").status == 0
+
+
+def test_tasks(metaplug: Any) -> None:
+    rows = metaplug("tasks", "--json").json
+    assert {"folder", "glyphs", "sinusoid"} <= {row["name"] for row in rows}
+    page = metaplug("tasks", "sinusoid", "--json").json
+    assert page["data"]["input_shape"] == [1]
+    assert [field["name"] for field in page["fields"]] == ["amplitude", "phase", "inputs"]
+    assert metaplug("tasks", "folder", "--json").json["data"] is None
+    people = metaplug("tasks", "sinusoid")
+    assert (people.status, people.out) == (0, "")
+    assert "y = A sin(x + φ)" in people.err
+    assert metaplug("tasks").status == 0
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(metaplug: Any) -> None:
+    command = ["train", *TINY, "--iterations", "60", "--name", "stopped"]
+    folder = Path("runs/stopped")
+    pid = os.fork()
+    if not pid:
+        sys.stderr = Path("stderr.txt").open("w", buffering=1)  # noqa: SIM115
+        try:
+            main(command)
+        except SystemExit as stopped:
+            os._exit(int(stopped.code or 0))
+        finally:
+            os._exit(99)
+    while not ((folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text().count("\n") >= 3):
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGINT)
+    _, status = os.waitpid(pid, 0)
+    assert os.WEXITSTATUS(status) == 130
+    lines = Path("stderr.txt").read_text().splitlines()
+    assert "stopping after this step; Ctrl-C again stops at once" in lines
+    assert lines[-1] == f"metaplug: stopped, with a checkpoint in {folder}: the same command with --resume goes on"
+    done = MetaLearner.load(folder / "last.pt").iteration
+    assert done == (folder / "metrics.jsonl").read_text().count("\n")
+
+    again = metaplug(*command, "--resume")
+    assert again.status == 0
+    assert f"going on in {folder} after iteration {done}" in again.err
+    assert metaplug("train", *TINY, "--iterations", "60", "--name", "whole").status == 0
+    assert (folder / "metrics.jsonl").read_bytes() == Path("runs/whole/metrics.jsonl").read_bytes()
+    one, other = (checkpoint.read(Path("runs") / name / "last.pt")["model"] for name in ("stopped", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_ctrl_c_twice_stops_at_once(metaplug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("metaplug.experiment.build", twice)
+    answer = metaplug("train", *TINY)
+    assert answer.status == 130
+    assert answer.err.splitlines()[-1] == "metaplug: stopped"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,0 +1,170 @@
+"""What people are shown: texts, tables, progress and pictures."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+import torch
+from PIL import Image
+from pydantic import BaseModel, Field
+from rich.console import Console, RenderableType
+
+from metaplug import EvaluationResult, Record
+from metaplug.comparison import Comparison, Curve, Point, SeedRun, Variant
+from metaplug.config import ExperimentConfig
+from metaplug.engine import MetaStep
+from metaplug.evaluation import Metric
+from metaplug.report.catalogue import SettingRow, rows
+from metaplug.report.console import line
+from metaplug.report.figures import comparison_figure, run_figure
+from metaplug.report.terminal import TrainingProgress, comparison_report, result_line, value_text
+
+
+def shown(what: RenderableType, width: int = 80) -> str:
+    file = io.StringIO()
+    Console(file=file, width=width).print(what)
+    return "\n".join(text.rstrip() for text in file.getvalue().splitlines()).strip("\n")
+
+
+def curve(*means: float) -> Curve:
+    return tuple(Point(100 * (index + 1), mean, 0.02) for index, mean in enumerate(means))
+
+
+def comparison(metric: Metric = "accuracy", seeds: int = 2) -> Comparison:
+    def run(seed: int, line: Curve, shift: float) -> SeedRun:
+        per_task = torch.tensor([0.4, 0.6]).double() + shift + seed / 10
+        return SeedRun(seed, line, EvaluationResult(metric, per_task, 3, ("batch norm sees the batch",)), {}, 1.0, {})
+
+    lines = {
+        "maml": [curve(0.3, 0.4, 0.5, 0.6), curve(0.3, 0.4, 0.6, 0.5)],
+        "maml+sharing": [curve(0.5, 0.6, 0.7, 0.7), curve(0.5, 0.5, 0.5, 0.5)],
+        "slow": [curve(0.2, 0.2, 0.3, 0.3), curve(0.1, 0.1, 0.1, 0.1)],
+    }
+    runs = {
+        label: tuple(run(seed, line, 0.1 * index) for seed, line in enumerate(given[:seeds]))
+        for index, (label, given) in enumerate(lines.items())
+    }
+    return Comparison(metric, tuple(Variant(label, ExperimentConfig()) for label in lines), tuple(range(seeds)), runs)
+
+
+def test_values_in_words() -> None:
+    assert value_text("accuracy", 0.767, 0.012) == "76.70 ± 1.20 %"
+    assert value_text("accuracy", 0.767) == "76.70 %"
+    assert value_text("mean squared error", 0.12345, 0.01) == "0.1235 ± 0.0100"
+    assert value_text("accuracy", None) == "not finite"
+    result = {"metric": "accuracy", "mean": 0.5, "interval": 0.1, "num_tasks": 600, "inner_steps": 3}
+    assert result_line(result) == "accuracy 50.00 ± 10.00 % (95 % interval over 600 tasks, 3 inner steps)"
+
+
+def test_the_comparison_table() -> None:
+    # pooled tests of both seeds: 0.4, 0.6, 0.5, 0.7, so that t(0.975; 3) s / √4 = 3.1824 · 0.12910 / 2 = 0.2054
+    assert (
+        shown(comparison_report(comparison()))
+        == """\
+ variant       acceleration           test accuracy    minus maml
+ ──────────────────────────────────────────────────────────────────────
+ maml          baseline               55.00 ± 20.54 %
+   seed 0      best after 400         50.00 %
+   seed 1      best after 300         60.00 %
+
+ maml+sharing  +100 % (1 of 2 seeds)  65.00 ± 20.54 %  +10.00 ± 0.00 pp
+   seed 0      +100 % (400 → 200)     60.00 %
+   seed 1      not reached            70.00 %
+
+ slow          not reached            75.00 ± 20.54 %  +20.00 ± 0.00 pp
+   seed 0      not reached            70.00 %
+   seed 1      not reached            80.00 %
+
+Target: the best validation accuracy that maml reaches; 60.00 %, 60.00 % for
+seed 0, 1.
+Acceleration: (iterations that it needs / iterations that the other needs − 1) ·
+100 %, mean over the seeds that get there.
+Test: unseen tasks, by the weights that validated best; 95 % intervals over the
+tasks of all seeds, differences task by task.
+Transductive: batch norm sees the batch."""
+    )
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "mean squared error"])
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_comparison_figure(tmp_path: Path, metric: Metric, seeds: int) -> None:
+    comparison_figure(comparison(metric, seeds), tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert (picture.format, picture.size) == ("PNG", (1200, 736))
+
+
+def metrics(figures: dict[str, float], validated: bool) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = [
+        {"iteration": i, "outer_loss": math.exp(-i), "meta_gradient_norm": 1.0, "figures": figures} for i in range(1, 9)
+    ]
+    if validated:
+        lines[3]["validation"] = {"metric": "accuracy", "mean": 0.5, "interval": 0.1}
+        lines[7]["validation"] = {"metric": "accuracy", "mean": None, "interval": None}
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("figures", "validated", "height"),
+    [({}, True, 736), ({}, False, 736), ({"sharing.gate/0": 0.5, "sharing.gate/1": None, "sharing.norm": 1.0}, True, 1408)],
+)
+def test_the_figure_of_a_run(tmp_path: Path, figures: dict[str, float], validated: bool, height: int) -> None:
+    run_figure(metrics(figures, validated), tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert (picture.format, picture.size) == ("PNG", (1200, height))
+
+
+def record(iteration: int, validation: EvaluationResult | None = None) -> Record:
+    return Record(MetaStep(iteration, 1.5, 1.0, {}), validation)
+
+
+def test_progress_off_a_terminal_is_a_plain_line_for_each_validation() -> None:
+    file = io.StringIO()
+    with TrainingProgress(Console(file=file, width=40), 2) as progress:
+        progress.record(record(1), "maml, seed 0")
+        progress.record(record(2, EvaluationResult("accuracy", torch.tensor([0.5, 0.7]).double(), 3)), "maml, seed 0")
+    assert file.getvalue() == "maml, seed 0: iteration 2  loss 1.5000  validation 60.00 ± 127.06 %\n"
+
+
+def test_progress_on_a_terminal_is_a_bar() -> None:
+    file = io.StringIO()
+    with TrainingProgress(Console(file=file, width=120, force_terminal=True, color_system=None), 12) as progress:
+        progress.begin(10)
+        progress.record(record(11, EvaluationResult("accuracy", torch.tensor([0.5, 0.5]).double(), 3)))
+        progress.record(record(12))
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+    assert re.search(r"training ━+ +12/12 0:00:00 loss 1\.5000  validation 50\.00 ± 0\.00 %", text)
+
+
+def test_a_line_is_one_line_on_the_narrowest_terminal() -> None:
+    file = io.StringIO()
+    line("[bold]one\n   and the same[/bold] " + "x" * 100, console=Console(file=file, width=20))
+    assert file.getvalue() == "[bold]one and the same[/bold] " + "x" * 100 + "\n"
+
+
+class Example(BaseModel):
+    rate: float = Field(0.5, gt=0, le=1, description="A rate.")
+    mode: Literal["a", "b"] = Field("a", description="A mode.")
+    bound: int | None = Field(None, ge=1, description="A bound.")
+    pair: tuple[float, float] = Field((0.0, 1.0), description="A pair.")
+    widths: tuple[Annotated[int, Field(ge=1)], ...] = Field((40, 40), description="Widths.")
+    on: bool = Field(True, description="A switch.")
+    more: dict[str, Any] = Field(default_factory=dict, description="More.")
+    path: Path = Field(description="A path.")
+
+
+def test_settings_in_words() -> None:
+    assert rows(Example) == (
+        SettingRow("rate", "float", "> 0, ≤ 1", "0.5", "A rate."),
+        SettingRow("mode", "a | b", "", "a", "A mode."),
+        SettingRow("bound", "int or null", "≥ 1", "null", "A bound."),
+        SettingRow("pair", "[float, float]", "", "[0.0, 1.0]", "A pair."),
+        SettingRow("widths", "list of int", "", "[40, 40]", "Widths."),
+        SettingRow("on", "bool", "", "true", "A switch."),
+        SettingRow("more", "dict", "", "{}", "More."),
+        SettingRow("path", "path", "", "required", "A path."),
+    )

@@ -1,0 +1,350 @@
+"""One run in its folder: what it holds, and that killing and resuming it changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+from metaplug import MetaLearner, RequestError, RunError, checkpoint, experiment
+from metaplug.config import ExperimentConfig, to_yaml
+from metaplug.experiment import build, load, read_metrics, task_form, train
+
+TINY: dict[str, Any] = {
+    "plugins": ["gradient-sharing"],
+    "model": {"name": "mlp", "settings": {"hidden": [4]}},
+    "tasks": {"source": "sinusoid", "shots": 3, "queries": 3},
+    "learner": {"inner_lr": 0.01, "inner_steps": 1},
+    "training": {"iterations": 12, "tasks_per_batch": 2, "validate_every": 4, "validation_tasks": 4, "test_tasks": 6},
+    "runtime": {"threads": 1, "device": "cpu"},
+}
+
+
+def tiny(**changes: Any) -> ExperimentConfig:
+    """The tiny experiment with fields changed, written as section__field."""
+    values = json.loads(json.dumps(TINY))
+    for path, value in changes.items():
+        section, _, field = path.partition("__")
+        if field:
+            values.setdefault(section, {})[field] = value
+        else:
+            values[section] = value
+    return ExperimentConfig.model_validate(values)
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Equal bit for bit, tensors too; the seconds that were spent apart."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"seconds"}:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_same(left, right)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    for name in ("last.pt", "best.pt"):
+        assert_same(checkpoint.read(one / name), checkpoint.read(other / name))
+    assert_same(json.loads((one / "summary.json").read_text()), json.loads((other / "summary.json").read_text()))
+    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in other.iterdir())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was left alone."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert train(tiny(), folder) is not None
+    return folder
+
+
+def test_a_run_folder_holds_all_of_it(whole: Path) -> None:
+    assert sorted(path.name for path in whole.iterdir()) == ["best.pt", "config.yaml", "last.pt", "metrics.jsonl", "summary.json"]
+    lines = read_metrics(whole)
+    assert [line["iteration"] for line in lines] == list(range(1, 13))
+    assert [line["iteration"] for line in lines if "validation" in line] == [4, 8, 12]
+    assert set(lines[3]) == {"iteration", "outer_loss", "meta_gradient_norm", "figures", "validation"}
+    assert set(lines[0]["figures"]) == {"gradient-sharing.gate/0", "gradient-sharing.momentum/0"}
+    summary = json.loads((whole / "summary.json").read_text())
+    best = min((line for line in lines if "validation" in line), key=lambda line: line["validation"]["mean"])
+    assert summary["best_validation"]["iteration"] == best["iteration"]
+    assert summary["best_validation"]["mean"] == best["validation"]["mean"]
+    assert summary["test"]["num_tasks"] == 6
+    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["batching"]["choice"] == "vectorized"
+    assert (whole / "config.yaml").read_text() == to_yaml(tiny())
+
+
+def test_equal_seeds_give_identical_metrics(whole: Path, tmp_path: Path) -> None:
+    train(tiny(), tmp_path / "again")
+    assert_same_run(whole, tmp_path / "again")
+    train(tiny(seed=1), tmp_path / "other")
+    assert (whole / "metrics.jsonl").read_bytes() != (tmp_path / "other" / "metrics.jsonl").read_bytes()
+
+
+def test_the_summary_tests_the_best_checkpoint(whole: Path) -> None:
+    loaded = load(whole)
+    summary = json.loads((whole / "summary.json").read_text())
+    assert loaded.learner.iteration == summary["best_validation"]["iteration"]
+    assert loaded.learner.evaluate(loaded.tasks.test, num_tasks=6).mean == summary["test"]["mean"]
+    assert loaded.learner.evaluate(loaded.tasks.val, num_tasks=4).mean == summary["best_validation"]["mean"]
+
+
+def test_a_checkpoint_is_a_learner(whole: Path) -> None:
+    assert MetaLearner.load(whole / "last.pt").iteration == 12
+
+
+def stop_after(iterations: int) -> Callable[[], bool]:
+    """Asked after every iteration, True at that one."""
+    asked = iter(range(1, 10**6))
+    return lambda: next(asked) >= iterations
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
+    for iterations in (1, 8, 12):
+        folder = tmp_path / f"stopped-{iterations}"
+        assert train(tiny(), folder, stop=stop_after(iterations)) is None
+        assert not (folder / "summary.json").exists()
+        assert MetaLearner.load(folder / "last.pt").iteration == iterations
+        assert train(tiny(), folder, resume=True) is not None
+        assert_same_run(whole, folder)
+
+
+def in_child(action: Callable[[], object]) -> int:
+    """Run in a forked process, which has imported everything already; its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        action()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def kill_at_replacement(count: int, *, before: bool) -> None:
+    """From now on, this process is killed just before, or just after, its `count`-th file takes its place."""
+    original, done = Path.replace, 0
+
+    def replace(self: Path, target: Path) -> Path:
+        nonlocal done
+        done += 1
+        if done == count and before:
+            die()
+        result = original(self, target)
+        if done == count:
+            die()
+        return result
+
+    Path.replace = replace  # type: ignore[method-assign]
+
+
+def die() -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("before", [True, False])
+def test_killed_at_every_file_that_it_writes_a_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path, before: bool) -> None:
+    for count in range(1, 11):  # config, metrics, best and last at each of three validations at most, summary
+        folder = tmp_path / f"{count}"
+
+        def killed(count: int = count, folder: Path = folder) -> None:
+            kill_at_replacement(count, before=before)
+            train(tiny(), folder)
+
+        _, status = os.waitpid(in_child(killed), 0)
+        finished = os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
+        assert finished or os.WTERMSIG(status) == signal.SIGKILL
+        assert train(tiny(), folder, resume=True) is not None
+        assert_same_run(whole, folder)
+        if finished:
+            break
+    assert finished
+    assert count > 7
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_killed_at_random_moments_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    config = tiny(training__iterations=120, training__validate_every=10)
+    train(config, tmp_path / "whole")
+    moments, folder, kills = random.Random(0), tmp_path / "killed", 0
+    for _ in range(40):
+        pid = in_child(lambda: train(config, folder, resume=True))
+        time.sleep(moments.uniform(0.0, 0.25))
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        kills += 1
+    train(config, folder, resume=True)
+    assert kills >= 3
+    assert_same_run(tmp_path / "whole", folder)
+
+
+def test_an_incomplete_last_line_is_cut(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(tiny(), folder, stop=stop_after(6))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 7, "outer_lo')
+    train(tiny(), folder, resume=True)
+    assert_same_run(whole, folder)
+
+
+def test_metrics_that_lack_lines_stop_a_resume(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(tiny(), folder, stop=lambda: True)
+    (folder / "metrics.jsonl").write_text("")
+    with pytest.raises(RunError) as error:
+        train(tiny(), folder, resume=True)
+    assert str(error.value) == f"{folder}/metrics.jsonl lacks lines of the 1 iterations that its checkpoint has done: begin the run anew"
+
+
+def test_a_run_that_is_there_is_refused(whole: Path) -> None:
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    with pytest.raises(RequestError) as error:
+        train(tiny(), whole)
+    assert str(error.value) == f"the run folder {whole} already exists: give another --name or --out, or --resume to go on with it"
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    assert train(tiny(), whole, resume=True) == json.loads((whole / "summary.json").read_text())
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+def test_another_configuration_cannot_resume_a_run(whole: Path) -> None:
+    with pytest.raises(RequestError) as error:
+        train(tiny(training__iterations=13), whole, resume=True)
+    assert str(error.value) == (
+        f"{whole} was begun with training.iterations = 12, which cannot become 13: "
+        f"resume it as it was begun ({whole}/config.yaml), or give another --name"
+    )
+
+
+def test_a_folder_of_something_else_is_not_resumed(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RequestError) as error:
+        train(tiny(), tmp_path, resume=True)
+    assert str(error.value) == f"{tmp_path} holds no run to resume, as it has no config.yaml: give another --name or --out"
+    with pytest.raises(RequestError) as error:
+        train(tiny(), tmp_path / "notes.txt")
+    assert str(error.value) == f"{tmp_path}/notes.txt is a file, not a folder for a run: give another --name or --out"
+
+
+def test_resume_begins_where_nothing_is(whole: Path, tmp_path: Path) -> None:
+    train(tiny(), tmp_path / "new", resume=True)
+    assert_same_run(whole, tmp_path / "new")
+
+
+def test_a_checkpoint_of_another_model_is_refused(whole: Path, tmp_path: Path) -> None:
+    wider = tiny(model__settings={"hidden": [5]})
+    train(wider, tmp_path / "wider", stop=lambda: True)
+    (tmp_path / "wider" / "last.pt").write_bytes((whole / "last.pt").read_bytes())
+    with pytest.raises(RunError, match=r"last\.pt belongs to another model: 'body\.0\.weight' is \(4, 1\) there and \(5, 1\) here"):
+        train(wider, tmp_path / "wider", resume=True)
+
+
+def test_a_wrong_request_makes_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(RequestError):
+        train(tiny(plugins=[{"plugin": "gradient-sharing", "settings": {"gate": 2}}]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_that_are_not_finite_stop_a_run_and_keep_its_checkpoint(tmp_path: Path) -> None:
+    config = tiny(plugins=[], learner={"inner_lr": 0.01, "inner_steps": 1, "meta_lr": 10.0}, training__iterations=400)
+    config = config.model_copy(update={"learner": config.learner.model_copy(update={"inner_lr": 1000.0, "inner_steps": 5})})
+    with pytest.raises(RunError, match=r"^iteration 0 stopped, nothing was updated: "):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_validations_that_are_not_finite_are_never_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metaplug.learner.score", lambda *_: torch.full((4,), torch.nan, dtype=torch.float64))
+    with pytest.raises(RunError) as error:
+        train(tiny(), tmp_path / "run")
+    assert str(error.value) == (
+        f"no validation of {tmp_path}/run was finite, so that there is nothing to test: try a smaller learning rate"
+    )
+    assert read_metrics(tmp_path / "run")[3]["validation"] == {"metric": "mean squared error", "mean": None, "interval": None}
+
+
+def test_a_full_disk_is_a_failed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> NoReturn:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        RunError, match=r"cannot write .*config\.yaml: \[Errno 28\] No space left on device; an older one there is untouched"
+    ):
+        train(tiny(), tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_what_load_refuses(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError) as error:
+        load(tmp_path / "nope")
+    assert str(error.value) == (
+        f"there is no run {tmp_path}/nope: give the folder of a run that `metaplug train` has validated at least once"
+    )
+    (tmp_path / "run").mkdir()
+    with pytest.raises(RequestError, match=r"run has no best\.pt yet: give the folder of a run"):
+        load(tmp_path / "run")
+    build(tiny()).learner.save(tmp_path / "learner.pt")
+    with pytest.raises(RequestError) as error:
+        load(tmp_path / "learner.pt")
+    assert str(error.value) == f"{tmp_path}/learner.pt holds a learner without its experiment: load it in Python with MetaLearner.load"
+
+
+def test_the_weights_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    one = build(tiny()).learner.model.state_dict()
+    torch.manual_seed(2)
+    before = torch.random.get_rng_state()
+    assert_same(dict(one), dict(build(tiny(plugins=[])).learner.model.state_dict()))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not torch.equal(one["head.weight"], build(tiny(seed=1)).learner.model.state_dict()["head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("sinusoids", "unknown task source 'sinusoids': did you mean 'sinusoid'?"),
+        ("sinusoid:x", "the task source 'sinusoid' takes no argument, but 'sinusoid:x' gives one: write sinusoid"),
+        ("folder", "the task source 'folder' needs a path behind a colon: write folder:PATH"),
+        ("folder:", "the task source 'folder' needs a path behind a colon: write folder:PATH"),
+    ],
+)
+def test_task_sources_that_are_refused(source: str, message: str) -> None:
+    with pytest.raises(RequestError) as error:
+        build(tiny(tasks__source=source))
+    assert str(error.value) == message
+
+
+def test_the_form_of_tasks() -> None:
+    assert task_form(tiny()) == ["3-shot"]
+    assert task_form(ExperimentConfig()) == ["5-way", "1-shot"]
+
+
+def test_json_knows_no_nan() -> None:
+    assert experiment.to_json({"a": [float("nan"), 1.5, (float("inf"),)]}) == '{"a": [null, 1.5, [null]]}'
