@@ -1,4 +1,4 @@
-"""The differentiable inner loop on `higher`, with all tasks of a batch stacked; the only file that imports higher.
+"""The differentiable inner loop, with all tasks of a batch stacked.
 
     g[t,k] = ∂ ℓ(f(x_t; θ[t,k]), y_t) / ∂θ[t,k]        then the fold of transform_gradients
     θ[t,k+1] = update(θ[t,k], g[t,k], α[k])            the inner optimizer; for SGD θ − α g
@@ -9,38 +9,24 @@ It is taken outside vmap: inside, second-order gradients through batch and layer
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-import higher
 import torch
-from higher.optim import DifferentiableOptimizer
 from torch import Tensor, nn
 
 from metaplug.chain import Chain
-from metaplug.errors import RequestError, RunError, did_you_mean, quoted, unknown
+from metaplug.errors import RunError, quoted
+from metaplug.mirror import MirroredOptimizer, patch, release, set_mode
 from metaplug.runtime.folding import Folding
 from metaplug.tasks.batch import TaskBatch
 from metaplug.values import InnerStep, Outcome
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(prediction, target) of one task → its loss, a tensor of shape ()."""
-
-OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...]]] = {
-    "sgd": (torch.optim.SGD, ("momentum", "dampening", "nesterov", "weight_decay")),
-    "adam": (torch.optim.Adam, ("betas", "eps", "weight_decay", "amsgrad")),
-    "adamax": (torch.optim.Adamax, ("betas", "eps", "weight_decay")),
-    "adagrad": (torch.optim.Adagrad, ("lr_decay", "eps", "weight_decay")),
-    "adadelta": (torch.optim.Adadelta, ("rho", "eps", "weight_decay")),
-    "rmsprop": (torch.optim.RMSprop, ("alpha", "eps", "weight_decay", "momentum", "centered")),
-}
-"""The inner optimizers, with the settings that `higher` mirrors faithfully; learning rates come from the chain."""
 
 
 class InnerLoop:
@@ -76,10 +62,8 @@ class InnerLoop:
         self.adapted = tuple(name for name in self._parameters if name in adapted)
         reference = next(iter(self._parameters.values()))
         self._rate = torch.tensor(inner_lr, dtype=reference.dtype, device=reference.device)
-        self._unconnected = torch.zeros((), device=reference.device, requires_grad=True)
-        self._optimizer = _differentiable_optimizer(optimizer, optimizer_settings, inner_lr, len(self.adapted))
-        self._eps, self._betas = (self._optimizer.param_groups[0].get(setting) for setting in ("eps", "betas"))
-        self.patched = _patch(model, batch_norm)
+        self._optimizer = MirroredOptimizer(optimizer, optimizer_settings, inner_lr, len(self.adapted))
+        self.patched = patch(model, batch_norm)
 
     def run(self, batch: TaskBatch, *, steps: int, training: bool, iteration: int, query_after: Collection[int]) -> Outcome:
         """Adapt every task for `steps` steps, and take the query losses after as many updates as `query_after` says.
@@ -149,22 +133,10 @@ class InnerLoop:
         rates = self.chain.fold("transform_learning_rates", dict.fromkeys(self.adapted, self._rate), step=step)
         if not step.training:
             folded, rates = ({name: value.detach() for name, value in values.items()} for values in (folded, rates))
-        updated = self._optimizer.step(
-            self._unconnected,
-            params=weights,
-            override={"lr": [rates[name] for name in self.adapted], **self._corrected()},
-            grad_callback=lambda _: [folded.get(name) for name in self.adapted],
-        )
+        updated = self._optimizer.step(weights, [folded.get(name) for name in self.adapted], [rates[name] for name in self.adapted])
         after = {**fast, **dict(zip(self.adapted, updated, strict=True))}
         self._check("the updated weights", after, step)
         return after if step.training else _leaves(after, self.adapted)
-
-    def _corrected(self) -> dict[str, list[float]]:
-        """Adam's eps for this step: higher adds it before bias correction, torch (and the paper) behind it."""
-        if not isinstance(self._optimizer, higher.optim.DifferentiableAdam):
-            return {}
-        steps = [state[0].get("step", 0) + 1 for state in self._optimizer.state]
-        return {"eps": [self._eps * math.sqrt(1 - self._betas[1] ** step) for step in steps]}
 
     def _query(self, fast: Mapping[str, Tensor], batch: TaskBatch, step: InnerStep) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
         with torch.set_grad_enabled(step.training):
@@ -205,62 +177,8 @@ class InnerLoop:
 
     def _release(self) -> None:
         """Let go of the last fast weights, which higher keeps in the patched modules and in the optimizer."""
-        self.patched.update_params(list(self._parameters.values()))
-        for module in self.patched.modules():
-            if isinstance(module, nn.RNNBase):
-                module._flat_weights = [module._parameters[name] for name in module._flat_weights_names]
-        self._optimizer.state = _first_state(self._optimizer)
-        for group in self._optimizer.param_groups:
-            group["params"], group["lr"] = [None], None
-
-
-def set_mode(module: nn.Module, training: bool, batch_norm: str) -> None:
-    """Training or evaluation mode for a model, and what `batch_norm` says for the layers that normalise by running statistics."""
-    module.train(training)
-    for layer in module.modules():
-        if isinstance(layer, nn.modules.batchnorm._NormBase):
-            if batch_norm == "batch":
-                layer.track_running_stats = False
-                layer.running_mean = layer.running_var = layer.num_batches_tracked = None
-            else:
-                layer.eval()
-
-
-def _patch(model: nn.Module, batch_norm: str) -> Any:
-    patched: Any = higher.patch.make_functional(model)
-    higher.patch.buffer_sync(model, patched)
-    patched.track_higher_grads = False
-    patched._fast_params = [[]]  # with tracking off, a history of length one, replaced at every call
-    set_mode(patched, True, batch_norm)
-    return patched
-
-
-def _differentiable_optimizer(name: str, settings: Mapping[str, Any], lr: float, count: int) -> DifferentiableOptimizer:
-    if name not in OPTIMIZERS:
-        raise unknown("inner optimizer", name, OPTIMIZERS)
-    optimizer, faithful = OPTIMIZERS[name]
-    for setting in settings:
-        if setting not in faithful:
-            reason = f"higher would ignore it or get it wrong: {did_you_mean(setting, faithful)}"
-            raise RequestError(f"inner optimizer '{name}' does not take the setting '{setting}': {reason}")
-    stand_ins = [torch.empty(0, requires_grad=True) for _ in range(count)]
-    try:
-        mirrored = optimizer([{"params": [stand_in]} for stand_in in stand_ins], lr=lr, **settings)
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"inner optimizer '{name}': {error}; correct the setting") from None
-    with warnings.catch_warnings():
-        # higher doubts its RMSprop; tests/test_inner.py holds it against a plain loop, meta-gradients included.
-        warnings.filterwarnings("ignore", message="Differentiable RMSprop", category=UserWarning)
-        mirror = higher.optim.get_diff_optim(mirrored, stand_ins)
-    mirror.state = _first_state(mirror)
-    return mirror
-
-
-def _first_state(optimizer: DifferentiableOptimizer) -> list[defaultdict[int, dict[str, Any]]]:
-    """What the optimizer remembers before the first step: nothing, but for Adagrad, which expects to find its sums."""
-    if isinstance(optimizer, higher.optim.DifferentiableAdagrad):
-        return [defaultdict(lambda: {"step": 0, "sum": torch.zeros(())}) for _ in optimizer.param_groups]
-    return [defaultdict(dict) for _ in optimizer.param_groups]
+        release(self.patched, list(self._parameters.values()))
+        self._optimizer.reset()
 
 
 def _leaves(values: Mapping[str, Tensor], adapted: Collection[str]) -> dict[str, Tensor]:

@@ -18,7 +18,8 @@ from metaplug.engine import Engine
 from metaplug.errors import RequestError, RunError, quoted, unknown
 from metaplug.evaluation import EvaluationResult, metric_of, score
 from metaplug.history import History, Record
-from metaplug.inner import InnerLoop, Loss, recording, set_mode, usable
+from metaplug.inner import InnerLoop, Loss, recording, usable
+from metaplug.mirror import set_mode
 from metaplug.plugin import Plugin
 from metaplug.preset import PluginUse, Preset, make_plugins
 from metaplug.runtime.batching import Batching, BatchingChoice, choose_batching

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from metaplug import MetaLearner, Plugin, RequestError, RunError, hookimpl
-from metaplug.inner import OPTIMIZERS
+from metaplug.mirror import OPTIMIZERS
 
 TORCH = {
     "sgd": torch.optim.SGD,

@@ -40,11 +40,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _global(
-    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. Stands before the command.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
 ) -> None:
-    context.obj = debug
     _State.debug = debug
 
 
@@ -87,7 +85,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def _fail(text: str, status: int) -> NoReturn:
     if _State.debug:
         traceback.print_exc()
-    line(f"metaplug: {text}", style="red")
+    if text:  # typer has none where it has shown the help for a command line without a command
+        line(f"metaplug: {text}", style="red")
     sys.exit(status)
 
 

@@ -22,7 +22,7 @@ class Conv4Config(Settings):
     filters: int = Field(32, ge=1, le=1024, description="Channels of every block.")
     pooling: Literal["max", "stride"] = Field(
         "stride",
-        description="How a block halves its size: max-pooling 2 x 2, or its convolution's stride 2 and a mean over space at the end.",
+        description="How a block halves its size: max-pooling 2 x 2, or its convolution's stride 2.",
     )
     leaky_slope: float = Field(0.0, ge=0, le=1, description="Slope of the activation below zero; 0 is ReLU.")
     norm: Literal["batch", "group", "layer", "none"] = Field(
@@ -41,7 +41,6 @@ class Conv4Config(Settings):
 class Conv4(nn.Module):
     """Four blocks of 3 x 3 convolution, normalisation and ReLU, each halving the size, and a linear head (Vinyals et al. 2016).
 
-    With pooling = "stride" it is the network that MAML uses for Omniglot: strided convolutions, a mean over space before the head.
     Batch norm always uses the statistics of the batch and stores none.
 
     Args:
@@ -73,14 +72,14 @@ class Conv4(nn.Module):
             )
         filters = self.config.filters
         self.body = nn.Sequential(*(_Block(channels if block == 0 else filters, self.config) for block in range(_BLOCKS)))
-        places = math.prod(side // 2**_BLOCKS for side in size) if self.config.pooling == "max" else 1
+        # A strided convolution with padding 1 rounds up, max-pooling down.
+        divide = math.floor if self.config.pooling == "max" else math.ceil
+        places = math.prod(divide(side / 2**_BLOCKS) for side in size)
         self.head = nn.Linear(filters * places, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, channels, height, width) to (n, outputs)."""
-        features = self.body(x)
-        features = features.flatten(1) if self.config.pooling == "max" else features.mean((2, 3))
-        logits: Tensor = self.head(features)
+        logits: Tensor = self.head(self.body(x).flatten(1))
         return logits
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ COLOURS = ("#4D4D4D", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 INK, FAINT = "#222222", "#D9D9D9"
 WIDTH, DPI = 7.5, 160
 """Inches and dots per inch: 1,200 pixels, legible at 900."""
+
+MOST_GROUPS = 6
+"""Kinds of plugins' figures that one picture shows."""
 
 
 def comparison_figure(comparison: Comparison, path: Path) -> None:
@@ -53,7 +57,8 @@ def run_figure(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     Args:
         metrics: the lines of metrics.jsonl, at least one.
     """
-    names = _grouped(metrics[0]["figures"])
+    groups = _grouped(metrics[0]["figures"])
+    names = dict(islice(groups.items(), MOST_GROUPS))
     count = 2 + len(names)
     figure = Figure(figsize=(WIDTH, 0.4 + 2.1 * count), dpi=DPI, layout="constrained")
     grid = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
@@ -85,11 +90,12 @@ def run_figure(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.plot(iterations, values, color=COLOURS[(index + 1) % len(COLOURS)], linewidth=1.5, label=name.rpartition("/")[2])
         if 1 < len(members) <= 8:
             axes.legend(frameon=False, fontsize=8, ncols=len(members), loc="best")
-    grid[-1].set_xlabel("meta-iterations", color=INK)
+    more = f" ({len(groups) - len(names)} more kinds of figures are in metrics.jsonl)" if len(groups) > len(names) else ""
+    grid[-1].set_xlabel(f"meta-iterations{more}", color=INK)
     _save(figure, path)
 
 
-def _grouped(names: Any) -> dict[str, list[str]]:
+def _grouped(names: Iterable[str]) -> dict[str, list[str]]:
     """Figures that differ only behind the last slash share a picture: gate/0, gate/1."""
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -98,12 +104,11 @@ def _grouped(names: Any) -> dict[str, list[str]]:
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """A running mean that forgets over about a thirtieth of the run."""
-    keep = 1 - 1 / max(len(values) / 30, 1)
-    smooth: list[float] = []
-    for value in values:
-        smooth.append(value if not smooth else keep * smooth[-1] + (1 - keep) * value)
-    return smooth
+    """The mean over a window of about a thirtieth of the run around each value."""
+    half, last = max(len(values) // 60, 1), len(values) - 1
+    sums = [0.0, *accumulate(values)]
+    windows = [(max(index - half, 0), min(index + half, last) + 1) for index in range(len(values))]
+    return [(sums[end] - sums[begin]) / (end - begin) for begin, end in windows]
 
 
 def _target(axes: Axes, comparison: Comparison) -> None:
@@ -139,7 +144,7 @@ def _target(axes: Axes, comparison: Comparison) -> None:
     axes.annotate(
         f"{percent:+.0f} % faster",
         (end, target),
-        xytext=(6, -12),
+        xytext=(6, -12 if comparison.metric == "accuracy" else 12),
         textcoords="offset points",
         ha="left",
         va="center",

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from metaplug.checks import form
 from metaplug.errors import RequestError, quoted
-from metaplug.inner import InnerLoop, set_mode
+from metaplug.inner import InnerLoop
+from metaplug.mirror import set_mode
 from metaplug.runtime.seeding import stream
 from metaplug.tasks.batch import TaskBatch
 from metaplug.values import Kind

@@ -104,6 +104,12 @@ def test_defaults_that_help_shows_are_those_of_the_configuration() -> None:
         assert annotation.__metadata__[0].show_default == str(defaults[path]), path
 
 
+def test_no_command_shows_the_help(metaplug: Any) -> None:
+    answer = metaplug()
+    assert (answer.status, answer.err) == (2, "")
+    assert "Usage: metaplug [OPTIONS] COMMAND" in answer.out
+
+
 def test_version(metaplug: Any) -> None:
     answer = metaplug("--version")
     assert (answer.status, answer.out, answer.err) == (0, "metaplug 0.1.0\n", "")
@@ -392,7 +398,8 @@ def test_tasks(metaplug: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(metaplug: Any) -> None:
-    command = ["train", *TINY, "--iterations", "60", "--name", "stopped"]
+    options = ["train", *TINY, "--iterations", "60", "--set", "training.validation_tasks=4"]
+    command = [*options, "--name", "stopped"]
     folder = Path("runs/stopped")
     pid = os.fork()
     if not pid:
@@ -417,7 +424,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(metaplug: Any) -> None:
     again = metaplug(*command, "--resume")
     assert again.status == 0
     assert f"going on in {folder} after iteration {done}" in again.err
-    assert metaplug("train", *TINY, "--iterations", "60", "--name", "whole").status == 0
+    assert metaplug(*options, "--name", "whole").status == 0
     assert (folder / "metrics.jsonl").read_bytes() == Path("runs/whole/metrics.jsonl").read_bytes()
     one, other = (checkpoint.read(Path("runs") / name / "last.pt")["model"] for name in ("stopped", "whole"))
     assert all(torch.equal(one[name], other[name]) for name in one)

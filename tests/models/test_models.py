@@ -27,7 +27,8 @@ def test_conv4_has_readable_names() -> None:
 def test_conv4_sizes_are_the_standard_ones() -> None:
     assert Conv4((1, 28, 28), 5, filters=64, pooling="max").head.in_features == 64
     assert Conv4((3, 84, 84), 5, filters=64, pooling="max").head.in_features == 64 * 5 * 5
-    assert Conv4((3, 84, 84), 5).head.in_features == 32
+    assert Conv4((1, 28, 28), 5).head.in_features == 32 * 2 * 2
+    assert Conv4((3, 84, 84), 5).head.in_features == 32 * 6 * 6
     assert sum(parameter.numel() for parameter in Conv4((1, 28, 28), 5, filters=64).parameters()) == 112_261
 
 

@@ -110,7 +110,12 @@ def metrics(figures: dict[str, float], validated: bool) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("figures", "validated", "height"),
-    [({}, True, 736), ({}, False, 736), ({"sharing.gate/0": 0.5, "sharing.gate/1": None, "sharing.norm": 1.0}, True, 1408)],
+    [
+        ({}, True, 736),
+        ({}, False, 736),
+        ({"sharing.gate/0": 0.5, "sharing.gate/1": None, "sharing.norm": 1.0}, True, 1408),
+        ({f"rates.{name}/0": 0.5 for name in "abcdefgh"}, True, 2752),
+    ],
 )
 def test_the_figure_of_a_run(tmp_path: Path, figures: dict[str, float], validated: bool, height: int) -> None:
     run_figure(metrics(figures, validated), tmp_path / "curves.png")

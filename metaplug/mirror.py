@@ -1,0 +1,116 @@
+"""Everything that touches `higher`: a model that takes its parameters from outside, and optimizers that can be differentiated.
+
+What higher gets wrong is put right here, or refused with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import higher
+import torch
+from torch import Tensor, nn
+
+from metaplug.errors import RequestError, did_you_mean, unknown
+
+OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...]]] = {
+    "sgd": (torch.optim.SGD, ("momentum", "dampening", "nesterov", "weight_decay")),
+    "adam": (torch.optim.Adam, ("betas", "eps", "weight_decay", "amsgrad")),
+    "adamax": (torch.optim.Adamax, ("betas", "eps", "weight_decay")),
+    "adagrad": (torch.optim.Adagrad, ("lr_decay", "eps", "weight_decay")),
+    "adadelta": (torch.optim.Adadelta, ("rho", "eps", "weight_decay")),
+    "rmsprop": (torch.optim.RMSprop, ("alpha", "eps", "weight_decay", "momentum", "centered")),
+}
+"""The inner optimizers, with the settings that `higher` mirrors faithfully; learning rates come from the chain."""
+
+
+class MirroredOptimizer:
+    """A torch optimizer, differentiable, on stacked tensors. One parameter group for each tensor, so that each has its own learning rate.
+
+    Args:
+        name, settings: a name in OPTIMIZERS, and its settings.
+        lr: a learning rate that torch accepts; every step brings its own.
+        count: how many tensors a step updates.
+
+    Raises:
+        RequestError: an unknown optimizer, or a setting that higher would ignore or get wrong.
+    """
+
+    def __init__(self, name: str, settings: Mapping[str, Any], lr: float, count: int) -> None:
+        if name not in OPTIMIZERS:
+            raise unknown("inner optimizer", name, OPTIMIZERS)
+        optimizer, faithful = OPTIMIZERS[name]
+        for setting in settings:
+            if setting not in faithful:
+                reason = f"higher would ignore it or get it wrong: {did_you_mean(setting, faithful)}"
+                raise RequestError(f"inner optimizer '{name}' does not take the setting '{setting}': {reason}")
+        stand_ins = [torch.empty(0, requires_grad=True) for _ in range(count)]  # higher copies what it is given: nothing, here
+        try:
+            torch_optimizer = optimizer([{"params": [stand_in]} for stand_in in stand_ins], lr=lr, **settings)
+        except (TypeError, ValueError) as error:
+            raise RequestError(f"inner optimizer '{name}': {error}; correct the setting") from None
+        with warnings.catch_warnings():
+            # higher doubts its RMSprop; tests/test_inner.py holds it against a plain loop, meta-gradients included.
+            warnings.filterwarnings("ignore", message="Differentiable RMSprop", category=UserWarning)
+            self._mirror = higher.optim.get_diff_optim(torch_optimizer, stand_ins)
+        self._eps, self._betas = (self._mirror.param_groups[0].get(setting) for setting in ("eps", "betas"))
+        self._unconnected = torch.zeros((), requires_grad=True)
+        self.reset()
+
+    def step(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None], rates: Sequence[Tensor]) -> list[Tensor]:
+        """The weights after one update; where the gradient is None, unchanged. Differentiable in all three."""
+        # higher's own gradient, of a loss that depends on nothing, costs nothing and is replaced. Settings stay, so all are given anew.
+        override = {"lr": list(rates), **self._corrected()}
+        return list(self._mirror.step(self._unconnected, params=weights, override=override, grad_callback=lambda _: gradients))
+
+    def reset(self) -> None:
+        """Forget momenta, and let go of the last tensors."""
+        self._mirror.state = [self._first_state() for _ in self._mirror.param_groups]
+        for group in self._mirror.param_groups:
+            group["params"], group["lr"] = [None], None
+
+    def _first_state(self) -> defaultdict[int, dict[str, Any]]:
+        """What a group remembers before the first step: nothing, but for Adagrad, which expects to find its sums."""
+        adagrad = isinstance(self._mirror, higher.optim.DifferentiableAdagrad)
+        return defaultdict(lambda: {"step": 0, "sum": torch.zeros(())} if adagrad else {})
+
+    def _corrected(self) -> dict[str, list[float]]:
+        """Adam's eps for this step: higher adds it before bias correction, torch (and the paper) behind it."""
+        if not isinstance(self._mirror, higher.optim.DifferentiableAdam):
+            return {}
+        steps = [state[0].get("step", 0) + 1 for state in self._mirror.state]
+        return {"eps": [self._eps * math.sqrt(1 - self._betas[1] ** step) for step in steps]}
+
+
+def patch(model: nn.Module, batch_norm: str) -> Any:
+    """A copy of the model's structure that is called with parameters of the caller's. Patch once: it makes a class for every module."""
+    patched: Any = higher.patch.make_functional(model)
+    higher.patch.buffer_sync(model, patched)
+    patched.track_higher_grads = False
+    patched._fast_params = [[]]  # with tracking off, a history of length one, replaced at every call
+    set_mode(patched, True, batch_norm)
+    return patched
+
+
+def release(patched: Any, parameters: list[Tensor]) -> None:
+    """Let a patched model go of the last fast weights, which it would keep alive with their graph."""
+    patched.update_params(parameters)
+    for module in patched.modules():
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [module._parameters[name] for name in module._flat_weights_names]
+
+
+def set_mode(module: nn.Module, training: bool, batch_norm: str) -> None:
+    """Training or evaluation mode for a model, and what `batch_norm` says for the layers that normalise by running statistics."""
+    module.train(training)
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._NormBase):
+            if batch_norm == "batch":
+                layer.track_running_stats = False
+                layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+            else:
+                layer.eval()
