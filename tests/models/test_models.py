@@ -29,7 +29,7 @@ def test_conv4_sizes_are_the_standard_ones() -> None:
     assert Conv4((3, 84, 84), 5, filters=64, pooling="max").head.in_features == 64 * 5 * 5
     assert Conv4((1, 28, 28), 5).head.in_features == 32 * 2 * 2
     assert Conv4((3, 84, 84), 5).head.in_features == 32 * 6 * 6
-    assert sum(parameter.numel() for parameter in Conv4((1, 28, 28), 5, filters=64).parameters()) == 112_261
+    assert sum(parameter.numel() for parameter in Conv4((1, 28, 28), 5, filters=64, pooling="max").parameters()) == 112_261
 
 
 def test_conv4_is_the_network_it_says() -> None:
