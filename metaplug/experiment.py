@@ -1,4 +1,4 @@
-"""One experiment as its configuration says it: built from installed parts, and run in a folder that survives being killed."""
+"""One experiment as its configuration says it, built from installed parts; and what it says of itself as plain values."""
 
 from __future__ import annotations
 
@@ -6,25 +6,20 @@ import inspect
 import json
 import math
 import platform
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import metaplug
-from metaplug import checkpoint, registry
-from metaplug.config import ExperimentConfig, flatten, read_yaml, to_yaml
-from metaplug.errors import RequestError, RunError
-from metaplug.evaluation import EvaluationResult, better
-from metaplug.history import Record
+from metaplug import registry
+from metaplug.config import ExperimentConfig
+from metaplug.errors import RequestError
+from metaplug.evaluation import EvaluationResult
 from metaplug.learner import MetaLearner
 from metaplug.runtime.device import resolve_device
 from metaplug.runtime.seeding import mix, stream
-from metaplug.settings import validated
 from metaplug.tasks.sources import TaskSource
 
 
@@ -96,86 +91,6 @@ def build(config: ExperimentConfig, tasks: TaskSource | None = None) -> Experime
     return Experiment(config, learner, tasks)
 
 
-def load(path: Path, device: str | None = None) -> Experiment:
-    """The experiment of a run, as its best validation left it.
-
-    Args:
-        path: a run's folder, or one of its checkpoints.
-        device: default: as the run was configured.
-
-    Raises:
-        RequestError: nothing is there, or it is not a run's.
-        RunError: the checkpoint is damaged, or of another model or version.
-    """
-    file = path / BEST if path.is_dir() else path
-    if not file.exists():
-        what = f"{path} has no {BEST} yet" if path.is_dir() else f"there is no run {path}"
-        raise RequestError(f"{what}: give the folder of a run that `metaplug train` has validated at least once")
-    state = checkpoint.read(file)
-    if "config" not in state:
-        raise RequestError(f"{file} holds a learner without its experiment: load it in Python with MetaLearner.load")
-    config = validated(ExperimentConfig, yaml.safe_load(state["config"]), str(file))
-    if device is not None:
-        config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"device": device})})
-    experiment = build(config)
-    experiment.learner.load_state_dict(state, str(file))
-    return experiment
-
-
-CONFIG, METRICS, LAST, BEST, SUMMARY = "config.yaml", "metrics.jsonl", "last.pt", "best.pt", "summary.json"
-"""The files of a run. The last is written last: a run that has it is finished."""
-
-
-def train(
-    config: ExperimentConfig,
-    folder: Path,
-    *,
-    resume: bool = False,
-    on_start: Callable[[Experiment], None] = lambda experiment: None,
-    on_record: Callable[[Record], None] = lambda record: None,
-    stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Any] | None:
-    """Run an experiment in a folder: meta-train, keep the best validation, measure that on unseen test tasks.
-
-    A checkpoint is written at every validation and at a stop. Killed at any moment and resumed, a run gives bit for bit the checkpoints and
-    the metrics of one that was left alone.
-
-    Args:
-        folder: made here; a run that is there already is only touched to resume it.
-        resume: go on with the run in `folder`; begins one where there is none yet. A finished run is left as it is.
-        on_start: called once, with `learner.iteration` iterations done already.
-        on_record: called after every iteration.
-        stop: asked after every iteration; True stops the run.
-
-    Returns:
-        The content of summary.json; None for a run that was stopped.
-
-    Raises:
-        RequestError: a part is unknown or refuses its settings; the folder holds a run, and another one than this to resume.
-        RunError: a loss or gradient is NaN or Inf, or a file cannot be written; the last checkpoint is kept.
-    """
-    _check_folder(folder, config, resume)
-    if (folder / SUMMARY).exists():
-        return read_summary(folder)
-    experiment = build(config)
-    run = _begin(folder, experiment)
-    on_start(experiment)
-    if not run.iterate(on_record, stop):
-        return None
-    return run.finish()
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, one for each iteration."""
-    return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """A finished run's summary.json."""
-    summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    return summary
-
-
 def to_json(values: Any, indent: int | None = None) -> str:
     """Values as JSON, with null for NaN and Inf, which JSON does not have."""
     return json.dumps(_finite(values), indent=indent, ensure_ascii=False, allow_nan=False)
@@ -204,155 +119,9 @@ def environment(learner: MetaLearner) -> dict[str, Any]:
     }
 
 
-@dataclass
-class _Run:
-    """A run under way: its experiment, its folder, the best validation so far and the seconds spent before this process."""
-
-    experiment: Experiment
-    folder: Path
-    best: dict[str, Any] | None
-    seconds: float
-
-    def __post_init__(self) -> None:
-        self._begun = time.monotonic() - self.seconds
-
-    def iterate(self, on_record: Callable[[Record], None], stop: Callable[[], bool]) -> bool:
-        """Train to the end; False if stopped on the way."""
-        learner, tasks, training = self.experiment.learner, self.experiment.tasks, self.experiment.config.training
-        records = learner.iterate(
-            tasks.train,
-            iterations=training.iterations - learner.iteration,
-            tasks_per_batch=training.tasks_per_batch,
-            validation=tasks.val,
-            validate_every=training.validate_every,
-            validation_tasks=training.validation_tasks,
-        )
-        for record in records:
-            self._log(record)
-            stopped = stop()
-            self._save(record, stopped)
-            on_record(record)
-            if stopped:
-                return False
-        return True
-
-    def finish(self) -> dict[str, Any]:
-        """Measure the best validation's weights on the test tasks, and write the summary."""
-        if self.best is None:
-            raise RunError(f"no validation of {self.folder} was finite, so that there is nothing to test: try a smaller learning rate")
-        learner, config = self.experiment.learner, self.experiment.config
-        seconds = time.monotonic() - self._begun
-        learner.load_state_dict(checkpoint.read(self.folder / BEST), str(self.folder / BEST))
-        test = learner.evaluate(self.experiment.tasks.test, num_tasks=config.training.test_tasks)
-        summary = {
-            "test": result_values(test),
-            "best_validation": self.best,
-            "iterations": config.training.iterations,
-            "seed": config.seed,
-            "plugins": {hook: list(names) for hook, names in learner.chain.order().items()},
-            "seconds": round(seconds, 3),
-            **environment(learner),
-        }
-        _write_text(self.folder / SUMMARY, to_json(summary, indent=2) + "\n")
-        return summary
-
-    def _log(self, record: Record) -> None:
-        step, validation = record.step, record.validation
-        values: dict[str, Any] = {
-            "iteration": step.iteration,
-            "outer_loss": step.outer_loss,
-            "meta_gradient_norm": step.meta_gradient_norm,
-            "figures": dict(step.figures),
-        }
-        if validation is not None:
-            values["validation"] = {"metric": validation.metric, "mean": validation.mean, "interval": validation.interval}
-        path = self.folder / METRICS
-        try:
-            with path.open("a", encoding="utf-8", newline="\n") as file:
-                file.write(to_json(values) + "\n")
-        except OSError as error:
-            raise RunError(f"cannot write {path}: {error}; free some space, then resume the run") from error
-
-    def _save(self, record: Record, stopped: bool) -> None:
-        """The best checkpoint first: killed between the two, a resumed run comes by here again and writes the same."""
-        validation = record.validation
-        if validation is None and not stopped:
-            return
-        if validation is not None and math.isfinite(validation.mean):
-            metric, mean = validation.metric, validation.mean
-            if self.best is None or better(metric, mean, self.best["mean"]):
-                self.best = {"iteration": record.step.iteration, "mean": mean, "interval": validation.interval}
-                checkpoint.write(self.folder / BEST, self._state())
-        checkpoint.write(self.folder / LAST, self._state())
-
-    def _state(self) -> dict[str, Any]:
-        own = {"best": self.best, "config": to_yaml(self.experiment.config), "seconds": time.monotonic() - self._begun}
-        return {**self.experiment.learner.state_dict(), **own}
-
-
-def _check_folder(folder: Path, config: ExperimentConfig, resume: bool) -> None:
-    """Refuse a folder that is taken, or that holds another run than the one to resume."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise RequestError(f"{folder} is a file, not a folder for a run: give another --name or --out")
-    taken = any(not entry.name.startswith(".") for entry in folder.iterdir())
-    if not resume and taken:
-        raise RequestError(f"the run folder {folder} already exists: give another --name or --out, or --resume to go on with it")
-    saved = folder / CONFIG
-    if not saved.exists():
-        if taken:
-            raise RequestError(f"{folder} holds no run to resume, as it has no {CONFIG}: give another --name or --out")
-        return
-    begun = flatten(validated(ExperimentConfig, read_yaml(saved), str(saved)).model_dump(mode="json"))
-    asked = flatten(config.model_dump(mode="json"))
-    for path in {**begun, **asked}:
-        if begun.get(path) != asked.get(path):
-            raise RequestError(
-                f"{folder} was begun with {path} = {_shown(begun, path)}, which cannot become {_shown(asked, path)}: "
-                f"resume it as it was begun ({saved}), or give another --name"
-            )
-
-
-def _begin(folder: Path, experiment: Experiment) -> _Run:
-    """A new run, or the one in the folder from its last checkpoint on, with what came after that cut away."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-            left.unlink(missing_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot make the run folder {folder}: {error.strerror}; give another --out") from error
-    if not (folder / CONFIG).exists():
-        _write_text(folder / CONFIG, to_yaml(experiment.config))
-    if not (folder / LAST).exists():
-        _write_text(folder / METRICS, "")
-        return _Run(experiment, folder, None, 0.0)
-    state = checkpoint.read(folder / LAST)
-    experiment.learner.load_state_dict(state, str(folder / LAST))
-    _cut(folder / METRICS, experiment.learner.iteration)
-    return _Run(experiment, folder, state["best"], state["seconds"])
-
-
-def _cut(metrics: Path, iterations: int) -> None:
-    """Leave exactly the lines of the first `iterations` iterations."""
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)[:iterations] if metrics.exists() else []
-    if len(lines) < iterations or any(not line.endswith("\n") for line in lines):
-        raise RunError(f"{metrics} lacks lines of the {iterations} iterations that its checkpoint has done: begin the run anew")
-    _write_text(metrics, "".join(lines))
-
-
-def _write_text(path: Path, text: str) -> None:
-    with checkpoint.replacing(path) as file:
-        file.write(text.encode())
-
-
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _shown(values: Mapping[str, Any], path: str) -> str:
-    return repr(values[path]) if path in values else "not set"

@@ -17,7 +17,8 @@ import torch
 
 from metaplug import MetaLearner, RequestError, RunError, checkpoint, experiment
 from metaplug.config import ExperimentConfig, to_yaml
-from metaplug.experiment import build, load, read_metrics, task_form, train
+from metaplug.experiment import build, task_form
+from metaplug.runs import load, read_metrics, train
 
 TINY: dict[str, Any] = {
     "plugins": ["gradient-sharing"],

@@ -40,10 +40,10 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _global(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. Stands before the command.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; anywhere on the line.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
 ) -> None:
-    _State.debug = debug
+    """`--debug` is listed here for `--help`; `main` has taken it out of the line already."""
 
 
 class _State:
@@ -59,10 +59,11 @@ bench.register(app)
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 for success, 1 for a failed run, 2 for a wrong request, 130 after Ctrl-C."""
-    _State.debug = False
+    line_given = sys.argv[1:] if arguments is None else arguments
+    _State.debug = "--debug" in line_given
     _quiet_warnings()
     try:
-        status = app(args=arguments, prog_name="metaplug", standalone_mode=False)
+        status = app(args=[word for word in line_given if word != "--debug"], prog_name="metaplug", standalone_mode=False)
     except _USAGE_ERROR as error:
         _fail(error.format_message(), error.exit_code)
     except MetaplugError as error:

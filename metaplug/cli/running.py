@@ -67,11 +67,12 @@ def train(
     The run is kept in OUT/NAME: config.yaml, metrics.jsonl, last.pt, best.pt, curves.png and summary.json. Ctrl-C stops it after the
     current step with a checkpoint.
     """
-    from metaplug.experiment import SUMMARY, Experiment, read_metrics
-    from metaplug.experiment import train as train_in
+    from metaplug.experiment import Experiment
     from metaplug.preset import parse_plugin
     from metaplug.report.figures import run_figure
     from metaplug.report.terminal import TrainingProgress, heading, result_line
+    from metaplug.runs import SUMMARY, read_metrics
+    from metaplug.runs import train as train_in
 
     settings = resolve_options(given, sets, config=config, preset=preset, uses=[parse_plugin(text) for text in use or ()]).config
     folder = out / (name or (config.stem if config is not None else _default_name(settings)))
@@ -120,8 +121,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a trained run on tasks that it has not seen, by the weights that validated best."""
-    from metaplug.experiment import environment, load, result_values, to_json
+    from metaplug.experiment import environment, result_values, to_json
     from metaplug.report.terminal import result_line
+    from metaplug.runs import load
 
     experiment = load(run, device)
     learner, tasks = experiment.learner, experiment.tasks
