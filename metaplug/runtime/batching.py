@@ -15,7 +15,7 @@ from metaplug.tasks.batch import TaskBatch
 
 Batching = Literal["auto", "vectorized", "sequential"]
 
-CPU_TASK_BYTES = 2 * 2**20
+CPU_TASK_BYTES = 2**20
 """On a CPU, the most that one task's support pass may keep for its backward pass if tasks are to be vectorised (docs/performance.md)."""
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from metaplug_plugins.gradient_sharing import GradientSharing
+from support import reference
 from support.models import Stream, assert_close, problem
 from support.strategies import problems
 from torch import nn
@@ -96,6 +97,33 @@ def test_the_result_does_not_depend_on_how_many_are_computed_together(case, toge
     assert torch.equal(result.per_task, expected.per_task)
     assert result.per_task.dtype == torch.float64
     assert result.num_tasks == 7
+
+
+@given(problems(), st.sampled_from(["vectorized", "sequential"]))
+def test_evaluation_adapts_as_a_plain_loop_does(case, batching):
+    """Batch norm by the statistics of the task's own batch, in evaluation mode too."""
+    expected = reference.maml(case.model, case.batch, steps=case.steps, lr=case.lr, order=1)
+    predictions = [reference.predict(case.model, expected.adapted[task], x) for task, x in enumerate(case.batch.query_x)]
+    learner = case.learner(task_batching=batching)
+    learner.meta_gradients(case.batch)
+    outcome = learner.engine.evaluate(case.batch, case.steps)
+    assert_close(outcome.query_predictions, torch.stack(predictions).detach(), rtol=1e-8, atol=1e-9)
+    for name, weight in outcome.adapted_parameters.items():
+        assert_close(weight, torch.stack([task[name] for task in expected.adapted]), rtol=1e-8, atol=1e-9)
+
+
+def test_a_plugin_that_draws_at_evaluation_draws_the_same_every_time():
+    class Noise(Plugin):
+        @hookimpl
+        def transform_gradients(self, gradients):
+            return {name: gradient + torch.randn_like(gradient) for name, gradient in gradients.items()}
+
+    learner = problem().learner(plugins=[Noise()])
+    learner.evaluate(TEST, num_tasks=1)
+    before = torch.get_rng_state()
+    first, again = (learner.engine.evaluate(TEST.batch(0, [0]), 2).query_predictions for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_the_running_mean_is_used_as_stored():

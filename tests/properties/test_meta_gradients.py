@@ -11,6 +11,7 @@ from support import reference
 from support.models import MODELS, SMOOTH, Problem, adapted, assert_close, found, problem
 from support.strategies import problems, seeds
 from torch import nn
+from torch.nn import functional as F
 
 from metaplug import MetaLearner, Plugin, RequestError, TaskBatch, hookimpl
 
@@ -49,7 +50,7 @@ def test_drawn_problems_equal_a_plain_loop(case, order):
 
 @given(problems(steps=(1, 3)))
 def test_no_steps_and_no_rate_are_the_multi_task_gradient(case):
-    losses = torch.func.vmap(nn.functional.cross_entropy)
+    losses = torch.func.vmap(F.cross_entropy)
     model = copy.deepcopy(case.model)
     predictions = torch.stack([reference.predict(model, {}, x) for x in case.batch.query_x])
     expected = torch.autograd.grad(losses(predictions, case.batch.query_y).mean(), list(model.parameters()))
@@ -181,6 +182,38 @@ def test_vectorized_equals_sequential_under_every_optimizer(case, optimizer):
         case = Problem(MODELS["tanh"]().double(), problem("tanh", tasks=case.batch.num_tasks).batch, 0.05, case.steps)
     learners = [case.learner(inner_lr=0.05, inner_optimizer=optimizer, task_batching=batching) for batching in BATCHINGS]
     assert_close(adapted(learners[0], case.batch), adapted(learners[1], case.batch), rtol=1e-7, atol=1e-8)
+
+
+class WithIndices(nn.Module):
+    def forward(self, x):
+        return F.max_pool2d(x, 2, return_indices=True)[0]
+
+
+LAYERS = {
+    "batch norm": lambda: [nn.BatchNorm2d(3), nn.Tanh()],
+    "batch norm without weights": lambda: [nn.BatchNorm2d(3, affine=False), nn.Tanh()],
+    "batch norm over sequences": lambda: [nn.Flatten(2), nn.BatchNorm1d(3), nn.Tanh()],
+    "instance norm": lambda: [nn.InstanceNorm2d(3, affine=True), nn.Tanh()],
+    "max-pool over borders": lambda: [nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)],
+    "max-pool with holes": lambda: [nn.MaxPool2d(2, stride=1, dilation=2)],
+    "max-pool with indices": lambda: [WithIndices()],
+    "adaptive max-pool": lambda: [nn.AdaptiveMaxPool2d(3)],
+}
+
+
+@pytest.mark.parametrize("adapts_all", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_that_take_the_tasks_as_channels_equal_a_plain_loop(name, adapts_all):
+    """With weights of each task's own, and with one weight for all tasks."""
+    batch = problem("conv4").batch
+    torch.manual_seed(0)
+    body = [nn.Conv2d(1, 3, 3, padding=1), *LAYERS[name](), nn.Flatten()]
+    width = nn.Sequential(*body)(batch.support_x[0].float()).shape[1]
+    case = Problem(nn.Sequential(*body, nn.Linear(width, 3)).double(), batch, 0.3, 2)
+    adapted_names = [each for each, _ in case.model.named_parameters() if adapts_all or each.startswith("0")]
+    expected = reference.maml(case.model, batch, steps=2, lr=0.3, adapted=adapted_names)
+    learner = case.learner(plugins=[] if adapts_all else [Only(first=True)], task_batching="vectorized")
+    assert_close(learner.meta_gradients(batch), expected.gradients, **ROUNDING)
 
 
 def test_frozen_parameters_are_neither_adapted_nor_meta_learned():
