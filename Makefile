@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	@rm -rf runs/demo
-	$(BIN)/metaplug compare --tasks glyphs --ways 5 --shots 1 --variant maml --variant maml+gradient-sharing --iterations 300 --out runs/demo
+	$(BIN)/metaplug compare --tasks glyphs --ways 5 --shots 1 --variant maml --variant maml+gradient-sharing --iterations 200 --set runtime.threads=1 --out runs/demo
 
 test: $(READY)
 	$(BIN)/pytest

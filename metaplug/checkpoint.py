@@ -19,6 +19,21 @@ from metaplug.preset import PluginUse
 FORMAT = 1
 """The number of the layout; a file with another is refused."""
 
+KEYS = (
+    "iteration",
+    "kind",
+    "seed",
+    "settings",
+    "task_batching",
+    "custom_loss",
+    "model_spec",
+    "model",
+    "plugins",
+    "plugin_states",
+    "optimizer",
+)
+"""What every learner's state has: see MetaLearner.state_dict."""
+
 
 def write(path: Path, state: dict[str, Any]) -> None:
     """Write a state as a whole or not at all.
@@ -72,6 +87,8 @@ def read(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} is not a metaplug checkpoint: give a file that MetaLearner.save or `metaplug train` wrote")
     if state["format"] != FORMAT:
         raise RunError(f"{path} has layout {state['format']}, this metaplug reads {FORMAT}: use the version of metaplug that wrote it")
+    if missing := [key for key in KEYS if key not in state]:
+        raise RunError(f"{path} is not a whole metaplug checkpoint, as it lacks {quoted(missing)}: use another one of the run")
     return state
 
 

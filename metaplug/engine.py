@@ -55,6 +55,8 @@ class Engine:
     def __init__(self, model: nn.Module, chain: Chain, inner: InnerLoop, *, meta_lr: float, seed: int) -> None:
         self.chain, self.inner, self.seed = chain, inner, seed
         self.iteration = 0
+        self.outputs: int | None = None
+        """The number of classes that the model tells apart, once it is known; labels are checked against it."""
         self.device = next(model.parameters()).device
         own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.meta_parameters: dict[str, nn.Parameter] = {**own, **chain.named_parameters()}
@@ -66,7 +68,10 @@ class Engine:
     def meta_gradients(self, batch: TaskBatch, iteration: int) -> MetaGradients:
         """The meta-gradients of one batch, as iteration `iteration` would use them. Steps and commits nothing."""
         with stream(mix(self.seed, iteration), self.device) as generator, recording():
-            batch = self.chain.fold("transform_tasks", batch, iteration=iteration, generator=generator)
+            transformed = self.chain.fold("transform_tasks", batch, iteration=iteration, generator=generator)
+            if transformed is not batch:
+                transformed.check_labels(self.outputs)
+            batch = transformed
             weights = self._outer_weights(iteration)
             outcome = self.inner.run(batch, steps=self.inner.inner_steps, training=True, iteration=iteration, query_after=weights)
             losses = torch.stack([weight * outcome.query_losses[after] for after, weight in weights.items()]).sum(0)

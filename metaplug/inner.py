@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from metaplug.chain import Chain
 from metaplug.errors import RunError, quoted
+from metaplug.folding import Folding
 from metaplug.mirror import MirroredOptimizer, patch, release, set_mode
-from metaplug.runtime.folding import Folding
 from metaplug.tasks.batch import TaskBatch
 from metaplug.values import InnerStep, Outcome
 

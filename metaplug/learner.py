@@ -91,7 +91,6 @@ class MetaLearner:
         self.custom_loss = loss is not None
         self.batching: BatchingChoice | None = None
         """How tasks are batched and why; known from the first batch on."""
-        self._outputs: int | None = None
         self._warned = False
         self.chain = Chain(make_plugins(preset, plugins))
         trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -195,6 +194,9 @@ class MetaLearner:
             tasks: task i is `tasks.batch(0, [i])`, whatever the batch.
             inner_steps: default: as in training.
             tasks_per_batch: how many are computed together; the result does not depend on it.
+
+        Raises:
+            RunError: a task's query loss is NaN or Inf, which no mean should hide; the task is named.
         """
         _check_counts(num_tasks=num_tasks, tasks_per_batch=tasks_per_batch)
         steps = self._steps(inner_steps)
@@ -202,6 +204,12 @@ class MetaLearner:
         for start in range(0, num_tasks, tasks_per_batch):
             batch = self._checked(tasks.batch(0, range(start, min(start + tasks_per_batch, num_tasks))))
             outcome = self.engine.evaluate(batch, steps)
+            diverged = (~torch.isfinite(outcome.query_losses[steps])).nonzero()
+            if len(diverged):
+                raise RunError(
+                    f"evaluation task {start + int(diverged[0])} has a query loss of NaN or Inf after {steps} inner steps: "
+                    "its inner loop diverges; lower inner_lr or inner_steps"
+                )
             scores.append(score(self.kind, outcome.query_predictions, batch.query_y))
         return EvaluationResult(metric_of(self.kind), torch.cat(scores), steps, self.transductive)
 
@@ -336,10 +344,10 @@ class MetaLearner:
         if self.batching is None:
             with recording():
                 tried = usable(batch)
-                self._outputs = check_forward(self.engine.inner, tried, self.kind)
+                self.engine.outputs = check_forward(self.engine.inner, tried, self.kind)
                 self.batching = choose_batching(self.task_batching, self.engine.inner, tried)
             self.engine.inner.vectorized = self.batching.batching == "vectorized"
-        batch.check_values(self._outputs)
+        batch.check_values(self.engine.outputs)
         return batch
 
     def _steps(self, inner_steps: int | None) -> int:

@@ -71,6 +71,8 @@ def make_plugins(preset: str | Preset | None, plugins: Sequence[Plugin | PluginU
     Raises:
         RequestError: an unknown name, a wrong setting, or something that is no plugin.
     """
+    if isinstance(plugins, str):
+        raise RequestError(f"plugins = '{plugins}' is one name, not a list of plugins: write plugins=['{plugins}']")
     uses = [*(find_preset(preset).plugins if preset is not None else ()), *plugins]
     return [_instance(use) for use in uses]
 

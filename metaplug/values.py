@@ -106,7 +106,8 @@ class InnerStep:
             )
         if weights is None:
             return x.mean(0)
-        return ((weights / len(weights)).unsqueeze(0) @ x.flatten(1)).view(x.shape[1:])
+        mean: Tensor = torch.tensordot(weights / len(weights), x, 1)
+        return mean
 
     def keep(self, name: str, tensor: Tensor) -> None:
         """Hand a statistic to the engine, detached; after the meta-update, and only then, `commit` receives it by this name."""

@@ -560,3 +560,34 @@ def test_a_nan_meta_gradient_is_not_blamed_on_the_plugin_that_receives_it(plugin
         "iteration 0 stopped, nothing was updated: the meta-gradient holds NaN or Inf in 'weight', "
         "though every loss on the way was finite; try a smaller inner or meta learning rate"
     )
+
+
+def test_labels_that_a_plugin_puts_out_of_range_are_refused():
+    class Shifts(Plugin):
+        @hookimpl
+        def transform_tasks(self, batch):
+            return TaskBatch(batch.support_x, batch.support_y + 7, batch.query_x, batch.query_y)
+
+    case = problem()
+    learner = case.learner(plugins=[Shifts()])
+    with pytest.raises(RequestError, match="labels out of range: support_y has the label"):
+        learner.meta_gradients(case.batch)
+
+
+def test_one_name_is_no_list_of_plugins():
+    with pytest.raises(
+        RequestError, match=r"^plugins = 'gradient-sharing' is one name, not a list of plugins: write plugins=\['gradient-sharing'\]$"
+    ):
+        MetaLearner(nn.Linear(1, 1), plugins="gradient-sharing")
+
+
+def test_an_evaluation_that_diverges_is_no_wrong_answer():
+    case = problem()
+    learner = case.learner()
+    learner.evaluate(Stream(), num_tasks=1)
+    with torch.no_grad():
+        list(case.model.parameters())[-1].fill_(math.nan)
+    with pytest.raises(
+        RunError, match=r"^evaluation task 0 has a query loss of NaN or Inf after 2 inner steps: its inner loop diverges; lower"
+    ):
+        learner.evaluate(Stream(), num_tasks=2)

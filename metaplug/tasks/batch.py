@@ -85,17 +85,23 @@ class TaskBatch:
         """
         for name in _FIELDS:
             value: Tensor = getattr(self, name)
-            if value.is_floating_point():
-                if not torch.isfinite(value).all():
-                    task = int((~torch.isfinite(value)).flatten(1).any(1).nonzero()[0])
-                    raise RunError(f"{name} of task {task} holds NaN or Inf, on which no loss is defined: clean the data of that task")
-            elif name.endswith("_y") and outputs is not None:
-                low, high = (int(bound) for bound in value.aminmax())
-                if low < 0 or high >= outputs:
-                    raise RequestError(
-                        f"labels out of range: {name} has the label {low if low < 0 else high}, but the model has {outputs} outputs, "
-                        f"for the labels 0 to {outputs - 1}: give the model more outputs, or the tasks fewer ways"
-                    )
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                task = int((~torch.isfinite(value)).flatten(1).any(1).nonzero()[0])
+                raise RunError(f"{name} of task {task} holds NaN or Inf, on which no loss is defined: clean the data of that task")
+        self.check_labels(outputs)
+
+    def check_labels(self, outputs: int | None) -> None:
+        """The part of `check_values` that concerns integer labels."""
+        for name in ("support_y", "query_y"):
+            value: Tensor = getattr(self, name)
+            if outputs is None or value.is_floating_point():
+                continue
+            low, high = (int(bound) for bound in value.aminmax())
+            if low < 0 or high >= outputs:
+                raise RequestError(
+                    f"labels out of range: {name} has the label {low if low < 0 else high}, but the model has {outputs} outputs, "
+                    f"for the labels 0 to {outputs - 1}: give the model more outputs, or the tasks fewer ways"
+                )
 
     def _misfit(self, one: str, other: str, mend: str) -> RequestError:
         return RequestError(

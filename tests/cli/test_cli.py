@@ -435,7 +435,7 @@ def test_ctrl_c_twice_stops_at_once(metaplug: Any, monkeypatch: pytest.MonkeyPat
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("metaplug.experiment.build", twice)
+    monkeypatch.setattr("metaplug.runs.build", twice)
     answer = metaplug("train", *TINY)
     assert answer.status == 130
     assert answer.err.splitlines()[-1] == "metaplug: stopped"

@@ -57,11 +57,11 @@ def test_difference_to_maml_falls_linearly_with_the_gate(case):
     plain = case.learner()
     start = {**adapted(plain, case.batch), **plain.meta_gradients(case.batch)}
     distance = []
-    for gate in (1e-4, 1e-5):
+    for gate in (1e-6, 1e-7):
         learner = case.learner(plugins=[GradientSharing(gate=gate, learn_gate=False)])
         end = {**adapted(learner, case.batch), **learner.meta_gradients(case.batch)}
         distance.append(sum(float((end[name] - start[name]).square().sum()) for name in start) ** 0.5)
-    # The quadratic term is of the order of the gate itself.
+    # The quadratic term is of the order of the gate, times a curvature that batch norm makes large.
     assert abs(distance[0] / distance[1] - 10) < 0.1
 
 
