@@ -20,4 +20,4 @@ def hook_reference() -> str:
 
 def _section(name: str, kind: str) -> str:
     function = getattr(hookspecs, name)
-    return f"## `{name}`\n\n*{kind}*\n\n```text\n{name}{inspect.signature(function)}\n```\n\n{inspect.getdoc(function)}"
+    return f"## `{name}`\n\n*{kind}*\n\n```text\n{name}{str(inspect.signature(function)).replace("'", "")}\n```\n\n{inspect.getdoc(function)}"

@@ -6,14 +6,12 @@ Every contestant does the same work on the same tasks from the same weights: ada
 from __future__ import annotations
 
 import copy
-import gc
-import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import higher
@@ -29,11 +27,7 @@ from metaplug.runtime.batching import Batching
 from metaplug.tasks.batch import TaskBatch
 from metaplug.values import Kind
 
-Step = Callable[[], object]
-STATUS = Path("/proc/self/status")
-"""Where Linux says how much memory a process has had; elsewhere memory is not measured."""
 MetaGradient = Mapping[str, Tensor]
-Contestant = Callable[[nn.Module, TaskBatch, "Workload"], tuple[Step, Callable[[], MetaGradient]]]
 
 
 @dataclass(frozen=True)
@@ -83,6 +77,18 @@ WORKLOADS = {
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """A contestant, ready: one whole step; its meta-gradient alone; and the graph that it differentiates, None where it is never whole."""
+
+    step: Callable[[], object]
+    gradient: Callable[[], MetaGradient]
+    graph: Callable[[], object] | None
+
+
+Contestant = Callable[[nn.Module, TaskBatch, Workload], Prepared]
+
+
+@dataclass(frozen=True)
 class Row:
     """One contestant on one workload.
 
@@ -91,7 +97,8 @@ class Row:
         spread: half the distance of the quartiles, in milliseconds.
         gradient_error: the largest difference of its meta-gradient from the plain loop's, in float64, over the largest entry of the latter;
             None where its chain changes the algorithm.
-        peak_mib: how far one step raises the peak memory of a process of its own, MiB; None where it was not measured.
+        graph_mib: what torch's allocator holds for the graph of all tasks, MiB; None where it was not measured, or there is none.
+        peak_mib: the most that it holds in the course of a step, MiB; None where it was not measured.
     """
 
     workload: str
@@ -99,6 +106,7 @@ class Row:
     milliseconds: float
     spread: float
     gradient_error: float | None
+    graph_mib: float | None
     peak_mib: float | None
 
 
@@ -143,35 +151,39 @@ def as_json_values(rows: Sequence[Row], repeats: int) -> dict[str, Any]:
     }
 
 
-def _measure(workload: Workload, made: dict[str, Any], repeats: int, memory: bool) -> list[Row]:
+def _measure(workload: Workload, made: dict[str, Contestant], repeats: int, memory: bool) -> list[Row]:
     model, batch = workload.build()
-    steps = {name: make(copy.deepcopy(model), batch, workload)[0] for name, make in made.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    ready = {name: make(copy.deepcopy(model), batch, workload) for name, make in made.items()}
+    times: dict[str, list[float]] = {name: [] for name in ready}
     for repeat in range(repeats + 1):
-        for name, step in steps.items():
+        for name in list(ready) if repeat % 2 else reversed(ready):
             start = time.perf_counter()
-            step()
+            ready[name].step()
             if repeat:  # the first round warms up
                 times[name].append(1e3 * (time.perf_counter() - start))
     errors = _gradient_errors(workload, made)
-    return [
-        Row(
-            workload.name,
-            name,
-            milliseconds=statistics.median(taken),
-            spread=(statistics.quantiles(taken)[2] - statistics.quantiles(taken)[0]) / 2 if len(taken) > 1 else 0.0,
-            gradient_error=errors.get(name),
-            peak_mib=_peak_in_own_process(workload.name, name) if memory else None,
+    rows = []
+    for name, contestant in ready.items():
+        quartiles = statistics.quantiles(times[name]) if repeats > 1 else times[name] * 3
+        rows.append(
+            Row(
+                workload.name,
+                name,
+                milliseconds=statistics.median(times[name]),
+                spread=(quartiles[2] - quartiles[0]) / 2,
+                gradient_error=errors.get(name),
+                graph_mib=_memory(contestant.graph)[1] if memory and contestant.graph else None,
+                peak_mib=_memory(contestant.step)[0] if memory else None,
+            )
         )
-        for name, taken in times.items()
-    ]
+    return rows
 
 
-def _gradient_errors(workload: Workload, made: dict[str, Any]) -> dict[str, float]:
+def _gradient_errors(workload: Workload, made: dict[str, Contestant]) -> dict[str, float]:
     model, batch = workload.build()
     tensors = (batch.support_x, batch.support_y, batch.query_x, batch.query_y)
     batch = TaskBatch(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors))
-    found = {name: make(copy.deepcopy(model).double(), batch, workload)[1]() for name, make in made.items() if _same_algorithm(name)}
+    found = {name: make(copy.deepcopy(model).double(), batch, workload).gradient() for name, make in made.items() if _same_algorithm(name)}
     reference = found["plain torch loop"]
     scale = max(float(gradient.abs().max()) for gradient in reference.values())
     return {
@@ -191,7 +203,7 @@ def _metaplug(
     batching: Batching = "vectorized",
     plugins: Sequence[str] = (),
     chainless: bool = False,
-) -> tuple[Step, Callable[[], MetaGradient]]:
+) -> Prepared:
     learner = MetaLearner(
         model,
         plugins=plugins,
@@ -212,12 +224,17 @@ def _metaplug(
             return batch
 
     iterations = learner.iterate(Same(), iterations=sys.maxsize, tasks_per_batch=workload.tasks)
-    return lambda: next(iterations), lambda: learner.meta_gradients(batch)
+    inner = learner.engine.inner
+    return Prepared(
+        step=lambda: next(iterations),
+        gradient=lambda: learner.meta_gradients(batch),
+        graph=lambda: inner.run(batch, steps=workload.inner_steps, training=True, iteration=0, query_after={workload.inner_steps}),
+    )
 
 
 def _by_loss(
     outer_loss: Callable[[nn.Module, TaskBatch, Workload, Loss], Tensor], model: nn.Module, batch: TaskBatch, workload: Workload
-) -> tuple[Step, Callable[[], MetaGradient]]:
+) -> Prepared:
     """A step and a meta-gradient for a contestant that gives the outer loss."""
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     names = [name for name, _ in model.named_parameters()]
@@ -231,7 +248,7 @@ def _by_loss(
             parameter.grad = found
         optimizer.step()
 
-    return step, gradient
+    return Prepared(step, gradient, graph=lambda: outer_loss(model, batch, workload, LOSSES[workload.kind]))
 
 
 def _torch_loop(model: nn.Module, batch: TaskBatch, workload: Workload, loss: Loss) -> Tensor:
@@ -263,7 +280,7 @@ def _stacked(model: nn.Module, batch: TaskBatch, workload: Workload, loss: Loss)
     return stacked.mean()
 
 
-def _higher(model: nn.Module, batch: TaskBatch, workload: Workload) -> tuple[Step, Callable[[], MetaGradient]]:
+def _higher(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
     loss, optimizer = LOSSES[workload.kind], torch.optim.Adam(model.parameters(), 1e-3)
     inner = torch.optim.SGD(model.parameters(), lr=workload.inner_lr)
 
@@ -280,35 +297,15 @@ def _higher(model: nn.Module, batch: TaskBatch, workload: Workload) -> tuple[Ste
         gradient()
         optimizer.step()
 
-    return step, gradient
+    return Prepared(step, gradient, graph=None)
 
 
-def _peak_in_own_process(workload: str, contestant: str) -> float | None:
-    if not STATUS.exists():
-        return None
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report_peak, args=(sender, workload, contestant))
-    process.start()
-    sender.close()
-    peak: float = receiver.recv()
-    process.join()
-    return peak
-
-
-def _report_peak(sender: Any, workload: str, contestant: str) -> None:
-    """In a process of its own: a first step with one task loads what torch loads lazily, so that the second shows the step's own memory."""
-    torch.set_num_threads(1)
-    plugins = [contestant.removeprefix("metaplug + ")] if "+" in contestant else []
-    work = WORKLOADS[workload]
-    for size in (replace(work, tasks=1), work):
-        gc.collect()
-        before = _high_water_mib()
-        contestants(plugins)[contestant](*size.build(), size)[0]()
-    sender.send(_high_water_mib() - before)
-
-
-def _high_water_mib() -> float:
-    """The most memory that this process has had resident, MiB."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+def _memory(work: Callable[[], object]) -> tuple[float, float]:
+    """(most, left): the most MiB that torch's allocator held while `work` ran, and what its result still holds."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        result = work()
+    # The public list of events leaves out what happens inside operators.
+    events: list[Any] = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = list(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    del result
+    return max(held) / 2**20, held[-1] / 2**20

@@ -586,7 +586,7 @@ def test_an_evaluation_that_diverges_is_no_wrong_answer():
     learner = case.learner()
     learner.evaluate(Stream(), num_tasks=1)
     with torch.no_grad():
-        list(case.model.parameters())[-1].fill_(math.nan)
+        list(learner.model.parameters())[-1].fill_(math.nan)
     with pytest.raises(
         RunError, match=r"^evaluation task 0 has a query loss of NaN or Inf after 2 inner steps: its inner loop diverges; lower"
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -33,13 +34,16 @@ def bench(
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, max=1000, help="How often each is timed, in turn.")] = 9,
     threads: Annotated[int, typer.Option("--threads", min=1, max=1024, help="CPU threads.")] = 1,
-    memory: Annotated[bool, typer.Option("--memory", help="Measure the peak memory of a step too; slower.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Measure the memory of a step too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Time a meta-step side by side: metaplug in every batching, plain torch, plain higher; with each one's error of the meta-gradient.
 
     On a CPU, in one process, in turn; medians with half the distance of the quartiles.
     """
+    # torch's profiler would talk of itself on standard error; both are read when torch is imported.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
     from metaplug.bench import WORKLOADS, as_json_values, run

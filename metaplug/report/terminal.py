@@ -216,7 +216,7 @@ def _documentation(block: str) -> RenderableType:
 
 def bench_table(rows: Sequence[Row]) -> RenderableType:
     """What a meta-step costs, each workload by itself; ratios are to its plain torch loop."""
-    table = _table("", "workload", "contestant", "ms", "±", "speed", "error", "peak MiB")
+    table = _table("", "workload", "contestant", "ms", "±", "speed", "error", "graph MiB", "peak MiB")
     for index, row in enumerate(rows):
         first = index == 0 or rows[index - 1].workload != row.workload
         if first:
@@ -229,6 +229,7 @@ def bench_table(rows: Sequence[Row]) -> RenderableType:
             f"{row.spread:.1f}",
             f"{plain_loop / row.milliseconds:.2f}×",
             "" if row.gradient_error is None else f"{row.gradient_error:.0e}",
+            "" if row.graph_mib is None else f"{row.graph_mib:.1f}",
             "" if row.peak_mib is None else f"{row.peak_mib:.1f}",
         )
     return table
