@@ -20,4 +20,5 @@ def hook_reference() -> str:
 
 def _section(name: str, kind: str) -> str:
     function = getattr(hookspecs, name)
-    return f"## `{name}`\n\n*{kind}*\n\n```text\n{name}{str(inspect.signature(function)).replace("'", "")}\n```\n\n{inspect.getdoc(function)}"
+    signature = str(inspect.signature(function)).replace("'", "")
+    return f"## `{name}`\n\n*{kind}*\n\n```text\n{name}{signature}\n```\n\n{inspect.getdoc(function)}"
