@@ -111,15 +111,31 @@ class Row:
 
 
 def run(
-    workloads: Sequence[str], plugins: Sequence[str], *, repeats: int, memory: bool, on_workload: Callable[[str], None] = lambda _: None
+    workloads: Sequence[str],
+    plugins: Sequence[str],
+    *,
+    repeats: int,
+    memory: bool,
+    only: Sequence[str] = (),
+    on_workload: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
-    """Measure every contestant on every workload, interleaved, `repeats` times each; one more contestant for each plugin."""
+    """Measure every contestant on every workload, interleaved, `repeats` times each; one more contestant for each plugin.
+
+    Args:
+        only: names of contestants; the others are left out. Empty for all.
+
+    Raises:
+        RequestError: an unknown workload or contestant; the nearest is offered.
+    """
+    made = contestants(plugins)
+    for kind, names, known in (("workload", workloads, list(WORKLOADS)), ("contestant", only, list(made))):
+        for name in names:
+            if name not in known:
+                raise unknown(kind, name, known)
     rows: list[Row] = []
     for name in workloads:
-        if name not in WORKLOADS:
-            raise unknown("workload", name, WORKLOADS)
         on_workload(name)
-        rows += _measure(WORKLOADS[name], contestants(plugins), repeats, memory)
+        rows += _measure(WORKLOADS[name], {each: make for each, make in made.items() if not only or each in only}, repeats, memory)
     return rows
 
 
@@ -184,7 +200,7 @@ def _gradient_errors(workload: Workload, made: dict[str, Contestant]) -> dict[st
     tensors = (batch.support_x, batch.support_y, batch.query_x, batch.query_y)
     batch = TaskBatch(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors))
     found = {name: make(copy.deepcopy(model).double(), batch, workload).gradient() for name, make in made.items() if _same_algorithm(name)}
-    reference = found["plain torch loop"]
+    reference = _by_loss(_torch_loop, copy.deepcopy(model).double(), batch, workload).gradient()
     scale = max(float(gradient.abs().max()) for gradient in reference.values())
     return {
         name: max(float((gradients[key] - reference[key]).abs().max()) for key in reference) / scale for name, gradients in found.items()

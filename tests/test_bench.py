@@ -30,3 +30,11 @@ def test_an_unknown_workload_is_refused():
     with pytest.raises(RequestError, match=r"^unknown workload 'sinusoid-25x6': did you mean 'sinusoid-25x(5|1)'\?$"):
         run(["sinusoid-25x6"], [], repeats=1, memory=False)
     assert "sinusoid-25x5" in WORKLOADS
+
+
+def test_chosen_contestants_are_measured_alone():
+    rows = run(["sinusoid-25x1"], [], repeats=1, memory=False, only=["metaplug, vectorized"])
+    assert [row.contestant for row in rows] == ["metaplug, vectorized"]
+    assert rows[0].gradient_error <= 1e-10
+    with pytest.raises(RequestError, match=r"^unknown contestant 'metaplug, vectorised': did you mean 'metaplug, vectorized'\?$"):
+        run(["sinusoid-25x1"], [], repeats=1, memory=False, only=["metaplug, vectorised"])

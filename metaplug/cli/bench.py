@@ -34,6 +34,10 @@ def bench(
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, max=1000, help="How often each is timed, in turn.")] = 9,
     threads: Annotated[int, typer.Option("--threads", min=1, max=1024, help="CPU threads.")] = 1,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="CONTESTANT", help="Only this one, as the table names it. Repeatable.", show_default="all"),
+    ] = None,
     memory: Annotated[bool, typer.Option("--memory", help="Measure the memory of a step too.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -52,7 +56,8 @@ def bench(
 
     torch.set_num_threads(threads)
     chosen = workload or list(WORKLOADS)
-    rows = run(chosen, use or ["gradient-sharing"], repeats=repeats, memory=memory, on_workload=lambda name: line(f"measuring {name}"))
+    plugins = use or ["gradient-sharing"]
+    rows = run(chosen, plugins, repeats=repeats, memory=memory, only=only or (), on_workload=lambda name: line(f"measuring {name}"))
     if as_json:
         emit(to_json(as_json_values(rows, repeats), indent=2))
     else:

@@ -215,19 +215,19 @@ def _documentation(block: str) -> RenderableType:
 
 
 def bench_table(rows: Sequence[Row]) -> RenderableType:
-    """What a meta-step costs, each workload by itself; ratios are to its plain torch loop."""
+    """What a meta-step costs, each workload by itself; ratios are to its first row, the plain torch loop unless that was left out."""
     table = _table("", "workload", "contestant", "ms", "±", "speed", "error", "graph MiB", "peak MiB")
     for index, row in enumerate(rows):
         first = index == 0 or rows[index - 1].workload != row.workload
         if first:
             table.add_section()
-            plain_loop = row.milliseconds
+            baseline = row.milliseconds
         table.add_row(
             row.workload if first else "",
             row.contestant,
             f"{row.milliseconds:.1f}",
             f"{row.spread:.1f}",
-            f"{plain_loop / row.milliseconds:.2f}×",
+            f"{baseline / row.milliseconds:.2f}×",
             "" if row.gradient_error is None else f"{row.gradient_error:.0e}",
             "" if row.graph_mib is None else f"{row.graph_mib:.1f}",
             "" if row.peak_mib is None else f"{row.peak_mib:.1f}",
