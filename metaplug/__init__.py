@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from metaplug.learner import MetaLearner
     from metaplug.plugin import Plugin, PluginConfig, hookimpl
     from metaplug.preset import PluginUse, Preset
+    from metaplug.schedule import epoch_of
     from metaplug.tasks.batch import TaskBatch
     from metaplug.values import Context, Gradients, InnerStep, LearningRates, Outcome, Parameters
 
@@ -34,6 +35,7 @@ __all__ = [
     "RequestError",
     "RunError",
     "TaskBatch",
+    "epoch_of",
     "hookimpl",
 ]
 
@@ -46,6 +48,7 @@ if not TYPE_CHECKING:
         "learner": ("MetaLearner",),
         "plugin": ("Plugin", "PluginConfig", "hookimpl"),
         "preset": ("PluginUse", "Preset"),
+        "schedule": ("epoch_of",),
         "tasks.batch": ("TaskBatch",),
         "values": ("Context", "Gradients", "InnerStep", "LearningRates", "Outcome", "Parameters"),
     }

@@ -115,11 +115,11 @@ class Chain:
             if link.plugin.name in kept:
                 link.call({"kept": kept[link.plugin.name]})
 
-    def figures(self) -> dict[str, float]:
-        """What the plugins have to log, as "PLUGIN.FIGURE"."""
+    def figures(self, iteration: int = 0, total: int = 0) -> dict[str, float]:
+        """What the plugins have to log after an iteration (counted from 0) of a run of `total`, as "PLUGIN.FIGURE"."""
         found: dict[str, float] = {}
         for link in self._links["end_meta_step"]:
-            answer = link.call({})
+            answer = link.call({"iteration": iteration, "total": total})
             if answer is None:
                 continue
             if fault := CHECKS["end_meta_step"](None, answer, {}):

@@ -16,11 +16,12 @@ from metaplug import registry
 from metaplug.errors import RequestError, RunError, quoted
 from metaplug.preset import PluginUse
 
-FORMAT = 1
+FORMAT = 2
 """The number of the layout; a file with another is refused."""
 
 KEYS = (
     "iteration",
+    "total",
     "kind",
     "seed",
     "settings",

@@ -109,12 +109,24 @@ class Comparison:
         """The label of the first variant."""
         return self.variants[0].label
 
-    def acceleration(self, label: str) -> Acceleration:
-        """Of a variant over the baseline, seed by seed.
+    def base(self, label: str) -> str | None:
+        """The label of the variant that this one extends by plugins, the longest such; None where it extends none of the others."""
+        own = next(variant.config for variant in self.variants if variant.label == label)
+        bases = [
+            variant
+            for variant in self.variants
+            if variant.config.preset == own.preset
+            and len(variant.config.plugins) < len(own.plugins)
+            and variant.config.plugins == own.plugins[: len(variant.config.plugins)]
+        ]
+        return max(bases, key=lambda variant: len(variant.config.plugins)).label if bases else None
+
+    def acceleration(self, label: str, over: str | None = None) -> Acceleration:
+        """Of a variant over the baseline, or over the variant `over`, seed by seed.
 
         As fine as validations are frequent: a target counts as reached at the first validation that is as good.
         """
-        pairs = zip(self.runs[self.baseline], self.runs[label], strict=True)
+        pairs = zip(self.runs[over or self.baseline], self.runs[label], strict=True)
         return accelerate(self.metric, [(baseline.curve, run.curve) for baseline, run in pairs])
 
     def mean_curve(self, label: str) -> Curve:
@@ -270,9 +282,10 @@ def to_values(comparison: Comparison) -> dict[str, Any]:
 def _variant_values(comparison: Comparison, variant: Variant) -> dict[str, Any]:
     label, runs = variant.label, comparison.runs[variant.label]
     by_seed, of_means = comparison.acceleration(label), comparison.acceleration_of_means(label)
-    difference = comparison.difference(label)
+    difference, base = comparison.difference(label), comparison.base(label)
     return {
         "label": label,
+        "base": base,
         "config": variant.config.model_dump(mode="json"),
         "plugins": {hook: list(names) for hook, names in runs[0].plugins.items()},
         "acceleration_percent": {
@@ -280,6 +293,7 @@ def _variant_values(comparison: Comparison, variant: Variant) -> dict[str, Any]:
             "seeds_that_reached": by_seed.reached,
             "of_mean_curve": of_means.percent[0],
         },
+        "acceleration_over_base_percent": None if base is None else list(comparison.acceleration(label, base).percent),
         "test": result_values(comparison.test(label)),
         "test_minus_baseline": {"mean": difference.mean, "interval": difference.interval},
         "mean_curve": [list(astuple(point)) for point in comparison.mean_curve(label)],

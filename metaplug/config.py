@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field
 
 from metaplug.errors import RequestError, did_you_mean
-from metaplug.preset import PluginUse, find_preset
+from metaplug.preset import YAML_ENDINGS, PluginUse, Preset, find_preset
 from metaplug.settings import Settings, validated
 
 
@@ -40,7 +40,8 @@ class LearnerSettings(Settings):
     inner_steps: int = Field(3, ge=0, le=1000, description="Inner steps K of a task.")
     inner_optimizer: str = Field("sgd", description="sgd, adam, adamax, adagrad, adadelta or rmsprop.")
     inner_optimizer_settings: dict[str, Any] = Field(default_factory=dict, description="Settings of the inner optimizer, such as momentum.")
-    meta_lr: float = Field(1e-3, gt=0, le=10, description="Adam's rate in the outer loop.")
+    meta_optimizer: Literal["adam", "sgd"] = Field("adam", description="Optimizer of the outer loop.")
+    meta_lr: float = Field(1e-3, gt=0, le=10, description="Its learning rate.")
     batch_norm: Literal["batch", "frozen"] = Field(
         "batch",
         description="Batch norm by the statistics of each task's batch (transductive), or by the model's stored ones, never updated.",
@@ -70,7 +71,7 @@ class RuntimeSettings(Settings):
 class ExperimentConfig(Settings):
     """Everything that a run needs to be repeated."""
 
-    preset: str = Field("maml", description="The algorithm, as `metaplug plugins` lists it.")
+    preset: str | Preset = Field("maml", description="The algorithm, as `metaplug plugins` lists it, or a whole preset of one's own.")
     plugins: tuple[PluginUse, ...] = Field((), description="Plugins behind the preset's, in the order of application.")
     model: ModelSettings = ModelSettings()
     tasks: TaskSettings = TaskSettings()
@@ -79,10 +80,18 @@ class ExperimentConfig(Settings):
     runtime: RuntimeSettings = RuntimeSettings()
     seed: int = Field(0, ge=0, lt=2**31, description="Of the model's first weights, the tasks and every other random number.")
 
+    @property
+    def algorithm(self) -> str:
+        """The preset's name."""
+        return self.preset if isinstance(self.preset, str) else self.preset.name
+
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration, and by dotted path where each value came from: "default", "preset …", "FILE" or "option"."""
+    """A configuration, and by dotted path where each value came from: "default", "preset …", "FILE" or "option".
+
+    Settings of plugins, the preset's too, stand as plugins.NAME.FIELD; those that are at their default are left out.
+    """
 
     config: ExperimentConfig
     origins: Mapping[str, str]
@@ -95,16 +104,44 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Resolved:
         RequestError: an unknown field or preset, or a value out of bounds, each named with its origin.
     """
     values: dict[str, Any] = {}
+    layers = [(origin, _with_whole_preset(layer, origin)) for origin, layer in layers]
     for origin, layer in layers:
         validated(ExperimentConfig, layer, origin)
         values = merge(values, layer)
     preset = find_preset(values.get("preset", ExperimentConfig.model_fields["preset"].default))
     stack = [(f"preset {preset.name}", preset.defaults), *layers]
+    validated(ExperimentConfig, preset.defaults, f"the defaults of preset {preset.name}")
     config = validated(ExperimentConfig, merge(preset.defaults, values), "configuration")
     origins = dict.fromkeys(flatten(config.model_dump(mode="json")), "default")
     for origin, layer in stack:
         origins.update((path, origin) for path in origins if any(path == given or path.startswith(f"{given}.") for given in flatten(layer)))
-    return Resolved(config, origins)
+    listed = [(f"preset {preset.name}", preset.plugins)]
+    listed += [(origin, ExperimentConfig.model_validate(layer).plugins) for origin, layer in layers if "plugins" in layer]
+    origins["preset"] = next((origin for origin, layer in reversed(layers) if "preset" in layer), "default")
+    return Resolved(config, {**origins, **_plugin_origins(listed)})
+
+
+def _with_whole_preset(layer: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
+    """The layer with a preset of one's own, written out or in a file, as a Preset, so that a run's configuration is whole in itself."""
+    preset = layer.get("preset")
+    if isinstance(preset, Mapping):
+        return {**layer, "preset": validated(Preset, {"name": Path(origin).stem, **preset}, f"{origin}, preset")}
+    if isinstance(preset, str) and preset.endswith(YAML_ENDINGS):
+        return {**layer, "preset": find_preset(preset)}
+    return layer
+
+
+def _plugin_origins(listed: Sequence[tuple[str, Sequence[PluginUse]]]) -> dict[str, str]:
+    """Where every setting of a plugin came from, from the lists that stand over each other. A later list repeats what it extends."""
+    origins: dict[str, str] = {}
+    seen: dict[str, Any] = {}
+    for origin, uses in listed:
+        for use in uses:
+            for field, value in use.settings.items():
+                path = f"plugins.{use.name or use.plugin}.{field}"
+                if path not in seen or seen[path] != value:
+                    seen[path], origins[path] = value, origin
+    return origins
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,42 +189,6 @@ def _assign_plugin(uses: list[Any], path: str, value: Any, whole: str) -> list[A
     return entries
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A configuration file.
-
-    Raises:
-        RequestError: it cannot be read, is no YAML, names a key twice, or is no mapping; the file and line are named.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise RequestError(f"cannot read the configuration {path}: {reason}; give a YAML file") from None
-    try:
-        values = yaml.load(text, Loader=_StrictLoader)
-    except yaml.MarkedYAMLError as error:
-        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise RequestError(f"{path}{where} is not valid YAML: {error.problem or error.context}; correct it there") from None
-    except yaml.YAMLError as error:
-        raise RequestError(f"{path} is not valid YAML: {' '.join(str(error).split())}; correct it there") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise RequestError(f"{path} holds a {type(values).__name__}, not a mapping of settings: begin with a line such as 'preset: maml'")
-    return values
-
-
 def to_yaml(config: ExperimentConfig) -> str:
     """The configuration as YAML that `read_yaml` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=sys.maxsize)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key that stands twice, of which PyYAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", node.value[index][0].start_mark)
-        return super().construct_mapping(node, deep=deep)

@@ -6,9 +6,10 @@ L(θ, φ) = mean over t of Σ_i w_i · ℓ(f(query x_t; θ[t,i]), query y_t)    
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from metaplug.inner import InnerLoop, recording
 from metaplug.runtime.seeding import mix, stream
 from metaplug.tasks.batch import TaskBatch
 from metaplug.values import Outcome
+
+META_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+"""The optimizers of the outer loop, by name."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,13 @@ class MetaGradients:
 
 @dataclass(frozen=True)
 class MetaStep:
-    """One meta-update: its iteration (counted from 1 once done), outer loss, norm of the meta-gradient and the plugins' figures."""
+    """One meta-update: its iteration (counted from 1 once done), outer loss, norm of the meta-gradient, the meta learning rate of the
+    model's weights, and the plugins' figures."""
 
     iteration: int
     outer_loss: float
     meta_gradient_norm: float
+    meta_lr: float
     figures: Mapping[str, float]
 
 
@@ -48,13 +54,16 @@ class Engine:
         model: its trainable parameters are meta-learned, in place.
         chain: set up already, so that the plugins' meta-parameters exist.
         inner: the inner loop over the same model and chain.
-        meta_lr: Adam's rate for the model, and for plugins that set none of their own.
+        meta_optimizer: a name in META_OPTIMIZERS.
+        meta_lr: its rate for the model, and for plugins that set none of their own.
         seed: of every random number that a step draws.
     """
 
-    def __init__(self, model: nn.Module, chain: Chain, inner: InnerLoop, *, meta_lr: float, seed: int) -> None:
+    def __init__(self, model: nn.Module, chain: Chain, inner: InnerLoop, *, meta_optimizer: str, meta_lr: float, seed: int) -> None:
         self.chain, self.inner, self.seed = chain, inner, seed
         self.iteration = 0
+        self.total = 0
+        """The iterations of the whole run that the last meta-update belonged to; 0 before the first. Schedules depend on it."""
         self.outputs: int | None = None
         """The number of classes that the model tells apart, once it is known; labels are checked against it."""
         self.device = next(model.parameters()).device
@@ -63,20 +72,29 @@ class Engine:
         groups = [(list(own.values()), meta_lr)]
         groups += [(list(plugin.parameters()), meta_lr if plugin.meta_lr is None else plugin.meta_lr) for plugin in chain.plugins]
         self._rates = [lr for parameters, lr in groups if parameters]
-        self.optimizer = torch.optim.Adam([{"params": parameters, "lr": lr} for parameters, lr in groups if parameters])
+        make = META_OPTIMIZERS[meta_optimizer]
+        self.optimizer = make([{"params": parameters, "lr": lr} for parameters, lr in groups if parameters])
 
-    def meta_gradients(self, batch: TaskBatch, iteration: int) -> MetaGradients:
-        """The meta-gradients of one batch, as iteration `iteration` would use them. Steps and commits nothing."""
+    def meta_gradients(self, batch: TaskBatch, iteration: int, total: int) -> MetaGradients:
+        """The meta-gradients of one batch, as iteration `iteration` of a run of `total` would use them. Steps and commits nothing."""
         with stream(mix(self.seed, iteration), self.device) as generator, recording():
             transformed = self.chain.fold("transform_tasks", batch, iteration=iteration, generator=generator)
             if transformed is not batch:
                 transformed.check_labels(self.outputs)
             batch = transformed
-            weights = self._outer_weights(iteration)
-            outcome = self.inner.run(batch, steps=self.inner.inner_steps, training=True, iteration=iteration, query_after=weights)
+            weights = self._outer_weights(iteration, total)
+            outcome = self.inner.run(
+                batch, steps=self.inner.inner_steps, training=True, iteration=iteration, total=total, query_after=weights
+            )
             losses = torch.stack([weight * outcome.query_losses[after] for after, weight in weights.items()]).sum(0)
             outer_loss = self.chain.fold("transform_outer_losses", losses, outcome=outcome).mean()
-            replaced = self.chain.choose("compute_meta_gradients", None, outcome=outcome)
+            replaced = self.chain.choose(
+                "compute_meta_gradients",
+                None,
+                outcome=outcome,
+                outer_loss=outer_loss,
+                meta_parameters=MappingProxyType(self.meta_parameters),
+            )
             gradients = self._differentiate(outer_loss) if replaced is None else self._replaced(replaced)
             if self.chain.check_finite and (fault := non_finite(gradients)):
                 raise RunError(f"the meta-gradient holds {fault}, though every loss on the way was finite")
@@ -90,11 +108,11 @@ class Engine:
             RunError: a loss or a meta-gradient is NaN or Inf; nothing was updated.
         """
         iteration = self.iteration
-        found = self.meta_gradients(batch, iteration)
+        found = self.meta_gradients(batch, iteration, total)
         norm = torch.nn.utils.get_total_norm(found.gradients.values())
         losses = [*found.outcome.support_losses, *found.outcome.query_losses.values()]
         if not bool(torch.isfinite(torch.stack([norm, found.outer_loss, *(loss.detach().sum() for loss in losses)])).all()):
-            raise self._culprit(batch, iteration)
+            raise self._culprit(batch, iteration, total)
         factor = self.chain.fold("scale_meta_learning_rate", 1.0, iteration=iteration, total=total)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
@@ -104,20 +122,21 @@ class Engine:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.chain.commit(found.outcome.statistics)
-        self.iteration += 1
-        return MetaStep(self.iteration, float(found.outer_loss), float(norm), self.chain.figures())
+        self.iteration, self.total = iteration + 1, total
+        meta_lr = self.optimizer.param_groups[0]["lr"]
+        return MetaStep(self.iteration, float(found.outer_loss), float(norm), meta_lr, self.chain.figures(iteration, total))
 
     def evaluate(self, batch: TaskBatch, steps: int) -> Outcome:
         """Adapt test tasks. No graph, no state, no random stream of the caller's is touched."""
         with stream(mix(self.seed), self.device):
             return self.inner.run(batch, steps=steps, training=False, iteration=self.iteration, query_after={steps})
 
-    def _outer_weights(self, iteration: int) -> dict[int, float]:
+    def _outer_weights(self, iteration: int, total: int) -> dict[int, float]:
         """By the number of updates done before the query loss, the weight of that loss; only those that count."""
         steps = self.inner.inner_steps
         if steps == 0:
             return {0: 1.0}
-        chosen = self.chain.choose("outer_step_weights", [0.0] * (steps - 1) + [1.0], iteration=iteration, inner_steps=steps)
+        chosen = self.chain.choose("outer_step_weights", [0.0] * (steps - 1) + [1.0], iteration=iteration, inner_steps=steps, total=total)
         return {after: weight for after, weight in enumerate(chosen, 1) if weight}
 
     def _differentiate(self, outer_loss: Tensor) -> dict[str, Tensor]:
@@ -144,12 +163,12 @@ class Engine:
             )
         return dict(gradients)
 
-    def _culprit(self, batch: TaskBatch, iteration: int) -> RunError:
+    def _culprit(self, batch: TaskBatch, iteration: int, total: int) -> RunError:
         """Replay the iteration with every value checked, and return the error that names the first to be NaN or Inf."""
         try:
             with self._checking():
                 batch.check_values(None)
-                self.meta_gradients(batch, iteration)
+                self.meta_gradients(batch, iteration, total)
         except RunError as error:
             return RunError(f"iteration {iteration} stopped, nothing was updated: {error}; try a smaller inner or meta learning rate")
         return RunError(

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import pluggy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaplug.tasks.batch import TaskBatch
 from metaplug.values import Context, Gradients, InnerStep, LearningRates, Outcome, Parameters
@@ -47,10 +47,11 @@ fold, choose, collect, notify = (_declare(kind) for kind in ("fold", "choose", "
 
 
 @fold
-def select_adapted(names: tuple[str, ...]) -> tuple[str, ...] | None:
+def select_adapted(names: tuple[str, ...], layers: Mapping[str, type[nn.Module]]) -> tuple[str, ...] | None:
     """Which parameters the inner loop adapts: a subset of `names`, in any order. Starts with every trainable parameter of the model.
 
     What is left out is still meta-learned. Frozen parameters (requires_grad False) are neither adapted nor meta-learned.
+    `layers` has, by name, the class of the module that a parameter belongs to.
     """
 
 
@@ -99,8 +100,11 @@ def transform_learning_rates(learning_rates: LearningRates, step: InnerStep) -> 
 
 
 @choose
-def outer_step_weights(iteration: int, inner_steps: int) -> Sequence[float] | None:
-    """K weights over the query losses after each update (default: 1 for the last). A query loss of weight 0 is not computed."""
+def outer_step_weights(iteration: int, inner_steps: int, total: int) -> Sequence[float] | None:
+    """K weights over the query losses after each update (default: 1 for the last). A query loss of weight 0 is not computed.
+
+    `total` is the iterations of the whole run; 0 where none has begun.
+    """
 
 
 @fold
@@ -109,8 +113,13 @@ def transform_outer_losses(losses: Tensor, outcome: Outcome) -> Tensor | None:
 
 
 @choose
-def compute_meta_gradients(outcome: Outcome) -> Mapping[str, Tensor] | None:
-    """Replace differentiation through the loop. Answer by parameter name, PLUGIN.NAME for a plugin's; leave none of the latter out."""
+def compute_meta_gradients(
+    outcome: Outcome, outer_loss: Tensor, meta_parameters: Mapping[str, nn.Parameter]
+) -> Mapping[str, Tensor] | None:
+    """Replace differentiation through the loop. Answer by the names of `meta_parameters`: the model's, and PLUGIN.NAME for a plugin's.
+
+    Leave no plugin's parameter out. `outer_loss` () carries the graph of the loop, for what is still to be differentiated.
+    """
 
 
 @fold
@@ -129,5 +138,5 @@ def commit(kept: Mapping[str, Tensor]) -> None:
 
 
 @collect
-def end_meta_step() -> Mapping[str, float] | None:
-    """Figures to log after a meta-update, by name: gate values, learning rates, norms."""
+def end_meta_step(iteration: int, total: int) -> Mapping[str, float] | None:
+    """Figures to log after the meta-update of `iteration` (counted from 0), by name: gate values, learning rates, norms."""

@@ -65,17 +65,20 @@ class InnerLoop:
         self._optimizer = MirroredOptimizer(optimizer, optimizer_settings, inner_lr, len(self.adapted))
         self.patched = patch(model, batch_norm)
 
-    def run(self, batch: TaskBatch, *, steps: int, training: bool, iteration: int, query_after: Collection[int]) -> Outcome:
+    def run(self, batch: TaskBatch, *, steps: int, training: bool, iteration: int, query_after: Collection[int], total: int = 0) -> Outcome:
         """Adapt every task for `steps` steps, and take the query losses after as many updates as `query_after` says.
+
+        `iteration` and `total` are what plugins see of the meta-training that this belongs to.
 
         In training the result carries the graph for meta-gradients; otherwise no graph is taken, and no surrounding
         `no_grad` or `inference_mode` reaches in.
         """
+        first = InnerStep(0, steps, self.inner_steps, iteration, total, training)
         if self.patched.training != training:
             set_mode(self.patched, training, self.batch_norm)
         with recording():
             try:
-                return self._run(usable(batch), steps, training, iteration, query_after)
+                return self._run(usable(batch), first, query_after)
             finally:
                 self._release()
 
@@ -90,21 +93,19 @@ class InnerLoop:
         prediction = self.predict(parameters, x)
         return self.loss(prediction, y), prediction
 
-    def _run(self, batch: TaskBatch, steps: int, training: bool, iteration: int, query_after: Collection[int]) -> Outcome:
+    def _run(self, batch: TaskBatch, first: InnerStep, query_after: Collection[int]) -> Outcome:
         initial = {name: parameter.expand(batch.num_tasks, *parameter.shape) for name, parameter in self._parameters.items()}
-        fast = initial = initial if training else _leaves(initial, self.adapted)
+        fast = initial = initial if first.training else _leaves(initial, self.adapted)
         support_losses: list[Tensor] = []
         query_losses: dict[int, Tensor] = {}
-        first = InnerStep(
-            0, steps, self.inner_steps, iteration, training, parameters=MappingProxyType(fast), initial_parameters=MappingProxyType(initial)
-        )
+        first = replace(first, parameters=MappingProxyType(fast), initial_parameters=MappingProxyType(initial))
         if 0 in query_after:
             query_losses[0], predictions, values = self._query(fast, batch, first)
-        for index in range(steps):
+        for index in range(first.count):
             step = replace(first, index=index, parameters=MappingProxyType(fast))
-            losses, _, _ = self._forward(fast, batch.support_x, batch.support_y, step)
+            losses, outputs, _ = self._forward(fast, batch.support_x, batch.support_y, step)
             support_losses.append(losses)
-            fast = self._update(fast, losses, replace(step, support_losses=losses))
+            fast = self._update(fast, losses, replace(step, support_losses=losses, support_predictions=outputs))
             if index + 1 in query_after:
                 query_losses[index + 1], predictions, values = self._query(fast, batch, replace(step, parameters=MappingProxyType(fast)))
         return Outcome(

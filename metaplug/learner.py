@@ -21,7 +21,7 @@ from metaplug.history import History, Record
 from metaplug.inner import InnerLoop, Loss, recording, usable
 from metaplug.mirror import set_mode
 from metaplug.plugin import Plugin
-from metaplug.preset import PluginUse, Preset, make_plugins
+from metaplug.preset import PluginUse, Preset, find_preset, make_plugins
 from metaplug.runtime.batching import Batching, BatchingChoice, choose_batching
 from metaplug.runtime.guards import check_forward, check_model
 from metaplug.settings import validated
@@ -39,16 +39,19 @@ class MetaLearner:
     Args:
         model: any `nn.Module` from inputs (n, *input) to one tensor (n, *output), on its device, in one floating dtype. Its trainable
             parameters are updated in place; nothing else of it is changed.
-        preset: an algorithm: a name that `metaplug plugins` lists, or a Preset. None, like "maml", adds no plugin.
+        preset: an algorithm: a name that `metaplug plugins` lists, the path of a YAML file (.yaml, .yml), or a Preset. None, like "maml",
+            adds no plugin.
         plugins: instances, or names; applied behind the preset's, in this order.
-        inner_lr: inner learning rate, 0 to 1000.
-        inner_steps: inner steps K, 0 to 1000.
-        inner_optimizer: sgd, adam, adamax, adagrad, adadelta or rmsprop, with `inner_optimizer_settings` such as {"momentum": 0.9}.
+        inner_lr, inner_steps, inner_optimizer, inner_optimizer_settings, meta_optimizer, meta_lr, batch_norm: None for what the preset
+            says of them, else the default named here.
+            inner_lr: inner learning rate, 0 to 1000; default 0.4.
+            inner_steps: inner steps K, 0 to 1000; default 3.
+            inner_optimizer: sgd (default), adam, adamax, adagrad, adadelta or rmsprop, with settings such as {"momentum": 0.9}.
+            meta_optimizer: adam (default) or sgd, in the outer loop; meta_lr: its learning rate; default 1e-3.
+            batch_norm: "batch" (default; statistics of each task's own batch, in training and at evaluation: transductive, and named so in
+            results) or "frozen" (the model's stored statistics, never updated).
         kind: "classification" (targets: class indices, int64) or "regression".
         loss: (prediction, target) of one task → a tensor of shape (). Default: cross-entropy or mean squared error, by kind.
-        meta_lr: Adam's rate in the outer loop.
-        batch_norm: "batch" (statistics of each task's own batch, in training and at evaluation: transductive, and named so in results) or
-            "frozen" (the model's stored statistics, never updated).
         task_batching: "auto", "vectorized" or "sequential": the same numbers, another speed.
         seed: of every random number of training.
 
@@ -62,31 +65,36 @@ class MetaLearner:
         *,
         preset: str | Preset | None = None,
         plugins: Sequence[Plugin | PluginUse | str] = (),
-        inner_lr: float = 0.1,
-        inner_steps: int = 5,
-        inner_optimizer: str = "sgd",
+        inner_lr: float | None = None,
+        inner_steps: int | None = None,
+        inner_optimizer: str | None = None,
         inner_optimizer_settings: Mapping[str, Any] | None = None,
         kind: Kind = "classification",
         loss: Loss | None = None,
-        meta_lr: float = 1e-3,
-        batch_norm: Literal["batch", "frozen"] = "batch",
+        meta_optimizer: Literal["adam", "sgd"] | None = None,
+        meta_lr: float | None = None,
+        batch_norm: Literal["batch", "frozen"] | None = None,
         task_batching: Batching = "auto",
         seed: int = 0,
     ) -> None:
-        settings = {
+        given = {
             "inner_lr": inner_lr,
             "inner_steps": inner_steps,
             "inner_optimizer": inner_optimizer,
-            "inner_optimizer_settings": dict(inner_optimizer_settings or {}),
+            "inner_optimizer_settings": inner_optimizer_settings,
+            "meta_optimizer": meta_optimizer,
             "meta_lr": meta_lr,
             "batch_norm": batch_norm,
         }
+        preset = None if preset is None else find_preset(preset)
+        settings = {} if preset is None else preset.defaults.get("learner", {})
+        settings = {**settings, **{name: value for name, value in given.items() if value is not None}}
         self.settings = validated(LearnerSettings, settings, "learner")
         if kind not in LOSSES:
             raise RequestError(f"unknown kind of task '{kind}': classification or regression")
         if task_batching not in get_args(Batching):
             raise unknown("task batching", task_batching, get_args(Batching))
-        check_model(model, batch_norm)
+        check_model(model, self.settings.batch_norm)
         self.model, self.kind, self.seed, self.task_batching = model, kind, seed, task_batching
         self.custom_loss = loss is not None
         self.batching: BatchingChoice | None = None
@@ -94,16 +102,19 @@ class MetaLearner:
         self._warned = False
         self.chain = Chain(make_plugins(preset, plugins))
         trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        adapted = self._select_adapted(tuple(trainable))
+        layers = {name: type(model.get_submodule(name.rpartition(".")[0])) for name in trainable}
+        adapted = self._select_adapted(tuple(trainable), layers)
         reference = next(iter(trainable.values()))
         self.chain.setup(
             Context(
                 shapes={name: parameter.shape for name, parameter in trainable.items()},
+                parameters={name: parameter.detach() for name, parameter in trainable.items()},
+                layers=layers,
                 adapted=adapted,
                 dtype=reference.dtype,
                 device=reference.device,
-                inner_steps=inner_steps,
-                inner_lr=inner_lr,
+                inner_steps=self.settings.inner_steps,
+                inner_lr=self.settings.inner_lr,
                 kind=kind,
             )
         )
@@ -112,13 +123,15 @@ class MetaLearner:
             self.chain,
             loss or LOSSES[kind],
             adapted=adapted,
-            inner_steps=inner_steps,
-            inner_lr=inner_lr,
-            optimizer=inner_optimizer,
+            inner_steps=self.settings.inner_steps,
+            inner_lr=self.settings.inner_lr,
+            optimizer=self.settings.inner_optimizer,
             optimizer_settings=self.settings.inner_optimizer_settings,
-            batch_norm=batch_norm,
+            batch_norm=self.settings.batch_norm,
         )
-        self.engine = Engine(model, self.chain, inner, meta_lr=meta_lr, seed=seed)
+        self.engine = Engine(
+            model, self.chain, inner, meta_optimizer=self.settings.meta_optimizer, meta_lr=self.settings.meta_lr, seed=seed
+        )
 
     @property
     def iteration(self) -> int:
@@ -238,7 +251,7 @@ class MetaLearner:
 
         A meta-parameter that received no gradient is left out.
         """
-        return dict(self.engine.meta_gradients(self._checked(batch), self.iteration).gradients)
+        return dict(self.engine.meta_gradients(self._checked(batch), self.iteration, self.engine.total).gradients)
 
     @property
     def transductive(self) -> tuple[str, ...]:
@@ -253,6 +266,7 @@ class MetaLearner:
         """Everything that training goes on from: tensors and plain values only."""
         return {
             "iteration": self.iteration,
+            "total": self.engine.total,
             "kind": self.kind,
             "seed": self.seed,
             "settings": self.settings.model_dump(mode="json"),
@@ -294,7 +308,7 @@ class MetaLearner:
         for plugin in self.chain.plugins:
             plugin.load_state_dict(state["plugin_states"][plugin.name])
         self.engine.optimizer.load_state_dict(state["optimizer"])
-        self.engine.iteration = state["iteration"]
+        self.engine.iteration, self.engine.total = state["iteration"], state["total"]
 
     def save(self, path: str | Path) -> None:
         """Write the state to a file, atomically."""
@@ -332,8 +346,8 @@ class MetaLearner:
         learner.load_state_dict(state, str(path))
         return learner
 
-    def _select_adapted(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        selected = self.chain.fold("select_adapted", names)
+    def _select_adapted(self, names: tuple[str, ...], layers: Mapping[str, type[nn.Module]]) -> tuple[str, ...]:
+        selected = self.chain.fold("select_adapted", names, layers=layers)
         if not selected:
             raise RequestError("the plugins select no parameter to adapt: leave at least one")
         return tuple(name for name in names if name in selected)

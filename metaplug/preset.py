@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,7 +13,12 @@ from pydantic import Field, field_validator, model_validator
 from metaplug import registry
 from metaplug.errors import RequestError, did_you_mean
 from metaplug.plugin import Plugin
-from metaplug.settings import Settings
+from metaplug.settings import Settings, read_yaml, validated
+
+YAML_ENDINGS = (".yaml", ".yml")
+"""A preset of this ending is the path of a file."""
+_COMMA = r",(?![^\[]*\])"
+"""A comma between settings, not one inside a [list]."""
 
 
 class PluginUse(Settings):
@@ -40,12 +47,13 @@ class PluginUse(Settings):
 class Preset(Settings):
     """A published algorithm as a list of plugins. It contains no code.
 
-    `defaults` are fields of the experiment's configuration, nested as there; they give way to what the user sets.
+    `defaults` are fields of the experiment's configuration, nested as there; they give way to what the user sets. An installed preset is
+    found by its name; one's own stands in a YAML file, and is found by the path of that file.
     """
 
-    name: str = Field(description="The name on the command line, such as 'maml'.")
-    summary: str = Field(description="One line on what it does.")
-    source: str = Field(description="The paper, with its identifier.")
+    name: str = Field(description="The name on the command line, such as 'maml'; in a file by default the file's own.")
+    summary: str = Field("", description="One line on what it does.")
+    source: str = Field("", description="The paper, with its identifier.")
     plugins: tuple[PluginUse, ...] = Field((), description="The plugins, in the order of application.")
     defaults: dict[str, Any] = Field(default_factory=dict, description="Training defaults of the paper.")
 
@@ -58,9 +66,15 @@ class Preset(Settings):
 
 
 def find_preset(preset: str | Preset) -> Preset:
-    """The preset of that name; a Preset is returned as it is."""
+    """The preset of that name, or in that YAML file; a Preset is returned as it is.
+
+    Raises:
+        RequestError: no preset of that name is installed; the file cannot be read, or says something that a preset does not.
+    """
     if isinstance(preset, Preset):
         return preset
+    if preset.endswith(YAML_ENDINGS):
+        return validated(Preset, {"name": Path(preset).stem, **read_yaml(Path(preset))}, preset)
     found: Preset = registry.load("preset", preset)
     return found
 
@@ -88,12 +102,16 @@ def _instance(use: Any) -> Plugin:
 
 
 def parse_variant(text: str) -> tuple[str, list[PluginUse]]:
-    """A preset and plugins from "preset+plugin:field=value,field=value+plugin"; the preset is the longest known name at the start.
+    """A preset and plugins from "preset+plugin:field=value,field=value+plugin".
+
+    The preset is the longest known name at the start, or the path of a YAML file there.
 
     Raises:
         RequestError: no preset of that name, or a plugin without a name.
     """
     compact = text.replace(" ", "")
+    if file := re.match(r"([^:=]+?\.ya?ml)(?=\+|$)", compact):
+        return file[1], [parse_plugin(part) for part in compact[file.end() :].split("+")[1:]]
     known = [name for name in registry.names("preset") if compact == name or compact.startswith(name + "+")]
     if not known:
         first = compact.split("+")[0]
@@ -107,7 +125,7 @@ def parse_plugin(text: str) -> PluginUse:
     name, _, settings = text.strip().partition(":")
     if not name:
         raise RequestError(f"'{text}' names no plugin: write plugin or plugin:field=value,field=value")
-    return PluginUse(plugin=name, settings=dict(_setting(name, pair) for pair in settings.split(",")) if settings else {})
+    return PluginUse(plugin=name, settings=dict(_setting(name, pair) for pair in re.split(_COMMA, settings)) if settings else {})
 
 
 def _setting(plugin: str, pair: str) -> tuple[str, Any]:

@@ -13,12 +13,12 @@ from typing import Any
 import yaml
 
 from metaplug import checkpoint
-from metaplug.config import ExperimentConfig, flatten, read_yaml, to_yaml
+from metaplug.config import ExperimentConfig, flatten, to_yaml
 from metaplug.errors import RequestError, RunError
 from metaplug.evaluation import better
 from metaplug.experiment import Experiment, build, environment, result_values, to_json
 from metaplug.history import Record
-from metaplug.settings import validated
+from metaplug.settings import read_yaml, validated
 
 CONFIG, METRICS, LAST, BEST, SUMMARY = "config.yaml", "metrics.jsonl", "last.pt", "best.pt", "summary.json"
 """The files of a run. The last is written last: a run that has it is finished."""
@@ -158,6 +158,7 @@ class _Run:
             "iteration": step.iteration,
             "outer_loss": step.outer_loss,
             "meta_gradient_norm": step.meta_gradient_norm,
+            "meta_lr": step.meta_lr,
             "figures": dict(step.figures),
         }
         if validation is not None:

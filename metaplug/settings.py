@@ -1,10 +1,12 @@
-"""Validated settings: the frozen pydantic base of every plugin's, task source's and model's configuration."""
+"""Validated settings: the frozen pydantic base of every part's configuration, and the YAML that it comes in."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from metaplug.errors import RequestError, did_you_mean
@@ -48,3 +50,39 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
             return []
         model = field.annotation
     return list(model.model_fields)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A configuration file.
+
+    Raises:
+        RequestError: it cannot be read, is no YAML, names a key twice, or is no mapping; the file and line are named.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise RequestError(f"cannot read the configuration {path}: {reason}; give a YAML file") from None
+    try:
+        values = yaml.load(text, Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RequestError(f"{path}{where} is not valid YAML: {error.problem or error.context}; correct it there") from None
+    except yaml.YAMLError as error:
+        raise RequestError(f"{path} is not valid YAML: {' '.join(str(error).split())}; correct it there") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise RequestError(f"{path} holds a {type(values).__name__}, not a mapping of settings: begin with a line such as 'preset: maml'")
+    return values
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key that stands twice, of which PyYAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", node.value[index][0].start_mark)
+        return super().construct_mapping(node, deep=deep)

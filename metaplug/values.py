@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaplug.errors import RequestError
 from metaplug.tasks.batch import TaskBatch
@@ -44,6 +44,7 @@ class InnerStep:
         count: K, the number of steps of this loop.
         trained_steps: the number of steps that the model is meta-trained with.
         meta_iteration: the meta-iteration, counted from 0.
+        meta_iterations: the meta-iterations of the whole run; 0 where none has begun.
         training: whether this is meta-training; False when test tasks are adapted.
         parameters: the fast weights that this forward pass starts from, all parameters of the model.
         initial_parameters: the weights that every task started from.
@@ -53,10 +54,12 @@ class InnerStep:
     count: int
     trained_steps: int
     meta_iteration: int
+    meta_iterations: int
     training: bool
-    parameters: Parameters
-    initial_parameters: Parameters
+    parameters: Parameters = field(default_factory=dict)
+    initial_parameters: Parameters = field(default_factory=dict)
     support_losses: Tensor | None = None
+    support_predictions: Tensor | None = None
     statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     owner: Owner | None = None
 
@@ -77,12 +80,12 @@ class InnerStep:
     @property
     def losses(self) -> Tensor:
         """(T,) support losses of this step, before `transform_inner_losses`; not known yet in `transform_parameters`."""
-        if self.support_losses is None:
-            raise RequestError(
-                f"plugin '{self._owner.name}' asks for this step's losses in transform_parameters, before the forward pass "
-                "that makes them: use them in transform_inner_losses, transform_gradients or transform_learning_rates"
-            )
-        return self.support_losses
+        return self._of_forward("losses", self.support_losses)
+
+    @property
+    def predictions(self) -> Tensor:
+        """(T, n_support, *output) of this step's support pass; for classification the logits. Not known yet in `transform_parameters`."""
+        return self._of_forward("predictions", self.support_predictions)
 
     def task_mean(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """The mean over axis 0, that is over all tasks of the meta-batch: Σ_t w[t]·x[t] / T. Differentiable.
@@ -116,6 +119,14 @@ class InnerStep:
     def seen_by(self, owner: Owner) -> InnerStep:
         """The same step, held by `owner`."""
         return replace(self, owner=owner)
+
+    def _of_forward(self, what: str, value: Tensor | None) -> Tensor:
+        if value is None:
+            raise RequestError(
+                f"plugin '{self._owner.name}' asks for this step's {what} in transform_parameters, before the forward pass "
+                "that makes them: use them in transform_inner_losses, transform_gradients or transform_learning_rates"
+            )
+        return value
 
     @property
     def _owner(self) -> Owner:
@@ -154,6 +165,8 @@ class Context:
 
     Attributes:
         shapes: by name, the shape of every trainable parameter of the model, without the task axis.
+        parameters: by name, their values as meta-training begins, detached: copy what you start from.
+        layers: by name, the class of the module that each belongs to.
         adapted: the names of the parameters that the inner loop adapts, in the model's order.
         dtype, device: of the model's parameters; create yours with both.
         inner_steps: K in training, 0 or more.
@@ -162,6 +175,8 @@ class Context:
     """
 
     shapes: Mapping[str, torch.Size]
+    parameters: Mapping[str, Tensor]
+    layers: Mapping[str, type[nn.Module]]
     adapted: tuple[str, ...]
     dtype: torch.dtype
     device: torch.device

@@ -1,16 +1,18 @@
-"""Derivative order: first order for good, or until an iteration (MAML++'s annealing)."""
+"""Derivative order: first order for good, or until an epoch (MAML++'s annealing)."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
-from metaplug import InnerStep, Plugin, PluginConfig, hookimpl
+from metaplug import InnerStep, Plugin, PluginConfig, epoch_of, hookimpl
 
 
 class DerivativeOrder(Plugin):
     """Leave second derivatives out: meta-gradients do not flow through the inner gradients, which saves their graph and its time.
 
-        order(i) = 1 where i < switch, 2 from there on
+        order(e) = 1 where e < switch, 2 from there on        e the epoch of the meta-iteration
+
+    Evaluation needs no second derivatives and asks for no order.
 
     Source: Finn et al. 2017 (arXiv 1703.03400), section 5.2, for first order; Antoniou et al. 2019 (arXiv 1810.09502), section 4, for
     annealing.
@@ -19,10 +21,21 @@ class DerivativeOrder(Plugin):
     class Config(PluginConfig):
         """When second order begins."""
 
-        switch: int | None = Field(None, ge=0, description="The meta-iteration from which on second order is used; null: never.")
+        switch: int | None = Field(None, ge=0, description="The epoch from which on second order is used; null: never.")
+        iterations_per_epoch: int | None = Field(
+            1, ge=1, description="Meta-iterations in an epoch; 1 counts in iterations, null makes an epoch a hundredth of the run."
+        )
 
     config: Config
 
     @hookimpl
     def derivative_order(self, step: InnerStep) -> int:
-        return 2 if self.config.switch is not None and step.meta_iteration >= self.config.switch else 1
+        return self._order(step.meta_iteration, step.meta_iterations)
+
+    @hookimpl
+    def end_meta_step(self, iteration: int, total: int) -> dict[str, float]:
+        return {"order": self._order(iteration, total)}
+
+    def _order(self, iteration: int, total: int) -> int:
+        switch = self.config.switch
+        return 2 if switch is not None and epoch_of(iteration, total, self.config.iterations_per_epoch) >= switch else 1

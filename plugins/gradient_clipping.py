@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from metaplug import Gradients, InnerStep, Plugin, PluginConfig, hookimpl
+from metaplug import Context, Gradients, InnerStep, Plugin, PluginConfig, hookimpl
 
 
 class GradientClipping(Plugin):
@@ -35,6 +35,11 @@ class GradientClipping(Plugin):
             return self
 
     config: Config
+    clipped: Tensor
+
+    @hookimpl
+    def setup(self, context: Context) -> None:
+        self.register_buffer("clipped", torch.zeros(max(context.inner_steps, 1), device=context.device), persistent=False)
 
     @hookimpl
     def transform_gradients(self, gradients: Gradients, step: InnerStep) -> Gradients | None:
@@ -42,6 +47,7 @@ class GradientClipping(Plugin):
             return None
         squared = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients.values()]).sum(0)
         scale = _scale(squared, self.config.max_norm)
+        step.keep(f"{step.slot}", (scale < 1).to(torch.float32).mean())
         return {name: gradient * scale.view(-1, *[1] * (gradient.dim() - 1)) for name, gradient in gradients.items()}
 
     @hookimpl
@@ -50,6 +56,16 @@ class GradientClipping(Plugin):
             return None
         scale = _scale(torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum(), self.config.max_meta_norm)
         return {name: gradient * scale for name, gradient in gradients.items()}
+
+    @hookimpl
+    def commit(self, kept: Mapping[str, Tensor]) -> None:
+        for slot, share in kept.items():
+            self.clipped[int(slot)] = share
+
+    @hookimpl
+    def end_meta_step(self) -> dict[str, float]:
+        """The share of tasks whose inner gradient was clipped, by inner step."""
+        return {} if self.config.max_norm is None else {f"clipped/{slot}": float(share) for slot, share in enumerate(self.clipped)}
 
 
 def _scale(squared: Tensor, bound: float) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from metaplug import Context, Gradients, InnerStep, Plugin, PluginConfig, hookimpl
+from metaplug import Context, Gradients, InnerStep, Plugin, PluginConfig, RequestError, checkpoint, hookimpl
 
 TINY = 1e-24  # ε² with ε = 1e-12
 
@@ -37,6 +38,10 @@ class GradientSharing(Plugin):
     The momentum m and the gate λ are meta-parameters; r is a statistic, stored after the meta-update. At evaluation r is used as stored,
     and test tasks never see each other; before anything was stored, gradients pass unchanged.
 
+    Conditioned on the task, λ[t,k] = λ[k] + w[k] · s[t,k] with s = (log ‖g[t,k]‖, cosine of g[t,k] and r_old[k]), and m alike: w is learned
+    from 0, and the stored r is the mean over tasks. Streaming, tasks arrive one at a time: task t blends with the mean of the tasks up to
+    its own, r_t = σ(m) r_{t−1} + (1 − σ(m)) u[t,k], those before it being constants, as if every batch had one task.
+
     Source: arXiv 2312.08398, section 3. Where the paper is silent, the choice is an option.
     """
 
@@ -48,7 +53,12 @@ class GradientSharing(Plugin):
         learn_gate: bool = Field(True, description="Whether the gate is meta-learned.")
         learn_momentum: bool = Field(True, description="Whether the momentum is meta-learned.")
         gate_function: Literal["sigmoid", "hard-sigmoid", "clamp"] = Field("sigmoid", description="σ, from a meta-parameter to a weight.")
-        granularity: Literal["step", "step-and-tensor", "one"] = Field("step", description="What has a gate and a momentum of its own.")
+        granularity: Literal["step", "tensor", "step-and-tensor", "one"] = Field(
+            "step", description="What has a gate and a momentum of its own."
+        )
+        conditioning: Literal["none", "task"] = Field(
+            "none", description="task: gates and momenta depend on each task's own gradient too, its length and its agreement with r."
+        )
         normalisation: Literal["unit", "none", "mean-unit"] = Field(
             "unit",
             description="unit: each task's gradient, then the mean; mean-unit: the mean, then its length; none: the plain mean, unscaled.",
@@ -56,11 +66,28 @@ class GradientSharing(Plugin):
         scope: Literal["all", "tensor"] = Field(
             "all", description="Whether a norm runs over all adapted parameters together or each tensor alone."
         )
+        statistics: Literal["accumulated", "learned", "frozen"] = Field(
+            "accumulated",
+            description="r: the running mean; learned: a meta-parameter, from 0; frozen: what `start` holds, never updated.",
+        )
+        start: Path | None = Field(
+            None, description="A checkpoint whose running mean this one begins with, read whenever the learner is made; null: with none."
+        )
+        streaming: bool = Field(False, description="Whether the tasks of a batch arrive one at a time, in their order.")
         through_mean: bool = Field(True, description="Whether meta-gradients flow through the mean into all tasks.")
         share_at_evaluation: bool = Field(
             False, description="Share within a batch of test tasks too; results are then labelled transductive."
         )
-        meta_lr: float = Field(1e-2, gt=0, le=10, description="Meta learning rate of gates and momenta.")
+        meta_lr: float = Field(1e-2, gt=0, le=10, description="Meta learning rate of gates, momenta and learned statistics.")
+
+        @model_validator(mode="after")
+        def _statistics_have_a_use(self) -> GradientSharing.Config:
+            if self.statistics == "frozen" and self.start is None:
+                raise ValueError("statistics = 'frozen' needs a running mean to freeze: give start, a checkpoint that has one")
+            for option, set_so in (("streaming", self.streaming), ("share_at_evaluation", self.share_at_evaluation)):
+                if self.statistics != "accumulated" and set_so:
+                    raise ValueError(f"{option} changes how statistics accumulate, and statistics = '{self.statistics}': choose one")
+            return self
 
     config: Config
     couples_tasks = True
@@ -78,34 +105,44 @@ class GradientSharing(Plugin):
 
     @hookimpl
     def setup(self, context: Context) -> None:
+        zero = torch.zeros((), dtype=context.dtype, device=context.device)
         sizes = [context.shapes[name].numel() for name in context.adapted]
         slots = max(context.inner_steps, 1)
         self._sizes = dict(zip(context.adapted, sizes, strict=True))
-        self.register_buffer("running", torch.zeros(slots, sum(sizes), dtype=context.dtype, device=context.device))
-        self.register_buffer("started", torch.zeros(slots, dtype=torch.bool, device=context.device))
+        running = zero.new_zeros(slots, sum(sizes))
+        if self.config.statistics == "learned":
+            self.register_parameter("running", nn.Parameter(running))
+        else:
+            self.register_buffer("running", running)
+        self.register_buffer("started", torch.full((slots,), self.config.statistics == "learned", device=context.device))
         self.register_buffer(
             "tensor_of", torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(context.device), persistent=False
         )
-        shape = {"step": (slots, 1), "step-and-tensor": (slots, len(sizes)), "one": (1, 1)}[self.config.granularity]
+        by_step, by_tensor = "step" in self.config.granularity, "tensor" in self.config.granularity
+        shape = (slots if by_step else 1, len(sizes) if by_tensor else 1)
         for name, value, learn in (
             ("gate", self.config.gate, self.config.learn_gate),
-            ("momentum", self.config.momentum, self.config.learn_momentum),
+            ("momentum", self.config.momentum, self.config.learn_momentum and self.config.statistics == "accumulated"),
         ):
             if 0 < value < 1:
                 start = UNSQUASH[self.config.gate_function](value)
-                initial = torch.full(shape, start, dtype=context.dtype, device=context.device)
-                self.register_parameter(name, nn.Parameter(initial, requires_grad=learn))
+                self.register_parameter(name, nn.Parameter(zero.new_full(shape, start), requires_grad=learn))
+                if self.config.conditioning == "task":
+                    self.register_parameter(f"{name}_by_task", nn.Parameter(zero.new_zeros(*shape, 2), requires_grad=learn))
+        if self.config.start is not None:
+            self._begin_with(self.config.start)
 
     @hookimpl
     def transform_gradients(self, gradients: Gradients, step: InnerStep) -> Gradients | None:
         if self.config.gate == 0:
             return None
         slot, flat = step.slot, self._flatten(gradients)
-        length, gate = self._length(flat), self._weight("gate", slot)
-        if step.training or self.config.share_at_evaluation:
-            momentum = torch.where(self.started[slot], self._weight("momentum", slot), 0.0)
-            shared = torch.lerp(self._mean(flat, length, step), self.running[slot], momentum)
-            step.keep(f"{slot}", shared)
+        length = self._length(flat)
+        traits = self._traits(flat, slot) if self.config.conditioning == "task" else None
+        gate = self._weight("gate", slot, traits)
+        if self.config.statistics == "accumulated" and (step.training or self.config.share_at_evaluation):
+            shared, kept = self._accumulated(flat, length, self._weight("momentum", slot, traits), step)
+            step.keep(f"{slot}", kept)
         else:
             shared, gate = self.running[slot], torch.where(self.started[slot], gate, 0.0)
         scale = gate if self.config.normalisation == "none" else gate * length
@@ -119,8 +156,24 @@ class GradientSharing(Plugin):
 
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
-        slots = len(self.started)
-        return {f"{name}/{slot}": float(self._weight(name, slot).detach().mean()) for name in ("gate", "momentum") for slot in range(slots)}
+        names, slots = ("gate", "momentum") if self.config.statistics == "accumulated" else ("gate",), len(self.started)
+        return {f"{name}/{slot}": float(self._weight(name, slot).detach().mean()) for name in names for slot in range(slots)}
+
+    def _accumulated(self, flat: Tensor, length: Tensor, momentum: Tensor, step: InnerStep) -> tuple[Tensor, Tensor]:
+        """r for this step, (P,), or (T, P) where each task has its own; and what of it is to be stored, (P,)."""
+        old, started = self.running[step.slot], self.started[step.slot]
+        if self.config.streaming:
+            return self._streamed(flat if self.config.normalisation == "none" else flat / length, momentum, old, started)
+        shared = torch.lerp(self._mean(flat, length, step), old, torch.where(started, momentum, 0.0))
+        return shared, shared if shared.dim() == 1 else step.task_mean(shared)
+
+    def _streamed(self, units: Tensor, momentum: Tensor, old: Tensor, started: Tensor) -> tuple[Tensor, Tensor]:
+        momentum, shared = momentum.expand_as(units), []
+        for task, unit in enumerate(units):
+            own = unit if self.config.through_mean else unit.detach()
+            shared.append(torch.lerp(own, old, torch.where(started, momentum[task], 0.0)))
+            old, started = shared[-1].detach(), torch.ones_like(started)
+        return torch.stack(shared), old
 
     def _mean(self, flat: Tensor, length: Tensor, step: InnerStep) -> Tensor:
         """ū (P,), by the chosen normalisation."""
@@ -135,17 +188,50 @@ class GradientSharing(Plugin):
     def _length(self, flat: Tensor) -> Tensor:
         """(rows, 1) or, by tensor, (rows, P): the norm that belongs to each column of `flat` (rows, P)."""
         if self.config.scope == "all":
-            return _root(torch.linalg.vecdot(flat, flat)).unsqueeze(1)
+            return _norm(flat)
         squares = [torch.linalg.vecdot(part, part) for part in flat.split(list(self._sizes.values()), 1)]
         return _root(torch.stack(squares, 1)).index_select(1, self.tensor_of)
 
-    def _weight(self, name: str, slot: int) -> Tensor:
-        """σ of the gate or momentum of a slot: () or, by tensor, (P,)."""
-        value = self._parameters.get(name)
+    def _traits(self, flat: Tensor, slot: int) -> Tensor:
+        """(T, 2): the log of each task's gradient norm, and its cosine with the stored mean, 0 where nothing is stored."""
+        old = self.running[slot].detach()
+        length = _norm(flat)
+        return torch.cat([length.log(), (flat @ old).unsqueeze(1) / length / _norm(old.unsqueeze(0))], 1)
+
+    def _weight(self, name: str, slot: int, traits: Tensor | None = None) -> Tensor:
+        """σ of the gate or momentum of a slot: () or, by tensor, (P,); conditioned on the task's traits, (T, 1) or (T, P)."""
+        value, by_task = self._parameters.get(name), self._parameters.get(f"{name}_by_task")
         if value is None:
-            return self.running.new_tensor(self.config.gate if name == "gate" else self.config.momentum)
-        weight = SQUASH[self.config.gate_function](value[slot if len(value) > 1 else 0])
-        return weight[self.tensor_of] if self.config.granularity == "step-and-tensor" else weight[0]
+            return self.started.new_tensor(self.config.gate if name == "gate" else self.config.momentum, dtype=self.running.dtype)
+        row = slot if len(value) > 1 else 0
+        logits = value[row]
+        if traits is not None and by_task is not None:
+            logits = logits + traits @ by_task[row].T
+        weight = SQUASH[self.config.gate_function](logits)
+        if "tensor" in self.config.granularity:
+            return weight[..., self.tensor_of]
+        return weight if weight.dim() == 2 else weight[0]
+
+    def _begin_with(self, path: Path) -> None:
+        """Take over the running mean of a checkpoint.
+
+        Raises:
+            RequestError: it has none, or one of another shape.
+        """
+        states = checkpoint.read(path)["plugin_states"].values()
+        found = next((state for state in states if {"running", "started"} <= state.keys()), None)
+        if found is None:
+            raise RequestError(
+                f"plugin '{self.name}': start = {path} has no running mean: give a checkpoint of a run with gradient-sharing"
+            )
+        if found["running"].shape != self.running.shape:
+            raise RequestError(
+                f"plugin '{self.name}': the running mean of start = {path} has (inner steps, adapted weights) = "
+                f"{tuple(found['running'].shape)}, and this run {tuple(self.running.shape)}: use the same model and inner_steps"
+            )
+        with torch.no_grad():
+            self.running.copy_(found["running"])
+            self.started.copy_(found["started"])
 
     def _flatten(self, gradients: Gradients) -> Tensor:
         """(T, P) over all adapted parameters, zero where one received no gradient."""
@@ -162,7 +248,12 @@ class GradientSharing(Plugin):
 
 def _outer(scale: Tensor, shared: Tensor) -> Tensor:
     """scale · shared, as a matrix product where `scale` is one number a task: cheaper in both derivatives."""
-    return scale @ shared.unsqueeze(0) if scale.dim() == 2 and scale.shape[1] == 1 else scale * shared
+    return scale @ shared.unsqueeze(0) if scale.dim() == 2 and scale.shape[1] == 1 and shared.dim() == 1 else scale * shared
+
+
+def _norm(rows: Tensor) -> Tensor:
+    """(rows, 1): the norm of every row."""
+    return _root(torch.linalg.vecdot(rows, rows)).unsqueeze(1)
 
 
 def _root(squares: Tensor) -> Tensor:

@@ -14,3 +14,62 @@ FOMAML = Preset(
     source="Finn et al. 2017, arXiv 1703.03400, section 5.2",
     plugins=(PluginUse(plugin="derivative-order"),),
 )
+
+ANIL = Preset(
+    name="anil",
+    summary="Almost no inner loop: only the head adapts, the body is meta-learned for all tasks.",
+    source="Raghu et al. 2020, arXiv 1909.09157, section 4",
+    plugins=(PluginUse(plugin="partial-adaptation", settings={"adapts": "head"}),),
+)
+
+BOIL = Preset(
+    name="boil",
+    summary="Body only update in the inner loop: the body adapts, the head is meta-learned for all tasks.",
+    source="Oh et al. 2021, arXiv 2008.08882, section 3",
+    plugins=(PluginUse(plugin="partial-adaptation", settings={"adapts": "body"}),),
+)
+
+REPTILE = Preset(
+    name="reptile",
+    summary="Move the weights a step of meta_lr towards the mean of where the tasks' inner loops end; no query loss, no second order.",
+    source="Nichol et al. 2018, arXiv 1803.02999, sections 2 and 5",
+    plugins=(PluginUse(plugin="derivative-order"), PluginUse(plugin="reptile")),
+    defaults={"learner": {"meta_optimizer": "sgd", "meta_lr": 0.1}},
+)
+
+META_SGD = Preset(
+    name="meta-sgd",
+    summary="MAML with a learned inner learning rate for every weight.",
+    source="Li et al. 2017, arXiv 1707.09835",
+    plugins=(PluginUse(plugin="meta-sgd"),),
+)
+
+MAML_PLUS_PLUS = Preset(
+    name="maml++",
+    summary="MAML++ as published; its schedules, in hundredths of the training there, follow the length of the run.",
+    source="Antoniou et al. 2019, arXiv 1810.09502",
+    plugins=(
+        PluginUse(plugin="per-step-batch-norm"),
+        PluginUse(plugin="per-step-learning-rates"),
+        PluginUse(plugin="multi-step-loss", settings={"annealing_epochs": 10, "iterations_per_epoch": None}),
+        PluginUse(plugin="derivative-order", settings={"switch": 50, "iterations_per_epoch": None}),
+        PluginUse(plugin="cosine-meta-lr", settings={"final_factor": 0.01}),
+    ),
+)
+
+MAML_PLUS_PLUS_REFERENCE = Preset(
+    name="maml++-reference",
+    summary="MAML++ as its authors' code runs on Omniglot: second order from the start, 100 epochs of 500 iterations.",
+    source="Antoniou et al. 2019, arXiv 1810.09502; settings of the authors' code",
+    plugins=(
+        PluginUse(plugin="per-step-batch-norm"),
+        PluginUse(plugin="per-step-learning-rates"),
+        PluginUse(plugin="multi-step-loss", settings={"annealing_epochs": 10, "iterations_per_epoch": 500}),
+        PluginUse(plugin="cosine-meta-lr", settings={"final_factor": 0.01, "iterations_per_epoch": 500}),
+    ),
+    defaults={
+        "model": {"name": "conv4", "settings": {"filters": 64, "pooling": "max", "leaky_slope": 0.01, "initialisation": "xavier"}},
+        "learner": {"inner_lr": 0.1, "inner_steps": 5, "meta_optimizer": "adam", "meta_lr": 0.001},
+        "training": {"iterations": 50_000, "tasks_per_batch": 8, "validate_every": 500, "validation_tasks": 600, "test_tasks": 600},
+    },
+)

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from metaplug_plugins.derivative_order import DerivativeOrder
 from metaplug_plugins.gradient_clipping import GradientClipping
 from metaplug_plugins.gradient_sharing import GradientSharing
 from support.models import Stream, adapted, assert_close, found, problem
@@ -132,10 +133,11 @@ def test_evaluation_asks_only_for_what_belongs_to_the_inner_loop():
 
 
 def test_order_names_the_plugins_of_every_hook():
-    chain = Chain([GradientClipping(max_norm=1.0), GradientSharing(), GradientClipping(name="outer", max_meta_norm=1.0)])
+    chain = Chain([GradientClipping(max_norm=1.0), GradientSharing(), GradientClipping(name="outer", max_meta_norm=1.0), DerivativeOrder()])
     order = chain.order()
     assert order["transform_gradients"] == ("gradient-clipping", "gradient-sharing", "outer")
-    assert order["commit"] == ("gradient-sharing",)
+    assert order["transform_meta_gradients"] == ("gradient-clipping", "outer")
+    assert order["derivative_order"] == ("derivative-order",)
     assert "transform_tasks" not in order
 
 

@@ -80,7 +80,7 @@ def test_a_run_folder_holds_all_of_it(whole: Path) -> None:
     lines = read_metrics(whole)
     assert [line["iteration"] for line in lines] == list(range(1, 13))
     assert [line["iteration"] for line in lines if "validation" in line] == [4, 8, 12]
-    assert set(lines[3]) == {"iteration", "outer_loss", "meta_gradient_norm", "figures", "validation"}
+    assert set(lines[3]) == {"iteration", "outer_loss", "meta_gradient_norm", "meta_lr", "figures", "validation"}
     assert set(lines[0]["figures"]) == {"gradient-sharing.gate/0", "gradient-sharing.momentum/0"}
     summary = json.loads((whole / "summary.json").read_text())
     best = min((line for line in lines if "validation" in line), key=lambda line: line["validation"]["mean"])

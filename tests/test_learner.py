@@ -87,7 +87,7 @@ def test_best_is_the_best_validation_and_the_earlier_of_two_equal_ones():
         records = []
         for iteration, mean in enumerate(means, 1):
             result = None if mean is None else EvaluationResult(metric, torch.full((2,), mean, dtype=torch.float64), 1)
-            records.append(Record(MetaStep(iteration, 0.0, 0.0, {}), result))
+            records.append(Record(MetaStep(iteration, 0.0, 0.0, 1e-3, {}), result))
         return History(records)
 
     assert history("accuracy", [0.2, None, 0.7, 0.5, 0.7]).best[0] == 3

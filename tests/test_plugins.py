@@ -27,13 +27,27 @@ NORMALISATIONS = ("unit", "none", "mean-unit")
 def set_up(plugin):
     """A chain of this one plugin, for two tensors and three steps."""
     chain = Chain([plugin])
-    context = Context(SHAPES, tuple(SHAPES), torch.float64, torch.device("cpu"), inner_steps=STEPS, inner_lr=0.1, kind="classification")
-    chain.setup(context)
+    chain.setup(context_of())
     return chain
 
 
+def context_of(**given):
+    values = {
+        "shapes": SHAPES,
+        "parameters": {name: torch.ones(shape, dtype=torch.float64) for name, shape in SHAPES.items()},
+        "layers": dict.fromkeys(SHAPES, nn.Linear),
+        "adapted": tuple(SHAPES),
+        "dtype": torch.float64,
+        "device": torch.device("cpu"),
+        "inner_steps": STEPS,
+        "inner_lr": 0.1,
+        "kind": "classification",
+    }
+    return Context(**{**values, **given})
+
+
 def step_of(index=0, training=True):
-    return InnerStep(index, STEPS, STEPS, 0, training, parameters={}, initial_parameters={})
+    return InnerStep(index, STEPS, STEPS, meta_iteration=0, meta_iterations=0, training=training)
 
 
 def gradients_of(seed=0, tasks=4, dtype=torch.float64):

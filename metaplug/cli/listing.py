@@ -31,12 +31,14 @@ def explain(*, given: dict[str, Any], config: Config = None, preset: PresetName 
     Takes the options of train, and trains nothing.
     """
     from metaplug.chain import Chain
-    from metaplug.preset import make_plugins, parse_plugin
+    from metaplug.preset import find_preset, make_plugins, parse_plugin
     from metaplug.report.terminal import explanation
 
     resolved = resolve_options(given, sets, config=config, preset=preset, uses=[parse_plugin(text) for text in use or ()])
-    chain = Chain(make_plugins(resolved.config.preset, resolved.config.plugins))
-    CONSOLE.print(explanation(resolved, chain.order(), {plugin.name: plugin.config.model_dump(mode="json") for plugin in chain.plugins}))
+    algorithm = find_preset(resolved.config.preset)
+    chain = Chain(make_plugins(algorithm, resolved.config.plugins))
+    settings = {plugin.name: plugin.config.model_dump(mode="json") for plugin in chain.plugins}
+    CONSOLE.print(explanation(resolved, chain.order(), settings, algorithm.summary))
 
 
 _PLUGINS_EXAMPLES = """**Examples**

@@ -40,7 +40,7 @@ SHARED: dict[str, Any] = {
     "learner.inner_lr": _option(LEARNING, "--inner-lr", float, 0.4, "Inner learning rate, 0 to 1000."),
     "training.tasks_per_batch": _option(LEARNING, "--tasks-per-batch", int, 8, "Tasks in a meta-batch, at least 1."),
     "training.iterations": _option(LEARNING, "--iterations", int, 400, "Meta-iterations, at least 1."),
-    "learner.meta_lr": _option(LEARNING, "--meta-lr", float, 0.001, "Meta learning rate, of Adam in the outer loop; above 0, at most 10."),
+    "learner.meta_lr": _option(LEARNING, "--meta-lr", float, 0.001, "Meta learning rate, in the outer loop; above 0, at most 10."),
     "seed": _option(RUN, "--seed", int, 0, "Seed of the weights, the tasks and every other random number; at least 0."),
     "runtime.device": _option(RUN, "--device", str, "auto", "auto, cpu, cuda or cuda:N."),
 }
@@ -52,7 +52,10 @@ Set = Annotated[
 ]
 Config = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A configuration in YAML. Options override it.", show_default=False)]
 PresetName = Annotated[
-    str | None, typer.Option("--preset", help="Algorithm. See: metaplug plugins.", show_default="maml", rich_help_panel=LEARNING)
+    str | None,
+    typer.Option(
+        "--preset", help="Algorithm, or a YAML file with one. See: metaplug plugins.", show_default="maml", rich_help_panel=LEARNING
+    ),
 ]
 With = Annotated[
     list[str] | None,
@@ -93,7 +96,8 @@ def resolve_options(
     uses: Sequence[PluginUse] = (),
 ) -> Resolved:
     """The configuration from a file, the shared options, a preset and plugins, and `--set`, each over what stands before."""
-    from metaplug.config import assign, read_yaml, resolve
+    from metaplug.config import assign, resolve
+    from metaplug.settings import read_yaml
 
     layers = [] if config is None else [(str(config), read_yaml(config))]
     pairs = [_pair(text) for text in sets or ()]

@@ -152,7 +152,7 @@ def compare(
         typer.Option(
             "--variant",
             metavar="PRESET[+PLUGIN[:FIELD=VALUE,...]]...",
-            help="One algorithm; give two or more, the baseline first.",
+            help="One algorithm; give two or more, the baseline first. PRESET may be a YAML file.",
             show_default=False,
             rich_help_panel="Comparison",
         ),
@@ -260,7 +260,7 @@ def _default_name(config: ExperimentConfig) -> str:
 
     plugins = [use.name or use.plugin for use in config.plugins]
     source, _, argument = config.tasks.source.partition(":")
-    parts = ["+".join([config.preset, *plugins]), source, *([Path(argument).stem] if argument else [])]
+    parts = ["+".join([config.algorithm, *plugins]), source, *([Path(argument).stem] if argument else [])]
     parts += [*(form.replace("-", "") for form in task_form(config)), f"seed{config.seed}"]
     return re.sub(r"[^\w.+-]+", "-", "-".join(parts))
 

@@ -29,6 +29,9 @@ class Conv4Config(Settings):
         "batch",
         description="Normalisation: by the statistics of the batch, of eight groups of channels, of all channels together, or none.",
     )
+    initialisation: Literal["torch", "xavier"] = Field(
+        "torch", description="First weights of convolutions and head: torch's own, or Xavier's uniform ones with biases of zero."
+    )
 
     @model_validator(mode="after")
     def _groups_divide(self) -> Self:
@@ -76,6 +79,8 @@ class Conv4(nn.Module):
         divide = math.floor if self.config.pooling == "max" else math.ceil
         places = math.prod(divide(side / 2**_BLOCKS) for side in size)
         self.head = nn.Linear(filters * places, outputs)
+        if self.config.initialisation == "xavier":
+            self.apply(_xavier)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, channels, height, width) to (n, outputs)."""
@@ -95,6 +100,13 @@ class _Block(nn.Module):
         x = self.norm(self.conv(x))
         x = F.leaky_relu(x, self.slope) if self.slope else F.relu(x)
         return F.max_pool2d(x, 2) if self.pool else x
+
+
+def _xavier(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        assert module.bias is not None
+        nn.init.zeros_(module.bias)
 
 
 def _norm(config: Conv4Config) -> nn.Module:

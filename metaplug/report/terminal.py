@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from textwrap import dedent
 from types import TracebackType
 from typing import Any, Self
@@ -49,7 +50,7 @@ def heading(experiment: Experiment) -> str:
     plugins = " → ".join(plugin.name for plugin in chain.plugins) or "no plugins"
     form = " ".join(task_form(config))
     return (
-        f"{config.preset} ({plugins}) on {config.tasks.source}, {form}, {config.model.name}, seed {config.seed}, "
+        f"{config.algorithm} ({plugins}) on {config.tasks.source}, {form}, {config.model.name}, seed {config.seed}, "
         f"{experiment.learner.engine.device}"
     )
 
@@ -111,22 +112,30 @@ class TrainingProgress:
 
 def comparison_report(comparison: Comparison) -> RenderableType:
     """The table of a comparison, each variant with its seeds below it, and in words what the columns are."""
-    table = _table("", "variant", "acceleration", f"test {comparison.metric}", f"minus {comparison.baseline}")
+    bases = {variant.label: comparison.base(variant.label) for variant in comparison.variants}
+    several = any(base not in (None, comparison.baseline) for base in bases.values())  # or both accelerations would be the same
+    over = ["over its base"] if several else []
+    table = _table("", "variant", "acceleration", *over, f"test {comparison.metric}", f"minus {comparison.baseline}", "seconds")
     table.columns[0].no_wrap = True
     for variant in comparison.variants:
         label, baseline = variant.label, variant.label == comparison.baseline
         acceleration, test, difference = comparison.acceleration(label), comparison.test(label), comparison.difference(label)
+        base = bases[label]
+        own = None if base is None else comparison.acceleration(label, base)
         table.add_row(
             Text(label, style="bold"),
             "baseline" if baseline else _mean_text(acceleration),
+            *([] if not several else [""] if own is None else [_mean_text(own)]),
             value_text(test.metric, test.mean, test.interval),
             "" if baseline else difference_text(difference),
+            f"{fmean(run.seconds for run in comparison.runs[label]):.0f}",
         )
-        for run, before, needed, percent in zip(
-            comparison.runs[label], acceleration.baseline_iterations, acceleration.iterations, acceleration.percent, strict=True
-        ):
-            speed = f"best after {before}" if baseline else f"{_percent(percent)} ({before} → {needed})" if needed else _percent(percent)
-            table.add_row(f"  seed {run.seed}", speed, value_text(test.metric, run.test.mean), "", style="dim")
+        for seed, run in enumerate(comparison.runs[label]):
+            speed = f"best after {acceleration.baseline_iterations[seed]}" if baseline else _seed_text(acceleration, seed)
+            beside = [] if not several else [""] if own is None else [_seed_text(own, seed)]
+            table.add_row(
+                f"  seed {run.seed}", speed, *beside, value_text(test.metric, run.test.mean), "", f"{run.seconds:.0f}", style="dim"
+            )
         table.add_section()
     targets = ", ".join(value_text(comparison.metric, target) for target in comparison.acceleration(comparison.baseline).targets)
     seeds = ", ".join(map(str, comparison.seeds))
@@ -134,7 +143,12 @@ def comparison_report(comparison: Comparison) -> RenderableType:
         f"Target: the best validation {comparison.metric} that {comparison.baseline} reaches; {targets} for seed {seeds}.",
         "Acceleration: (iterations that it needs / iterations that the other needs − 1) · 100 %, mean over the seeds that get there.",
         "Test: unseen tasks, by the weights that validated best; 95 % intervals over the tasks of all seeds, differences task by task.",
+        "Seconds: of meta-training and its validations, for one seed.",
     ]
+    if several:
+        notes.insert(
+            2, "Over its base: the same against the variant that this one extends by plugins, with that variant's best as the target."
+        )
     reasons = {reason for label in comparison.runs for reason in comparison.test(label).transductive}
     notes += [f"Transductive: {reason}." for reason in sorted(reasons)]
     return Group(table, *(Text(note, style="dim") for note in notes))
@@ -154,33 +168,49 @@ def _mean_text(acceleration: Acceleration) -> str:
     return _percent(acceleration.mean_percent) + missed
 
 
+def _seed_text(acceleration: Acceleration, seed: int) -> str:
+    before, needed = acceleration.baseline_iterations[seed], acceleration.iterations[seed]
+    return f"{_percent(acceleration.percent[seed])} ({before} → {needed})" if needed else _percent(None)
+
+
 def _percent(value: float | None) -> str:
     return "not reached" if value is None else f"{value:+.0f} %"
 
 
-def explanation(resolved: Resolved, order: Mapping[str, Sequence[str]], settings: Mapping[str, Mapping[str, Any]]) -> RenderableType:
+def explanation(
+    resolved: Resolved, order: Mapping[str, Sequence[str]], settings: Mapping[str, Mapping[str, Any]], summary: str
+) -> RenderableType:
     """What a configuration comes to.
 
     Args:
         resolved: with every value's origin.
         order: by hook, the names of its plugins in the order of application.
         settings: by plugin, all of its settings.
+        summary: what the preset is.
     """
     hooks = _table("Hooks, in the order in which a meta-step calls them", "hook", "kind", "plugins, in the order of application")
     for hook in (hook for hook in KINDS if hook in order):
         hooks.add_row(hook, KINDS[hook], " → ".join(order[hook]))
-    plugins = _table("Plugins, in the order of the list", "plugin", "setting", "value")
+    plugins = _table("Plugins, in the order of the list", "plugin", "setting", "value", "origin")
     for name, values in settings.items():
-        for row, (field, value) in enumerate(values.items() or [("", "no settings")]):
-            plugins.add_row(name if row == 0 else "", field, _shown(value))
+        for row, (field, value) in enumerate(values.items()):
+            plugins.add_row(name if row == 0 else "", field, _shown(value), _origin(resolved, f"plugins.{name}.{field}"))
+        if not values:
+            plugins.add_row(name, "no settings")
         plugins.add_section()
     config = _table("Configuration", "field", "value", "origin")
-    for path, value in flatten(resolved.config.model_dump(mode="json", exclude={"plugins"})).items():
-        origin = resolved.origins.get(path, "default")
-        config.add_row(path, _shown(value), Text(origin, style="dim" if origin == "default" else "bold"))
+    config.add_row("preset", _shown(resolved.config.algorithm), _origin(resolved, "preset"))
+    for path, value in flatten(resolved.config.model_dump(mode="json", exclude={"preset", "plugins"})).items():
+        config.add_row(path, _shown(value), _origin(resolved, path))
+    algorithm = Text.assemble((resolved.config.algorithm, "bold"), f": {summary}" if summary else "", "\n")
     if not settings:
-        return Group(Text("No plugins: plain MAML, meta-gradients through every inner step."), config)
-    return Group(*([hooks] if order else []), plugins, config)
+        return Group(algorithm, Text("No plugins: plain MAML, meta-gradients through every inner step."), config)
+    return Group(algorithm, *([hooks] if order else []), plugins, config)
+
+
+def _origin(resolved: Resolved, path: str) -> Text:
+    origin = resolved.origins.get(path, "default")
+    return Text(origin, style="dim" if origin == "default" else "bold")
 
 
 def catalogue_table(entries: Sequence[Entry], title: str) -> RenderableType:

@@ -284,7 +284,7 @@ def test_explain_shows_the_order_the_settings_and_every_origin(metaplug: Any) ->
     squeezed = [" ".join(line.split()) for line in answer.err.splitlines()]
     assert "derivative_order choose derivative-order" in squeezed
     assert "transform_gradients fold gradient-sharing" in squeezed
-    assert "gradient-sharing gate 0.25" in squeezed
+    assert "gradient-sharing gate 0.25 option" in squeezed
     assert "preset fomaml mine.yaml" in squeezed
     assert "training.iterations 7 mine.yaml" in squeezed
     assert "learner.inner_lr 1.0 option" in squeezed

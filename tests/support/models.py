@@ -92,7 +92,7 @@ def found(learner, batch):
     """The engine's own account of one meta-iteration on `batch`: meta-gradients, outer loss and outcome; nothing is updated."""
     if learner.batching is None:
         learner.meta_gradients(batch)
-    return learner.engine.meta_gradients(batch, learner.iteration)
+    return learner.engine.meta_gradients(batch, learner.iteration, learner.engine.total)
 
 
 def adapted(learner, batch):

@@ -1,0 +1,43 @@
+"""Gradient noise: annealed Gaussian noise on the inner gradients."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from metaplug import Gradients, InnerStep, Plugin, PluginConfig, hookimpl
+
+
+class GradientNoise(Plugin):
+    """Add Gaussian noise to every task's inner gradients in meta-training, less and less of it. Evaluation is left alone.
+
+        g[t,k] ← g[t,k] + N(0, σ²(i)),   σ²(i) = scale / (1 + i)^decay        i the meta-iteration
+
+    The noise follows from the learner's seed and the iteration, and is each task's own.
+
+    Source: Neelakantan et al. 2015, "Adding Gradient Noise Improves Learning for Very Deep Networks" (arXiv 1511.06807), equation 1.
+    """
+
+    class Config(PluginConfig):
+        """How much noise, and how fast it fades."""
+
+        scale: float = Field(
+            0.01, ge=0, le=1e6, description="Variance of the noise in the first iteration, in units of the squared gradient."
+        )
+        decay: float = Field(0.55, ge=0, le=10, description="Exponent of its decay; 0 keeps it for good.")
+
+    config: Config
+
+    @hookimpl
+    def transform_gradients(self, gradients: Gradients, step: InnerStep) -> Gradients | None:
+        deviation = self._deviation(step.meta_iteration)
+        if not step.training or deviation == 0:
+            return None
+        return {name: gradient + deviation * torch.randn_like(gradient) for name, gradient in gradients.items()}
+
+    @hookimpl
+    def end_meta_step(self, iteration: int) -> dict[str, float]:
+        return {"deviation": self._deviation(iteration)}
+
+    def _deviation(self, iteration: int) -> float:
+        return float((self.config.scale / (1 + iteration) ** self.config.decay) ** 0.5)

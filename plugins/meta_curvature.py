@@ -1,0 +1,78 @@
+"""Meta-curvature: a learned, Kronecker-factored linear transform of the inner gradients."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from metaplug import Context, Gradients, Plugin, PluginConfig, RequestError, hookimpl
+
+
+class MetaCurvature(Plugin):
+    """Multiply every inner gradient, seen as a tensor (outputs, inputs, places), by a learned matrix along each of these axes.
+
+        g[t,k] ← g[t,k] ×₁ M_out ×₂ M_in ×₃ M_place        Kronecker-factored: vec(g) ← (M_out ⊗ M_in ⊗ M_place) vec(g)
+
+    A linear layer has no places, and a vector such as a bias only outputs. The matrices are square, one set for each adapted parameter,
+    the same in all inner steps; they start as the identity, which is the algorithm without this plugin, bit for bit.
+
+    Source: Park and Oliva 2019, "Meta-Curvature" (arXiv 1902.03356), section 3.2 (MC2).
+    """
+
+    class Config(PluginConfig):
+        """How fast the matrices are learned, and how large they may be."""
+
+        meta_lr: float | None = Field(
+            None, gt=0, le=10, description="Meta learning rate of the matrices; null: that of the model's weights."
+        )
+        largest: int = Field(2048, ge=1, description="The longest axis that may get a matrix, of its length squared.")
+
+    config: Config
+
+    @property
+    def meta_lr(self) -> float | None:
+        return self.config.meta_lr
+
+    @hookimpl
+    def setup(self, context: Context) -> None:
+        sizes = {name: _sizes(context.shapes[name]) for name in context.adapted}
+        longest = max(sizes, key=lambda name: max(sizes[name]))
+        if max(sizes[longest]) > self.config.largest:
+            raise RequestError(
+                f"plugin '{self.name}' would learn a matrix of {max(sizes[longest])} x {max(sizes[longest])} numbers for '{longest}', "
+                f"more than largest = {self.config.largest} allows: raise it, or adapt less with partial-adaptation"
+            )
+        self.matrices = nn.ParameterDict(
+            {
+                f"{_key(name)}/{axis}": torch.eye(size, dtype=context.dtype, device=context.device)
+                for name in context.adapted
+                for axis, size in zip(("out", "in", "place"), sizes[name], strict=False)
+            }
+        )
+
+    @hookimpl
+    def transform_gradients(self, gradients: Gradients) -> Gradients:
+        return {name: self._curved(name, gradient) for name, gradient in gradients.items()}
+
+    @hookimpl
+    def end_meta_step(self) -> dict[str, float]:
+        distances = [(matrix.detach() - torch.eye(len(matrix)).to(matrix)).square().mean() for matrix in self.matrices.values()]
+        return {"distance": float(torch.stack(distances).mean().sqrt())}
+
+    def _curved(self, name: str, gradient: Tensor) -> Tensor:
+        matrices = [self.matrices[key] for axis in ("out", "in", "place") if (key := f"{_key(name)}/{axis}") in self.matrices]
+        curved = gradient.reshape(len(gradient), *(len(matrix) for matrix in matrices))
+        for axis, matrix in enumerate(matrices, 1):
+            curved = (curved.movedim(axis, -1) @ matrix.T).movedim(-1, axis)
+        return curved.reshape(gradient.shape)
+
+
+def _sizes(shape: torch.Size) -> tuple[int, ...]:
+    """(outputs, inputs, places) of a parameter, as far as it has them."""
+    return (*shape[:2], shape[2:].numel()) if len(shape) > 2 else tuple(shape) or (1,)
+
+
+def _key(name: str) -> str:
+    """A parameter's name as a ParameterDict takes it: without dots."""
+    return name.replace(".", "/")

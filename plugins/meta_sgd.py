@@ -1,0 +1,58 @@
+"""Meta-SGD: a learned inner learning rate for every single weight."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from metaplug import Context, LearningRates, Plugin, PluginConfig, RequestError, hookimpl
+
+
+class MetaSgd(Plugin):
+    """Meta-learn an inner learning rate for every weight: its direction and speed, the same in all inner steps.
+
+        α[p] ← (α_in[p] / α₀) · rates[p]        elementwise, of the parameter's shape; the sign is free
+
+    The rates start at α₀, the inner learning rate (the paper draws them at random), and alone they are the learning rates. Behind another
+    plugin that changes learning rates they multiply what it gives, so that the two compose in either order.
+
+    Source: Li et al. 2017, "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning" (arXiv 1707.09835), section 3.
+    """
+
+    class Config(PluginConfig):
+        """How fast the rates are learned."""
+
+        meta_lr: float | None = Field(None, gt=0, le=10, description="Meta learning rate of the rates; null: that of the model's weights.")
+
+    config: Config
+
+    @property
+    def meta_lr(self) -> float | None:
+        return self.config.meta_lr
+
+    @hookimpl
+    def setup(self, context: Context) -> None:
+        if context.inner_lr == 0:
+            raise RequestError(f"plugin '{self.name}' learns rates that start at inner_lr, which is 0: give an inner_lr above 0")
+        self._start = context.inner_lr
+        self.rates = nn.ParameterDict(
+            {
+                _key(name): torch.full(context.shapes[name], context.inner_lr, dtype=context.dtype, device=context.device)
+                for name in context.adapted
+            }
+        )
+
+    @hookimpl
+    def transform_learning_rates(self, learning_rates: LearningRates) -> LearningRates:
+        return {name: rate / self._start * self.rates[_key(name)] for name, rate in learning_rates.items()}
+
+    @hookimpl
+    def end_meta_step(self) -> dict[str, float]:
+        rates = torch.cat([rate.detach().flatten() for rate in self.rates.values()])
+        return {"rate": float(rates.mean()), "negative": float((rates < 0).to(rates.dtype).mean())}
+
+
+def _key(name: str) -> str:
+    """A parameter's name as a ParameterDict takes it: without dots."""
+    return name.replace(".", "/")

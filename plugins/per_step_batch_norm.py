@@ -1,0 +1,71 @@
+"""Per-step batch norm: scales and shifts of batch norm for each inner step, meta-learned and not adapted (MAML++'s BNWB)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import Field
+from torch import nn
+
+from metaplug import Context, InnerStep, Parameters, Plugin, PluginConfig, RequestError, hookimpl
+
+
+class PerStepBatchNorm(Plugin):
+    """Give every batch norm layer a scale γ and a shift β for each inner step k, meta-learned, and not adapted in the inner loop.
+
+        y = γ[k] · (x − mean) / √(variance + ε) + β[k]        γ, β of shape (K, channels); statistics of the batch
+
+    The support pass of step k and the query pass after its update both use γ[k] and β[k]. They start at the model's own values, which are
+    then no longer used. Statistics are always those of the batch, as in the reference code.
+
+    Source: Antoniou et al. 2019 (arXiv 1810.09502), section 4, "Per-Step Batch Normalization Weights and Biases".
+    """
+
+    class Config(PluginConfig):
+        """How fast the scales and shifts are learned."""
+
+        meta_lr: float | None = Field(None, gt=0, le=10, description="Meta learning rate; null: that of the model's weights.")
+
+    config: Config
+
+    @property
+    def meta_lr(self) -> float | None:
+        return self.config.meta_lr
+
+    @hookimpl
+    def select_adapted(self, names: tuple[str, ...], layers: Mapping[str, type[nn.Module]]) -> tuple[str, ...]:
+        return tuple(name for name in names if not _of_batch_norm(layers[name]))
+
+    @hookimpl
+    def setup(self, context: Context) -> None:
+        names = [name for name, layer in context.layers.items() if _of_batch_norm(layer)]
+        if not names:
+            raise RequestError(
+                f"plugin '{self.name}' needs batch norm layers with trainable scales and shifts, and the model has none: "
+                "leave it out, or use a model that has them, such as conv4"
+            )
+        slots = max(context.inner_steps, 1)
+        self.values = nn.ParameterDict({_key(name): context.parameters[name].expand(slots, -1).clone() for name in names})
+        self._names = names
+
+    @hookimpl
+    def transform_parameters(self, parameters: Parameters, step: InnerStep) -> Parameters:
+        slot, tasks = step.slot, len(next(iter(parameters.values())))
+        return {**parameters, **{name: self.values[_key(name)][slot].expand(tasks, -1) for name in self._names}}
+
+    @hookimpl
+    def end_meta_step(self) -> dict[str, float]:
+        kinds = {kind: [name for name in self._names if name.endswith(kind)] for kind in ("weight", "bias")}
+        means = {
+            kind: sum(self.values[_key(name)].detach().mean(1) for name in names) / len(names) for kind, names in kinds.items() if names
+        }
+        return {f"{kind}/{slot}": float(value) for kind, mean in means.items() for slot, value in enumerate(mean)}
+
+
+def _of_batch_norm(layer: type[nn.Module]) -> bool:
+    return issubclass(layer, nn.modules.batchnorm._BatchNorm)
+
+
+def _key(name: str) -> str:
+    """A parameter's name as a ParameterDict takes it: without dots."""
+    return name.replace(".", "/")

@@ -1,0 +1,36 @@
+"""Reptile: move the weights towards where the tasks' inner loops end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from metaplug import Outcome, Plugin, hookimpl
+
+
+class Reptile(Plugin):
+    """Replace the meta-gradient of what the inner loop adapts by the way that the tasks went.
+
+        G = mean over t of (θ − θ[t,K]),   so that SGD with rate ε does   θ ← θ + ε · mean over t of (θ[t,K] − θ)
+
+    What the inner loop does not move, such as other plugins' meta-parameters, keeps the gradient of the outer loss. No second derivatives
+    are needed: put `derivative-order` beside it, as the preset `reptile` does, to save their graph.
+
+    Source: Nichol et al. 2018, "On First-Order Meta-Learning Algorithms" (arXiv 1803.02999), sections 2 and 5.
+    """
+
+    conflicts_with = ("multi-step-loss",)  # which would change a loss that is not used
+
+    @hookimpl
+    def compute_meta_gradients(
+        self, outcome: Outcome, outer_loss: Tensor, meta_parameters: Mapping[str, nn.Parameter]
+    ) -> Mapping[str, Tensor]:
+        start, end = outcome.initial_parameters, outcome.adapted_parameters
+        moved = {name: (start[name] - end[name]).detach().mean(0) for name in start if end[name] is not start[name]}
+        others = {name: parameter for name, parameter in meta_parameters.items() if name not in moved}
+        if not others:
+            return moved
+        taken = torch.autograd.grad(outer_loss, list(others.values()), allow_unused=True, materialize_grads=True)
+        return {**moved, **dict(zip(others, taken, strict=True))}

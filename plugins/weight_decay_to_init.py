@@ -1,0 +1,48 @@
+"""Weight decay to the initial weights: a proximal term that keeps tasks near where they started."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from metaplug import Context, InnerStep, Plugin, PluginConfig, hookimpl
+
+
+class WeightDecayToInit(Plugin):
+    """Pull the fast weights of every task back to the weights that all tasks share.
+
+        ℓ[t,k] ← ℓ[t,k] + (strength / 2) · ‖θ[t,k] − θ‖²        over all adapted parameters
+
+    Its gradient, strength · (θ[t,k] − θ), is zero in the first step.
+
+    Source: Rajeswaran et al. 2019 (arXiv 1909.04630), equation 3.
+    """
+
+    class Config(PluginConfig):
+        """How strong the pull is."""
+
+        strength: float = Field(0.1, ge=0, le=1e6, description="Weight of half the squared distance, in units of the loss.")
+
+    config: Config
+    distance: Tensor
+
+    @hookimpl
+    def setup(self, context: Context) -> None:
+        self._adapted = context.adapted
+        self.register_buffer("distance", torch.zeros((), dtype=context.dtype, device=context.device), persistent=False)
+
+    @hookimpl
+    def transform_inner_losses(self, losses: Tensor, step: InnerStep) -> Tensor:
+        moved = [(step.parameters[name] - step.initial_parameters[name]).flatten(1) for name in self._adapted]
+        squared = torch.stack([part.square().sum(1) for part in moved]).sum(0)
+        step.keep("distance", squared.detach().sqrt().mean())
+        return losses + self.config.strength / 2 * squared
+
+    @hookimpl
+    def commit(self, kept: dict[str, Tensor]) -> None:
+        self.distance = kept["distance"]
+
+    @hookimpl
+    def end_meta_step(self) -> dict[str, float]:
+        return {"distance": float(self.distance)}
