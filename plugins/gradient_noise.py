@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from metaplug import Gradients, InnerStep, Plugin, PluginConfig, hookimpl
 
@@ -33,7 +34,7 @@ class GradientNoise(Plugin):
         deviation = self._deviation(step.meta_iteration)
         if not step.training or deviation == 0:
             return None
-        return {name: gradient + deviation * torch.randn_like(gradient) for name, gradient in gradients.items()}
+        return {name: gradient + deviation * _normal(gradient) for name, gradient in gradients.items()}
 
     @hookimpl
     def end_meta_step(self, iteration: int) -> dict[str, float]:
@@ -41,3 +42,8 @@ class GradientNoise(Plugin):
 
     def _deviation(self, iteration: int) -> float:
         return float((self.config.scale / (1 + iteration) ** self.config.decay) ** 0.5)
+
+
+def _normal(like: Tensor) -> Tensor:
+    """Numbers in the order of the axes; `randn_like` would follow the strides, which another batching of tasks lays out differently."""
+    return torch.randn(like.shape, dtype=like.dtype, device=like.device)

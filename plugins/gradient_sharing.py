@@ -138,13 +138,13 @@ class GradientSharing(Plugin):
             return None
         slot, flat = step.slot, self._flatten(gradients)
         length = self._length(flat)
-        traits = self._traits(flat, slot) if self.config.conditioning == "task" else None
-        gate = self._weight("gate", slot, traits)
         if self.config.statistics == "accumulated" and (step.training or self.config.share_at_evaluation):
-            shared, kept = self._accumulated(flat, length, self._weight("momentum", slot, traits), step)
+            shared, traits, kept = (self._streamed if self.config.streaming else self._accumulated)(flat, length, step)
+            gate = self._weight("gate", slot, traits)
             step.keep(f"{slot}", kept)
         else:
-            shared, gate = self.running[slot], torch.where(self.started[slot], gate, 0.0)
+            shared = self.running[slot]
+            gate = torch.where(self.started[slot], self._weight("gate", slot, self._traits(flat, shared)), 0.0)
         scale = gate if self.config.normalisation == "none" else gate * length
         return self._unflatten((1 - gate) * flat + _outer(scale, shared), gradients)
 
@@ -159,21 +159,25 @@ class GradientSharing(Plugin):
         names, slots = ("gate", "momentum") if self.config.statistics == "accumulated" else ("gate",), len(self.started)
         return {f"{name}/{slot}": float(self._weight(name, slot).detach().mean()) for name in names for slot in range(slots)}
 
-    def _accumulated(self, flat: Tensor, length: Tensor, momentum: Tensor, step: InnerStep) -> tuple[Tensor, Tensor]:
-        """r for this step, (P,), or (T, P) where each task has its own; and what of it is to be stored, (P,)."""
-        old, started = self.running[step.slot], self.started[step.slot]
-        if self.config.streaming:
-            return self._streamed(flat if self.config.normalisation == "none" else flat / length, momentum, old, started)
-        shared = torch.lerp(self._mean(flat, length, step), old, torch.where(started, momentum, 0.0))
-        return shared, shared if shared.dim() == 1 else step.task_mean(shared)
+    def _accumulated(self, flat: Tensor, length: Tensor, step: InnerStep) -> tuple[Tensor, Tensor | None, Tensor]:
+        """r for this step, (P,), or (T, P) where each task has its own; the tasks' traits; and what of r is to be stored, (P,)."""
+        old, traits = self.running[step.slot], self._traits(flat, self.running[step.slot])
+        momentum = torch.where(self.started[step.slot], self._weight("momentum", step.slot, traits), 0.0)
+        shared = torch.lerp(self._mean(flat, length, step), old, momentum)
+        return shared, traits, shared if shared.dim() == 1 else step.task_mean(shared)
 
-    def _streamed(self, units: Tensor, momentum: Tensor, old: Tensor, started: Tensor) -> tuple[Tensor, Tensor]:
-        momentum, shared = momentum.expand_as(units), []
-        for task, unit in enumerate(units):
-            own = unit if self.config.through_mean else unit.detach()
-            shared.append(torch.lerp(own, old, torch.where(started, momentum[task], 0.0)))
-            old, started = shared[-1].detach(), torch.ones_like(started)
-        return torch.stack(shared), old
+    def _streamed(self, flat: Tensor, length: Tensor, step: InnerStep) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The same for tasks that arrive one at a time: each finds what those before it have left."""
+        old, started = self.running[step.slot], self.started[step.slot]
+        units = flat if self.config.normalisation == "none" else flat / length
+        shared, traits = [], []
+        for gradient, unit in zip(flat.split(1), units.split(1), strict=True):
+            own = self._traits(gradient, old)
+            momentum = torch.where(started, self._weight("momentum", step.slot, own), 0.0)
+            shared.append(torch.lerp(unit if self.config.through_mean else unit.detach(), old, momentum))
+            old, started = shared[-1].detach()[0], torch.ones_like(started)
+            traits += [] if own is None else [own]
+        return torch.cat(shared), torch.cat(traits) if traits else None, old
 
     def _mean(self, flat: Tensor, length: Tensor, step: InnerStep) -> Tensor:
         """ū (P,), by the chosen normalisation."""
@@ -192,9 +196,10 @@ class GradientSharing(Plugin):
         squares = [torch.linalg.vecdot(part, part) for part in flat.split(list(self._sizes.values()), 1)]
         return _root(torch.stack(squares, 1)).index_select(1, self.tensor_of)
 
-    def _traits(self, flat: Tensor, slot: int) -> Tensor:
-        """(T, 2): the log of each task's gradient norm, and its cosine with the stored mean, 0 where nothing is stored."""
-        old = self.running[slot].detach()
+    def _traits(self, flat: Tensor, old: Tensor) -> Tensor | None:
+        """(T, 2): each task's log gradient norm, and its cosine with the mean so far, 0 where there is none; None if not asked for."""
+        if self.config.conditioning == "none":
+            return None
         length = _norm(flat)
         return torch.cat([length.log(), (flat @ old).unsqueeze(1) / length / _norm(old.unsqueeze(0))], 1)
 

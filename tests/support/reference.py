@@ -97,7 +97,58 @@ def maml(model, batch, *, steps, lr, order=2, loss=F.cross_entropy, rule=Sgd, ad
     return Reference(named, outer_loss.detach(), results)
 
 
-def gradient_sharing(model, batch, *, steps, lr, gate, momentum, running=None, loss=F.cross_entropy):
+def loop(
+    model,
+    batch,
+    *,
+    steps,
+    rate,
+    outer_weights=None,
+    order=2,
+    adapted=None,
+    values=None,
+    inner=None,
+    transform=None,
+    extra=None,
+    loss=F.cross_entropy,
+):
+    """The inner and outer loop with everything that the family changes in it, task by task.
+
+    Args:
+        rate: (k, name) → the learning rate of a tensor in step k.
+        outer_weights: K weights of the query losses after each update; default: the last counts.
+        values: k → weights by name that take the place of the model's in every forward pass of step k and in the query pass after it.
+        inner: (support loss, fast weights, first weights, prediction, target) → the loss that the inner gradient is taken of.
+        transform: (k, name, gradient) → the gradient that is used.
+        extra: leaf tensors by name, whose meta-gradients are wanted too.
+    """
+    parameters = dict(model.named_parameters())
+    adapted = list(parameters) if adapted is None else [name for name in parameters if name in adapted]
+    outer_weights = [0.0] * (steps - 1) + [1.0] if outer_weights is None else outer_weights
+    outer_losses, results = [], []
+    for task in range(batch.num_tasks):
+        weights, outer = dict(parameters), 0.0
+        for k in range(steps):
+            own = {} if values is None else values(k)
+            prediction = predict(model, {**weights, **own}, batch.support_x[task])
+            objective = loss(prediction, batch.support_y[task])
+            if inner is not None:
+                objective = inner(objective, weights, parameters, prediction, batch.support_y[task])
+            gradients = torch.autograd.grad(objective, [weights[name] for name in adapted], create_graph=order == 2)
+            for name, gradient in zip(adapted, gradients, strict=True):
+                weights[name] = weights[name] - rate(k, name) * (gradient if transform is None else transform(k, name, gradient))
+            if outer_weights[k]:
+                outer = outer + outer_weights[k] * loss(predict(model, {**weights, **own}, batch.query_x[task]), batch.query_y[task])
+        outer_losses.append(outer)
+        results.append({name: weight.detach() for name, weight in weights.items()})
+    outer_loss = torch.stack(outer_losses).mean()
+    wanted = {**parameters, **(extra or {})}
+    gradients = torch.autograd.grad(outer_loss, list(wanted.values()), allow_unused=True)
+    named = {name: gradient for name, gradient in zip(wanted, gradients, strict=True) if gradient is not None}
+    return Reference(named, outer_loss.detach(), results)
+
+
+def gradient_sharing(model, batch, *, steps, lr, gate, momentum, running=None, order=2, loss=F.cross_entropy):
     """Gradient sharing with unit normalisation over all parameters together; all tasks in lock-step.
 
     Args:
@@ -112,7 +163,8 @@ def gradient_sharing(model, batch, *, steps, lr, gate, momentum, running=None, l
         flat = []
         for task, weights in enumerate(fast):
             objective = loss(predict(model, weights, batch.support_x[task]), batch.support_y[task])
-            flat.append(torch.cat([g.flatten() for g in torch.autograd.grad(objective, list(weights.values()), create_graph=True)]))
+            gradients = torch.autograd.grad(objective, list(weights.values()), create_graph=order == 2)
+            flat.append(torch.cat([gradient.flatten() for gradient in gradients]))
         lengths = [torch.linalg.vector_norm(gradient) for gradient in flat]
         mean = sum(gradient / length for gradient, length in zip(flat, lengths, strict=True)) / len(flat)
         m, weight = 1 / (1 + torch.exp(-momentum[k])), 1 / (1 + torch.exp(-gate[k]))

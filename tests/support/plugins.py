@@ -1,0 +1,26 @@
+"""Every first-party plugin, ready to be put into a chain."""
+
+import itertools
+
+from metaplug import registry
+
+SETTINGS = {"gradient-clipping": {"max_norm": 1.0, "max_meta_norm": 1.0}}
+"""What a plugin cannot do without."""
+
+NAMES = registry.names("plugin")
+
+
+def make(kind, /, **settings):
+    """A new instance of the installed plugin."""
+    return registry.load("plugin", kind)(**{**SETTINGS.get(kind, {}), **settings})
+
+
+def compatible(names):
+    """Whether no plugin of these refuses another."""
+    return all(other not in make(name).conflicts_with for name, other in itertools.permutations(names, 2))
+
+
+def hooks(name):
+    """The hooks through which a plugin changes what is computed."""
+    kind = registry.load("plugin", name)
+    return {hook for hook in dir(kind) if getattr(getattr(kind, hook), "metaplug_impl", None)} - {"setup", "commit", "end_meta_step"}
