@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,34 @@ def test_a_run_that_fails_is_named() -> None:
 def test_learner_settings_may_differ(tmp_path: Path) -> None:
     found = compare([variant("a"), variant("b", learner={"inner_lr": 0.02, "inner_steps": 2})], [0])
     assert found.runs["b"][0].test.inner_steps == 2
+
+
+def test_a_variant_extends_the_longest_list_of_plugins_that_it_begins_with() -> None:
+    configs = {
+        "maml": ExperimentConfig(),
+        "maml++": ExperimentConfig(preset="maml++"),
+        "maml+sharing": ExperimentConfig(plugins=("gradient-sharing",)),
+        "maml+sharing+sgd": ExperimentConfig(plugins=("gradient-sharing", "meta-sgd")),
+        "maml+sgd+sharing": ExperimentConfig(plugins=("meta-sgd", "gradient-sharing")),
+        "maml+++sharing": ExperimentConfig(preset="maml++", plugins=("gradient-sharing",)),
+    }
+    curves = {label: [curve(0.2, 0.4, 0.6), curve(0.3, 0.6, 0.5)] for label in configs}
+    curves["maml++"] = [curve(0.3, 0.5, 0.7), curve(0.4, 0.7, 0.7)]
+    curves["maml+++sharing"] = [curve(0.7, 0.7, 0.7), curve(0.4, 0.5, 0.6)]
+    made = comparison("accuracy", curves)
+    made = replace(made, variants=tuple(Variant(label, config) for label, config in configs.items()))
+    assert {label: made.base(label) for label in configs} == {
+        "maml": None,
+        "maml++": None,
+        "maml+sharing": "maml",
+        "maml+sharing+sgd": "maml+sharing",
+        "maml+sgd+sharing": "maml",
+        "maml+++sharing": "maml++",
+    }
+    assert made.acceleration("maml+++sharing").percent == (200.0, pytest.approx(-100 / 3))
+    assert made.acceleration("maml+++sharing", "maml++").percent == (200.0, None)
+    values = {variant["label"]: variant for variant in to_values(made)["variants"]}
+    assert values["maml"]["base"] is None
+    assert values["maml"]["acceleration_over_base_percent"] is None
+    assert values["maml+++sharing"]["base"] == "maml++"
+    assert values["maml+++sharing"]["acceleration_over_base_percent"] == [200.0, None]

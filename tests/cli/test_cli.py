@@ -440,3 +440,43 @@ def test_ctrl_c_twice_stops_at_once(metaplug: Any, monkeypatch: pytest.MonkeyPat
     assert answer.status == 130
     assert answer.err.splitlines()[-1] == "metaplug: stopped"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_preset_of_ones_own_on_the_command_line(metaplug: Any) -> None:
+    Path("own.yaml").write_text("plugins: [{plugin: gradient-sharing, settings: {gate: 0.25}}]\nsummary: sharing, and nothing else\n")
+    answer = metaplug("explain", "--preset", "own.yaml", "--with", "meta-sgd:meta_lr=0.01")
+    squeezed = [" ".join(line.split()) for line in answer.err.splitlines()]
+    assert squeezed[0] == "own: sharing, and nothing else"
+    assert "gradient-sharing gate 0.25 preset own" in squeezed
+    assert "meta-sgd meta_lr 0.01 option" in squeezed
+    assert "preset own option" in squeezed
+    compared = metaplug("compare", *TINY, "--variant", "maml", "--variant", "own.yaml + meta-sgd", "--json", "-")
+    assert compared.status == 0, compared.err
+    assert [variant["label"] for variant in compared.json["variants"]] == ["maml", "own.yaml+meta-sgd"]
+    assert compared.json["variants"][1]["config"]["preset"]["name"] == "own"
+    missing = metaplug("train", "--preset", "none.yaml")
+    assert (missing.status, missing.err) == (
+        2,
+        "metaplug: cannot read the configuration none.yaml: No such file or directory; give a YAML file\n",
+    )
+
+
+@pytest.mark.parametrize("preset", ["maml", "fomaml", "anil", "boil", "reptile", "meta-sgd", "maml++", "maml++-reference"])
+def test_explain_shows_every_preset(metaplug: Any, preset: str) -> None:
+    answer = metaplug("explain", "--preset", preset)
+    assert (answer.status, answer.out) == (0, "")
+    assert answer.err.startswith(f"{preset}: ")
+    assert f"preset {preset} option" in [" ".join(line.split()) for line in answer.err.splitlines()]
+
+
+def test_plugins_that_conflict_are_refused_before_training(metaplug: Any) -> None:
+    answer = metaplug("train", *TINY, "--preset", "reptile", "--with", "multi-step-loss")
+    assert (answer.status, answer.err) == (2, "metaplug: plugin 'reptile' conflicts with 'multi-step-loss': leave one of them out\n")
+    answer = metaplug("train", *TINY, "--preset", "maml++", "--set", "training.iterations=1")
+    assert answer.status == 2
+    assert "plugin 'per-step-batch-norm' needs batch norm layers" in answer.err
+    answer = metaplug("explain", "--preset", "maml++", "--with", "multi-step-loss")
+    assert (answer.status, answer.err) == (
+        2,
+        "metaplug: plugin 'multi-step-loss' stands twice in the list: give one of them a name of its own, or leave it out\n",
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -175,3 +176,15 @@ def test_settings_in_words() -> None:
         SettingRow("more", "dict", "", "{}", "More."),
         SettingRow("path", "path", "", "required", "A path."),
     )
+
+
+def test_the_comparison_table_has_a_column_over_the_base_where_it_says_something_else() -> None:
+    two_bases = comparison()
+    configs = (ExperimentConfig(), ExperimentConfig(preset="meta-sgd"), ExperimentConfig(preset="meta-sgd", plugins=("gradient-sharing",)))
+    variants = tuple(Variant(variant.label, config) for variant, config in zip(two_bases.variants, configs, strict=True))
+    lines = shown(comparison_report(replace(two_bases, variants=variants)), width=140).splitlines()
+    assert lines[0].split("  ")[0].strip() == "variant"
+    assert "over its base" in lines[0]
+    assert [line.split("  ") for line in lines if line.startswith("   seed 0")][2].count("not reached") == 2
+    assert any(line.startswith("Over its base: the same against the variant that this one extends by plugins") for line in lines)
+    assert "over its base" not in shown(comparison_report(two_bases))
