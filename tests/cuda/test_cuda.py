@@ -12,14 +12,6 @@ from metaplug import MetaLearner
 pytestmark = pytest.mark.cuda
 
 
-@pytest.fixture(autouse=True)
-def exact_convolutions(monkeypatch):
-    """Without TF32, and by deterministic algorithms: what is compared is rounding, nothing else."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-
-
 def learner_on(case, device, **settings):
     return MetaLearner(copy.deepcopy(case.model).to(device), inner_lr=case.lr, inner_steps=case.steps, **settings)
 

@@ -25,14 +25,6 @@ SHARING = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def exact_convolutions(monkeypatch):
-    """Without TF32, and by deterministic algorithms: what is compared is rounding, nothing else."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-
-
 def meta_gradients(case, device, **settings):
     model = copy.deepcopy(case.model).to(device)
     learner = MetaLearner(model, inner_lr=case.lr, inner_steps=case.steps, **settings)
