@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from metaplug.evaluation import EvaluationResult
     from metaplug.history import History, Record
     from metaplug.learner import MetaLearner
-    from metaplug.plugin import Plugin, PluginConfig, hookimpl
+    from metaplug.plugin import LearnedPluginConfig, Plugin, PluginConfig, hookimpl, key_of
     from metaplug.preset import PluginUse, Preset
     from metaplug.schedule import epoch_of
     from metaplug.tasks.batch import TaskBatch
@@ -22,6 +22,7 @@ __all__ = [
     "Gradients",
     "History",
     "InnerStep",
+    "LearnedPluginConfig",
     "LearningRates",
     "MetaLearner",
     "MetaplugError",
@@ -37,6 +38,7 @@ __all__ = [
     "TaskBatch",
     "epoch_of",
     "hookimpl",
+    "key_of",
 ]
 
 if not TYPE_CHECKING:
@@ -46,7 +48,7 @@ if not TYPE_CHECKING:
         "evaluation": ("EvaluationResult",),
         "history": ("History", "Record"),
         "learner": ("MetaLearner",),
-        "plugin": ("Plugin", "PluginConfig", "hookimpl"),
+        "plugin": ("LearnedPluginConfig", "Plugin", "PluginConfig", "hookimpl", "key_of"),
         "preset": ("PluginUse", "Preset"),
         "schedule": ("epoch_of",),
         "tasks.batch": ("TaskBatch",),

@@ -6,6 +6,7 @@ import re
 from typing import Any, ClassVar
 
 import pluggy
+from pydantic import Field
 from torch import nn
 
 from metaplug.errors import RequestError
@@ -17,6 +18,19 @@ hookimpl = pluggy.HookimplMarker("metaplug")
 
 class PluginConfig(Settings):
     """A plugin's configuration: a frozen pydantic model that refuses unknown fields. Describe and bound every field."""
+
+
+class LearnedPluginConfig(PluginConfig):
+    """The configuration of a plugin that has meta-parameters."""
+
+    meta_lr: float | None = Field(
+        None, gt=0, le=10, description="Meta learning rate of the plugin's own parameters; null: that of the model's weights."
+    )
+
+
+def key_of(name: str) -> str:
+    """A parameter's name as nn.ParameterDict and buffers take it, without dots: "head.weight" is "head/weight"."""
+    return name.replace(".", "/")
 
 
 class Plugin(nn.Module):
@@ -67,8 +81,8 @@ class Plugin(nn.Module):
 
     @property
     def meta_lr(self) -> float | None:
-        """The meta learning rate of this plugin's meta-parameters; None for the learner's."""
-        return None
+        """The meta learning rate of this plugin's meta-parameters, as its configuration says; None for the learner's."""
+        return self.config.meta_lr if isinstance(self.config, LearnedPluginConfig) else None
 
     @property
     def transductive(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from metaplug import Context, Gradients, InnerStep, Plugin, PluginConfig, RequestError, checkpoint, hookimpl
+from metaplug import Context, Gradients, InnerStep, LearnedPluginConfig, Plugin, RequestError, checkpoint, hookimpl
 
 TINY = 1e-24  # ε² with ε = 1e-12
 
@@ -45,7 +45,7 @@ class GradientSharing(Plugin):
     Source: arXiv 2312.08398, section 3. Where the paper is silent, the choice is an option.
     """
 
-    class Config(PluginConfig):
+    class Config(LearnedPluginConfig):
         """Options of gradient sharing."""
 
         gate: float = Field(0.5, ge=0, le=1, description="Initial weight σ(λ) of the shared direction. Exactly 0 or 1 stays so for good.")
@@ -94,10 +94,6 @@ class GradientSharing(Plugin):
     running: Tensor
     started: Tensor
     tensor_of: Tensor
-
-    @property
-    def meta_lr(self) -> float | None:
-        return self.config.meta_lr
 
     @property
     def transductive(self) -> bool:

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from metaplug import Context, Gradients, Plugin, PluginConfig, RequestError, hookimpl
+from metaplug import Context, Gradients, LearnedPluginConfig, Plugin, RequestError, hookimpl, key_of
 
 
 class MetaCurvature(Plugin):
@@ -20,19 +20,12 @@ class MetaCurvature(Plugin):
     Source: Park and Oliva 2019, "Meta-Curvature" (arXiv 1902.03356), section 3.2 (MC2).
     """
 
-    class Config(PluginConfig):
+    class Config(LearnedPluginConfig):
         """How fast the matrices are learned, and how large they may be."""
 
-        meta_lr: float | None = Field(
-            None, gt=0, le=10, description="Meta learning rate of the matrices; null: that of the model's weights."
-        )
         largest: int = Field(2048, ge=1, description="The longest axis that may get a matrix, of its length squared.")
 
     config: Config
-
-    @property
-    def meta_lr(self) -> float | None:
-        return self.config.meta_lr
 
     @hookimpl
     def setup(self, context: Context) -> None:
@@ -45,7 +38,7 @@ class MetaCurvature(Plugin):
             )
         self.matrices = nn.ParameterDict(
             {
-                f"{_key(name)}/{axis}": torch.eye(size, dtype=context.dtype, device=context.device)
+                f"{key_of(name)}/{axis}": torch.eye(size, dtype=context.dtype, device=context.device)
                 for name in context.adapted
                 for axis, size in zip(("out", "in", "place"), sizes[name], strict=False)
             }
@@ -61,7 +54,7 @@ class MetaCurvature(Plugin):
         return {"distance": float(torch.stack(distances).mean().sqrt())}
 
     def _curved(self, name: str, gradient: Tensor) -> Tensor:
-        matrices = [self.matrices[key] for axis in ("out", "in", "place") if (key := f"{_key(name)}/{axis}") in self.matrices]
+        matrices = [self.matrices[key] for axis in ("out", "in", "place") if (key := f"{key_of(name)}/{axis}") in self.matrices]
         curved = gradient.reshape(len(gradient), *(len(matrix) for matrix in matrices))
         for axis, matrix in enumerate(matrices, 1):
             curved = (curved.movedim(axis, -1) @ matrix.T).movedim(-1, axis)
@@ -71,8 +64,3 @@ class MetaCurvature(Plugin):
 def _sizes(shape: torch.Size) -> tuple[int, ...]:
     """(outputs, inputs, places) of a parameter, as far as it has them."""
     return (*shape[:2], shape[2:].numel()) if len(shape) > 2 else tuple(shape) or (1,)
-
-
-def _key(name: str) -> str:
-    """A parameter's name as a ParameterDict takes it: without dots."""
-    return name.replace(".", "/")

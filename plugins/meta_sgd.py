@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from pydantic import Field
 from torch import nn
 
-from metaplug import Context, LearningRates, Plugin, PluginConfig, RequestError, hookimpl
+from metaplug import Context, LearnedPluginConfig, LearningRates, Plugin, RequestError, hookimpl, key_of
 
 
 class MetaSgd(Plugin):
@@ -20,16 +19,10 @@ class MetaSgd(Plugin):
     Source: Li et al. 2017, "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning" (arXiv 1707.09835), section 3.
     """
 
-    class Config(PluginConfig):
+    class Config(LearnedPluginConfig):
         """How fast the rates are learned."""
 
-        meta_lr: float | None = Field(None, gt=0, le=10, description="Meta learning rate of the rates; null: that of the model's weights.")
-
     config: Config
-
-    @property
-    def meta_lr(self) -> float | None:
-        return self.config.meta_lr
 
     @hookimpl
     def setup(self, context: Context) -> None:
@@ -38,21 +31,16 @@ class MetaSgd(Plugin):
         self._start = context.inner_lr
         self.rates = nn.ParameterDict(
             {
-                _key(name): torch.full(context.shapes[name], context.inner_lr, dtype=context.dtype, device=context.device)
+                key_of(name): torch.full(context.shapes[name], context.inner_lr, dtype=context.dtype, device=context.device)
                 for name in context.adapted
             }
         )
 
     @hookimpl
     def transform_learning_rates(self, learning_rates: LearningRates) -> LearningRates:
-        return {name: rate / self._start * self.rates[_key(name)] for name, rate in learning_rates.items()}
+        return {name: rate / self._start * self.rates[key_of(name)] for name, rate in learning_rates.items()}
 
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
         rates = torch.cat([rate.detach().flatten() for rate in self.rates.values()])
         return {"rate": float(rates.mean()), "negative": float((rates < 0).to(rates.dtype).mean())}
-
-
-def _key(name: str) -> str:
-    """A parameter's name as a ParameterDict takes it: without dots."""
-    return name.replace(".", "/")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pydantic import Field
 from torch import nn
 
-from metaplug import Context, InnerStep, Parameters, Plugin, PluginConfig, RequestError, hookimpl
+from metaplug import Context, InnerStep, LearnedPluginConfig, Parameters, Plugin, RequestError, hookimpl, key_of
 
 
 class PerStepBatchNorm(Plugin):
@@ -21,16 +20,10 @@ class PerStepBatchNorm(Plugin):
     Source: Antoniou et al. 2019 (arXiv 1810.09502), section 4, "Per-Step Batch Normalization Weights and Biases".
     """
 
-    class Config(PluginConfig):
+    class Config(LearnedPluginConfig):
         """How fast the scales and shifts are learned."""
 
-        meta_lr: float | None = Field(None, gt=0, le=10, description="Meta learning rate; null: that of the model's weights.")
-
     config: Config
-
-    @property
-    def meta_lr(self) -> float | None:
-        return self.config.meta_lr
 
     @hookimpl
     def select_adapted(self, names: tuple[str, ...], layers: Mapping[str, type[nn.Module]]) -> tuple[str, ...]:
@@ -45,27 +38,22 @@ class PerStepBatchNorm(Plugin):
                 "leave it out, or use a model that has them, such as conv4"
             )
         slots = max(context.inner_steps, 1)
-        self.values = nn.ParameterDict({_key(name): context.parameters[name].expand(slots, -1).clone() for name in names})
+        self.values = nn.ParameterDict({key_of(name): context.parameters[name].expand(slots, -1).clone() for name in names})
         self._names = names
 
     @hookimpl
     def transform_parameters(self, parameters: Parameters, step: InnerStep) -> Parameters:
         slot, tasks = step.slot, len(next(iter(parameters.values())))
-        return {**parameters, **{name: self.values[_key(name)][slot].expand(tasks, -1) for name in self._names}}
+        return {**parameters, **{name: self.values[key_of(name)][slot].expand(tasks, -1) for name in self._names}}
 
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
         kinds = {kind: [name for name in self._names if name.endswith(kind)] for kind in ("weight", "bias")}
         means = {
-            kind: sum(self.values[_key(name)].detach().mean(1) for name in names) / len(names) for kind, names in kinds.items() if names
+            kind: sum(self.values[key_of(name)].detach().mean(1) for name in names) / len(names) for kind, names in kinds.items() if names
         }
         return {f"{kind}/{slot}": float(value) for kind, mean in means.items() for slot, value in enumerate(mean)}
 
 
 def _of_batch_norm(layer: type[nn.Module]) -> bool:
     return issubclass(layer, nn.modules.batchnorm._BatchNorm)
-
-
-def _key(name: str) -> str:
-    """A parameter's name as a ParameterDict takes it: without dots."""
-    return name.replace(".", "/")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from pydantic import Field
 from torch import nn
 
-from metaplug import Context, InnerStep, LearningRates, Plugin, PluginConfig, RequestError, hookimpl
+from metaplug import Context, InnerStep, LearnedPluginConfig, LearningRates, Plugin, RequestError, hookimpl
 
 
 class PerStepLearningRates(Plugin):
@@ -20,16 +19,10 @@ class PerStepLearningRates(Plugin):
     Source: Antoniou et al. 2019 (arXiv 1810.09502), section 4, "Learning Per-Layer Per-Step Learning Rates".
     """
 
-    class Config(PluginConfig):
+    class Config(LearnedPluginConfig):
         """How fast the rates are learned."""
 
-        meta_lr: float | None = Field(None, gt=0, le=10, description="Meta learning rate of the rates; null: that of the model's weights.")
-
     config: Config
-
-    @property
-    def meta_lr(self) -> float | None:
-        return self.config.meta_lr
 
     @hookimpl
     def setup(self, context: Context) -> None:

@@ -34,7 +34,7 @@ REPTILE = Preset(
     summary="Move the weights a step of meta_lr towards the mean of where the tasks' inner loops end; no query loss, no second order.",
     source="Nichol et al. 2018, arXiv 1803.02999, sections 2 and 5",
     plugins=(PluginUse(plugin="derivative-order"), PluginUse(plugin="reptile")),
-    defaults={"learner": {"meta_optimizer": "sgd", "meta_lr": 0.1}},
+    defaults={"learner": {"meta_optimizer": "sgd", "meta_lr": 1.0}},
 )
 
 META_SGD = Preset(
