@@ -1,7 +1,7 @@
 """Tasks: batches, the streams that make them, and the sources that hold the data."""
 
 from metaplug.tasks.batch import TaskBatch
-from metaplug.tasks.episodes import ClassImages, ImageEpisodes, TaskStream
+from metaplug.tasks.episodes import ClassImages, EpisodeOptions, ImageEpisodes, TaskStream
 from metaplug.tasks.folder import Folder
 from metaplug.tasks.glyphs import Glyphs
 from metaplug.tasks.sinusoid import Sinusoid
@@ -10,6 +10,7 @@ from metaplug.tasks.sources import ArrayTasks, ImageSource, TaskSource
 __all__ = [
     "ArrayTasks",
     "ClassImages",
+    "EpisodeOptions",
     "Folder",
     "Glyphs",
     "ImageEpisodes",

@@ -23,8 +23,8 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import Field, model_validator
 
 from metaplug.errors import RequestError, quoted, unknown
-from metaplug.settings import Settings, validated
-from metaplug.tasks.episodes import ClassImages
+from metaplug.settings import validated
+from metaplug.tasks.episodes import ClassImages, EpisodeOptions
 from metaplug.tasks.sources import SPLITS, ImageSource
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -33,7 +33,7 @@ _MOST_PIXELS = 50_000_000
 _SPLIT_FILE = "splits.json"
 
 
-class FolderConfig(Settings):
+class FolderConfig(EpisodeOptions):
     """How a folder of images is read and split."""
 
     size: int | None = Field(28, ge=1, le=1024, description="Side of an image after resizing, in pixels; null keeps the images' own size.")
@@ -272,7 +272,9 @@ def _read_split(classes: Classes, names: Sequence[str], config: FolderConfig) ->
                 f"but one model takes one size: set 'size'"
             )
         images[place] = pixels
-    return ClassImages(tuple(names), torch.from_numpy(images), tuple(len(classes[name]) for name in names))
+    above = tuple(str(PurePosixPath(name).parent) for name in names)
+    superclasses = None if set(above) <= {"."} else above
+    return ClassImages(tuple(names), torch.from_numpy(images), tuple(len(classes[name]) for name in names), superclasses=superclasses)
 
 
 def _read_image(file: _File, config: FolderConfig) -> NDArray[np.uint8]:

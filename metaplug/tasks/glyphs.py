@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from metaplug.settings import Settings, validated
-from metaplug.tasks.episodes import ClassImages
+from metaplug.settings import validated
+from metaplug.tasks.episodes import ClassImages, EpisodeOptions
 from metaplug.tasks.glyph_rendering import SIDE, VARIANTS, load_faces, render_classes
 from metaplug.tasks.sources import SPLITS, ImageSource
 
@@ -31,7 +31,7 @@ GROUPS = ("plain", "accented")
 _log = logging.getLogger(__name__)
 
 
-class GlyphsConfig(Settings):
+class GlyphsConfig(EpisodeOptions):
     """Which letters."""
 
     accents: bool = Field(False, description="Whether accented letters and ligatures are classes too, beside the plain letters.")
@@ -100,7 +100,9 @@ Rendered = tuple[NDArray[np.uint8], NDArray[np.int64]]
 def _join(table: Mapping[str, Any], groups: tuple[str, ...], split: str, loaded: Mapping[str, Mapping[str, Rendered]]) -> ClassImages:
     letters = [letter for group in groups for letter in letters_of(table[group][split])]
     images, styles = (np.concatenate([loaded[group][split][part] for group in groups]) for part in (0, 1))
-    return ClassImages(tuple(map(unicodedata.name, letters)), torch.from_numpy(images), (VARIANTS,) * len(letters), styles)
+    names = tuple(map(unicodedata.name, letters))
+    scripts = tuple(name.split()[0] for name in names)
+    return ClassImages(names, torch.from_numpy(images), (VARIANTS,) * len(letters), styles, scripts)
 
 
 def _load(table: Mapping[str, Any], group: str) -> dict[str, Rendered]:

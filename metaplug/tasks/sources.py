@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metaplug.errors import RequestError
-from metaplug.settings import Settings
-from metaplug.tasks.episodes import ClassImages, ImageEpisodes, TaskStream
+from metaplug.settings import Settings, validated
+from metaplug.tasks.episodes import ClassImages, EpisodeOptions, ImageEpisodes, TaskStream
 
 SPLITS = ("train", "val", "test")
 
@@ -83,10 +83,20 @@ class ImageSource(TaskSource):
         self.config = config
         self.kind = "classification"
         self.input_shape = tuple(splits["train"].images.shape[1:])
-        self.outputs = ways
+        options = config if isinstance(config, EpisodeOptions) else EpisodeOptions()
         self.train, self.val, self.test = (
-            ImageEpisodes(splits[split], split=split, ways=ways, shots=shots, queries=queries, seed=seed) for split in SPLITS
+            ImageEpisodes(
+                splits[split],
+                split=split,
+                ways=ways,
+                shots=shots,
+                queries=queries,
+                seed=seed,
+                options=options if split == "train" else options.of_evaluation,
+            )
+            for split in SPLITS
         )
+        self.outputs = max(ways, self.train.most_ways)
         self._origin, self._licence = origin, licence
         for one, other in combinations(SPLITS, 2):
             both = sorted(set(splits[one].names) & set(splits[other].names))
@@ -121,10 +131,13 @@ class ArrayTasks(ImageSource):
     Args:
         train, val, test: by class name, (n, channels, height, width); uint8 (255 is 1.0), or float32 in [0, 1]. No name stands in two.
         ways, shots, queries, seed: as for ImageEpisodes.
+        settings: fields of EpisodeOptions.
 
     Raises:
-        RequestError: an array has another shape or dtype than the first, or as ImageSource raises.
+        RequestError: an array has another shape or dtype than the first, a setting is wrong, or as ImageSource raises.
     """
+
+    Config = EpisodeOptions
 
     def __init__(
         self,
@@ -136,10 +149,12 @@ class ArrayTasks(ImageSource):
         shots: int = 1,
         queries: int = 15,
         seed: int = 0,
+        **settings: Any,
     ) -> None:
+        config = validated(EpisodeOptions, settings, "array tasks")
         splits = {split: _stack(classes, split) for split, classes in zip(SPLITS, (train, val, test), strict=True)}
         origin, licence = "arrays given in Python", "not stated"
-        super().__init__(splits, config=Settings(), origin=origin, licence=licence, ways=ways, shots=shots, queries=queries, seed=seed)
+        super().__init__(splits, config=config, origin=origin, licence=licence, ways=ways, shots=shots, queries=queries, seed=seed)
 
 
 def _stack(classes: Mapping[str, Tensor | NDArray[Any]], split: str) -> ClassImages:

@@ -102,7 +102,7 @@ def test_pixels_alone_do_not_solve_the_test_tasks(ways: int, accuracy: float) ->
 
 def test_support_and_query_come_from_different_faces() -> None:
     stream = Glyphs().train
-    chosen = stream._choose(0, range(100))
+    chosen, _ = stream._choose(0, range(100), ways=5, shots=1)
     faces = stream.classes.styles[chosen]
     assert not (faces[..., :1] == faces[..., 1:]).any()
 
