@@ -1,16 +1,28 @@
-"""Fills the pages that the code knows best, when the site is built: `<!-- hooks -->` becomes the hook reference."""
+"""Fills in what the code knows best when the site is built: `<!-- hooks -->`, `<!-- presets -->` and `<!-- plugin NAME -->`."""
 
 from __future__ import annotations
 
 import inspect
+import re
+import textwrap
+from collections.abc import Iterable
 from typing import Any
 
-from metaplug import hookspecs
+from torch import nn
+
+from metaplug import MetaLearner, Preset, hookspecs, registry
+from metaplug.config import flatten
+from metaplug.report.catalogue import entries, plain
+
+NEEDED: dict[str, dict[str, Any]] = {"gradient-clipping": {"max_norm": 1.0}}
+"""Settings of the plugins that cannot be made without any."""
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs for every page."""
-    return markdown.replace("<!-- hooks -->", hook_reference())
+    markdown = re.sub("<!-- hooks -->", lambda _: hook_reference(), markdown)
+    markdown = re.sub("<!-- presets -->", lambda _: preset_table(), markdown)
+    return re.sub("<!-- plugin (.+?) -->", lambda found: plugin_reference(found[1]), markdown)
 
 
 def hook_reference() -> str:
@@ -18,7 +30,57 @@ def hook_reference() -> str:
     return "\n\n".join(_section(name, kind) for name, kind in hookspecs.KINDS.items())
 
 
+def plugin_reference(name: str) -> str:
+    """A plugin: its documentation, a table of its settings, and a line of what else holds of it."""
+    learned = _meta_parameters(name)
+    entry = next(entry for entry in entries("plugin") if entry.name == name)
+    settings = _table(
+        ("setting", "type", "bounds", "default", "description"),
+        ((_code(row.name), _code(row.type), row.bounds, _code(row.default), row.description) for row in entry.fields),
+    )
+    facts = {"hooks": "", "conflicts with": "nothing", **entry.facts, "meta-parameters": ", ".join(map(_code, learned)) or "none"}
+    facts["hooks"] = re.sub(r"(\w+) \(", r"`\1` (", facts["hooks"])
+    line = ". ".join(f"**{fact.capitalize()}**: {text}" for fact, text in facts.items())
+    return "\n\n".join([*map(_block, entry.documentation.split("\n\n")), settings if entry.fields else "No settings.", f"{line}."])
+
+
+def preset_table() -> str:
+    """The presets of this distribution: plugins with settings, training defaults, summary and source."""
+    presets = [part.value for part in registry.parts("preset") if part.origin.startswith("metaplug ")]
+    return _table(("preset", "plugins", "training defaults", "summary", "source"), map(_preset_row, presets))
+
+
+def _preset_row(preset: Preset) -> tuple[str, ...]:
+    plugins = [_code(use.plugin + ":" * bool(use.settings) + _pairs(use.settings)) for use in preset.plugins]
+    defaults = [_code(f"{path}={plain(value)}") for path, value in flatten(preset.defaults).items()]
+    return _code(preset.name), "<br>".join(plugins) or "none", "<br>".join(defaults) or "none", preset.summary, preset.source
+
+
+def _meta_parameters(name: str) -> list[str]:
+    """What a plugin meta-learns, as it says when it is set up with a model that has a bit of everything."""
+    plugin = registry.load("plugin", name)(**NEEDED.get(name, {}))
+    chain = MetaLearner(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)), plugins=[plugin]).chain
+    return list(dict.fromkeys(parameter.split(".")[1] for parameter in chain.named_parameters()))
+
+
 def _section(name: str, kind: str) -> str:
     function = getattr(hookspecs, name)
     signature = str(inspect.signature(function)).replace("'", "")
     return f"## `{name}`\n\n*{kind}*\n\n```text\n{name}{signature}\n```\n\n{inspect.getdoc(function)}"
+
+
+def _block(text: str) -> str:
+    """A paragraph of a docstring as it is; an indented one, which holds equations, as a block of text."""
+    return f"```text\n{textwrap.dedent(text)}\n```" if text.startswith(" ") else text
+
+
+def _table(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ("---",) * len(titles), *rows))
+
+
+def _pairs(settings: dict[str, Any]) -> str:
+    return ",".join(f"{name}={plain(value)}" for name, value in settings.items())
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"

@@ -200,12 +200,23 @@ def compare(
     runs: dict[str, list[SeedRun]] = {variant.label: [] for variant in variants}
     for seed in seeds:
         tasks = build_tasks(_seeded(variants[0], seed).config)
+        if not any(runs.values()):
+            _try_all(variants, tasks)
         for variant in (_seeded(variant, seed) for variant in variants):
             try:
                 runs[variant.label].append(_run(variant, tasks, on_record))
             except MetaplugError as error:
                 raise type(error)(f"variant '{variant.label}', seed {seed}: {error}") from error
     return Comparison(metric_of(tasks.kind), tuple(variants), tuple(seeds), {label: tuple(done) for label, done in runs.items()})
+
+
+def _try_all(variants: Sequence[Variant], tasks: TaskSource) -> None:
+    """Build every variant once, so that what cannot be composed is refused before anything is trained."""
+    for variant in variants:
+        try:
+            build(variant.config, tasks)
+        except MetaplugError as error:
+            raise type(error)(f"variant '{variant.label}': {error}") from error
 
 
 def _seeded(variant: Variant, seed: int) -> Variant:

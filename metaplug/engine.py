@@ -129,7 +129,7 @@ class Engine:
     def evaluate(self, batch: TaskBatch, steps: int) -> Outcome:
         """Adapt test tasks. No graph, no state, no random stream of the caller's is touched."""
         with stream(mix(self.seed), self.device):
-            return self.inner.run(batch, steps=steps, training=False, iteration=self.iteration, query_after={steps})
+            return self.inner.run(batch, steps=steps, training=False, iteration=self.iteration, total=self.total, query_after={steps})
 
     def _outer_weights(self, iteration: int, total: int) -> dict[int, float]:
         """By the number of updates done before the query loss, the weight of that loss; only those that count."""

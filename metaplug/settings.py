@@ -18,6 +18,12 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
+def own_first(model: type[BaseModel]) -> list[str]:
+    """The names of a model's fields as people read them: what the class adds itself, then what it shares with others."""
+    shared = {name for base in model.__mro__[1:] if issubclass(base, BaseModel) for name in base.model_fields}
+    return sorted(model.model_fields, key=lambda name: name in shared)
+
+
 S = TypeVar("S", bound=BaseModel)
 
 
@@ -62,7 +68,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise RequestError(f"cannot read the configuration {path}: {reason}; give a YAML file") from None
+        raise RequestError(f"cannot read {path}: {reason}; give a YAML file") from None
     try:
         values = yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:

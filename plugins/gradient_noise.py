@@ -23,7 +23,7 @@ class GradientNoise(Plugin):
         """How much noise, and how fast it fades."""
 
         scale: float = Field(
-            0.01, ge=0, le=1e6, description="Variance of the noise in the first iteration, in units of the squared gradient."
+            1e-6, ge=0, le=1e6, description="Variance of the noise on every entry in the first iteration, in units of the squared gradient."
         )
         decay: float = Field(0.55, ge=0, le=10, description="Exponent of its decay; 0 keeps it for good.")
 

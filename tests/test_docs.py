@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from metaplug import registry
+
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_python_blocks_run(page: Path) -> None:
     namespace: dict[str, object] = {}
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
@@ -21,6 +24,11 @@ def test_python_blocks_run(page: Path) -> None:
 def test_every_page_is_in_the_site_and_every_link_is_a_page() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in PAGES[1:]:
-        assert page.name in navigation
+        assert f": {page.relative_to(DOCS).as_posix()}\n" in navigation
     for target in re.findall(r"\]\((docs/[^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
         assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("name", registry.names("plugin"))
+def test_every_installed_plugin_has_a_page_that_the_code_fills_in(name: str) -> None:
+    assert f"<!-- plugin {name} -->" in (DOCS / "plugins" / f"{name}.md").read_text(encoding="utf-8")

@@ -154,7 +154,7 @@ def test_a_wrong_file_is_named_with_the_mend(tmp_path, monkeypatch, text, messag
 
 
 def test_a_file_that_is_not_there_is_named():
-    with pytest.raises(RequestError, match=r"^cannot read the configuration nowhere.yaml: No such file or directory; give a YAML file$"):
+    with pytest.raises(RequestError, match=r"^cannot read nowhere.yaml: No such file or directory; give a YAML file$"):
         find_preset("nowhere.yaml")
 
 

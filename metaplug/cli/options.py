@@ -35,7 +35,13 @@ SHARED: dict[str, Any] = {
     "tasks.ways": _option(TASKS, "--ways", int, 5, "Classes in a task, 2 to 1000 (classification)."),
     "tasks.shots": _option(TASKS, "--shots", int, 1, "Support examples of each class, or of a regression task; 1 to 1000."),
     "tasks.queries": _option(TASKS, "--queries", int, 5, "Query examples of each class, or of a regression task; 1 to 1000."),
-    "model.name": _option(TASKS, "--model", str, "conv4", "Model, for example conv4 or mlp. See: metaplug plugins."),
+    "model.name": _option(
+        TASKS,
+        "--model",
+        str,
+        "conv4",
+        "Model: conv4, mlp, resnet12, wrn28_10, torchvision:NAME, or MODULE:FACTORY of your own. See: metaplug plugins.",
+    ),
     "learner.inner_steps": _option(LEARNING, "--inner-steps", int, 3, "Inner steps K of a task, 0 to 1000."),
     "learner.inner_lr": _option(LEARNING, "--inner-lr", float, 0.4, "Inner learning rate, 0 to 1000."),
     "training.tasks_per_batch": _option(LEARNING, "--tasks-per-batch", int, 8, "Tasks in a meta-batch, at least 1."),
@@ -100,7 +106,7 @@ def resolve_options(
     from metaplug.settings import read_yaml
 
     layers = [] if config is None else [(str(config), read_yaml(config))]
-    pairs = [_pair(text) for text in sets or ()]
+    pairs = [setting(text) for text in sets or ()]
     values: dict[str, Any] = {}
     for path, value in given.items():
         values = assign(values, path, value)
@@ -110,11 +116,26 @@ def resolve_options(
         listed = layers[0][1].get("plugins") if layers else None
         values["plugins"] = [*(listed if isinstance(listed, list) else ()), *(use.model_dump() for use in uses)]
     for path, value in pairs:
+        if path.startswith("plugins."):
+            _check_not_of_preset(path, values.get("preset") or (layers[0][1].get("preset") if layers else None) or "maml")
         values = assign(values, path, value)
     return resolve([*layers, ("option", values)])
 
 
-def _pair(text: str) -> tuple[str, Any]:
+def _check_not_of_preset(path: str, preset: Any) -> None:
+    """Refuse to change a plugin of the preset, whose settings are what its name stands for."""
+    from metaplug.preset import find_preset
+
+    found, name = find_preset(preset) if isinstance(preset, str) else None, path.split(".")[1]
+    if found is not None and name in [use.name or use.plugin for use in found.plugins]:
+        raise RequestError(
+            f"--set {path}: '{name}' is a plugin of the preset {found.name}, and its settings are part of it: write a preset of your own "
+            f"with other ones (metaplug plugins {found.name} shows this one), and give its file by --preset"
+        )
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """A path and a value from "path.to.field=value"; the value is read as YAML."""
     from metaplug.preset import read_scalar
 
     path, equals, value = text.partition("=")

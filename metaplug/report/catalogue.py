@@ -17,6 +17,7 @@ from metaplug import registry
 from metaplug.hookspecs import KINDS
 from metaplug.preset import Preset
 from metaplug.registry import Part
+from metaplug.settings import own_first
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,14 @@ def _preset_entry(part: Part, preset: Preset) -> Entry:
 
 
 def _use_text(plugin: str, settings: dict[str, Any]) -> str:
-    return plugin + (":" + ",".join(f"{name}={value}" for name, value in settings.items()) if settings else "")
+    return plugin + (":" + ",".join(f"{name}={plain(value)}" for name, value in settings.items()) if settings else "")
 
 
 def rows(config: type[BaseModel]) -> tuple[SettingRow, ...]:
     """The fields of a pydantic model in words."""
     return tuple(
         SettingRow(name, type_text(info.annotation), _bounds(info), _default(info), info.description or "")
-        for name, info in config.model_fields.items()
+        for name, info in ((name, config.model_fields[name]) for name in own_first(config))
     )
 
 

@@ -48,7 +48,7 @@ def comparison_figure(comparison: Comparison, path: Path) -> None:
         color="#666666",
     )
     axes.legend(frameon=False, loc="lower right" if comparison.metric == "accuracy" else "upper right")
-    _save(figure, path)
+    save(figure, path)
 
 
 def run_figure(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -63,13 +63,13 @@ def run_figure(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(WIDTH, 0.4 + 2.1 * count), dpi=DPI, layout="constrained")
     grid = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
     iterations = [line["iteration"] for line in metrics]
-    _style(grid[0], "", "", "outer loss")
+    style(grid[0], "", "", "outer loss")
     losses = [line["outer_loss"] for line in metrics]
     grid[0].plot(iterations, losses, color=COLOURS[1], linewidth=0.6, alpha=0.35)
     grid[0].plot(iterations, _smoothed(losses), color=COLOURS[1], linewidth=1.8)
     validated = [line for line in metrics if line.get("validation", {}).get("mean") is not None]
     metric: Metric = validated[0]["validation"]["metric"] if validated else "accuracy"
-    _style(grid[1], "", "", f"validation {_unit(metric)}")
+    style(grid[1], "", "", f"validation {_unit(metric)}")
     points = [(line["iteration"], line["validation"]["mean"], line["validation"]["interval"]) for line in validated]
     scale = _scale(metric)
     grid[1].plot(
@@ -84,7 +84,7 @@ def run_figure(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
         linewidth=0,
     )
     for axes, (group, members) in zip(grid[2:], names.items(), strict=True):
-        _style(axes, "", "", group)
+        style(axes, "", "", group)
         for index, name in enumerate(members):
             values = [line["figures"][name] for line in metrics]
             axes.plot(iterations, values, color=COLOURS[(index + 1) % len(COLOURS)], linewidth=1.5, label=name.rpartition("/")[2])
@@ -92,7 +92,7 @@ def run_figure(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.legend(frameon=False, fontsize=8, ncols=len(members), loc="best")
     more = f" ({len(groups) - len(names)} more kinds of figures are in metrics.jsonl)" if len(groups) > len(names) else ""
     grid[-1].set_xlabel(f"meta-iterations{more}", color=INK)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _grouped(names: Iterable[str]) -> dict[str, list[str]]:
@@ -157,11 +157,12 @@ def _target(axes: Axes, comparison: Comparison) -> None:
 
 def _axes(figure: Figure, x: str, y: str, metric: Metric) -> Axes:
     axes = figure.subplots()
-    _style(axes, x, y.replace(metric, _unit(metric)))
+    style(axes, x, y.replace(metric, _unit(metric)))
     return axes
 
 
-def _style(axes: Axes, x: str, y: str, title: str = "") -> None:
+def style(axes: Axes, x: str, y: str, title: str = "") -> None:
+    """Labels, and quiet lines and ticks, as all pictures have them."""
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
     axes.set_title(title, loc="left", fontsize=10, color=INK)
@@ -191,6 +192,7 @@ def _unit(metric: Metric) -> str:
     return "accuracy (%)" if metric == "accuracy" else metric
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write the picture as PNG, whole or not at all."""
     with replacing(path) as file:
         figure.savefig(file, format="png", facecolor="white")

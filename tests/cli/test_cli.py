@@ -142,7 +142,7 @@ ERRORS: list[tuple[str, str]] = [
     ),
     ("train --device tpu", "unknown device 'tpu': give auto, cpu, cuda or cuda:N"),
     ("train --device meta", "device 'meta' is not supported: metaplug runs on cpu and cuda"),
-    ("train nope.yaml", "cannot read the configuration nope.yaml: No such file or directory; give a YAML file"),
+    ("train nope.yaml", "cannot read nope.yaml: No such file or directory; give a YAML file"),
     ("explain --preset mamll", "unknown preset 'mamll': did you mean 'maml'?"),
     ("evaluate nope", "there is no run nope: give the folder of a run that `metaplug train` has validated at least once"),
     ("evaluate", "Missing argument 'RUN'."),
@@ -457,7 +457,7 @@ def test_a_preset_of_ones_own_on_the_command_line(metaplug: Any) -> None:
     missing = metaplug("train", "--preset", "none.yaml")
     assert (missing.status, missing.err) == (
         2,
-        "metaplug: cannot read the configuration none.yaml: No such file or directory; give a YAML file\n",
+        "metaplug: cannot read none.yaml: No such file or directory; give a YAML file\n",
     )
 
 
@@ -480,3 +480,45 @@ def test_plugins_that_conflict_are_refused_before_training(metaplug: Any) -> Non
         2,
         "metaplug: plugin 'multi-step-loss' stands twice in the list: give one of them a name of its own, or leave it out\n",
     )
+
+
+def test_a_task_is_drawn(metaplug: Any) -> None:
+    answer = metaplug("tasks", "glyphs", "--draw", "task.png", "--ways", "3", "--set", "within=true", "--set", "rotate=true", "--seed", "4")
+    assert answer.status == 0
+    assert answer.err.endswith("one train task is drawn in task.png\n")
+    assert Path("task.png").read_bytes().startswith(b"\x89PNG")
+    assert metaplug("tasks", "--draw", "task.png").err == (
+        "metaplug: --draw draws a task of one source: name the source, as in metaplug tasks glyphs --draw task.png\n"
+    )
+    assert metaplug("tasks", "glyphs", "--set", "turn=true").err == (
+        "metaplug: glyphs: unknown field 'turn': known: 'within', 'rotate', 'flip', 'shift', 'train_ways', 'train_shots', 'accents'\n"
+    )
+    wrong = metaplug("tasks", "glyphs", "--draw", "nowhere/task.png")
+    assert (wrong.status, wrong.err.count("\n")) == (1, 1)
+
+
+def test_a_plugin_of_the_preset_is_not_changed_in_passing(metaplug: Any) -> None:
+    answer = metaplug("explain", "--preset", "maml++", "--set", "plugins.derivative-order.switch=0")
+    assert (answer.status, answer.err) == (
+        2,
+        "metaplug: --set plugins.derivative-order.switch: 'derivative-order' is a plugin of the preset maml++, and its settings are part "
+        "of it: write a preset of your own with other ones (metaplug plugins maml++ shows this one), and give its file by --preset\n",
+    )
+
+
+def test_what_a_preset_prints_can_be_typed_again(metaplug: Any) -> None:
+    answer = metaplug("plugins", "maml++", "--json")
+    plugins = answer.json[0]["facts"]["plugins"]
+    assert "derivative-order:switch=50,iterations_per_epoch=null" in plugins
+    variant = "maml+" + plugins.replace(", ", "+")
+    assert metaplug("explain", *(word for part in variant.split("+")[1:] for word in ("--with", part))).status == 0
+
+
+def test_every_variant_is_tried_before_the_first_is_trained(metaplug: Any) -> None:
+    for variant, text in (
+        ("maml++", "variant 'maml++': plugin 'per-step-batch-norm' needs batch norm layers"),
+        ("maml+meta-sdg", "variant 'maml+meta-sdg': unknown plugin 'meta-sdg': did you mean 'meta-sgd'?"),
+    ):
+        answer = metaplug("compare", *TINY, "--variant", "maml", "--variant", variant)
+        assert answer.status == 2
+        assert answer.err.startswith(f"metaplug: {text}")
