@@ -35,7 +35,7 @@ def comparison_figure(comparison: Comparison, path: Path) -> None:
             for run in comparison.runs[label]:
                 _line(axes, run.curve, comparison.metric, color=colour, linewidth=0.7, alpha=0.45)
         curve = comparison.mean_curve(label)
-        _line(axes, curve, comparison.metric, color=colour, linewidth=2.2, label=label, zorder=3)
+        _line(axes, curve, comparison.metric, color=colour, linewidth=2.2, label=_wrapped(label), zorder=3)
         _band(axes, curve, comparison.metric, colour)
     _target(axes, comparison)
     seeds = len(comparison.seeds)
@@ -109,6 +109,17 @@ def _smoothed(values: Sequence[float]) -> list[float]:
     sums = [0.0, *accumulate(values)]
     windows = [(max(index - half, 0), min(index + half, last) + 1) for index in range(len(values))]
     return [(sums[end] - sums[begin]) / (end - begin) for begin, end in windows]
+
+
+def _wrapped(label: str, width: int = 40) -> str:
+    """A long variant in lines, broken before its plugins."""
+    lines = [""]
+    for index, part in enumerate(label.split("+")):
+        piece = part if index == 0 else f"+{part}"
+        if lines[-1] and len(lines[-1] + piece) > width:
+            lines.append("  ")
+        lines[-1] += piece
+    return "\n".join(lines)
 
 
 def _target(axes: Axes, comparison: Comparison) -> None:

@@ -22,7 +22,7 @@ from metaplug.engine import MetaStep
 from metaplug.evaluation import Metric
 from metaplug.report.catalogue import SettingRow, rows
 from metaplug.report.console import line
-from metaplug.report.figures import comparison_figure, run_figure
+from metaplug.report.figures import _wrapped, comparison_figure, run_figure
 from metaplug.report.terminal import TrainingProgress, comparison_report, result_line, value_text
 
 
@@ -188,3 +188,10 @@ def test_the_comparison_table_has_a_column_over_the_base_where_it_says_something
     assert [line.split("  ") for line in lines if line.startswith("   seed 0")][2].count("not reached") == 2
     assert any(line.startswith("Over its base: the same against the variant that this one extends by plugins") for line in lines)
     assert "over its base" not in shown(comparison_report(two_bases))
+
+
+def test_long_variants_are_broken_before_their_plugins() -> None:
+    assert _wrapped("maml+++gradient-sharing") == "maml+++gradient-sharing"
+    assert _wrapped("maml+per-step-learning-rates+multi-step-loss:floor=0.1+cosine-meta-lr", 40) == (
+        "maml+per-step-learning-rates\n  +multi-step-loss:floor=0.1\n  +cosine-meta-lr"
+    )
