@@ -19,8 +19,8 @@ from metaplug.settings import Settings, validated
 class ModelSettings(Settings):
     """The model, built for the tasks' input shape and outputs."""
 
-    name: str = Field("conv4", description="A model's entry-point name.")
-    settings: dict[str, Any] = Field(default_factory=dict, description="Fields of the model's Config.")
+    name: str = Field("conv4", description="A model's entry-point name, MODULE:FACTORY, or torchvision:NAME.")
+    settings: dict[str, Any] = Field(default_factory=dict, description="Fields of the model's Config, or arguments of its factory.")
 
 
 class TaskSettings(Settings):

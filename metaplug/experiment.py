@@ -18,7 +18,9 @@ from metaplug.config import ExperimentConfig
 from metaplug.errors import RequestError
 from metaplug.evaluation import EvaluationResult
 from metaplug.learner import MetaLearner
+from metaplug.models.factories import make_model
 from metaplug.runtime.device import resolve_device
+from metaplug.runtime.guards import check_outputs
 from metaplug.runtime.seeding import mix, stream
 from metaplug.tasks.sources import TaskSource
 
@@ -74,11 +76,10 @@ def build(config: ExperimentConfig, tasks: TaskSource | None = None) -> Experime
     device = resolve_device(config.runtime.device)
     if config.runtime.threads is not None:
         torch.set_num_threads(config.runtime.threads)
-    make_model = registry.load("model", config.model.name)
     tasks = build_tasks(config) if tasks is None else tasks
     # Iterations count from 0, so that -1 is a stream of its own; drawn on the CPU, weights do not depend on the device.
     with stream(mix(config.seed, -1), torch.device("cpu")):
-        model = make_model(tuple(tasks.input_shape), tasks.outputs, **config.model.settings)
+        model = make_model(config.model.name, tuple(tasks.input_shape), tasks.outputs, config.model.settings)
     learner = MetaLearner(
         model.to(device),
         preset=config.preset,
@@ -88,6 +89,7 @@ def build(config: ExperimentConfig, tasks: TaskSource | None = None) -> Experime
         seed=config.seed,
         **config.learner.model_dump(),
     )
+    check_outputs(learner.engine.inner, tasks.train.batch(0, [0]).to(device), tasks.outputs, tasks.kind)
     return Experiment(config, learner, tasks)
 
 

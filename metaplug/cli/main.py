@@ -62,6 +62,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     line_given = sys.argv[1:] if arguments is None else arguments
     _State.debug = "--debug" in line_given
     _quiet_warnings()
+    if "" not in sys.path:
+        sys.path.append("")  # a model's MODULE:FACTORY may lie in the current folder; at the end, where it shadows nothing
     try:
         status = app(args=[word for word in line_given if word != "--debug"], prog_name="metaplug", standalone_mode=False)
     except _USAGE_ERROR as error:

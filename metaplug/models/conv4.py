@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metaplug.errors import RequestError
+from metaplug.models.parts import check_images
 from metaplug.settings import Settings, validated
 
 _BLOCKS = 4
@@ -62,11 +63,7 @@ class Conv4(nn.Module):
         self.config = validated(Conv4Config, settings, "conv4")
         self.input_shape = tuple(input_shape)
         self.outputs = outputs
-        if len(self.input_shape) != 3 or min(self.input_shape) < 1 or outputs < 1:
-            raise RequestError(
-                f"conv4 takes images (channels, height, width) to at least one output, but the tasks have inputs {self.input_shape} and "
-                f"{outputs} outputs: choose other tasks, or the model mlp"
-            )
+        check_images("conv4", self.input_shape, outputs)
         channels, *size = self.input_shape
         if self.config.pooling == "max" and min(size) < 2**_BLOCKS:
             raise RequestError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from metaplug.errors import RequestError
 from metaplug.inner import InnerLoop
@@ -58,15 +60,37 @@ def choose_batching(requested: Batching, inner: InnerLoop, batch: TaskBatch) -> 
 
 
 def _refusal(inner: InnerLoop, batch: TaskBatch) -> str | None:
-    """vmap's own reason for refusing two tasks of this batch, in one line; None where it takes them."""
+    """vmap's own reason for refusing two tasks of this batch, in one line, with the operation; None where it takes them."""
     parameters = [parameter.detach().expand(2, *parameter.shape) for parameter in inner.model.parameters()]
     x, y = (tensor[:1].expand(2, *tensor.shape[1:]) for tensor in (batch.support_x, batch.support_y))
+    watch = _Watch()
+
+    def task(*arguments: Any) -> tuple[Tensor, Tensor]:
+        with watch:
+            return inner.task(*arguments)
+
     try:
         with torch.no_grad(), stream(0, x.device):
-            torch.vmap(inner.task, in_dims=(0, 0, 0), randomness="different")(parameters, x, y)
+            torch.vmap(task, in_dims=(0, 0, 0), randomness="different")(parameters, x, y)
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return f"{reason} (in {watch.failed})" if watch.failed else reason
     return None
+
+
+class _Watch(TorchFunctionMode):
+    """Remembers the first operation that fails while it is active."""
+
+    failed: str | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except Exception:
+            self.failed = self.failed or getattr(func, "__name__", None)
+            raise
 
 
 def _kept_bytes(inner: InnerLoop, batch: TaskBatch) -> int:

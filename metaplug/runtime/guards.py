@@ -41,6 +41,27 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
             raise RequestError(f"batch_norm 'frozen' needs stored statistics, but the layer '{name}' keeps none: use 'batch'")
 
 
+def check_outputs(inner: InnerLoop, batch: TaskBatch, outputs: int, kind: Kind) -> None:
+    """Run two examples of a task forward, and hold the form of the output against what the tasks need; nothing changes by it.
+
+    Labels would not show a head that is too wide, which spends its weights, and some of every prediction, on classes that no task has.
+
+    Args:
+        outputs: how many classes the tasks have; for regression the targets say what is needed.
+
+    Raises:
+        RequestError: the model fails on them, does not answer with one tensor, or with one of another form.
+    """
+    x = torch.cat([batch.support_x[0], batch.query_x[0]])[:2]
+    with torch.no_grad():
+        prediction = _reference(inner, dict(inner.model.named_parameters()), x)
+    _check_rows(prediction, x)
+    target = tuple(batch.support_y.shape[2:])
+    given, needed = tuple(prediction.shape[1:]), target if kind == "regression" else (outputs, *target)
+    if given != needed:
+        raise RequestError(f"the model answers n examples with {_rows(given)}, but the tasks need {_rows(needed)}: give its head that form")
+
+
 def check_forward(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> int | None:
     """Run one task forward and backward, patched and as torch itself would, on weights that are not the model's own, and compare.
 
@@ -68,8 +89,7 @@ def check_forward(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> int | None:
         raise RequestError(
             "the model writes to a buffer in forward, which would leak from task to task: make its buffers constant in training"
         )
-    if not isinstance(prediction, Tensor) or prediction.shape[:1] != x.shape[:1]:
-        raise RequestError("the model must answer with one tensor (n, *output), a row for each example: wrap it in a module that does")
+    _check_rows(prediction, x)
     if not _close(prediction, expected):
         raise RequestError(
             "the model's forward pass does not follow the weights that it is given (a forward hook such as the old weight_norm, a stored "
@@ -91,6 +111,15 @@ def check_forward(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> int | None:
     if not isinstance(loss, Tensor) or loss.shape != ():
         raise RequestError("the loss must answer with one number for a task, a tensor of shape (): take the mean over its examples")
     return outputs
+
+
+def _check_rows(prediction: object, x: Tensor) -> None:
+    if not isinstance(prediction, Tensor) or prediction.shape[:1] != x.shape[:1]:
+        raise RequestError("the model must answer with one tensor (n, *output), a row for each example: wrap it in a module that does")
+
+
+def _rows(shape: tuple[int, ...]) -> str:
+    return f"({', '.join(['n', *map(str, shape)])})"
 
 
 def _output_width(prediction: Tensor) -> int:

@@ -1,0 +1,98 @@
+"""A model by its name: an installed one, one that a factory of your own makes (module:factory), or a torchvision classifier."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from metaplug import registry
+from metaplug.errors import RequestError, RunError, did_you_mean, unknown
+from metaplug.models.parts import check_images
+
+
+def make_model(name: str, input_shape: tuple[int, ...], outputs: int, settings: Mapping[str, Any]) -> nn.Module:
+    """A new model from inputs (n, *input_shape) to (n, outputs); that it keeps to `outputs` is not checked here.
+
+    Args:
+        name: an installed model ("conv4"); MODULE:FACTORY, anything importable that is called as factory(input_shape, outputs, **settings)
+            and returns an `nn.Module`; or torchvision:NAME, a classifier of torchvision without weights, its first convolution made anew
+            where the inputs do not have its number of channels.
+        input_shape: of one example.
+        outputs: the width of the model's head, >= 1.
+        settings: fields of an installed model's Config, or further arguments of the factory.
+
+    Raises:
+        RequestError: the name leads to nothing that can be called, the settings are refused, or what comes back is no module.
+        RunError: the module is there, but importing it fails.
+    """
+    module, colon, attribute = name.partition(":")
+    if module == "torchvision" and colon:
+        return _classifier(name, attribute, input_shape, outputs, settings)
+    factory = _factory(name, module, attribute) if colon else registry.load("model", name)
+    return _made(name, factory, settings, input_shape, outputs)
+
+
+def _factory(name: str, module: str, attribute: str) -> Callable[..., Any]:
+    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
+        raise RequestError(f"the model '{name}' is no MODULE:FACTORY: write both as Python does, such as my_package.my_module:make")
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            raise RequestError(
+                f"the model '{name}' asks for the module '{error.name}', which is not found: run in the folder that holds it, or install it"
+            ) from None
+        raise RunError(f"the module of the model '{name}' does not load ({_reason(error)}): correct it there") from error
+    if not hasattr(found, attribute):
+        known = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
+        raise RequestError(f"the model '{name}' asks for '{attribute}', which the module does not have: {did_you_mean(attribute, known)}")
+    factory = getattr(found, attribute)
+    if not callable(factory):
+        raise RequestError(
+            f"the model '{name}' is of type {type(factory).__name__}, which cannot be called: "
+            "name a function or class that takes (input_shape, outputs, **settings)"
+        )
+    made: Callable[..., Any] = factory
+    return made
+
+
+def _classifier(name: str, wanted: str, input_shape: tuple[int, ...], outputs: int, settings: Mapping[str, Any]) -> nn.Module:
+    try:
+        zoo: Any = importlib.import_module("torchvision.models")
+    except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another torch
+        raise RequestError(
+            f"the model '{name}' needs torchvision, which does not load ({_reason(error)}): "
+            f"pip install torchvision, in the version that belongs to torch {torch.__version__}"
+        ) from error
+    known = zoo.list_models(module=zoo)
+    if wanted not in known:
+        raise unknown("torchvision model", wanted, known)
+    check_images(name, input_shape, outputs)
+    model = _made(name, zoo.get_model_builder(wanted), settings, weights=None, num_classes=outputs)
+    # The stem is the first convolution of every one of these classifiers.
+    stem, old = next((key, layer) for key, layer in model.named_modules() if isinstance(layer, nn.Conv2d))
+    if old.in_channels != input_shape[0]:
+        form: dict[str, Any] = {key: getattr(old, key) for key in ("out_channels", "kernel_size", "stride", "padding", "dilation")}
+        model.set_submodule(stem, nn.Conv2d(input_shape[0], **form, bias=old.bias is not None))
+    return model
+
+
+def _made(name: str, factory: Callable[..., Any], settings: Mapping[str, Any], *args: Any, **kwargs: Any) -> nn.Module:
+    try:
+        model = factory(*args, **kwargs, **settings)
+    except TypeError as error:
+        raise RequestError(
+            f"the model '{name}' cannot be made with the settings {dict(settings)} ({_reason(error)}): "
+            "correct model.settings, or what the factory takes"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise RequestError(f"the model '{name}' gives a {type(model).__name__}, not a torch.nn.Module: let its factory return one")
+    return model
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
