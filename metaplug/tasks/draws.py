@@ -33,6 +33,21 @@ def uniform(words: NDArray[np.uint64], low: float, high: float) -> NDArray[np.fl
     return low + (high - low) * unit
 
 
+def normal(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Pairs of words as pairs of independent standard normal float64 numbers (Box and Muller 1958).
+
+    Args:
+        words: (..., 2).
+
+    Returns:
+        (..., 2), each number finite and below 9 in size.
+    """
+    # 1 - u lies in (0, 1], where u itself might be 0 and have no logarithm.
+    radius = np.sqrt(-2 * np.log1p(-uniform(words[..., 0], 0, 1)))
+    angle = uniform(words[..., 1], 0, 2 * np.pi)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+
+
 def distinct(words: NDArray[np.uint64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Draws without replacement, in random order: the first k places of a Fisher-Yates shuffle of range(size), for every row at once.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -33,6 +35,12 @@ class EpisodeOptions(Settings):
         None, description="Fewest and most shots of a training task, drawn for each meta-batch; null: the shots of all tasks."
     )
 
+    memory_mib: int = Field(
+        4096,
+        ge=0,
+        description="A split's images are kept in memory up to so many MiB; more of them in a file that is mapped into it.",
+    )
+
     @model_validator(mode="after")
     def _ranges_in_order(self) -> Self:
         for name, least in (("train_ways", 2), ("train_shots", 1)):
@@ -40,6 +48,11 @@ class EpisodeOptions(Settings):
             if not least <= low <= high:
                 raise ValueError(f"{name} = [{low}, {high}]: give the fewest first, at least {least}")
         return self
+
+    @property
+    def draws_more(self) -> bool:
+        """Whether tasks need more random numbers than the choice of their images does."""
+        return self.within or self.rotate or self.flip or self.shift > 0
 
     @property
     def of_evaluation(self) -> EpisodeOptions:
@@ -224,7 +237,7 @@ class ImageEpisodes:
         drawn = examples if styles is None else int(self._counts.max())
         used = ways * (1 + drawn)
         more = 1 + 2 * ways + 2 * ways * examples  # what an augmentation draws, it draws behind: a task without has the same images
-        words = draw(self.seed, self.split, iteration, indices, used + (more if self.options != EpisodeOptions() else 0))
+        words = draw(self.seed, self.split, iteration, indices, used + (more if self.options.draws_more else 0))
         classes = self._choose_classes(words[:, :ways], words[:, used : used + 1])
         counts, offsets = self._counts[classes][..., None], self._offsets[classes][..., None]
         chosen = distinct(words[:, ways:used].reshape(len(indices), ways, drawn), counts[..., 0])
@@ -270,6 +283,16 @@ class ImageEpisodes:
     def _labels(self, places: NDArray[np.int64]) -> Tensor:
         tasks, ways, examples = places.shape
         return torch.arange(ways, device=self.classes.images.device).repeat_interleave(examples).repeat(tasks, 1)
+
+
+def allocate(shape: tuple[int, ...], memory_mib: int) -> NDArray[np.uint8]:
+    """An array for images: in memory, or beyond `memory_mib` in a temporary file without a name, which goes when the array goes."""
+    size = math.prod(shape)
+    if size <= memory_mib * 2**20:
+        return np.empty(shape, np.uint8)
+    with tempfile.TemporaryFile() as file:
+        file.truncate(size)
+        return np.memmap(file, np.uint8, "r+", shape=shape)
 
 
 def rotated(images: Tensor, quarters: Tensor) -> Tensor:

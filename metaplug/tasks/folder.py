@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import stat
@@ -14,18 +13,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal, Self, final
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from metaplug.errors import RequestError, quoted, unknown
 from metaplug.settings import validated
-from metaplug.tasks.episodes import ClassImages, EpisodeOptions
-from metaplug.tasks.sources import SPLITS, ImageSource
+from metaplug.tasks.episodes import ClassImages, EpisodeOptions, allocate
+from metaplug.tasks.sources import SPLITS, ImageSource, SplitFractions, by_fractions
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _MOST_BYTES = 64 * 2**20
@@ -33,7 +32,7 @@ _MOST_PIXELS = 50_000_000
 _SPLIT_FILE = "splits.json"
 
 
-class FolderConfig(EpisodeOptions):
+class FolderConfig(EpisodeOptions, SplitFractions):
     """How a folder of images is read and split."""
 
     size: int | None = Field(28, ge=1, le=1024, description="Side of an image after resizing, in pixels; null keeps the images' own size.")
@@ -43,15 +42,6 @@ class FolderConfig(EpisodeOptions):
         description="Whether dark and bright change places; auto: for grey images whose training part is mostly bright (ink on paper).",
     )
     splits: Path | None = Field(None, description="JSON file of class names by split; null takes splits.json beside the data, if there.")
-    fractions: tuple[float, float, float] = Field(
-        (0.64, 0.16, 0.20), description="Shares of the classes for train, val and test, where neither a file nor folder names split them."
-    )
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        if min(self.fractions) < 0 or abs(sum(self.fractions) - 1) > 1e-6:
-            raise ValueError(f"fractions = {self.fractions}: they must be at least 0 and sum to 1")
-        return self
 
 
 @dataclass(frozen=True)
@@ -204,10 +194,7 @@ def _split(classes: Classes, root: Path, config: FolderConfig) -> tuple[Classes,
         return classes, _read_splits(config.splits or beside, list(classes))
     if {PurePosixPath(name).parts[0] for name in classes} <= set(SPLITS):
         return _split_by_folder(classes)
-    ranked = sorted(classes, key=lambda name: hashlib.sha256(name.encode()).digest())
-    first = round(config.fractions[0] * len(ranked))
-    second = round((config.fractions[0] + config.fractions[1]) * len(ranked))
-    return classes, {"train": sorted(ranked[:first]), "val": sorted(ranked[first:second]), "test": sorted(ranked[second:])}
+    return classes, by_fractions(list(classes), config.fractions)
 
 
 def _split_by_folder(classes: Classes) -> tuple[Classes, dict[str, list[str]]]:
@@ -265,7 +252,7 @@ def _read_split(classes: Classes, names: Sequence[str], config: FolderConfig) ->
     for place, file in enumerate(files):
         pixels = _read_image(file, config)
         if place == 0:
-            images = np.empty((len(files), *pixels.shape), np.uint8)
+            images = allocate((len(files), *pixels.shape), config.memory_mib)
         if pixels.shape != images.shape[1:]:
             raise RequestError(
                 f"the image {file} has {pixels.shape[2]} x {pixels.shape[1]} pixels, the first one {images.shape[3]} x {images.shape[2]}, "

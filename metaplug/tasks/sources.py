@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, Self, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from metaplug.errors import RequestError
@@ -17,6 +19,27 @@ from metaplug.settings import Settings, validated
 from metaplug.tasks.episodes import ClassImages, EpisodeOptions, ImageEpisodes, TaskStream
 
 SPLITS = ("train", "val", "test")
+
+
+class SplitFractions(Settings):
+    """How classes, or tasks, are split where nothing else says so."""
+
+    fractions: tuple[float, float, float] = Field(
+        (0.64, 0.16, 0.20), description="Shares for train, val and test, where neither a file nor names split them."
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if min(self.fractions) < 0 or abs(sum(self.fractions) - 1) > 1e-6:
+            raise ValueError(f"fractions = {self.fractions}: they must be at least 0 and sum to 1")
+        return self
+
+
+def by_fractions(names: Sequence[str], fractions: tuple[float, float, float]) -> dict[str, list[str]]:
+    """Names divided into train, val and test by shares, in the order of a hash of each: no seed and no other name changes a name's rank."""
+    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    first, second = round(fractions[0] * len(ranked)), round((fractions[0] + fractions[1]) * len(ranked))
+    return {"train": sorted(ranked[:first]), "val": sorted(ranked[first:second]), "test": sorted(ranked[second:])}
 
 
 class TaskSource(ABC):

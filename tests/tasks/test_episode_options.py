@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from metaplug.errors import RequestError
 from metaplug.tasks import ArrayTasks, ClassImages, EpisodeOptions, ImageEpisodes, TaskBatch
-from metaplug.tasks.episodes import rotated, shifted
+from metaplug.tasks.episodes import allocate, rotated, shifted
 
 SEEDS = st.integers(-(2**70), 2**70)
 SIDE = 5
@@ -226,3 +226,12 @@ def test_options_of_the_wrong_form_are_refused() -> None:
         with pytest.raises(RequestError) as error:
             ArrayTasks(**splits, ways=2, shots=1, queries=2, **options)
         assert str(error.value) == text
+
+
+def test_images_beyond_the_budget_are_mapped_from_a_file_and_draw_the_same_tasks() -> None:
+    small, large = allocate((3, 2**18), 1), allocate((5, 2**18), 1)
+    assert not isinstance(small, np.memmap)
+    assert isinstance(large, np.memmap)
+    large[:] = np.arange(5, dtype=np.uint8)[:, None]
+    assert torch.equal(torch.from_numpy(large)[:, 0], torch.arange(5, dtype=torch.uint8))
+    assert large.sum() == 10 * 2**18
