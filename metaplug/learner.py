@@ -25,6 +25,7 @@ from metaplug.preset import PluginUse, Preset, find_preset, make_plugins
 from metaplug.runtime.batching import Batching, BatchingChoice, choose_batching
 from metaplug.runtime.guards import check_forward, check_model
 from metaplug.settings import validated
+from metaplug.tasks.adapters import as_stream
 from metaplug.tasks.batch import TaskBatch
 from metaplug.tasks.episodes import TaskStream
 from metaplug.values import Context, Kind
@@ -191,6 +192,7 @@ class MetaLearner:
             RunError: a loss or gradient is NaN or Inf; the weights are those of the iteration before.
         """
         _check_counts(tasks_per_batch=tasks_per_batch, validate_every=validate_every, validation_tasks=validation_tasks)
+        tasks = as_stream(tasks, self.seed)
         total = self.iteration + iterations
         while self.iteration < total:
             batch = self._checked(tasks.batch(self.iteration, range(tasks_per_batch)))
@@ -212,6 +214,7 @@ class MetaLearner:
             RunError: a task's query loss is NaN or Inf, which no mean should hide; the task is named.
         """
         _check_counts(num_tasks=num_tasks, tasks_per_batch=tasks_per_batch)
+        tasks = as_stream(tasks, self.seed)
         steps = self._steps(inner_steps)
         scores = []
         for start in range(0, num_tasks, tasks_per_batch):

@@ -1,9 +1,13 @@
 """The bench compares what is the same algorithm, and measures what it says."""
 
-import pytest
+import io
 
-from metaplug import RequestError
+import pytest
+from rich.console import Console
+
+from metaplug import RequestError, bench_tasks
 from metaplug.bench import WORKLOADS, as_json_values, contestants, run
+from metaplug.report.terminal import drawing_table
 
 
 def test_every_contestant_is_measured_and_the_same_algorithm_gives_the_same_meta_gradient():
@@ -38,3 +42,19 @@ def test_chosen_contestants_are_measured_alone():
     assert rows[0].gradient_error <= 1e-10
     with pytest.raises(RequestError, match=r"^unknown contestant 'metaplug, vectorised': did you mean 'metaplug, vectorized'\?$"):
         run(["sinusoid-25x1"], [], repeats=1, memory=False, only=["metaplug, vectorised"])
+
+
+def test_drawing_is_timed_beside_torchmeta_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = bench_tasks.run(repeats=2, tasks=2)
+    assert [row.contestant for row in rows] == ["metaplug", "torchmeta's BatchMetaDataLoader"]
+    assert rows[0].milliseconds is not None
+
+    def missing() -> None:
+        raise RequestError("torchmeta is not here")
+
+    monkeypatch.setattr(bench_tasks, "apply", missing)
+    alone = bench_tasks.run(repeats=2, tasks=2)
+    assert alone[1] == bench_tasks.DrawRow("torchmeta's BatchMetaDataLoader", None, None, "torchmeta is not here")
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(drawing_table([*rows, alone[1]]))
+    assert "torchmeta is not here" in shown.getvalue()

@@ -14,7 +14,9 @@ _BENCH_EXAMPLES = """**Examples**
 
 - metaplug bench --workload sinusoid-25x5 --memory
 
-- metaplug bench --threads 1 --repeats 20 --json"""
+- metaplug bench --threads 1 --repeats 20 --json
+
+- metaplug bench --drawing --repeats 50"""
 
 
 def register(app: typer.Typer) -> None:
@@ -39,6 +41,10 @@ def bench(
         typer.Option("--only", metavar="CONTESTANT", help="Only this one, as the table names it. Repeatable.", show_default="all"),
     ] = None,
     memory: Annotated[bool, typer.Option("--memory", help="Measure the memory of a step too.")] = False,
+    drawing: Annotated[
+        bool,
+        typer.Option("--drawing", help="Time the drawing of 32 tasks, 5-way 1-shot with 15 queries, beside torchmeta's loader."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Time a meta-step side by side: metaplug in every batching, plain torch, plain higher; with each one's error of the meta-gradient.
@@ -55,6 +61,9 @@ def bench(
     from metaplug.report.terminal import bench_table
 
     torch.set_num_threads(threads)
+    if drawing:
+        _bench_drawing(repeats, threads, as_json)
+        return
     chosen = workload or list(WORKLOADS)
     plugins = use or ["gradient-sharing"]
     rows = run(chosen, plugins, repeats=repeats, memory=memory, only=only or (), on_workload=lambda name: line(f"measuring {name}"))
@@ -63,3 +72,18 @@ def bench(
     else:
         CONSOLE.print(bench_table(rows))
         line(f"torch {torch.__version__}, {threads} CPU thread{'s' if threads > 1 else ''}, median of {repeats}")
+
+
+def _bench_drawing(repeats: int, threads: int, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from metaplug.bench_tasks import run
+    from metaplug.experiment import to_json
+    from metaplug.report.terminal import drawing_table
+
+    rows = run(repeats=repeats)
+    if as_json:
+        emit(to_json({"threads": threads, "repeats": repeats, "rows": [asdict(row) for row in rows]}, indent=2))
+        return
+    CONSOLE.print(drawing_table(rows))
+    line(f"32 5-way 1-shot tasks with 15 queries from 1,600 classes of 20 images, {threads} CPU thread{'s' if threads > 1 else ''}")

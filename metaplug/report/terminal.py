@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metaplug.bench import Row
+from metaplug.bench_tasks import DrawRow
 from metaplug.comparison import Acceleration, Comparison
 from metaplug.config import Resolved, flatten
 from metaplug.evaluation import EvaluationResult
@@ -262,6 +263,18 @@ def bench_table(rows: Sequence[Row]) -> RenderableType:
             "" if row.graph_mib is None else f"{row.graph_mib:.1f}",
             "" if row.peak_mib is None else f"{row.peak_mib:.1f}",
         )
+    return table
+
+
+def drawing_table(rows: Sequence[DrawRow]) -> RenderableType:
+    """What it costs to draw a batch of tasks; ratios are of the other contestants to metaplug, the first row."""
+    table = _table("", "contestant", "ms", "±", "times as long")
+    first = rows[0].milliseconds
+    for row in rows:
+        if row.milliseconds is None or row.spread is None or first is None:
+            table.add_row(row.contestant, Text(row.reason or "", style="dim"), "", "")
+        else:
+            table.add_row(row.contestant, f"{row.milliseconds:.2f}", f"{row.spread:.2f}", f"{row.milliseconds / first:.1f}×")
     return table
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from metaplug.errors import RequestError, RunError
+from metaplug.errors import RequestError, RunError, quoted
 
 _FIELDS = ("support_x", "support_y", "query_x", "query_y")
 
@@ -57,6 +59,51 @@ class TaskBatch:
             raise self._mixed("support_x", "query_x", "convert one of them")
         if self.support_y.is_floating_point() != self.query_y.is_floating_point():
             raise self._mixed("support_y", "query_y", "give integer labels in both, or floating-point targets in both")
+
+    @classmethod
+    def stack(cls, tasks: Sequence[TaskBatch]) -> TaskBatch:
+        """Several batches as one, in their order: of tasks that you made one by one, for example.
+
+        Raises:
+            RequestError: there is none, or they differ in size. Padded examples would count in batch norm and in every mean over
+                examples, so that tasks of unequal size are not padded.
+        """
+        if not tasks:
+            raise RequestError("TaskBatch.stack: there is no task: give at least one")
+        for name in _FIELDS:
+            shapes = [getattr(task, name).shape[1:] for task in tasks]
+            if different := [place for place, shape in enumerate(shapes) if shape != shapes[0]]:
+                raise RequestError(
+                    f"TaskBatch.stack: {name} of batch {different[0]} is {tuple(shapes[different[0]])} for a task, of batch 0 "
+                    f"{tuple(shapes[0])}, but tasks that are computed together must be of one size, as padding would count in batch norm "
+                    "and in every mean over examples: draw tasks of one size, or put those of another into batches of their own"
+                )
+        return cls(*(torch.cat([getattr(task, name) for task in tasks]) for name in _FIELDS))
+
+    @classmethod
+    def from_torchmeta(cls, batch: Any) -> TaskBatch:
+        """A batch of torchmeta's BatchMetaDataLoader; shapes and dtypes stay as they are.
+
+        Args:
+            batch: {"train": (x, y), "test": (x, y)}, or with "support" and "query", each (T, examples, ...).
+
+        Raises:
+            RequestError: it has not these two parts, its targets are no tensors, or as TaskBatch raises.
+        """
+        parts = batch if isinstance(batch, Mapping) else {}
+        names = next((pair for pair in (("train", "test"), ("support", "query")) if set(pair) <= set(parts)), None)
+        if names is None:
+            raise RequestError(
+                f"TaskBatch.from_torchmeta: the batch has the parts {quoted(map(str, parts))}, not 'train' and 'test': "
+                f"give its data set a ClassSplitter with num_train_per_class and num_test_per_class"
+            )
+        (support_x, support_y), (query_x, query_y) = (parts[name] for name in names)
+        if not isinstance(support_y, Tensor):
+            raise RequestError(
+                "TaskBatch.from_torchmeta: the targets are names of classes, not integers: "
+                "give its data set target_transform=Categorical(num_classes=...)"
+            )
+        return cls(support_x, support_y, query_x, query_y)
 
     @property
     def num_tasks(self) -> int:

@@ -107,3 +107,20 @@ def test_labels_out_of_range_are_found(label: int) -> None:
         f"labels out of range: query_y has the label {label}, but the model has 5 outputs, for the labels 0 to 4: "
         "give the model more outputs, or the tasks fewer ways"
     )
+
+
+def test_batches_are_stacked_in_their_order_and_unequal_sizes_refused() -> None:
+    one, other = TaskBatch(**parts()), TaskBatch(**parts(support_x=torch.ones(2, 3, 4)))
+    stacked = TaskBatch.stack([one, other])
+    assert stacked.num_tasks == 4
+    assert torch.equal(stacked.support_x, torch.cat([one.support_x, other.support_x]))
+    larger = TaskBatch(**parts(query_x=torch.zeros(2, 6, 4), query_y=torch.zeros(2, 6, dtype=torch.int64)))
+    with pytest.raises(RequestError) as error:
+        TaskBatch.stack([one, larger])
+    assert str(error.value) == (
+        "TaskBatch.stack: query_x of batch 1 is (6, 4) for a task, of batch 0 (5, 4), but tasks that are computed together must be of one "
+        "size, as padding would count in batch norm and in every mean over examples: draw tasks of one size, or put those of another into "
+        "batches of their own"
+    )
+    with pytest.raises(RequestError, match=r"^TaskBatch.stack: there is no task: give at least one$"):
+        TaskBatch.stack([])
