@@ -225,7 +225,8 @@ def _seeded(variant: Variant, seed: int) -> Variant:
 
 def _run(variant: Variant, tasks: TaskSource, on_record: Callable[[Variant, int, Record], None]) -> SeedRun:
     config = variant.config
-    learner = build(config, tasks).learner
+    experiment = build(config, tasks)
+    learner, tasks = experiment.learner, experiment.tasks
     curve: list[Point] = []
     state: dict[str, Any] = {}
     begun = time.monotonic()

@@ -76,7 +76,7 @@ def build(config: ExperimentConfig, tasks: TaskSource | None = None) -> Experime
     device = resolve_device(config.runtime.device)
     if config.runtime.threads is not None:
         torch.set_num_threads(config.runtime.threads)
-    tasks = build_tasks(config) if tasks is None else tasks
+    tasks = (build_tasks(config) if tasks is None else tasks).to(device)
     # Iterations count from 0, so that -1 is a stream of its own; drawn on the CPU, weights do not depend on the device.
     with stream(mix(config.seed, -1), torch.device("cpu")):
         model = make_model(config.model.name, tuple(tasks.input_shape), tasks.outputs, config.model.settings)

@@ -57,7 +57,7 @@ class EpisodeOptions(Settings):
     @property
     def of_evaluation(self) -> EpisodeOptions:
         """What of it holds for validation and test tasks."""
-        return EpisodeOptions(within=self.within)
+        return EpisodeOptions(within=self.within, memory_mib=self.memory_mib)
 
 
 class TaskStream(Protocol):
@@ -198,9 +198,15 @@ class ImageEpisodes:
         return TaskBatch(inputs[0], self._labels(parts[0]), inputs[1], self._labels(parts[1]))
 
     def to(self, device: torch.device | str) -> ImageEpisodes:
-        """The same tasks, gathered on `device`: the images are moved there once, and no batch is copied over afterwards."""
+        """The same tasks, gathered on `device`: the images are moved there once, and no batch is copied over afterwards.
+
+        Images beyond the budget of `memory_mib` stay where they are.
+        """
+        images = self.classes.images
+        if images.numel() * images.element_size() > self.options.memory_mib * 2**20:
+            return self
         moved = copy(self)
-        moved.classes = replace(self.classes, images=self.classes.images.to(device))
+        moved.classes = replace(self.classes, images=images.to(device))
         return moved
 
     def _sizes(self, iteration: int) -> tuple[int, int]:
@@ -297,10 +303,9 @@ def allocate(shape: tuple[int, ...], memory_mib: int) -> NDArray[np.uint8]:
 
 def rotated(images: Tensor, quarters: Tensor) -> Tensor:
     """Every class turned as a whole: images (T, ways, examples, channels, side, side) by quarters (T, ways) times 90 degrees."""
-    turned = images.clone()
-    for quarter in (1, 2, 3):
-        chosen = quarters == quarter
-        turned[chosen] = torch.rot90(images[chosen], quarter, (-2, -1))
+    turned, chosen = images, quarters[..., None, None, None, None]
+    for quarter in (1, 2, 3):  # all of them everywhere: choosing by a mask would wait for the device
+        turned = torch.where(chosen == quarter, torch.rot90(images, quarter, (-2, -1)), turned)
     return turned
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import copy
 from itertools import combinations
 from typing import Any, ClassVar, Literal, Self, final
 
@@ -68,6 +69,14 @@ class TaskSource(ABC):
     test: TaskStream
     input_shape: tuple[int, ...]
     outputs: int
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same tasks, with the images of every split on `device`, as ImageEpisodes.to has it; what has no images stays as it is."""
+        moved = copy(self)
+        for split in SPLITS:
+            stream = getattr(self, split)
+            setattr(moved, split, stream.to(device) if isinstance(stream, ImageEpisodes) else stream)
+        return moved
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

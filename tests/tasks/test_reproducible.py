@@ -108,6 +108,16 @@ def test_classes_of_a_folder_stay_apart_whatever_the_options(tmp_path: Path) -> 
         assert not seen["val"] & seen["test"]
 
 
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_source_moves_its_images_and_stays_as_it_is_itself(name: str) -> None:
+    source = SOURCES[name](0)
+    moved = source.to("meta")
+    assert source.train.batch(0, [0]).device.type == "cpu"
+    has_images = name in ("glyphs", "labelled")
+    assert moved.train.batch(0, [0]).device.type == ("meta" if has_images else "cpu")
+    assert source.to("cpu").train.batch(0, [0]).device.type == "cpu"
+
+
 def test_a_folder_that_is_mapped_into_memory_draws_the_same_tasks(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     for index in range(12):
