@@ -12,7 +12,8 @@ from metaplug import Context, InnerStep, LearnedPluginConfig, Parameters, Plugin
 class PerStepBatchNorm(Plugin):
     """Give every batch norm layer a scale γ and a shift β for each inner step k, meta-learned, and not adapted in the inner loop.
 
-        y = γ[k] · (x − mean) / √(variance + ε) + β[k]        γ, β of shape (K, channels)
+        y = γ[k] · (x − mean) / √(variance + ε) + β[k]
+        γ, β of shape (K, channels)
 
     The support pass of step k and the query pass after its update both use γ[k] and β[k]. They start at the model's own values, which are
     then no longer used. Statistics are those of the batch, as in the reference code, or stored ones, as the learner's `batch_norm` says.

@@ -13,7 +13,8 @@ from metaplug import Outcome, Plugin, hookimpl
 class Reptile(Plugin):
     """Replace the meta-gradient of what the inner loop adapts by the way that the tasks went.
 
-        G = mean over t of (θ − θ[t,K]),   so that SGD with rate ε does   θ ← θ + ε · mean over t of (θ[t,K] − θ)
+        G = mean over t of (θ − θ[t,K])
+        θ ← θ + ε · mean over t of (θ[t,K] − θ)        with SGD of rate ε in the outer loop
 
     What the inner loop does not move, such as other plugins' meta-parameters, keeps the gradient of the outer loss. No second derivatives
     are needed: put `derivative-order` beside it, as the preset `reptile` does, to save their graph.

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from metaplug import registry
+from metaplug.config import flatten
 from metaplug.hookspecs import KINDS
 from metaplug.preset import Preset
 from metaplug.registry import Part
@@ -84,7 +85,7 @@ def _entry(part: Part) -> Entry:
 def _preset_entry(part: Part, preset: Preset) -> Entry:
     facts = {"plugins": ", ".join(_use_text(use.plugin, use.settings) for use in preset.plugins) or "none", "source": preset.source}
     if preset.defaults:
-        facts["training defaults"] = str(preset.defaults)
+        facts["training defaults"] = ", ".join(f"{path}={plain(value)}" for path, value in flatten(preset.defaults).items())
     return Entry("preset", part.name, part.origin, summary=preset.summary, documentation=preset.summary, facts=facts)
 
 
