@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +47,7 @@ def build_tasks(config: ExperimentConfig) -> TaskSource:
     if source.argument is not None and not argument:
         raise RequestError(f"the task source '{name}' needs a {source.argument} behind a colon: write {name}:{source.argument.upper()}")
     size = {"shots": settings.shots, "queries": settings.queries, "seed": config.seed}
-    if _takes_ways(source):
+    if source.has_ways(argument):
         size["ways"] = settings.ways
     made: TaskSource = source(*([argument] if argument else []), **size, **settings.settings)
     return made
@@ -56,12 +55,9 @@ def build_tasks(config: ExperimentConfig) -> TaskSource:
 
 def task_form(config: ExperimentConfig) -> list[str]:
     """The form of the configured tasks in words: ["5-way", "1-shot"], or ["10-shot"] where the source knows no ways."""
-    source = registry.load("task source", config.tasks.source.partition(":")[0])
-    return [*([f"{config.tasks.ways}-way"] if _takes_ways(source) else []), f"{config.tasks.shots}-shot"]
-
-
-def _takes_ways(source: Callable[..., TaskSource]) -> bool:
-    return "ways" in inspect.signature(source).parameters  # a regression task has none
+    name, _, argument = config.tasks.source.partition(":")
+    ways = registry.load("task source", name).has_ways(argument)
+    return [*([f"{config.tasks.ways}-way"] if ways else []), f"{config.tasks.shots}-shot"]
 
 
 def build(config: ExperimentConfig, tasks: TaskSource | None = None) -> Experiment:

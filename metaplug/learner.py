@@ -141,11 +141,11 @@ class MetaLearner:
 
     def fit(
         self,
-        tasks: TaskStream,
+        tasks: TaskStream | Any,
         *,
         iterations: int,
         tasks_per_batch: int = 8,
-        validation: TaskStream | None = None,
+        validation: TaskStream | Any = None,
         validate_every: int = 50,
         validation_tasks: int = 200,
         on_record: Callable[[Record], None] | None = None,
@@ -172,18 +172,19 @@ class MetaLearner:
 
     def iterate(
         self,
-        tasks: TaskStream,
+        tasks: TaskStream | Any,
         *,
         iterations: int,
         tasks_per_batch: int = 8,
-        validation: TaskStream | None = None,
+        validation: TaskStream | Any = None,
         validate_every: int = 50,
         validation_tasks: int = 200,
     ) -> Iterator[Record]:
         """Meta-train, one iteration at each step of the iterator: stop whenever you like.
 
         Args:
-            tasks: where the tasks of iteration i come from: `tasks.batch(i, range(tasks_per_batch))`.
+            tasks: where the tasks of iteration i come from: `tasks.batch(i, range(tasks_per_batch))`; or a CombinationMetaDataset or
+                BatchMetaDataLoader of torchmeta.
             iterations: how many more.
             tasks_per_batch: tasks in a meta-batch, at least 1.
             validation: tasks that are evaluated every `validate_every` iterations and after the last: always the same `validation_tasks`.
@@ -201,7 +202,7 @@ class MetaLearner:
             yield Record(step, self.evaluate(validation, num_tasks=validation_tasks) if validation is not None and due else None)
 
     def evaluate(
-        self, tasks: TaskStream, *, num_tasks: int = 600, inner_steps: int | None = None, tasks_per_batch: int = 16
+        self, tasks: TaskStream | Any, *, num_tasks: int = 600, inner_steps: int | None = None, tasks_per_batch: int = 16
     ) -> EvaluationResult:
         """Adapt to `num_tasks` tasks that do not see each other, and measure on their query examples. Changes no state.
 

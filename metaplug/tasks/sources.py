@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -69,6 +70,11 @@ class TaskSource(ABC):
     test: TaskStream
     input_shape: tuple[int, ...]
     outputs: int
+
+    @classmethod
+    def has_ways(cls, argument: str) -> bool:
+        """Whether the source's tasks have ways, as those of classification do; with `argument`, which is "" where there is none."""
+        return "ways" in inspect.signature(cls).parameters
 
     def to(self, device: torch.device | str) -> Self:
         """The same tasks, with the images of every split on `device`, as ImageEpisodes.to has it; what has no images stays as it is."""

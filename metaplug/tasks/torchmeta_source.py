@@ -81,6 +81,11 @@ class Torchmeta(TaskSource):
     Config = TorchmetaConfig
     argument = "name"
 
+    @classmethod
+    def has_ways(cls, argument: str) -> bool:
+        """Whether it is a data set of images."""
+        return argument not in TOYS
+
     def __init__(self, name: str, *, ways: int = 5, shots: int = 1, queries: int = 15, seed: int = 0, **settings: Any) -> None:
         if name not in IMAGES and name not in TOYS:
             raise unknown("data set of torchmeta", name, [*IMAGES, *TOYS])
