@@ -33,6 +33,8 @@ class LabelSmoothing(Plugin):
             )
 
     @hookimpl
-    def transform_inner_losses(self, losses: Tensor, step: InnerStep) -> Tensor:
+    def transform_inner_losses(self, losses: Tensor, step: InnerStep) -> Tensor | None:
+        if self.config.smoothing == 0:
+            return None
         spread = -step.predictions.log_softmax(2).flatten(1).mean(1)
         return (1 - self.config.smoothing) * losses + self.config.smoothing * spread

@@ -33,7 +33,9 @@ class WeightDecayToInit(Plugin):
         self.register_buffer("distance", torch.zeros((), dtype=context.dtype, device=context.device), persistent=False)
 
     @hookimpl
-    def transform_inner_losses(self, losses: Tensor, step: InnerStep) -> Tensor:
+    def transform_inner_losses(self, losses: Tensor, step: InnerStep) -> Tensor | None:
+        if self.config.strength == 0:
+            return None
         moved = [(step.parameters[name] - step.initial_parameters[name]).flatten(1) for name in self._adapted]
         squared = torch.stack([part.square().sum(1) for part in moved]).sum(0)
         step.keep("distance", squared.detach().sqrt().mean())
