@@ -3,14 +3,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+PEERS := .venv-peers/bin
+ARGS ?=
 
-.PHONY: help setup demo test test-long test-torchmeta lint docs clean
+.PHONY: help setup demo test test-long test-torchmeta bench-peers lint docs clean
 
 help:
 	@echo "make demo       MAML against MAML + gradient sharing on letters of unseen scripts (under 4 minutes)"
 	@echo "make test       the tests"
 	@echo "make test-long  the tests with many more hypothesis examples, and the slow ones"
 	@echo "make test-torchmeta  torchmeta's own tests, with our mends"
+	@echo "make bench-peers  metaplug bench beside the libraries of others, in .venv-peers; options as ARGS=\"--workload sinusoid-25x5\""
 	@echo "make lint       format, lint, types, and the direction of imports"
 	@echo "make docs       the documentation site, in site/"
 	@echo "make clean      remove what these made (but not runs/)"
@@ -40,6 +43,23 @@ test-torchmeta: $(READY)
 	PYTHONPATH=build/flaky $(BIN)/python -c 'from metaplug.tasks.torchmeta_mends import apply; apply(); import pytest; \
 		raise SystemExit(pytest.main(["-q", "-rs", "-c", "/dev/null", "-p", "no:cacheprovider", "--pyargs", "torchmeta.tests"]))'
 
+bench-peers: .venv-peers/ready
+	$(PEERS)/metaplug bench $(ARGS)
+
+# Their pins are older than what works, hence --no-deps beside what they really need; betty-ml's are no valid form for a newer pip. The C sources
+# that learn2learn comes with do not compile since Python 3.11, those that a new Cython makes do. What cannot be had here, the bench says.
+.venv-peers/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	$(PEERS)/pip install --quiet 'pip<24.1' setuptools wheel cython
+	$(PEERS)/pip install --quiet --constraint constraints.txt --editable '.[test]' optree graphviz tqdm requests
+	for peer in torchopt==0.7.3 parallel-metalearn==0.5.6 betty-ml==0.1.1 gym==0.26.2 qpth==0.0.18; do \
+		$(PEERS)/pip install --quiet --no-deps $$peer || true; done
+	$(PEERS)/pip install --quiet --constraint constraints.txt jax==0.10.2 || true
+	mkdir -p build && cd build && ../$(PEERS)/pip download --quiet --no-deps --no-binary learn2learn learn2learn==0.2.0 && \
+		tar -xzf learn2learn-0.2.0.tar.gz && ../$(PEERS)/cython -3 learn2learn-0.2.0/learn2learn/data/*.pyx && \
+		../$(PEERS)/pip install --quiet --no-deps --no-build-isolation ./learn2learn-0.2.0 || true
+	@touch .venv-peers/ready
+
 lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -50,5 +70,5 @@ docs: $(READY)
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv build site .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+	rm -rf .venv .venv-peers build site .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +17,8 @@ _BENCH_EXAMPLES = """**Examples**
 - metaplug bench --workload sinusoid-25x5 --memory
 
 - metaplug bench --threads 1 --repeats 20 --json
+
+- metaplug bench --scaling --plot scaling.png
 
 - metaplug bench --drawing --repeats 50"""
 
@@ -41,37 +45,86 @@ def bench(
         typer.Option("--only", metavar="CONTESTANT", help="Only this one, as the table names it. Repeatable.", show_default="all"),
     ] = None,
     memory: Annotated[bool, typer.Option("--memory", help="Measure the memory of a step too.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Compile the stacked loop as one more contestant: half a minute or minutes each.")
+    ] = False,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Instead, how time and memory of metaplug's step grow with tasks and inner steps.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw what --scaling measures.")] = None,
     drawing: Annotated[
         bool,
-        typer.Option("--drawing", help="Time the drawing of 32 tasks, 5-way 1-shot with 15 queries, beside torchmeta's loader."),
+        typer.Option("--drawing", help="Instead, time the drawing of 32 tasks, 5-way 1-shot with 15 queries, beside torchmeta's loader."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Time a meta-step side by side: metaplug in every batching, plain torch, plain higher; with each one's error of the meta-gradient.
+    """Time a meta-step side by side: metaplug in every batching, plain torch, higher, and every peer that is installed (make bench-peers).
 
-    On a CPU, in one process, in turn; medians with half the distance of the quartiles.
+    On a CPU, in one process, in turn: medians with half the distance of the quartiles, each one's share of what the device allows, and the
+    error of its meta-gradient.
     """
+    from metaplug.errors import RequestError
+
     # torch's profiler would talk of itself on standard error; both are read when torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if plot and not scaling:
+        raise RequestError("--plot draws what --scaling measures: give both, or neither")
     import torch
-
-    from metaplug.bench import WORKLOADS, as_json_values, run
-    from metaplug.experiment import to_json
-    from metaplug.report.terminal import bench_table
 
     torch.set_num_threads(threads)
     if drawing:
         _bench_drawing(repeats, threads, as_json)
-        return
-    chosen = workload or list(WORKLOADS)
-    plugins = use or ["gradient-sharing"]
-    rows = run(chosen, plugins, repeats=repeats, memory=memory, only=only or (), on_workload=lambda name: line(f"measuring {name}"))
+    elif scaling:
+        _bench_scaling(repeats, plot, as_json)
+    else:
+        _bench_steps(workload, use or ["gradient-sharing"], only or (), repeats=repeats, memory=memory, compiled=compiled, as_json=as_json)
+
+
+def _bench_steps(
+    workloads: list[str] | None, plugins: list[str], only: Sequence[str], *, repeats: int, memory: bool, compiled: bool, as_json: bool
+) -> None:
+    from metaplug.bench import WORKLOADS, as_json_values, run
+    from metaplug.experiment import to_json
+    from metaplug.report.bench import bench_table
+
+    rows = run(
+        workloads or list(WORKLOADS),
+        plugins,
+        repeats=repeats,
+        memory=memory,
+        only=only,
+        compiled=compiled,
+        on_workload=lambda name: line(f"measuring {name}"),
+    )
     if as_json:
         emit(to_json(as_json_values(rows, repeats), indent=2))
-    else:
-        CONSOLE.print(bench_table(rows))
-        line(f"torch {torch.__version__}, {threads} CPU thread{'s' if threads > 1 else ''}, median of {repeats}")
+        return
+    CONSOLE.print(bench_table(rows))
+    line(_measured(repeats))
+
+
+def _bench_scaling(repeats: int, plot: Path | None, as_json: bool) -> None:
+    from metaplug.bench.scaling import MOST_MIB, as_json_values, run
+    from metaplug.experiment import to_json
+    from metaplug.report.bench import scaling_table
+    from metaplug.report.scaling import scaling_figure
+
+    points = run(repeats=repeats, on_series=lambda name, axis: line(f"measuring {name}, more {axis.replace('_', ' ')}"))
+    if plot:
+        scaling_figure(points, plot)
+    if as_json:
+        emit(to_json(as_json_values(points, repeats), indent=2))
+        return
+    CONSOLE.print(scaling_table(points))
+    line(f"{_measured(repeats)}; a series ends before a step of more than {MOST_MIB:,.0f} MiB")
+
+
+def _measured(repeats: int) -> str:
+    import torch
+
+    threads = torch.get_num_threads()
+    return f"torch {torch.__version__}, {threads} CPU thread{'s' if threads > 1 else ''}, median of {repeats}"
 
 
 def _bench_drawing(repeats: int, threads: int, as_json: bool) -> None:
@@ -79,7 +132,7 @@ def _bench_drawing(repeats: int, threads: int, as_json: bool) -> None:
 
     from metaplug.bench_tasks import run
     from metaplug.experiment import to_json
-    from metaplug.report.terminal import drawing_table
+    from metaplug.report.bench import drawing_table
 
     rows = run(repeats=repeats)
     if as_json:

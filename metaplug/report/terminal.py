@@ -8,15 +8,11 @@ from textwrap import dedent
 from types import TracebackType
 from typing import Any, Self
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
-from metaplug.bench import Row
-from metaplug.bench_tasks import DrawRow
 from metaplug.comparison import Acceleration, Comparison
 from metaplug.config import Resolved, flatten
 from metaplug.evaluation import EvaluationResult
@@ -24,7 +20,7 @@ from metaplug.experiment import Experiment, task_form
 from metaplug.history import Record
 from metaplug.hookspecs import KINDS
 from metaplug.report.catalogue import Entry, plain
-from metaplug.report.console import line
+from metaplug.report.console import line, new_table
 
 
 def value_text(metric: str, mean: float | None, interval: float | None = None) -> str:
@@ -116,7 +112,7 @@ def comparison_report(comparison: Comparison) -> RenderableType:
     bases = {variant.label: comparison.base(variant.label) for variant in comparison.variants}
     several = any(base not in (None, comparison.baseline) for base in bases.values())  # or both accelerations would be the same
     over = ["over its base"] if several else []
-    table = _table("", "variant", "acceleration", *over, f"test {comparison.metric}", f"minus {comparison.baseline}", "seconds")
+    table = new_table("", "variant", "acceleration", *over, f"test {comparison.metric}", f"minus {comparison.baseline}", "seconds")
     table.columns[0].no_wrap = True
     for variant in comparison.variants:
         label, baseline = variant.label, variant.label == comparison.baseline
@@ -189,17 +185,17 @@ def explanation(
         settings: by plugin, all of its settings.
         summary: what the preset is.
     """
-    hooks = _table("Hooks, in the order in which a meta-step calls them", "hook", "kind", "plugins, in the order of application")
+    hooks = new_table("Hooks, in the order in which a meta-step calls them", "hook", "kind", "plugins, in the order of application")
     for hook in (hook for hook in KINDS if hook in order):
         hooks.add_row(hook, KINDS[hook], " → ".join(order[hook]))
-    plugins = _table("Plugins, in the order of the list", "plugin", "setting", "value", "origin")
+    plugins = new_table("Plugins, in the order of the list", "plugin", "setting", "value", "origin")
     for name, values in settings.items():
         for row, (field, value) in enumerate(values.items()):
             plugins.add_row(name if row == 0 else "", field, _shown(value), _origin(resolved, f"plugins.{name}.{field}"))
         if not values:
             plugins.add_row(name, "no settings")
         plugins.add_section()
-    config = _table("Configuration", "field", "value", "origin")
+    config = new_table("Configuration", "field", "value", "origin")
     config.add_row("preset", _shown(resolved.config.algorithm), _origin(resolved, "preset"))
     for path, value in flatten(resolved.config.model_dump(mode="json", exclude={"preset", "plugins"})).items():
         config.add_row(path, _shown(value), _origin(resolved, path))
@@ -216,7 +212,7 @@ def _origin(resolved: Resolved, path: str) -> Text:
 
 def catalogue_table(entries: Sequence[Entry], title: str) -> RenderableType:
     """The list of installed parts."""
-    table = _table(title, "name", "kind", "from", "summary")
+    table = new_table(title, "name", "kind", "from", "summary")
     for entry in entries:
         table.add_row(entry.name, entry.kind, entry.distribution, Text(entry.error, style="red") if entry.error else Text(entry.summary))
     return table
@@ -245,51 +241,11 @@ def _documentation(block: str) -> RenderableType:
     return Text(" ".join(block.split()) + "\n")
 
 
-def bench_table(rows: Sequence[Row]) -> RenderableType:
-    """What a meta-step costs, each workload by itself; ratios are to its first row, the plain torch loop unless that was left out."""
-    table = _table("", "workload", "contestant", "ms", "±", "speed", "error", "graph MiB", "peak MiB")
-    for index, row in enumerate(rows):
-        first = index == 0 or rows[index - 1].workload != row.workload
-        if first:
-            table.add_section()
-            baseline = row.milliseconds
-        table.add_row(
-            row.workload if first else "",
-            row.contestant,
-            f"{row.milliseconds:.1f}",
-            f"{row.spread:.1f}",
-            f"{baseline / row.milliseconds:.2f}×",
-            "" if row.gradient_error is None else f"{row.gradient_error:.0e}",
-            "" if row.graph_mib is None else f"{row.graph_mib:.1f}",
-            "" if row.peak_mib is None else f"{row.peak_mib:.1f}",
-        )
-    return table
-
-
-def drawing_table(rows: Sequence[DrawRow]) -> RenderableType:
-    """What it costs to draw a batch of tasks; ratios are of the other contestants to metaplug, the first row."""
-    table = _table("", "contestant", "ms", "±", "times as long")
-    first = rows[0].milliseconds
-    for row in rows:
-        if row.milliseconds is None or row.spread is None or first is None:
-            table.add_row(row.contestant, Text(row.reason or "", style="dim"), "", "")
-        else:
-            table.add_row(row.contestant, f"{row.milliseconds:.2f}", f"{row.spread:.2f}", f"{row.milliseconds / first:.1f}×")
-    return table
-
-
 def values_table(title: str, values: Mapping[str, Any]) -> RenderableType:
     """Nested values, a line each."""
-    table = _table(title, "field", "value")
+    table = new_table(title, "field", "value")
     for path, value in flatten(values).items():
         table.add_row(path, _shown(value))
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in columns:
-        table.add_column(column, overflow="fold")
     return table
 
 

@@ -1,0 +1,231 @@
+"""Other libraries, and JAX, on the same work: each by its public interface, as its documentation uses it.
+
+Every one is imported only when it is measured, and may be missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaplug.bench.contestants import Contestant, MetaGradient, Prepared, compiled, task_by_task
+from metaplug.bench.workloads import Workload
+from metaplug.errors import RequestError
+from metaplug.learner import LOSSES
+from metaplug.tasks.batch import TaskBatch
+
+COMPILED = "compiled by hand"
+
+
+def peers() -> dict[str, Contestant]:
+    """By name, whoever metaplug is compared with and does not depend on."""
+    return {
+        "learn2learn, MAML": Contestant(_learn2learn, module="learn2learn"),
+        "torchopt, MetaSGD": Contestant(_torchopt, module="torchopt"),
+        "betty, iterative": Contestant(_betty, module="betty"),
+        "parallel-metalearn, vmap": Contestant(_parallel_metalearn, module="metalearn"),
+        "JAX, jitted by hand": Contestant(_jax, module="jax"),
+        COMPILED: Contestant(compiled, module="torch._inductor"),
+    }
+
+
+def _learn2learn(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
+    import learn2learn
+
+    loss, maml = LOSSES[workload.kind], learn2learn.algorithms.MAML(model, lr=workload.inner_lr)
+
+    def query_loss(task: int) -> Tensor:
+        learner = maml.clone()
+        for _ in range(workload.inner_steps):
+            learner.adapt(loss(learner(batch.support_x[task]), batch.support_y[task]))
+        return loss(learner(batch.query_x[task]), batch.query_y[task])
+
+    return task_by_task(model, batch, query_loss)
+
+
+def _torchopt(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
+    import torchopt
+
+    loss, inner = LOSSES[workload.kind], torchopt.MetaSGD(model, lr=workload.inner_lr)
+    start = [torchopt.extract_state_dict(part, by="reference") for part in (model, inner)]
+
+    def query_loss(task: int) -> Tensor:
+        for _ in range(workload.inner_steps):
+            inner.step(loss(model(batch.support_x[task]), batch.support_y[task]))
+        query = loss(model(batch.query_x[task]), batch.query_y[task])
+        for part, state in zip((model, inner), start, strict=True):
+            torchopt.recover_state_dict(part, state)
+        return query
+
+    return task_by_task(model, batch, query_loss)
+
+
+def _betty(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
+    """A problem for each task, unrolled, below one for the first weights.
+
+    betty's own example of MAML is the implicit one, another algorithm.
+    """
+    if not version("betty-ml").startswith("0.1."):
+        raise RequestError(f"betty-ml unrolls in versions 0.1 only, and {version('betty-ml')} is installed")
+    from betty.configs import Config, EngineConfig
+    from betty.engine import Engine
+    from betty.problems import ImplicitProblem, IterativeProblem
+
+    logging.getLogger("betty").disabled = True  # it would write every problem to standard output
+    loss, names = LOSSES[workload.kind], [name for name, _ in model.named_parameters()]
+    found: dict[str, Tensor] = {}
+
+    class Task(IterativeProblem):  # type: ignore[misc]
+        def on_inner_loop_start(self) -> None:
+            self.params = tuple(parameter.clone() for parameter in model.parameters())
+            self.optimizer.state = [{} for _ in self.params]  # it would keep the graph of every step so far
+
+        def optimizer_step(self) -> None:
+            before = self.params
+            super().optimizer_step()
+            for parameter in before:
+                parameter.grad = None  # a tensor and a graph that hold each other are never freed
+
+        def forward(self, x: Tensor) -> Tensor:
+            prediction: Tensor = self.fmodule(self.params, self.buffers, x)
+            return prediction
+
+        def training_step(self, task: int) -> Tensor:
+            return loss(self(batch.support_x[task]), batch.support_y[task])
+
+        def get_batch(self) -> int:
+            return tasks.index(self)
+
+    class Outer(ImplicitProblem):  # type: ignore[misc]
+        def training_step(self, _: object) -> Tensor:
+            queries = zip(tasks, batch.query_x, batch.query_y, strict=True)
+            return torch.stack([loss(task(x), y) for task, x, y in queries]).mean()
+
+        def get_batch(self) -> None:
+            return None
+
+        def param_callback(self, parameters: list[nn.Parameter]) -> None:
+            found.update((name, parameter.grad) for name, parameter in zip(names, parameters, strict=True) if parameter.grad is not None)
+
+    config: dict[str, Any] = {"first_order": False, "retain_graph": True}
+    outer = Outer("outer", Config(**config), module=model, optimizer=torch.optim.Adam(model.parameters(), 1e-3))
+    unrolled = Config(unroll_steps=workload.inner_steps, **config)
+    inner = torch.optim.SGD(model.parameters(), lr=workload.inner_lr)
+    tasks = [Task(f"task {task}", unrolled, module=model, optimizer=inner) for task in range(batch.num_tasks)]
+    engine = Engine(
+        problems=[outer, *tasks],
+        config=EngineConfig(train_iters=workload.inner_steps),
+        dependencies={"u2l": {outer: tasks}, "l2u": {task: [outer] for task in tasks}},
+    )
+
+    def gradient() -> MetaGradient:
+        engine.run()
+        return found
+
+    return Prepared(engine.run, gradient)
+
+
+def _parallel_metalearn(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
+    from metalearn.algorithms import MAML
+    from metalearn.inner_optimizers import InnerSGD
+    from metalearn.loss import BaseLoss
+    from metalearn.model_wrappers import MAML_Model
+
+    task_loss = LOSSES[workload.kind]
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor, **_: object) -> Tensor:
+            prediction: Tensor = self.model(x)
+            return prediction
+
+    class Head(nn.Module):
+        def forward(self, features: Tensor, **_: object) -> Tensor:
+            return features
+
+    class OurLoss(BaseLoss):  # type: ignore[misc]
+        def forward(self, out_dict: dict[str, Tensor], targets: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+            loss = task_loss(out_dict["logits"], targets)
+            return loss, loss.detach()
+
+    wrapped = MAML_Model(backbone=Body(), head=Head())
+    inner = InnerSGD(wrapped.get_fast_weights(), inner_lr=workload.inner_lr, learn_lr=False).to(batch.query_x.dtype)
+    for rate in inner.parameters():
+        rate.data.fill_(workload.inner_lr)  # it was made in single precision
+    algorithm = MAML(
+        model=wrapped,
+        optimizer=torch.optim.Adam(model.parameters(), 1e-3),
+        inner_optimizer=inner,
+        support_loss_fn=OurLoss(),
+        inner_steps=workload.inner_steps,
+        chunk_size=batch.num_tasks,
+        device=batch.device,
+    )
+    tensors = (batch.support_x, batch.support_y, batch.query_x, batch.query_y)
+
+    def gradient() -> MetaGradient:
+        algorithm.step(iter([tensors]))
+        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    return Prepared(gradient, gradient)
+
+
+def _jax(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
+    """The sinusoid network, the loop and Adam, written out, in one compiled function."""
+    if workload.model != "mlp":
+        raise RequestError(f"written by hand for the sinusoid network only, not for {workload.model}")
+    threads = torch.get_num_threads()  # both are read when JAX is imported
+    os.environ.setdefault("NPROC", str(threads))
+    os.environ.setdefault("XLA_FLAGS", f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()}")
+    import jax
+    from jax import numpy as jnp
+
+    jax.config.update("jax_enable_x64", True)  # else float64 is cut to float32; float32 stays what it is
+    weights = {name: jnp.array(parameter.detach().numpy()) for name, parameter in model.named_parameters()}
+    tensors = [jnp.array(tensor.numpy()) for tensor in (batch.support_x, batch.support_y, batch.query_x, batch.query_y)]
+    layers = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
+
+    def loss(values: dict[str, Any], x: Any, y: Any) -> Any:
+        for layer in layers:
+            x = x @ values[f"{layer}.weight"].T + values[f"{layer}.bias"]
+            x = x if layer == layers[-1] else jax.nn.relu(x)
+        return ((x - y) ** 2).mean()
+
+    def query_loss(values: dict[str, Any], support_x: Any, support_y: Any, query_x: Any, query_y: Any) -> Any:
+        for _ in range(workload.inner_steps):
+            gradients = jax.grad(loss)(values, support_x, support_y)
+            values = jax.tree.map(lambda value, gradient: value - workload.inner_lr * gradient, values, gradients)
+        return loss(values, query_x, query_y)
+
+    def outer_loss(values: dict[str, Any], *tensors: Any) -> Any:
+        return jax.vmap(query_loss, in_axes=(None, 0, 0, 0, 0))(values, *tensors).mean()
+
+    def adam(values: Any, first: Any, second: Any, count: Any, *tensors: Any) -> Any:
+        gradients, count = jax.grad(outer_loss)(values, *tensors), count + 1
+        first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, gradients)
+        second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, second, gradients)
+        size, root = 1e-3 / (1 - 0.9**count), jnp.sqrt(1 - 0.999**count)
+        values = jax.tree.map(lambda w, m, v: w - size * m / (jnp.sqrt(v) / root + 1e-8), values, first, second)
+        return values, first, second, count
+
+    zeros = jax.tree.map(jnp.zeros_like, weights)
+    state = [weights, zeros, zeros, jnp.zeros((), next(iter(weights.values())).dtype)]
+    update: Callable[..., Any] = jax.jit(adam)
+
+    def step() -> None:
+        state[:] = jax.block_until_ready(update(*state, *tensors))
+
+    def gradient() -> MetaGradient:
+        found = jax.jit(jax.grad(outer_loss))(weights, *tensors)
+        return {name: torch.tensor(value.tolist(), dtype=torch.float64) for name, value in found.items()}
+
+    return Prepared(step, gradient, torch_memory=False)
