@@ -65,6 +65,13 @@ class RuntimeSettings(Settings):
     task_batching: Literal["auto", "vectorized", "sequential"] = Field(
         "auto", description="Whether tasks run in one call or one after the other."
     )
+    checkpoint_steps: int | None = Field(
+        None, ge=1, description="Inner steps whose graph is kept at a time, the others' being made again; null keeps all: more memory."
+    )
+    chunk_size: int | None = Field(
+        None, ge=1, description="Tasks that are computed together, for plugins that do not couple tasks; null takes all of a batch at once."
+    )
+    compile: bool = Field(False, description="Compile meta-steps: a minute or more once, then many times faster for small models.")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null leaves torch's choice.")
 
 

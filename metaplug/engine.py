@@ -6,9 +6,9 @@ L(θ, φ) = mean over t of Σ_i w_i · ℓ(f(query x_t; θ[t,i]), query y_t)    
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from metaplug.chain import Chain
 from metaplug.checks import form, non_finite
-from metaplug.errors import RunError, quoted
+from metaplug.errors import RankError, RunError, quoted
 from metaplug.inner import InnerLoop, recording
+from metaplug.runtime.distributed import ALONE, Share, World
 from metaplug.runtime.seeding import mix, stream
 from metaplug.tasks.batch import TaskBatch
 from metaplug.values import Outcome
@@ -28,11 +29,21 @@ META_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torc
 
 @dataclass(frozen=True)
 class MetaGradients:
-    """What one meta-iteration found: `gradients` by name, the outer loss () that they belong to, and how the tasks were adapted."""
+    """What one meta-iteration found.
+
+    Attributes:
+        gradients: by name.
+        outer_loss: (), that they belong to.
+        losses: the mean over tasks of every support and query loss on the way.
+        statistics: what plugins kept, by plugin and name.
+        outcome: how the tasks of this rank were adapted; everything else is over all ranks. None where it was not kept.
+    """
 
     gradients: Mapping[str, Tensor]
     outer_loss: Tensor
-    outcome: Outcome
+    losses: Tensor
+    statistics: Mapping[str, Mapping[str, Tensor]]
+    outcome: Outcome | None
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,10 @@ class MetaStep:
     figures: Mapping[str, float]
 
 
+Derivation = Callable[[TaskBatch, int, int, Mapping[int, float]], MetaGradients]
+"""(batch, iteration, total, outer weights) → what `Engine.derive` gives for them."""
+
+
 class Engine:
     """Runs meta-iterations for one model and one chain.
 
@@ -57,15 +72,28 @@ class Engine:
         meta_optimizer: a name in META_OPTIMIZERS.
         meta_lr: its rate for the model, and for plugins that set none of their own.
         seed: of every random number that a step draws.
+        world: the processes that the tasks of a batch are spread over; each is given its own.
     """
 
-    def __init__(self, model: nn.Module, chain: Chain, inner: InnerLoop, *, meta_optimizer: str, meta_lr: float, seed: int) -> None:
-        self.chain, self.inner, self.seed = chain, inner, seed
+    def __init__(
+        self,
+        model: nn.Module,
+        chain: Chain,
+        inner: InnerLoop,
+        *,
+        meta_optimizer: str,
+        meta_lr: float,
+        seed: int,
+        world: World = ALONE,
+    ) -> None:
+        self.chain, self.inner, self.seed, self.world = chain, inner, seed, world
         self.iteration = 0
         self.total = 0
         """The iterations of the whole run that the last meta-update belonged to; 0 before the first. Schedules depend on it."""
         self.outputs: int | None = None
         """The number of classes that the model tells apart, once it is known; labels are checked against it."""
+        self.derivation: Derivation | None = None
+        """What takes the place of `derive`, the same numbers with another cost; on several ranks only where no plugin couples tasks."""
         self.device = next(model.parameters()).device
         own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.meta_parameters: dict[str, nn.Parameter] = {**own, **chain.named_parameters()}
@@ -77,29 +105,65 @@ class Engine:
 
     def meta_gradients(self, batch: TaskBatch, iteration: int, total: int) -> MetaGradients:
         """The meta-gradients of one batch, as iteration `iteration` of a run of `total` would use them. Steps and commits nothing."""
-        with stream(mix(self.seed, iteration), self.device) as generator, recording():
+        with stream(mix(self.seed, iteration, *self.world.salt), self.device) as generator, recording():
             transformed = self.chain.fold("transform_tasks", batch, iteration=iteration, generator=generator)
             if transformed is not batch:
                 transformed.check_labels(self.outputs)
             batch = transformed
+            share = self.world.share(batch.num_tasks)
             weights = self._outer_weights(iteration, total)
-            outcome = self.inner.run(
-                batch, steps=self.inner.inner_steps, training=True, iteration=iteration, total=total, query_after=weights
-            )
-            losses = torch.stack([weight * outcome.query_losses[after] for after, weight in weights.items()]).sum(0)
-            outer_loss = self.chain.fold("transform_outer_losses", losses, outcome=outcome).mean()
-            replaced = self.chain.choose(
-                "compute_meta_gradients",
-                None,
-                outcome=outcome,
-                outer_loss=outer_loss,
-                meta_parameters=MappingProxyType(self.meta_parameters),
-            )
-            gradients = self._differentiate(outer_loss) if replaced is None else self._replaced(replaced)
-            if self.chain.check_finite and (fault := non_finite(gradients)):
-                raise RunError(f"the meta-gradient holds {fault}, though every loss on the way was finite")
-            gradients = self.chain.fold("transform_meta_gradients", gradients, iteration=iteration)
-        return MetaGradients(gradients, outer_loss.detach(), outcome)
+            if self.derivation is not None:
+                found = self.derivation(batch, iteration, total, weights)
+            else:
+                found = self.derive(batch, iteration, total, weights, share=share)
+            if share is not None:
+                found = self._over_ranks(found, share)
+            with self._common_stream(iteration):
+                gradients = self.chain.fold("transform_meta_gradients", found.gradients, iteration=iteration)
+        return replace(found, gradients=gradients)
+
+    def derive(
+        self,
+        batch: TaskBatch,
+        iteration: int,
+        total: int,
+        weights: Mapping[int, float],
+        *,
+        orders: Sequence[int] | None = None,
+        share: Share | None = None,
+    ) -> MetaGradients:
+        """The meta-gradients of a batch as the loop gives them, before they are transformed.
+
+        Args:
+            weights: of the query losses, by the number of updates done before.
+            orders: derivative orders of the inner steps, where they are known already.
+            share: what these tasks are of those of all ranks.
+        """
+        outcome = self.inner.run(
+            batch,
+            steps=self.inner.inner_steps,
+            training=True,
+            iteration=iteration,
+            total=total,
+            query_after=weights,
+            share=share,
+            orders=orders,
+        )
+        losses = torch.stack([weight * outcome.query_losses[after] for after, weight in weights.items()]).sum(0)
+        outer_loss = self.chain.fold("transform_outer_losses", losses, outcome=outcome).mean()
+        replaced = self.chain.choose(
+            "compute_meta_gradients",
+            None,
+            outcome=outcome,
+            outer_loss=outer_loss,
+            meta_parameters=MappingProxyType(self.meta_parameters),
+        )
+        gradients = self._differentiate(outer_loss) if replaced is None else self._replaced(replaced)
+        self.inner.release()  # steps that were taken again for their graph have left their weights there
+        if self.chain.check_finite and (fault := non_finite(gradients)):
+            raise RunError(f"the meta-gradient holds {fault}, though every loss on the way was finite")
+        on_the_way = torch.stack([loss.detach().mean() for loss in (*outcome.support_losses, *outcome.query_losses.values())])
+        return MetaGradients(gradients, outer_loss.detach(), on_the_way, outcome.statistics, outcome)
 
     def meta_step(self, batch: TaskBatch, total: int) -> MetaStep:
         """One meta-update on `batch`, in a run of `total` iterations.
@@ -110,8 +174,7 @@ class Engine:
         iteration = self.iteration
         found = self.meta_gradients(batch, iteration, total)
         norm = torch.nn.utils.get_total_norm(found.gradients.values())
-        losses = [*found.outcome.support_losses, *found.outcome.query_losses.values()]
-        if not bool(torch.isfinite(torch.stack([norm, found.outer_loss, *(loss.detach().sum() for loss in losses)])).all()):
+        if not bool(torch.isfinite(torch.stack([norm, found.outer_loss, *found.losses])).all()):
             raise self._culprit(batch, iteration, total)
         factor = self.chain.fold("scale_meta_learning_rate", 1.0, iteration=iteration, total=total)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
@@ -121,7 +184,7 @@ class Engine:
         with recording():  # under inference_mode the optimizer would make a state that no later step can change
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.chain.commit(found.outcome.statistics)
+        self.chain.commit(found.statistics)
         self.iteration, self.total = iteration + 1, total
         meta_lr = self.optimizer.param_groups[0]["lr"]
         return MetaStep(self.iteration, float(found.outer_loss), float(norm), meta_lr, self.chain.figures(iteration, total))
@@ -163,12 +226,38 @@ class Engine:
             )
         return dict(gradients)
 
+    def _over_ranks(self, found: MetaGradients, share: Share) -> MetaGradients:
+        """The same over the tasks of all ranks. A gradient that is missing on a rank counts as zero there."""
+        kept = {(plugin, name): tensor for plugin, tensors in found.statistics.items() for name, tensor in tensors.items()}
+        if whole := [f"{plugin}.{name}" for (plugin, name), tensor in kept.items() if not tensor.is_floating_point()]:
+            raise RunError(f"plugins keep {quoted(whole)} as whole numbers, which have no mean over ranks: keep floating-point tensors")
+        form = ", ".join(f"{plugin}.{name} {tuple(tensor.shape)} {tensor.dtype}" for (plugin, name), tensor in kept.items())
+        present = self.world.any(*(name in found.gradients for name in self.meta_parameters), form=form)
+        names = [name for name, somewhere in zip(self.meta_parameters, present, strict=True) if somewhere]
+        own = [found.gradients[name] if name in found.gradients else torch.zeros_like(self.meta_parameters[name]) for name in names]
+        outer_loss, losses, *means = share.means([found.outer_loss, found.losses, *own, *kept.values()])
+        statistics: dict[str, dict[str, Tensor]] = {}
+        for (plugin, name), mean in zip(kept, means[len(names) :], strict=True):
+            statistics.setdefault(plugin, {})[name] = mean
+        return MetaGradients(dict(zip(names, means, strict=False)), outer_loss, losses, statistics, found.outcome)
+
+    @contextmanager
+    def _common_stream(self, iteration: int) -> Iterator[None]:
+        """Inside, the ranks draw the same random numbers, or their weights would part."""
+        if self.world.size == 1:
+            yield
+            return
+        with stream(mix(self.seed, iteration, self.world.size), self.device):
+            yield
+
     def _culprit(self, batch: TaskBatch, iteration: int, total: int) -> RunError:
         """Replay the iteration with every value checked, and return the error that names the first to be NaN or Inf."""
         try:
             with self._checking():
                 batch.check_values(None)
                 self.meta_gradients(batch, iteration, total)
+        except RankError as error:  # the rank that found it says what it is
+            return error
         except RunError as error:
             return RunError(f"iteration {iteration} stopped, nothing was updated: {error}; try a smaller inner or meta learning rate")
         return RunError(

@@ -22,6 +22,10 @@ class RunError(MetaplugError, RuntimeError):
     """A run that was rightly asked for failed on the way: non-finite numbers, a plugin's fault, a broken file (exit status 1)."""
 
 
+class RankError(RunError):
+    """Another process of the run has ended, or does not answer."""
+
+
 def quoted(names: Iterable[str]) -> str:
     """Names for a message, in single quotes and separated by commas."""
     return ", ".join(f"'{name}'" for name in names) or "none"

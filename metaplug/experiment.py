@@ -19,6 +19,7 @@ from metaplug.evaluation import EvaluationResult
 from metaplug.learner import MetaLearner
 from metaplug.models.factories import make_model
 from metaplug.runtime.device import resolve_device
+from metaplug.runtime.distributed import ALONE, World
 from metaplug.runtime.guards import check_outputs
 from metaplug.runtime.seeding import mix, stream
 from metaplug.tasks.sources import TaskSource
@@ -60,19 +61,23 @@ def task_form(config: ExperimentConfig) -> list[str]:
     return [*([f"{config.tasks.ways}-way"] if ways else []), f"{config.tasks.shots}-shot"]
 
 
-def build(config: ExperimentConfig, tasks: TaskSource | None = None) -> Experiment:
+def build(config: ExperimentConfig, tasks: TaskSource | None = None, world: World = ALONE) -> Experiment:
     """Everything that the configuration names, from its seed alone. Sets torch's number of threads where the configuration does.
 
     Args:
         tasks: the source that `build_tasks` made of the same configuration, to share it; default: a new one.
+        world: the processes that train together.
 
     Raises:
         RequestError: a part is unknown, refuses its settings, or does not fit the others.
     """
-    device = resolve_device(config.runtime.device)
+    device = resolve_device(config.runtime.device, world)
     if config.runtime.threads is not None:
         torch.set_num_threads(config.runtime.threads)
-    tasks = (build_tasks(config) if tasks is None else tasks).to(device)
+    if tasks is None:
+        with world.main_first():
+            tasks = build_tasks(config)
+    tasks = tasks.to(device)
     # Iterations count from 0, so that -1 is a stream of its own; drawn on the CPU, weights do not depend on the device.
     with stream(mix(config.seed, -1), torch.device("cpu")):
         model = make_model(config.model.name, tuple(tasks.input_shape), tasks.outputs, config.model.settings)
@@ -82,7 +87,11 @@ def build(config: ExperimentConfig, tasks: TaskSource | None = None) -> Experime
         plugins=config.plugins,
         kind=tasks.kind,
         task_batching=config.runtime.task_batching,
+        checkpoint_steps=config.runtime.checkpoint_steps,
+        chunk_size=config.runtime.chunk_size,
+        compile=config.runtime.compile,
         seed=config.seed,
+        world=world,
         **config.learner.model_dump(),
     )
     check_outputs(learner.engine.inner, tasks.train.batch(0, [0]).to(device), tasks.outputs, tasks.kind)
@@ -107,12 +116,13 @@ def result_values(result: EvaluationResult) -> dict[str, Any]:
 
 
 def environment(learner: MetaLearner) -> dict[str, Any]:
-    """What a result depends on beside its configuration: versions, device, threads, and how tasks were batched, with the reason."""
+    """What a result depends on beside its configuration: versions, device, threads, ranks, and how tasks were batched, with the reason."""
     device = learner.engine.device
     return {
         "versions": {"metaplug": metaplug.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
+        "ranks": learner.world.size,
         "batching": None if learner.batching is None else {"choice": learner.batching.batching, "reason": learner.batching.reason},
     }
 

@@ -9,9 +9,10 @@ It is taken outside vmap: inside, second-order gradients through batch and layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -22,11 +23,19 @@ from metaplug.chain import Chain
 from metaplug.errors import RunError, quoted
 from metaplug.folding import Folding
 from metaplug.mirror import MirroredOptimizer, patch, release, set_mode
+from metaplug.recompute import recomputed
+from metaplug.runtime.distributed import Share
 from metaplug.tasks.batch import TaskBatch
 from metaplug.values import InnerStep, Outcome
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(prediction, target) of one task → its loss, a tensor of shape ()."""
+
+_Query = tuple[Tensor, Tensor, Mapping[str, Tensor]]
+"""Losses (T,), predictions (T, n, *output), and the values of the parameters that they were made with."""
+
+_Walked = tuple[dict[str, Tensor], Any, list[Tensor], dict[int, _Query]]
+"""Fast weights and the optimizer's state after some steps, their support losses, and query passes by the number of updates done."""
 
 
 class InnerLoop:
@@ -58,29 +67,43 @@ class InnerLoop:
     ) -> None:
         self.model, self.chain, self.loss, self.inner_steps, self.batch_norm = model, chain, loss, inner_steps, batch_norm
         self.vectorized = True
-        self._parameters = dict(model.named_parameters())
-        self.adapted = tuple(name for name in self._parameters if name in adapted)
-        reference = next(iter(self._parameters.values()))
+        self.checkpoint_steps: int | None = None
+        """How many inner steps keep their graph together, which is made again in the backward pass; None keeps the graph of all of them."""
+        self.parameters = dict(model.named_parameters())
+        self.adapted = tuple(name for name in self.parameters if name in adapted)
+        reference = next(iter(self.parameters.values()))
         self._rate = torch.tensor(inner_lr, dtype=reference.dtype, device=reference.device)
         self._optimizer = MirroredOptimizer(optimizer, optimizer_settings, inner_lr, len(self.adapted))
         self.patched = patch(model, batch_norm)
 
-    def run(self, batch: TaskBatch, *, steps: int, training: bool, iteration: int, query_after: Collection[int], total: int = 0) -> Outcome:
+    def run(
+        self,
+        batch: TaskBatch,
+        *,
+        steps: int,
+        training: bool,
+        iteration: int,
+        query_after: Collection[int],
+        total: int = 0,
+        share: Share | None = None,
+        orders: Sequence[int] | None = None,
+    ) -> Outcome:
         """Adapt every task for `steps` steps, and take the query losses after as many updates as `query_after` says.
 
-        `iteration` and `total` are what plugins see of the meta-training that this belongs to.
+        `iteration` and `total` are what plugins see of the meta-training that this belongs to; `share` is what these tasks are of those of
+        all ranks, None where there are no others; `orders` are the derivative orders of the steps, where they are known already.
 
         In training the result carries the graph for meta-gradients; otherwise no graph is taken, and no surrounding
         `no_grad` or `inference_mode` reaches in.
         """
-        first = InnerStep(0, steps, self.inner_steps, iteration, total, training)
+        first = InnerStep(0, steps, self.inner_steps, iteration, total, training, share=share)
         if self.patched.training != training:
             set_mode(self.patched, training, self.batch_norm)
         with recording():
             try:
-                return self._run(usable(batch), first, query_after)
+                return self._run(usable(batch), first, query_after, orders)
             finally:
-                self._release()
+                self.release()
 
     def predict(self, parameters: list[Tensor], x: Tensor) -> Tensor:
         """One task's prediction (n, *output), with its own parameters in the model's order."""
@@ -93,21 +116,31 @@ class InnerLoop:
         prediction = self.predict(parameters, x)
         return self.loss(prediction, y), prediction
 
-    def _run(self, batch: TaskBatch, first: InnerStep, query_after: Collection[int]) -> Outcome:
-        initial = {name: parameter.expand(batch.num_tasks, *parameter.shape) for name, parameter in self._parameters.items()}
+    def _run(self, batch: TaskBatch, first: InnerStep, query_after: Collection[int], orders: Sequence[int] | None) -> Outcome:
+        initial = {name: parameter.expand(batch.num_tasks, *parameter.shape) for name, parameter in self.parameters.items()}
         fast = initial = initial if first.training else _leaves(initial, self.adapted)
         support_losses: list[Tensor] = []
-        query_losses: dict[int, Tensor] = {}
+        queries: dict[int, _Query] = {}
         first = replace(first, parameters=MappingProxyType(fast), initial_parameters=MappingProxyType(initial))
         if 0 in query_after:
-            query_losses[0], predictions, values = self._query(fast, batch, first)
-        for index in range(first.count):
-            step = replace(first, index=index, parameters=MappingProxyType(fast))
-            losses, outputs, _ = self._forward(fast, batch.support_x, batch.support_y, step)
-            support_losses.append(losses)
-            fast = self._update(fast, losses, replace(step, support_losses=losses, support_predictions=outputs))
-            if index + 1 in query_after:
-                query_losses[index + 1], predictions, values = self._query(fast, batch, replace(step, parameters=MappingProxyType(fast)))
+            queries[0] = self._query(fast, batch, first)
+        state, size = self._optimizer.snapshot(), max(first.count, 1)
+        walk = partial(self._walk, batch=batch, first=first, query_after=query_after, orders=orders)
+        if first.training and self.checkpoint_steps is not None:
+            size = self.checkpoint_steps
+        for begin in range(0, first.count, size):
+            indices = range(begin, min(begin + size, first.count))
+            if first.training and self.checkpoint_steps is not None:
+                inputs = (fast, initial, state)
+                fast, state, losses, found = recomputed(
+                    partial(walk, indices=indices), inputs, list(self.chain.named_parameters().values())
+                )
+            else:
+                fast, state, losses, found = walk((fast, initial, state), indices=indices)
+            support_losses += losses
+            queries |= found
+        query_losses = {after: losses for after, (losses, _, _) in queries.items()}
+        _, predictions, values = queries[max(queries)]
         return Outcome(
             batch,
             initial_parameters=MappingProxyType(initial),
@@ -119,12 +152,56 @@ class InnerLoop:
             statistics=MappingProxyType(first.statistics),
         )
 
-    def _update(self, fast: Mapping[str, Tensor], losses: Tensor, step: InnerStep) -> dict[str, Tensor]:
+    def _walk(
+        self,
+        inputs: tuple[dict[str, Tensor], dict[str, Tensor], Any],
+        *,
+        indices: range,
+        batch: TaskBatch,
+        first: InnerStep,
+        query_after: Collection[int],
+        orders: Sequence[int] | None,
+        graph: bool = True,
+    ) -> _Walked:
+        """Some inner steps, from fast weights, first weights and the optimizer's state.
+
+        Without `graph` what they give has its values alone: to be taken a second time, where their graph is asked for.
+        """
+        fast, initial, state = inputs
+        self._optimizer.restore(state)
+        again = graph and first.training and self.checkpoint_steps is not None  # what is kept, the first time has kept
+        first = replace(first, initial_parameters=MappingProxyType(initial), statistics={} if again else first.statistics)
+        support_losses, queries = [], {}
+        for index in indices:
+            step = replace(first, index=index, parameters=MappingProxyType(fast))
+            losses, outputs, _ = self._forward(fast, batch.support_x, batch.support_y, step)
+            support_losses.append(losses)
+            fast = self._update(fast, losses, replace(step, support_losses=losses, support_predictions=outputs), orders=orders, graph=graph)
+            if index + 1 in query_after:
+                queries[index + 1] = self._query(fast, batch, replace(step, parameters=MappingProxyType(fast)))
+        return fast, self._optimizer.snapshot(), support_losses, queries
+
+    def orders_of(self, iteration: int, total: int) -> tuple[int, ...]:
+        """The derivative order of every inner step of a training iteration, as the plugins have it."""
+        first = InnerStep(0, self.inner_steps, self.inner_steps, iteration, total, True)
+        return tuple(self._order(replace(first, index=index)) for index in range(self.inner_steps))
+
+    def _order(self, step: InnerStep) -> int:
+        order: int = self.chain.choose("derivative_order", 2, step=step)
+        return order
+
+    def _update(
+        self, fast: Mapping[str, Tensor], losses: Tensor, step: InnerStep, *, orders: Sequence[int] | None, graph: bool
+    ) -> dict[str, Tensor]:
         objective = self.chain.fold("transform_inner_losses", losses, step=step)
-        order = self.chain.choose("derivative_order", 2, step=step) if step.training else 1
+        order = 1 if not step.training else self._order(step) if orders is None else orders[step.index]
         weights = [fast[name] for name in self.adapted]
-        taken = torch.autograd.grad(objective.sum(), weights, create_graph=order == 2, allow_unused=True) if objective.requires_grad else ()
+        # Across ranks autograd is of Σ_r s[r] · (...), and this sum over tasks is without s: divided out before, multiplied in after.
+        total = objective.sum() if step.share is None else objective.sum() / step.share.weight
+        taken = torch.autograd.grad(total, weights, create_graph=graph and order == 2, allow_unused=True) if objective.requires_grad else ()
         gradients = {name: gradient for name, gradient in zip(self.adapted, taken, strict=False) if gradient is not None}
+        if step.share is not None:
+            gradients = {name: step.share.weight * gradient for name, gradient in gradients.items()}
         if not gradients:
             raise RunError(
                 f"no gradient reaches the adapted parameters {quoted(self.adapted[:3])}: the loss does not depend on them; adapt others"
@@ -132,21 +209,21 @@ class InnerLoop:
         self._check("the gradient of the support loss", gradients, step)
         folded = self.chain.fold("transform_gradients", gradients, step=step)
         rates = self.chain.fold("transform_learning_rates", dict.fromkeys(self.adapted, self._rate), step=step)
-        if not step.training:
+        if not step.training or not graph:
             folded, rates = ({name: value.detach() for name, value in values.items()} for values in (folded, rates))
         updated = self._optimizer.step(weights, [folded.get(name) for name in self.adapted], [rates[name] for name in self.adapted])
         after = {**fast, **dict(zip(self.adapted, updated, strict=True))}
         self._check("the updated weights", after, step)
-        return after if step.training else _leaves(after, self.adapted)
+        return after if step.training and graph else _leaves(after, self.adapted)
 
-    def _query(self, fast: Mapping[str, Tensor], batch: TaskBatch, step: InnerStep) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+    def _query(self, fast: Mapping[str, Tensor], batch: TaskBatch, step: InnerStep) -> _Query:
         with torch.set_grad_enabled(step.training):
             return self._forward(fast, batch.query_x, batch.query_y, step)
 
-    def _forward(self, fast: Mapping[str, Tensor], x: Tensor, y: Tensor, step: InnerStep) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+    def _forward(self, fast: Mapping[str, Tensor], x: Tensor, y: Tensor, step: InnerStep) -> _Query:
         """Every task's loss (T,) and prediction (T, n, *output), and the parameter values that they were made with."""
         values = self.chain.fold("transform_parameters", fast, step=step)
-        stacked = [values[name] for name in self._parameters]
+        stacked = [values[name] for name in self.parameters]
         losses, predictions = self._vectorized(stacked, x, y) if self.vectorized else self._sequential(stacked, x, y)
         self._check("the model's output", {"prediction": predictions}, step)
         self._check("the loss", {"loss": losses}, step)
@@ -154,7 +231,7 @@ class InnerLoop:
 
     def _vectorized(self, stacked: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         # Weights that no task has changed are one tensor, expanded: vmap need not batch them, unless the gradient is asked for by task.
-        shared = [name not in self.adapted and value.stride(0) == 0 for name, value in zip(self._parameters, stacked, strict=True)]
+        shared = [name not in self.adapted and value.stride(0) == 0 for name, value in zip(self.parameters, stacked, strict=True)]
         values = [value[0] if same else value for value, same in zip(stacked, shared, strict=True)]
         dims = [None if same else 0 for same in shared]
         losses, predictions = torch.vmap(self._folded_task, in_dims=(dims, 0, 0), randomness="different")(values, x, y)
@@ -176,9 +253,9 @@ class InnerLoop:
             if wrong:
                 raise RunError(f"{what} is NaN or Inf ({quoted(wrong[:3])}) in iteration {step.meta_iteration}, inner step {step.index}")
 
-    def _release(self) -> None:
+    def release(self) -> None:
         """Let go of the last fast weights, which higher keeps in the patched modules and in the optimizer."""
-        release(self.patched, list(self._parameters.values()))
+        release(self.patched, list(self.parameters.values()))
         self._optimizer.reset()
 
 

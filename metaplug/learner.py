@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metaplug import checkpoint, registry
 from metaplug.chain import Chain
 from metaplug.config import LearnerSettings
-from metaplug.engine import Engine
+from metaplug.engine import Derivation, Engine
 from metaplug.errors import RequestError, RunError, quoted, unknown
 from metaplug.evaluation import EvaluationResult, metric_of, score
 from metaplug.history import History, Record
@@ -23,9 +23,12 @@ from metaplug.mirror import set_mode
 from metaplug.plugin import Plugin
 from metaplug.preset import PluginUse, Preset, find_preset, make_plugins
 from metaplug.runtime.batching import Batching, BatchingChoice, choose_batching
+from metaplug.runtime.chunks import ChunkedDerivation
+from metaplug.runtime.compiled import CompiledDerivation
+from metaplug.runtime.distributed import ALONE, World
 from metaplug.runtime.guards import check_forward, check_model
 from metaplug.settings import validated
-from metaplug.tasks.adapters import as_stream
+from metaplug.tasks.adapters import LoaderTasks, as_stream
 from metaplug.tasks.batch import TaskBatch
 from metaplug.tasks.episodes import TaskStream
 from metaplug.values import Context, Kind
@@ -54,7 +57,15 @@ class MetaLearner:
         kind: "classification" (targets: class indices, int64) or "regression".
         loss: (prediction, target) of one task → a tensor of shape (). Default: cross-entropy or mean squared error, by kind.
         task_batching: "auto", "vectorized" or "sequential": the same numbers, another speed.
+        checkpoint_steps: at least 1: the graph of so many inner steps at a time is kept, and that of the others made again in the backward
+            pass: less memory, a third more time, the same numbers. None keeps all of it.
+        chunk_size: at least 1: meta-gradients are accumulated over so many tasks at a time: the memory of these. For plugins that do not
+            couple tasks. None takes all tasks of a batch at once.
+        compile: whether meta-steps are compiled: the same numbers, many times faster for small models, after a minute or more for each form
+            of batch. A plugin that cannot be compiled is named in a warning, and training goes on uncompiled.
         seed: of every random number of training.
+        world: the processes that train together, from `metaplug.runtime.distributed.joined`: every rank makes the same learner and the
+            same calls, and draws its part of the tasks. They start from rank 0's weights. Default: this process alone.
 
     Raises:
         RequestError: the model cannot be meta-trained, a name is unknown, or a value out of bounds.
@@ -76,7 +87,11 @@ class MetaLearner:
         meta_lr: float | None = None,
         batch_norm: Literal["batch", "frozen"] | None = None,
         task_batching: Batching = "auto",
+        checkpoint_steps: int | None = None,
+        chunk_size: int | None = None,
+        compile: bool = False,  # noqa: A002 -- the field's name, as in torch
         seed: int = 0,
+        world: World | None = None,
     ) -> None:
         given = {
             "inner_lr": inner_lr,
@@ -95,13 +110,21 @@ class MetaLearner:
             raise RequestError(f"unknown kind of task '{kind}': classification or regression")
         if task_batching not in get_args(Batching):
             raise unknown("task batching", task_batching, get_args(Batching))
+        if checkpoint_steps is not None and checkpoint_steps < 1:
+            raise RequestError(f"checkpoint_steps = {checkpoint_steps}: give at least 1, or None to keep the graph of all inner steps")
+        if chunk_size is not None and chunk_size < 1:
+            raise RequestError(f"chunk_size = {chunk_size}: give at least 1, or None to take all tasks of a batch at once")
+        if compile and (checkpoint_steps is not None or chunk_size is not None):
+            raise RequestError("a compiled step decides itself what it keeps: leave compile out, or checkpoint_steps and chunk_size")
         check_model(model, self.settings.batch_norm)
         self.model, self.kind, self.seed, self.task_batching = model, kind, seed, task_batching
+        self.world = ALONE if world is None else world
         self.custom_loss = loss is not None
         self.batching: BatchingChoice | None = None
         """How tasks are batched and why; known from the first batch on."""
         self._warned = False
         self.chain = Chain(make_plugins(preset, plugins))
+        self.world.align([*model.parameters(), *model.buffers()])  # before plugins start from these values
         trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         layers = {name: type(model.get_submodule(name.rpartition(".")[0])) for name in trainable}
         adapted = self._select_adapted(tuple(trainable), layers)
@@ -117,8 +140,10 @@ class MetaLearner:
                 inner_steps=self.settings.inner_steps,
                 inner_lr=self.settings.inner_lr,
                 kind=kind,
+                ranks=self.world.size,
             )
         )
+        self.world.align([tensor for plugin in self.chain.plugins for tensor in (*plugin.parameters(), *plugin.buffers())])
         inner = InnerLoop(
             model,
             self.chain,
@@ -130,9 +155,17 @@ class MetaLearner:
             optimizer_settings=self.settings.inner_optimizer_settings,
             batch_norm=self.settings.batch_norm,
         )
+        inner.checkpoint_steps = checkpoint_steps
         self.engine = Engine(
-            model, self.chain, inner, meta_optimizer=self.settings.meta_optimizer, meta_lr=self.settings.meta_lr, seed=seed
+            model,
+            self.chain,
+            inner,
+            meta_optimizer=self.settings.meta_optimizer,
+            meta_lr=self.settings.meta_lr,
+            seed=seed,
+            world=self.world,
         )
+        self.engine.derivation = self._derivation(chunk_size, compile)
 
     @property
     def iteration(self) -> int:
@@ -184,19 +217,25 @@ class MetaLearner:
 
         Args:
             tasks: where the tasks of iteration i come from: `tasks.batch(i, range(tasks_per_batch))`; or a CombinationMetaDataset or
-                BatchMetaDataLoader of torchmeta.
+                BatchMetaDataLoader of torchmeta. Of N ranks, rank r asks for the indices r, r + N, r + 2N, ….
             iterations: how many more.
-            tasks_per_batch: tasks in a meta-batch, at least 1.
+            tasks_per_batch: tasks in a meta-batch, at least 1, and at least the number of ranks.
             validation: tasks that are evaluated every `validate_every` iterations and after the last: always the same `validation_tasks`.
 
         Raises:
+            RequestError: there are more ranks than tasks, or ranks cannot draw different tasks from `tasks`.
             RunError: a loss or gradient is NaN or Inf; the weights are those of the iteration before.
         """
         _check_counts(tasks_per_batch=tasks_per_batch, validate_every=validate_every, validation_tasks=validation_tasks)
-        tasks = as_stream(tasks, self.seed)
+        if tasks_per_batch < self.world.size:
+            raise RequestError(
+                f"tasks_per_batch = {tasks_per_batch} on {self.world.size} ranks: a rank without a task would only wait; "
+                f"give at least {self.world.size} tasks, or start fewer ranks"
+            )
+        tasks = self._stream(tasks)
         total = self.iteration + iterations
         while self.iteration < total:
-            batch = self._checked(tasks.batch(self.iteration, range(tasks_per_batch)))
+            batch = self._checked(tasks.batch(self.iteration, self.world.shard(range(tasks_per_batch))))
             step = self.engine.meta_step(batch, total)
             due = validation is not None and (step.iteration % validate_every == 0 or step.iteration == total)
             yield Record(step, self.evaluate(validation, num_tasks=validation_tasks) if validation is not None and due else None)
@@ -209,26 +248,30 @@ class MetaLearner:
         Args:
             tasks: task i is `tasks.batch(0, [i])`, whatever the batch.
             inner_steps: default: as in training.
-            tasks_per_batch: how many are computed together; the result does not depend on it.
+            tasks_per_batch: how many are computed together, each such batch on one rank; the result does not depend on it.
 
         Raises:
             RunError: a task's query loss is NaN or Inf, which no mean should hide; the task is named.
         """
         _check_counts(num_tasks=num_tasks, tasks_per_batch=tasks_per_batch)
-        tasks = as_stream(tasks, self.seed)
+        tasks = self._stream(tasks)
         steps = self._steps(inner_steps)
-        scores = []
-        for start in range(0, num_tasks, tasks_per_batch):
-            batch = self._checked(tasks.batch(0, range(start, min(start + tasks_per_batch, num_tasks))))
+        scores, diverged = torch.zeros(2, num_tasks, dtype=torch.float64)
+        for start in self.world.shard(range(0, num_tasks, tasks_per_batch)):  # whole batches, so that they are computed as in one process
+            own = range(start, min(start + tasks_per_batch, num_tasks))
+            batch = self._checked(tasks.batch(0, own))
             outcome = self.engine.evaluate(batch, steps)
-            diverged = (~torch.isfinite(outcome.query_losses[steps])).nonzero()
-            if len(diverged):
-                raise RunError(
-                    f"evaluation task {start + int(diverged[0])} has a query loss of NaN or Inf after {steps} inner steps: "
-                    "its inner loop diverges; lower inner_lr or inner_steps"
-                )
-            scores.append(score(self.kind, outcome.query_predictions, batch.query_y))
-        return EvaluationResult(metric_of(self.kind), torch.cat(scores), steps, self.transductive)
+            scores[own.start : own.stop] = score(self.kind, outcome.query_predictions, batch.query_y)
+            diverged[own.start : own.stop] = ~torch.isfinite(outcome.query_losses[steps])
+            if diverged[own.start : own.stop].any():
+                break
+        scores, diverged = self.world.sum(torch.stack([scores, diverged]))
+        if diverged.any():
+            raise RunError(
+                f"evaluation task {int(diverged.nonzero()[0])} has a query loss of NaN or Inf after {steps} inner steps: "
+                "its inner loop diverges; lower inner_lr or inner_steps"
+            )
+        return EvaluationResult(metric_of(self.kind), scores, steps, self.transductive)
 
     def adapt(self, support_x: Tensor, support_y: Tensor, *, inner_steps: int | None = None) -> nn.Module:
         """A copy of the model, adapted to one new task.
@@ -253,7 +296,8 @@ class MetaLearner:
     def meta_gradients(self, batch: TaskBatch) -> dict[str, Tensor]:
         """The meta-gradients of one batch: by the model's own names, and PLUGIN.NAME for a plugin's. Steps and commits nothing.
 
-        A meta-parameter that received no gradient is left out.
+        Each rank gives tasks of its own, and all find the meta-gradients of all of them. A meta-parameter that received no gradient is left
+        out.
         """
         return dict(self.engine.meta_gradients(self._checked(batch), self.iteration, self.engine.total).gradients)
 
@@ -320,7 +364,13 @@ class MetaLearner:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, model: nn.Module | None = None, plugins: Sequence[Plugin] | None = None, loss: Loss | None = None
+        cls,
+        path: str | Path,
+        *,
+        model: nn.Module | None = None,
+        plugins: Sequence[Plugin] | None = None,
+        loss: Loss | None = None,
+        world: World | None = None,
     ) -> MetaLearner:
         """The learner that `save` wrote. Executes no code from the file.
 
@@ -328,6 +378,7 @@ class MetaLearner:
             model: needed where the model is not an installed part; any weights of the same shapes.
             plugins: needed where a plugin is not an installed part; the same list, new instances.
             loss: needed where one was given.
+            world: as for MetaLearner; it need not have as many ranks as the one that saved.
 
         Raises:
             RunError: the file is missing, damaged, or of another model or version.
@@ -345,16 +396,42 @@ class MetaLearner:
             loss=loss,
             seed=state["seed"],
             task_batching=state["task_batching"],
+            world=world,
             **state["settings"],
         )
         learner.load_state_dict(state, str(path))
         return learner
+
+    def _derivation(self, chunk_size: int | None, compiles: bool) -> Derivation | None:
+        coupled = [plugin.name for plugin in self.chain.plugins if plugin.couples_tasks]
+        if compiles and coupled and self.world.size > 1:
+            raise RequestError(
+                f"compile on {self.world.size} ranks: plugin {quoted(coupled)} takes means over all of their tasks in the inner loop, "
+                "for which a compiled step cannot wait: leave compile out, or use one rank"
+            )
+        if chunk_size is not None:
+            if coupled:
+                raise RequestError(
+                    f"chunk_size = {chunk_size} takes a few tasks at a time, but plugin {quoted(coupled)} couples all tasks of a batch: "
+                    "leave one of the two out, or use checkpoint_steps, which saves memory with every plugin"
+                )
+            return ChunkedDerivation(self.engine, chunk_size)
+        return CompiledDerivation(self.engine) if compiles else None
 
     def _select_adapted(self, names: tuple[str, ...], layers: Mapping[str, type[nn.Module]]) -> tuple[str, ...]:
         selected = self.chain.fold("select_adapted", names, layers=layers)
         if not selected:
             raise RequestError("the plugins select no parameter to adapt: leave at least one")
         return tuple(name for name in names if name in selected)
+
+    def _stream(self, tasks: TaskStream) -> TaskStream:
+        stream = as_stream(tasks, self.seed)
+        if self.world.size > 1 and isinstance(stream, LoaderTasks):
+            raise RequestError(
+                f"a BatchMetaDataLoader decides itself which tasks come next, so that {self.world.size} ranks would train on the same: "
+                "give its CombinationMetaDataset instead"
+            )
+        return stream
 
     def _checked(self, batch: TaskBatch) -> TaskBatch:
         """The batch on the model's device; before the first, the model is tried on it and the batching decided."""

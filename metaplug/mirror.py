@@ -67,6 +67,16 @@ class MirroredOptimizer:
         override = {"lr": list(rates), **self._corrected()}
         return list(self._mirror.step(self._unconnected, params=weights, override=override, grad_callback=lambda _: gradients))
 
+    def snapshot(self) -> list[dict[int, dict[str, Any]]]:
+        """The state as it is now, in containers of its own."""
+        return [{place: dict(state) for place, state in group.items()} for group in self._mirror.state]
+
+    def restore(self, snapshot: Sequence[Mapping[int, Mapping[str, Any]]]) -> None:
+        """Go on from a snapshot, which stays as it is."""
+        for group, saved in zip(self._mirror.state, snapshot, strict=True):
+            group.clear()
+            group.update({place: dict(state) for place, state in saved.items()})
+
     def reset(self) -> None:
         """Forget momenta, and let go of the last tensors."""
         self._mirror.state = [self._first_state() for _ in self._mirror.param_groups]

@@ -18,6 +18,7 @@ from metaplug.errors import RequestError, RunError
 from metaplug.evaluation import better
 from metaplug.experiment import Experiment, build, environment, result_values, to_json
 from metaplug.history import Record
+from metaplug.runtime.distributed import ALONE, World
 from metaplug.settings import read_yaml, validated
 
 CONFIG, METRICS, LAST, BEST, SUMMARY = "config.yaml", "metrics.jsonl", "last.pt", "best.pt", "summary.json"
@@ -32,18 +33,22 @@ def train(
     on_start: Callable[[Experiment], None] = lambda experiment: None,
     on_record: Callable[[Record], None] = lambda record: None,
     stop: Callable[[], bool] = lambda: False,
+    world: World = ALONE,
 ) -> dict[str, Any] | None:
     """Run an experiment in a folder: meta-train, keep the best validation, measure that on unseen test tasks.
 
     A checkpoint is written at every validation and at a stop. Killed at any moment and resumed, a run gives bit for bit the checkpoints and
     the metrics of one that was left alone.
 
+    Every rank of `world` calls this; rank 0 alone reads and writes the folder. A run may be resumed on another number of ranks.
+
     Args:
         folder: made here; a run that is there already is only touched to resume it.
         resume: go on with the run in `folder`; begins one where there is none yet. A finished run is left as it is.
         on_start: called once, with `learner.iteration` iterations done already.
         on_record: called after every iteration.
-        stop: asked after every iteration; True stops the run.
+        stop: asked after every iteration; True on any rank stops the run.
+        world: the processes that train together; `on_start` and `on_record` are called on rank 0.
 
     Returns:
         The content of summary.json; None for a run that was stopped.
@@ -52,12 +57,13 @@ def train(
         RequestError: a part is unknown or refuses its settings; the folder holds a run, and another one than this to resume.
         RunError: a loss or gradient is NaN or Inf, or a file cannot be written; the last checkpoint is kept.
     """
-    _check_folder(folder, config, resume)
-    if (folder / SUMMARY).exists():
-        return read_summary(folder)
-    experiment = build(config)
+    finished = world.from_main(lambda: _look(folder, config, resume))
+    if finished is not None:
+        return finished
+    experiment = build(config, world=world)
     run = _begin(folder, experiment)
-    on_start(experiment)
+    if world.is_main:
+        on_start(experiment)
     if not run.iterate(on_record, stop):
         return None
     return run.finish()
@@ -74,17 +80,29 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def load(path: Path, device: str | None = None) -> Experiment:
+def load(path: Path, device: str | None = None, world: World = ALONE) -> Experiment:
     """The experiment of a run, as its best validation left it.
 
     Args:
         path: a run's folder, or one of its checkpoints.
         device: default: as the run was configured.
+        world: the processes that evaluate together, of which rank 0 reads.
 
     Raises:
         RequestError: nothing is there, or it is not a run's.
         RunError: the checkpoint is damaged, or of another model or version.
     """
+    file, state = world.from_main(lambda: _read(path))
+    config = validated(ExperimentConfig, yaml.safe_load(state["config"]), str(file))
+    if device is not None:
+        config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"device": device})})
+    experiment = build(config, world=world)
+    experiment.learner.load_state_dict(state, str(file))
+    return experiment
+
+
+def _read(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint of a run, and the file that it is from."""
     file = path / BEST if path.is_dir() else path
     if not file.exists():
         what = f"{path} has no {BEST} yet" if path.is_dir() else f"there is no run {path}"
@@ -92,12 +110,7 @@ def load(path: Path, device: str | None = None) -> Experiment:
     state = checkpoint.read(file)
     if "config" not in state:
         raise RequestError(f"{file} holds a learner without its experiment: load it in Python with MetaLearner.load")
-    config = validated(ExperimentConfig, yaml.safe_load(state["config"]), str(file))
-    if device is not None:
-        config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"device": device})})
-    experiment = build(config)
-    experiment.learner.load_state_dict(state, str(file))
-    return experiment
+    return file, state
 
 
 @dataclass
@@ -111,6 +124,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self._begun = time.monotonic() - self.seconds
+        self._world = self.experiment.learner.world
 
     def iterate(self, on_record: Callable[[Record], None], stop: Callable[[], bool]) -> bool:
         """Train to the end; False if stopped on the way."""
@@ -124,10 +138,12 @@ class _Run:
             validation_tasks=training.validation_tasks,
         )
         for record in records:
-            self._log(record)
-            stopped = stop()
+            if self._world.is_main:
+                self._log(record)
+            [stopped] = self._world.any(stop())
             self._save(record, stopped)
-            on_record(record)
+            if self._world.is_main:
+                on_record(record)
             if stopped:
                 return False
         return True
@@ -138,7 +154,8 @@ class _Run:
             raise RunError(f"no validation of {self.folder} was finite, so that there is nothing to test: try a smaller learning rate")
         learner, config = self.experiment.learner, self.experiment.config
         seconds = time.monotonic() - self._begun
-        learner.load_state_dict(checkpoint.read(self.folder / BEST), str(self.folder / BEST))
+        best = self._world.from_main(lambda: checkpoint.read(self.folder / BEST))
+        learner.load_state_dict(best, str(self.folder / BEST))
         test = learner.evaluate(self.experiment.tasks.test, num_tasks=config.training.test_tasks)
         summary = {
             "test": result_values(test),
@@ -149,7 +166,8 @@ class _Run:
             "seconds": round(seconds, 3),
             **environment(learner),
         }
-        _write_text(self.folder / SUMMARY, to_json(summary, indent=2) + "\n")
+        if self._world.is_main:
+            _write_text(self.folder / SUMMARY, to_json(summary, indent=2) + "\n")
         return summary
 
     def _log(self, record: Record) -> None:
@@ -179,12 +197,22 @@ class _Run:
             metric, mean = validation.metric, validation.mean
             if self.best is None or better(metric, mean, self.best["mean"]):
                 self.best = {"iteration": record.step.iteration, "mean": mean, "interval": validation.interval}
-                checkpoint.write(self.folder / BEST, self._state())
-        checkpoint.write(self.folder / LAST, self._state())
+                self._write(BEST)
+        self._write(LAST)
+
+    def _write(self, name: str) -> None:
+        if self._world.is_main:
+            checkpoint.write(self.folder / name, self._state())
 
     def _state(self) -> dict[str, Any]:
         own = {"best": self.best, "config": to_yaml(self.experiment.config), "seconds": time.monotonic() - self._begun}
         return {**self.experiment.learner.state_dict(), **own}
+
+
+def _look(folder: Path, config: ExperimentConfig, resume: bool) -> dict[str, Any] | None:
+    """The summary of a finished run in the folder; None for a folder in which a run may begin or go on."""
+    _check_folder(folder, config, resume)
+    return read_summary(folder) if (folder / SUMMARY).exists() else None
 
 
 def _check_folder(folder: Path, config: ExperimentConfig, resume: bool) -> None:
@@ -213,6 +241,17 @@ def _check_folder(folder: Path, config: ExperimentConfig, resume: bool) -> None:
 
 def _begin(folder: Path, experiment: Experiment) -> _Run:
     """A new run, or the one in the folder from its last checkpoint on, with what came after that cut away."""
+    learner = experiment.learner
+    state = learner.world.from_main(lambda: _prepare(folder, experiment.config))
+    if state is None:
+        return _Run(experiment, folder, None, 0.0)
+    learner.load_state_dict(state, str(folder / LAST))
+    learner.world.from_main(lambda: _cut(folder / METRICS, learner.iteration))
+    return _Run(experiment, folder, state["best"], state["seconds"])
+
+
+def _prepare(folder: Path, config: ExperimentConfig) -> dict[str, Any] | None:
+    """Make the folder of a run, or clear up in it; its last checkpoint."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
@@ -220,14 +259,11 @@ def _begin(folder: Path, experiment: Experiment) -> _Run:
     except OSError as error:
         raise RunError(f"cannot make the run folder {folder}: {error.strerror}; give another --out") from error
     if not (folder / CONFIG).exists():
-        _write_text(folder / CONFIG, to_yaml(experiment.config))
+        _write_text(folder / CONFIG, to_yaml(config))
     if not (folder / LAST).exists():
         _write_text(folder / METRICS, "")
-        return _Run(experiment, folder, None, 0.0)
-    state = checkpoint.read(folder / LAST)
-    experiment.learner.load_state_dict(state, str(folder / LAST))
-    _cut(folder / METRICS, experiment.learner.iteration)
-    return _Run(experiment, folder, state["best"], state["seconds"])
+        return None
+    return checkpoint.read(folder / LAST)
 
 
 def _cut(metrics: Path, iterations: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metaplug.errors import RequestError
+from metaplug.runtime.distributed import Share
 from metaplug.tasks.batch import TaskBatch
 
 Kind: TypeAlias = Literal["classification", "regression"]
@@ -62,6 +63,7 @@ class InnerStep:
     support_predictions: Tensor | None = None
     statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     owner: Owner | None = None
+    share: Share | None = None
 
     @property
     def slot(self) -> int:
@@ -88,7 +90,9 @@ class InnerStep:
         return self._of_forward("predictions", self.support_predictions)
 
     def task_mean(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The mean over axis 0, that is over all tasks of the meta-batch: Σ_t w[t]·x[t] / T. Differentiable.
+        """The mean over axis 0, that is over all tasks of the meta-batch, those of other ranks too: Σ_t w[t]·x[t] / T. Differentiable.
+
+        Ranks wait for each other here: call it as often, and with the same shapes, whatever the tasks are.
 
         Args:
             x: (T, ...), a floating dtype.
@@ -107,13 +111,14 @@ class InnerStep:
                 f"plugin '{self._owner.name}' takes a mean over test tasks, which must not see each other: "
                 "use what was stored in training when step.training is False"
             )
-        if weights is None:
-            return x.mean(0)
-        mean: Tensor = torch.tensordot(weights / len(weights), x, 1)
-        return mean
+        mean: Tensor = x.mean(0) if weights is None else torch.tensordot(weights / len(weights), x, 1)
+        return mean if self.share is None else self.share.mean(mean)
 
     def keep(self, name: str, tensor: Tensor) -> None:
-        """Hand a statistic to the engine, detached; after the meta-update, and only then, `commit` receives it by this name."""
+        """Hand a statistic to the engine, detached; after the meta-update, and only then, `commit` receives it by this name.
+
+        Where other ranks have tasks too, it receives the mean over ranks, weighted by their tasks: keep a floating-point mean over tasks.
+        """
         self.statistics.setdefault(self._owner.name, {})[name] = tensor.detach()
 
     def seen_by(self, owner: Owner) -> InnerStep:
@@ -172,6 +177,7 @@ class Context:
         inner_steps: K in training, 0 or more.
         inner_lr: the inner learning rate.
         kind: "classification" or "regression".
+        ranks: the number of processes that the tasks of a meta-batch are spread over.
     """
 
     shapes: Mapping[str, torch.Size]
@@ -183,3 +189,4 @@ class Context:
     inner_steps: int
     inner_lr: float
     kind: Kind
+    ranks: int = 1

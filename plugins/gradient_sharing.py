@@ -101,6 +101,11 @@ class GradientSharing(Plugin):
 
     @hookimpl
     def setup(self, context: Context) -> None:
+        if self.config.streaming and context.ranks > 1:
+            raise RequestError(
+                f"plugin '{self.name}': streaming = true on {context.ranks} ranks: each task must find what those before it have left, and "
+                "these are on other ranks; use one rank, or leave streaming out"
+            )
         zero = torch.zeros((), dtype=context.dtype, device=context.device)
         sizes = [context.shapes[name].numel() for name in context.adapted]
         slots = max(context.inner_steps, 1)

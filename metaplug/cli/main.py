@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import metaplug
-from metaplug.cli import bench, listing, running
+from metaplug.cli import bench, listing, ranks, running
 from metaplug.errors import MetaplugError
 from metaplug.report.console import line
 
@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     line_given = sys.argv[1:] if arguments is None else arguments
     _State.debug = "--debug" in line_given
     _quiet_warnings()
+    ranks.silence_others()
     if "" not in sys.path:
         sys.path.append("")  # a model's MODULE:FACTORY may lie in the current folder; at the end, where it shadows nothing
     try:

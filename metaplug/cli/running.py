@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from metaplug.cli.options import RUN, Config, Json, PresetName, Set, With, resolve_options, shared
+from metaplug.cli.ranks import ranks, refuse_several
 from metaplug.errors import RequestError
 from metaplug.report.console import CONSOLE, emit, line
 
@@ -45,7 +46,9 @@ _TRAIN_EXAMPLES = """**Examples**
 
 - metaplug train --with gradient-sharing:gate=0.3,momentum=0.9 --set training.validate_every=50 --name mine
 
-- metaplug train experiment.yaml --iterations 2000 --resume"""
+- metaplug train experiment.yaml --iterations 2000 --resume
+
+- torchrun --nproc-per-node 2 -m metaplug train --preset maml"""
 
 
 def train(
@@ -74,28 +77,29 @@ def train(
     from metaplug.runs import SUMMARY, read_metrics
     from metaplug.runs import train as train_in
 
-    settings = resolve_options(given, sets, config=config, preset=preset, uses=[parse_plugin(text) for text in use or ()]).config
-    folder = out / (name or (config.stem if config is not None else _default_name(settings)))
-    finished = (folder / SUMMARY).exists()
-    progress = TrainingProgress(CONSOLE, settings.training.iterations)
+    with ranks() as world:
+        settings = resolve_options(given, sets, config=config, preset=preset, uses=[parse_plugin(text) for text in use or ()]).config
+        folder = out / (name or (config.stem if config is not None else _default_name(settings)))
+        finished = (folder / SUMMARY).exists()
+        progress = TrainingProgress(CONSOLE, settings.training.iterations)
 
-    def begin(experiment: Experiment) -> None:
-        line(heading(experiment))
-        done = experiment.learner.iteration
-        line(f"going on in {folder} after iteration {done}" if done else f"a new run in {folder}")
-        progress.begin(done)
+        def begin(experiment: Experiment) -> None:
+            line(heading(experiment))
+            done = experiment.learner.iteration
+            line(f"going on in {folder} after iteration {done}" if done else f"a new run in {folder}")
+            progress.begin(done)
 
-    with _stop_on_interrupt() as stop, progress:
-        summary = train_in(settings, folder, resume=resume, on_start=begin, on_record=progress.record, stop=stop)
-    if finished:
-        line(f"{folder} is finished already")
-    run_figure(read_metrics(folder), folder / "curves.png")
-    if summary is None:
-        raise StoppedError(f"stopped, with a checkpoint in {folder}: the same command with --resume goes on")
-    line(f"test {result_line(summary['test'])}")
-    line(f"by the weights after iteration {summary['best_validation']['iteration']}, which validated best; all of it is in {folder}")
-    for reason in summary["test"]["transductive"]:
-        line(f"transductive: {reason}")
+        with _stop_on_interrupt() as stop, progress if world.is_main else nullcontext():
+            summary = train_in(settings, folder, resume=resume, on_start=begin, on_record=progress.record, stop=stop, world=world)
+        if finished:
+            line(f"{folder} is finished already")
+        world.from_main(lambda: run_figure(read_metrics(folder), folder / "curves.png"))
+        if summary is None:
+            raise StoppedError(f"stopped, with a checkpoint in {folder}: the same command with --resume goes on")
+        line(f"test {result_line(summary['test'])}")
+        line(f"by the weights after iteration {summary['best_validation']['iteration']}, which validated best; all of it is in {folder}")
+        for reason in summary["test"]["transductive"]:
+            line(f"transductive: {reason}")
 
 
 _EVALUATE_EXAMPLES = """**Examples**
@@ -125,10 +129,11 @@ def evaluate(
     from metaplug.report.terminal import result_line
     from metaplug.runs import load
 
-    experiment = load(run, device)
-    learner, tasks = experiment.learner, experiment.tasks
-    count = experiment.config.training.test_tasks if num_tasks is None else num_tasks
-    result = learner.evaluate(tasks.test if split is Split.TEST else tasks.val, num_tasks=count, inner_steps=inner_steps)
+    with ranks() as world:
+        experiment = load(run, device, world)
+        learner, tasks = experiment.learner, experiment.tasks
+        count = experiment.config.training.test_tasks if num_tasks is None else num_tasks
+        result = learner.evaluate(tasks.test if split is Split.TEST else tasks.val, num_tasks=count, inner_steps=inner_steps)
     values = {"run": str(run), "split": split.value, "iteration": learner.iteration, **result_values(result), **environment(learner)}
     if as_json:
         emit(to_json(values, indent=2))
@@ -187,6 +192,7 @@ def compare(
     Acceleration: the target is the best validation value that the first variant reaches; (iterations that it needs / iterations that the
     other needs - 1) x 100 %, for each seed.
     """
+    refuse_several("compare", "start it without torchrun, or train each variant with torchrun -m metaplug train")
     from metaplug.comparison import Variant, to_values
     from metaplug.comparison import compare as compare_variants
     from metaplug.experiment import to_json

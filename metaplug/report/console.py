@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import sys
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 CONSOLE = Console(stderr=True, highlight=False)
 
@@ -16,6 +18,15 @@ def line(text: str, style: str | None = None, console: Console = CONSOLE) -> Non
 
 
 def emit(text: str) -> None:
-    """Print text for a program on standard output, where nothing else goes."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """Print text for a program on standard output, where nothing else goes; not where the console is quiet."""
+    if not CONSOLE.quiet:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+def new_table(title: str, *columns: str) -> Table:
+    """A table without rows, in the one style that all have."""
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

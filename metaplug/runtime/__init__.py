@@ -1,1 +1,1 @@
-"""How a meta-step runs: the device, the random streams, the guards before the first step, and how tasks are batched."""
+"""How a meta-step runs: devices and processes, the random streams, the guards before the first step, and how tasks are batched."""

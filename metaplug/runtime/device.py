@@ -5,16 +5,23 @@ from __future__ import annotations
 import torch
 
 from metaplug.errors import RequestError
+from metaplug.runtime.distributed import ALONE, World
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, world: World = ALONE) -> torch.device:
     """The device for "auto" (a CUDA device where one is present, else the CPU), "cpu", "cuda" or "cuda:N".
 
+    Of several ranks on a machine, each takes a CUDA device of its own: "cuda" is cuda:LOCAL_RANK.
+
     Raises:
-        RequestError: no such device here.
+        RequestError: no such device here, or one device for several ranks.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if world.size > 1 and name.startswith("cuda:"):
+        raise RequestError(f"device '{name}' for {world.size} ranks: each needs a device of its own; give auto, cuda or cpu")
+    if world.size > 1 and name == "cuda":
+        name = f"cuda:{world.local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -65,7 +65,7 @@ def test_conditioning_begins_as_no_conditioning(case, gate, momentum, granularit
     assert_close(gradients, plain.meta_gradients(case.batch), **LOOSE)
     shape = ours.engine.meta_parameters["gradient-sharing.gate"].shape
     assert all(gradient.shape == (*shape, 2) for gradient in by_task.values())
-    assert bool((by_task["gate"] != 0).any()) or case.lr == 0
+    assert bool((by_task["gate"] != 0).any()) or case.lr < 1e-6  # below, it is lost in rounding
 
 
 @given(problems(tasks=(2, 4), steps=(1, 2)), weights, weights, seeds)

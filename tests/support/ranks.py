@@ -1,0 +1,82 @@
+"""Several ranks on this machine, for tests: forked from the test, which has imported everything, and joined over the loopback."""
+
+import os
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from metaplug import TaskBatch
+from metaplug.runtime.distributed import joined
+
+LIMIT = 60
+"""Seconds after which ranks that have not ended are killed."""
+
+FIELDS = ("support_x", "support_y", "query_x", "query_y")
+
+
+def shard(batch, world):
+    """The tasks of a batch that are this rank's."""
+    return TaskBatch(*(getattr(batch, field)[world.rank :: world.size] for field in FIELDS))
+
+
+def on_ranks(action, size=2, timeout=20.0):
+    """What `action(world)` returned, or the exception that it raised, on each of `size` ranks; None of a rank that was killed."""
+
+    def join():
+        with joined(timeout) as world:
+            return action(world)
+
+    return forked(join, size)[0]
+
+
+def forked(action, size=2):
+    """The same for processes that torchrun might have started, which have not joined; and all that they wrote to stdout and stderr."""
+    with tempfile.TemporaryDirectory() as folder:
+        files, words = [Path(folder) / f"{rank}.pt" for rank in range(size)], Path(folder) / "words"
+        words.touch()
+        port = free_port()
+        meeting = {"WORLD_SIZE": f"{size}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+        children = [_fork(action, {**meeting, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}, file, words) for rank, file in enumerate(files)]
+        _wait(children)
+        return [torch.load(file, weights_only=False) if file.exists() else None for file in files], words.read_text()
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _fork(action, environment, file, words):
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.environ |= environment
+        sys.stdout = sys.stderr = words.open("a", buffering=1)
+        try:
+            answer = action()
+        except (Exception, SystemExit) as error:
+            answer = error.with_traceback(None)
+            answer.__cause__ = answer.__context__ = None
+        torch.save(answer, file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").rename(file)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+def _wait(children):
+    deadline, left = time.monotonic() + LIMIT, set(children)
+    while left:
+        left -= {pid for pid in left if os.waitpid(pid, os.WNOHANG)[0]}
+        if time.monotonic() > deadline:
+            for pid in left:
+                os.kill(pid, 9)
+        time.sleep(0.01)
