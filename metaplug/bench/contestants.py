@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import higher
 import torch
@@ -52,8 +53,8 @@ class Contestant:
     module: str | None = None
 
 
-def own_contestants(plugins: Sequence[str]) -> dict[str, Contestant]:
-    """By name, the plain loops and metaplug; one more for each plugin."""
+def own_contestants(plugins: Sequence[str], *, compiled: bool = False) -> dict[str, Contestant]:
+    """By name, the plain loops and metaplug; one more for each plugin, and for each plugin compiled where that is asked for."""
     made = {
         "plain torch loop": Contestant(lambda *work: by_loss(torch_loop, *work)),
         "higher, task by task": Contestant(_higher),
@@ -65,6 +66,14 @@ def own_contestants(plugins: Sequence[str]) -> dict[str, Contestant]:
         made[f"metaplug + {plugin}"] = Contestant(lambda *work, plugin=plugin: by_metaplug(*work, plugins=(plugin,)), False)
     made["metaplug without its chain"] = Contestant(lambda *work: by_metaplug(*work, chainless=True))
     made["metaplug, first order"] = Contestant(lambda *work: by_metaplug(*work, plugins=("derivative-order",)), False)
+    made["metaplug, recomputed steps"] = Contestant(lambda *work: by_metaplug(*work, checkpoint_steps=1))
+    made["metaplug, chunks of 4"] = Contestant(lambda *work: by_metaplug(*work, chunk_size=4))
+    if compiled:
+        made["metaplug, compiled"] = Contestant(lambda *work: by_metaplug(*work, compile=True))
+        for plugin in plugins:
+            made[f"metaplug + {plugin}, compiled"] = Contestant(
+                lambda *work, plugin=plugin: by_metaplug(*work, plugins=(plugin,), compile=True), False
+            )
     # The reference form, as the published one begins in first order and would not show what its steps cost.
     made["metaplug, maml++-reference"] = Contestant(lambda *work: by_metaplug(*work, preset="maml++-reference"), False)
     return made
@@ -79,8 +88,9 @@ def by_metaplug(
     preset: str | None = None,
     plugins: Sequence[str] = (),
     chainless: bool = False,
+    **runtime: Any,
 ) -> Prepared:
-    """metaplug as a user runs it; `chainless` takes the calls of hooks out."""
+    """metaplug as a user runs it; `chainless` takes the calls of hooks out, `runtime` are arguments of MetaLearner."""
     learner = MetaLearner(
         model,
         preset=preset,
@@ -89,6 +99,7 @@ def by_metaplug(
         inner_steps=workload.inner_steps,
         inner_lr=workload.inner_lr,
         task_batching=batching,
+        **runtime,
     )
 
     if chainless:
@@ -106,7 +117,9 @@ def by_metaplug(
     return Prepared(
         step=lambda: next(iterations),
         gradient=lambda: learner.meta_gradients(batch),
-        graph=lambda: inner.run(batch, steps=workload.inner_steps, training=True, iteration=0, query_after={workload.inner_steps}),
+        graph=None
+        if runtime  # which changes what is kept, and when
+        else lambda: inner.run(batch, steps=workload.inner_steps, training=True, iteration=0, query_after={workload.inner_steps}),
     )
 
 

@@ -92,7 +92,7 @@ def run(
 def contestants(plugins: Sequence[str], *, compiled: bool = False) -> dict[str, Contestant]:
     """By name, what makes a step and a meta-gradient from a model, a batch and a workload."""
     others = {name: contestant for name, contestant in peers().items() if compiled or name != COMPILED}
-    return {**own_contestants(plugins), **others}
+    return {**own_contestants(plugins, compiled=compiled), **others}
 
 
 def as_json_values(rows: Sequence[Row], repeats: int) -> dict[str, Any]:
