@@ -9,8 +9,8 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from metaplug import RequestError, bench_tasks
-from metaplug.bench import WORKLOADS, Row, as_json_values, contestants, measuring, run, scaling
+from metaplug import RequestError
+from metaplug.bench import WORKLOADS, Row, as_json_values, contestants, drawing, measuring, run, scaling
 from metaplug.bench.contestants import Contestant, by_loss, torch_loop
 from metaplug.bench.limits import Limit, Speed, limit
 from metaplug.bench.peers import COMPILED, peers
@@ -183,16 +183,16 @@ def test_scaling_stops_before_it_holds_too_much():
 
 
 def test_drawing_is_timed_beside_torchmeta_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = bench_tasks.run(repeats=2, tasks=2)
+    rows = drawing.run(repeats=2, tasks=2)
     assert [row.contestant for row in rows] == ["metaplug", "torchmeta's BatchMetaDataLoader"]
     assert rows[0].milliseconds is not None
 
     def missing() -> None:
         raise RequestError("torchmeta is not here")
 
-    monkeypatch.setattr(bench_tasks, "apply", missing)
-    alone = bench_tasks.run(repeats=2, tasks=2)
-    assert alone[1] == bench_tasks.DrawRow("torchmeta's BatchMetaDataLoader", None, None, "torchmeta is not here")
+    monkeypatch.setattr(drawing, "apply", missing)
+    alone = drawing.run(repeats=2, tasks=2)
+    assert alone[1] == drawing.DrawRow("torchmeta's BatchMetaDataLoader", None, None, "torchmeta is not here")
     assert "torchmeta is not here" in shown(drawing_table([*rows, alone[1]]), 100)
 
 

@@ -130,7 +130,7 @@ def _measured(repeats: int) -> str:
 def _bench_drawing(repeats: int, threads: int, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from metaplug.bench_tasks import run
+    from metaplug.bench.drawing import run
     from metaplug.experiment import to_json
     from metaplug.report.bench import drawing_table
 

@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from metaplug.bench import Row
+from metaplug.bench.drawing import DrawRow
 from metaplug.bench.scaling import Point
-from metaplug.bench_tasks import DrawRow
 from metaplug.report.console import new_table
 
 

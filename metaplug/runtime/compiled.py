@@ -47,7 +47,7 @@ class CompiledDerivation:
 
     Args:
         engine: whose derivation it is.
-        compile_graph: from a graph and inputks to a function; default: Inductor.
+        compile_graph: from a graph and inputs to a function; default: Inductor.
     """
 
     def __init__(self, engine: Engine, compile_graph: Compile = inductor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import warnings
@@ -24,7 +23,7 @@ from pydantic import Field
 from metaplug.errors import RequestError, quoted, unknown
 from metaplug.settings import validated
 from metaplug.tasks.episodes import ClassImages, EpisodeOptions, allocate
-from metaplug.tasks.sources import SPLITS, ImageSource, SplitFractions, by_fractions
+from metaplug.tasks.sources import SPLITS, SPLITS_FORM, ImageSource, SplitFractions, by_fractions, read_splits
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _MOST_BYTES = 64 * 2**20
@@ -212,20 +211,11 @@ def _split_by_folder(classes: Classes) -> tuple[Classes, dict[str, list[str]]]:
 
 
 def _read_splits(path: Path, classes: Sequence[str]) -> dict[str, list[str]]:
-    form = '{"train": [names], "val": [names], "test": [names]}'
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"cannot read the splits {path}: {error.strerror}; give a JSON file {form}") from None
-    except ValueError as error:
-        raise RequestError(f"the splits {path} are not JSON ({error}): write {form}") from None
-    if not isinstance(given, dict) or not all(isinstance(v, list) and all(isinstance(name, str) for name in v) for v in given.values()):
-        raise RequestError(f"the splits {path} are not lists of class names by split: write {form}")
-    for split in given:
-        if split not in SPLITS:
-            raise RequestError(f"the splits {path}: {unknown('split', split, SPLITS)}")
+    given = read_splits(path, "class")
+    if not all(isinstance(name, str) for names in given.values() for name in names):
+        raise RequestError(f"the splits {path} are not lists of class names by split: write {SPLITS_FORM}")
     if missing := [split for split in SPLITS if split not in given]:
-        raise RequestError(f"the splits {path} do not name {quoted(missing)}: write {form}")
+        raise RequestError(f"the splits {path} do not name {quoted(missing)}: write {SPLITS_FORM}")
     above = {str(parent) for name in classes for parent in PurePosixPath(name).parents} - {"."}
     owner: dict[str, str] = {}
     for split in SPLITS:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
 from itertools import combinations
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, final
 
 import numpy as np
@@ -16,11 +18,12 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from metaplug.errors import RequestError
+from metaplug.errors import RequestError, unknown
 from metaplug.settings import Settings, validated
 from metaplug.tasks.episodes import ClassImages, EpisodeOptions, ImageEpisodes, TaskStream
 
 SPLITS = ("train", "val", "test")
+SPLITS_FORM = '{"train": [names], "val": [names], "test": [names]}'
 
 
 class SplitFractions(Settings):
@@ -42,6 +45,29 @@ def by_fractions(names: Sequence[str], fractions: tuple[float, float, float]) ->
     ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     first, second = round(fractions[0] * len(ranked)), round((fractions[0] + fractions[1]) * len(ranked))
     return {"train": sorted(ranked[:first]), "val": sorted(ranked[first:second]), "test": sorted(ranked[second:])}
+
+
+def read_splits(path: Path, of: str) -> dict[str, list[Any]]:
+    """The lists of a file {"train": [names], "val": [names], "test": [names]}, some of which may be missing.
+
+    Args:
+        of: what is split, such as "class", for the errors.
+
+    Raises:
+        RequestError: the file cannot be read, is not JSON, or has not that form; it is named.
+    """
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"cannot read the splits {path}: {error.strerror}; give a JSON file {SPLITS_FORM}") from None
+    except ValueError as error:
+        raise RequestError(f"the splits {path} are not JSON ({error}): write {SPLITS_FORM}") from None
+    if not isinstance(given, dict) or not all(isinstance(names, list) for names in given.values()):
+        raise RequestError(f"the splits {path} are not lists of {of} names by split: write {SPLITS_FORM}")
+    for split in given:
+        if split not in SPLITS:
+            raise RequestError(f"the splits {path}: {unknown('split', split, SPLITS)}")
+    return given
 
 
 class TaskSource(ABC):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -21,7 +20,7 @@ from metaplug.settings import validated
 from metaplug.tasks.batch import TaskBatch
 from metaplug.tasks.draws import distinct, draw
 from metaplug.tasks.episodes import ExampleCounts
-from metaplug.tasks.sources import SPLITS, SplitFractions, TaskSource, by_fractions
+from metaplug.tasks.sources import SPLITS, SplitFractions, TaskSource, by_fractions, read_splits
 from metaplug.tasks.table_files import read_rows
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -280,19 +279,8 @@ def _split(table: _Table, path: Path, config: TabularConfig) -> dict[str, list[s
 
 def _read_splits(path: Path, tasks: Collection[str]) -> dict[str, str]:
     """By task that the file names, its split."""
-    form = '{"train": [names], "val": [names], "test": [names]}'
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"cannot read the splits {path}: {error.strerror}; give a JSON file {form}") from None
-    except ValueError as error:
-        raise RequestError(f"the splits {path} are not JSON ({error}): write {form}") from None
-    if not isinstance(given, dict) or not all(isinstance(names, list) for names in given.values()):
-        raise RequestError(f"the splits {path} are not lists of task names by split: write {form}")
     owner: dict[str, str] = {}
-    for split, names in given.items():
-        if split not in SPLITS:
-            raise RequestError(f"the splits {path}: {unknown('split', split, SPLITS)}")
+    for split, names in read_splits(path, "task").items():
         for name in map(str, names):  # numbers too, which a table may have for names
             if name not in tasks:
                 raise RequestError(f"the splits {path}, {split}: {unknown('task', name, tasks)}")

@@ -6,21 +6,10 @@ from hypothesis import strategies as st
 from metaplug_plugins.gradient_sharing import GradientSharing
 from support import reference
 from support.models import SMOOTH, adapted, assert_close, found, problem, regression
+from support.plugins import Spy
 from support.strategies import problems, seeds, weights
 
 from metaplug import Plugin, TaskBatch, hookimpl
-
-
-class Spy(Plugin):
-    """Remembers the gradients that pass its place in the chain, flat (T, P) by step."""
-
-    @hookimpl
-    def setup(self):
-        self.seen = {}
-
-    @hookimpl
-    def transform_gradients(self, gradients, step):
-        self.seen[step.index] = torch.cat([gradient.detach().flatten(1) for gradient in gradients.values()], 1)
 
 
 def spied(case, **options):

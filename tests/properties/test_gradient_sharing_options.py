@@ -7,23 +7,12 @@ from hypothesis import strategies as st
 from metaplug_plugins.gradient_sharing import GradientSharing
 from support import reference
 from support.models import Stream, assert_close, found, problem
+from support.plugins import Spy
 from support.strategies import problems, seeds, weights
 
-from metaplug import MetaLearner, Plugin, RequestError, RunError, TaskBatch, hookimpl
+from metaplug import MetaLearner, RequestError, RunError, TaskBatch
 
 LOOSE = {"rtol": 1e-8, "atol": 1e-9}
-
-
-class Spy(Plugin):
-    """Remembers the gradients that pass its place in the chain, flat (T, P) by step."""
-
-    @hookimpl
-    def setup(self):
-        self.seen = {}
-
-    @hookimpl
-    def transform_gradients(self, gradients, step):
-        self.seen[step.index] = torch.cat([gradient.detach().flatten(1) for gradient in gradients.values()], 1)
 
 
 def spied(learner, batch):

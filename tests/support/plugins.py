@@ -1,8 +1,10 @@
-"""Every first-party plugin, ready to be put into a chain."""
+"""Every first-party plugin, ready to be put into a chain; and one that looks at what passes."""
 
 import itertools
 
-from metaplug import registry
+import torch
+
+from metaplug import Plugin, hookimpl, registry
 
 SETTINGS = {"gradient-clipping": {"max_norm": 1.0, "max_meta_norm": 1.0}}
 """What a plugin cannot do without."""
@@ -24,3 +26,15 @@ def hooks(name):
     """The hooks through which a plugin changes what is computed."""
     kind = registry.load("plugin", name)
     return {hook for hook in dir(kind) if getattr(getattr(kind, hook), "metaplug_impl", None)} - {"setup", "commit", "end_meta_step"}
+
+
+class Spy(Plugin):
+    """Remembers the gradients that pass its place in the chain, flat (T, P) by step."""
+
+    @hookimpl
+    def setup(self):
+        self.seen = {}
+
+    @hookimpl
+    def transform_gradients(self, gradients, step):
+        self.seen[step.index] = torch.cat([gradient.detach().flatten(1) for gradient in gradients.values()], 1)

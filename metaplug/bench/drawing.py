@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metaplug.bench.measuring import spread, timed
 from metaplug.errors import RequestError
 from metaplug.tasks.episodes import ClassImages, ImageEpisodes
 from metaplug.tasks.torchmeta_mends import apply
@@ -38,7 +39,7 @@ def run(*, repeats: int, tasks: int = 32, ways: int = 5, shots: int = 1, queries
     images = torch.randint(0, 256, (CLASSES * COUNT, 1, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     classes = ClassImages(tuple(str(index) for index in range(CLASSES)), images, (COUNT,) * CLASSES)
     episodes = ImageEpisodes(classes, split="train", ways=ways, shots=shots, queries=queries, seed=0)
-    iterations = iter(range(10 * repeats + 10))
+    iterations = count()
     contestants: dict[str, Callable[[], object]] = {"metaplug": lambda: episodes.batch(next(iterations), range(tasks))}
     refusal = None
     try:
@@ -49,17 +50,11 @@ def run(*, repeats: int, tasks: int = 32, ways: int = 5, shots: int = 1, queries
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for repeat in range(repeats + 1):
         for name, work in contestants.items():
-            start = time.perf_counter()
-            work()
+            milliseconds = timed(work)
             if repeat:  # the first round warms up
-                times[name].append(1e3 * (time.perf_counter() - start))
-    rows = [DrawRow(name, statistics.median(taken), _spread(taken)) for name, taken in times.items()]
+                times[name].append(milliseconds)
+    rows = [DrawRow(name, statistics.median(taken), spread(taken)) for name, taken in times.items()]
     return rows if refusal is None else [*rows, DrawRow("torchmeta's BatchMetaDataLoader", None, None, refusal)]
-
-
-def _spread(taken: list[float]) -> float:
-    quartiles = statistics.quantiles(taken) if len(taken) > 1 else taken * 3
-    return (quartiles[2] - quartiles[0]) / 2
 
 
 def _endless(loader: Any) -> Iterator[Any]:
