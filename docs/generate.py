@@ -1,4 +1,6 @@
-"""Fills in what the code knows best when the site is built: `<!-- hooks -->`, `<!-- presets -->` and `<!-- plugin NAME -->`."""
+"""Fills in what the code knows best when the site is built: `<!-- hooks -->`, `<!-- presets -->`, `<!-- plugin NAME -->`,
+`<!-- include PATH -->` (a file of this folder, as it is) and `<!-- meta-step -->` (the picture).
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,17 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from meta_step import pictures
 from torch import nn
 
 from metaplug import MetaLearner, Preset, hookspecs, registry
 from metaplug.config import flatten
 from metaplug.report.catalogue import entries, plain
+
+DOCS = Path(__file__).parent
 
 NEEDED: dict[str, dict[str, Any]] = {"gradient-clipping": {"max_norm": 1.0}}
 """Settings of the plugins that cannot be made without any."""
@@ -22,6 +28,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs for every page."""
     markdown = re.sub("<!-- hooks -->", lambda _: hook_reference(), markdown)
     markdown = re.sub("<!-- presets -->", lambda _: preset_table(), markdown)
+    markdown = re.sub("<!-- meta-step -->", lambda _: pictures(), markdown)
+    markdown = re.sub("<!-- include (.+?) -->", lambda found: included(found[1]), markdown)
     return re.sub("<!-- plugin (.+?) -->", lambda found: plugin_reference(found[1]), markdown)
 
 
@@ -35,25 +43,32 @@ def plugin_reference(name: str) -> str:
     learned = _meta_parameters(name)
     entry = next(entry for entry in entries("plugin") if entry.name == name)
     settings = _table(
-        ("setting", "type", "bounds", "default", "description"),
-        ((_code(row.name), _code(row.type), row.bounds, _code(row.default), row.description) for row in entry.fields),
+        ("setting", "default", "description", "type", "bounds"),
+        ((_code(row.name), _code(row.default), row.description, _code(row.type), _whole(row.bounds)) for row in entry.fields),
     )
+    settings = f'<div class="settings" markdown>\n\n{settings}\n\n</div>'
     facts = {"hooks": "", "conflicts with": "nothing", **entry.facts, "meta-parameters": ", ".join(map(_code, learned)) or "none"}
     facts["hooks"] = re.sub(r"(\w+) \(", r"`\1` (", facts["hooks"])
     line = ". ".join(f"**{fact.capitalize()}**: {text}" for fact, text in facts.items())
     return "\n\n".join([*map(_block, entry.documentation.split("\n\n")), settings if entry.fields else "No settings.", f"{line}."])
 
 
+def included(path: str) -> str:
+    """A file below this folder, as a block of code."""
+    language = {".py": "python", ".toml": "toml"}[Path(path).suffix]
+    return f'```{language} title="{path}"\n{(DOCS / path).read_text(encoding="utf-8")}```'
+
+
 def preset_table() -> str:
     """The presets of this distribution: plugins with settings, training defaults, summary and source."""
     presets = [part.value for part in registry.parts("preset") if part.origin.startswith("metaplug ")]
-    return _table(("preset", "plugins", "training defaults", "summary", "source"), map(_preset_row, presets))
+    return _table(("preset", "summary", "plugins", "training defaults", "source"), map(_preset_row, presets))
 
 
 def _preset_row(preset: Preset) -> tuple[str, ...]:
-    plugins = [_code(use.plugin + ":" * bool(use.settings) + _pairs(use.settings)) for use in preset.plugins]
+    plugins = [_code(use.plugin) + (f" ({_pairs(use.settings)})" if use.settings else "") for use in preset.plugins]
     defaults = [_code(f"{path}={plain(value)}") for path, value in flatten(preset.defaults).items()]
-    return _code(preset.name), "<br>".join(plugins) or "none", "<br>".join(defaults) or "none", preset.summary, preset.source
+    return _code(preset.name), preset.summary, "<br>".join(plugins) or "none", "<br>".join(defaults) or "none", preset.source
 
 
 def _meta_parameters(name: str) -> list[str]:
@@ -65,8 +80,10 @@ def _meta_parameters(name: str) -> list[str]:
 
 def _section(name: str, kind: str) -> str:
     function = getattr(hookspecs, name)
-    signature = str(inspect.signature(function)).replace("'", "")
-    return f"## `{name}`\n\n*{kind}*\n\n```text\n{name}{signature}\n```\n\n{inspect.getdoc(function)}"
+    signature = inspect.signature(function)
+    arguments = "".join(f"\n    {argument}," for argument in signature.parameters.values())
+    text = f"{name}({arguments}\n) -> {signature.return_annotation}".replace("'", "")
+    return f"## `{name}`\n\n*{kind}*\n\n```text\n{text}\n```\n\n{inspect.getdoc(function)}"
 
 
 def _block(text: str) -> str:
@@ -78,8 +95,13 @@ def _table(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ("---",) * len(titles), *rows))
 
 
+def _whole(text: str) -> str:
+    """Text that stays on one line."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
 def _pairs(settings: dict[str, Any]) -> str:
-    return ",".join(f"{name}={plain(value)}" for name, value in settings.items())
+    return ", ".join(_code(f"{name}={plain(value)}") for name, value in settings.items())
 
 
 def _code(text: str) -> str:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from metaplug import hookspecs
 from metaplug.checks import CHECKS, non_finite
-from metaplug.errors import MetaplugError, RequestError, RunError, did_you_mean, quoted
+from metaplug.contract import check_plugin
+from metaplug.errors import MetaplugError, RequestError, RunError, quoted
 from metaplug.hookspecs import KINDS
 from metaplug.plugin import Plugin
 from metaplug.values import Context
@@ -43,7 +44,7 @@ class Link:
         """The error for a fault of this link: `what` follows the plugin's name."""
         step = given.get("step")
         when = f", iteration {step.meta_iteration}, inner step {step.index}" if step is not None else ""
-        when = when or (f", iteration {given['iteration']}" if "iteration" in given else "")
+        when = when or (f", iteration {given['iteration']}" if given.get("iteration") is not None else "")
         return RunError(f"plugin '{self.plugin.name}' in {self.hook} ({self.place}{when}) {what}")
 
 
@@ -62,12 +63,14 @@ class Chain:
         self.check_finite = False
         """Whether every value that a fold returns is checked for NaN and Inf: costly, set only to find a culprit."""
         for plugin in self.plugins:
-            _check_class(plugin)
+            if not isinstance(plugin, Plugin):
+                raise RequestError(f"{plugin!r} is not a plugin: give an instance of a subclass of metaplug.Plugin")
+            check_plugin(type(plugin), plugin.name)
         _check_list(self.plugins)
         manager = pluggy.PluginManager("metaplug")
         manager.add_hookspecs(hookspecs)
         for plugin in reversed(self.plugins):  # pluggy calls the last registered first
-            _register(manager, plugin)
+            manager.register(plugin, name=plugin.name)
         self._links = {hook: _links(manager, hook) for hook in KINDS}
 
     def fold(self, hook: str, value: Any, **arguments: Any) -> Any:
@@ -109,21 +112,22 @@ class Chain:
         for link in self._links["setup"]:
             link.call({"context": context})
 
-    def commit(self, kept: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def commit(self, kept: Mapping[str, Mapping[str, Tensor]], iteration: int | None = None) -> None:
         """Give every plugin the statistics that it kept in this iteration."""
         for link in self._links["commit"]:
             if link.plugin.name in kept:
-                link.call({"kept": kept[link.plugin.name]})
+                link.call({"kept": kept[link.plugin.name], "iteration": iteration})
 
     def figures(self, iteration: int = 0, total: int = 0) -> dict[str, float]:
         """What the plugins have to log after an iteration (counted from 0) of a run of `total`, as "PLUGIN.FIGURE"."""
         found: dict[str, float] = {}
         for link in self._links["end_meta_step"]:
-            answer = link.call({"iteration": iteration, "total": total})
+            given = {"iteration": iteration, "total": total}
+            answer = link.call(given)
             if answer is None:
                 continue
-            if fault := CHECKS["end_meta_step"](None, answer, {}):
-                raise link.fault(fault, {})
+            if fault := CHECKS["end_meta_step"](None, answer, given):
+                raise link.fault(fault, given)
             found.update({f"{link.plugin.name}.{name}": float(value) for name, value in answer.items()})
         return found
 
@@ -140,6 +144,14 @@ class Chain:
         """For every hook that some plugin implements, the names of its plugins in the order of application."""
         return {hook: tuple(link.plugin.name for link in links) for hook, links in self._links.items() if links}
 
+    def links(self, hook: str) -> tuple[Link, ...]:
+        """The implementations of a hook, in the order of application."""
+        return self._links[hook]
+
+    def wrap(self, around: Callable[[Link], Link]) -> None:
+        """Put `around(link)` in the place of every link: to look at what goes in and what comes out."""
+        self._links = {hook: tuple(around(link) for link in links) for hook, links in self._links.items()}
+
     def _non_finite(self, value: Any) -> str | None:
         fault = non_finite(value) if self.check_finite else None
         return f"returned {fault}" if fault else None
@@ -150,13 +162,6 @@ class Chain:
         return tuple(plugin.name for plugin in self.plugins if plugin.transductive)
 
 
-def _register(manager: pluggy.PluginManager, plugin: Plugin) -> None:
-    try:
-        manager.register(plugin, name=plugin.name)
-    except pluggy.PluginValidationError as error:
-        raise RequestError(f"plugin '{plugin.name}' does not fit the hooks: {' '.join(str(error).split())}") from None
-
-
 def _links(manager: pluggy.PluginManager, hook: str) -> tuple[Link, ...]:
     implementations = list(reversed(getattr(manager.hook, hook).get_hookimpls()))
     places = [f"link {index} of {len(implementations)}" for index in range(1, len(implementations) + 1)]
@@ -164,27 +169,6 @@ def _links(manager: pluggy.PluginManager, hook: str) -> tuple[Link, ...]:
         Link(implementation.plugin, hook, place, implementation.function, tuple(implementation.argnames))
         for implementation, place in zip(implementations, places, strict=True)
     )
-
-
-def _check_class(plugin: Plugin) -> None:
-    """Refuse what pluggy would pass over in silence: unmarked and misspelt hooks, defaults, and ways to jump the queue."""
-    if not isinstance(plugin, Plugin):
-        raise RequestError(f"{plugin!r} is not a plugin: give an instance of a subclass of metaplug.Plugin")
-    for name, function in inspect.getmembers(type(plugin), callable):
-        marks = getattr(function, "metaplug_impl", None)
-        where = f"plugin '{plugin.name}': method {name}"
-        if marks is None and name in KINDS:
-            raise RequestError(f"{where} overrides a hook but is not marked: put @hookimpl above it, or rename it")
-        if marks is None:
-            continue
-        if name not in KINDS:
-            raise RequestError(f"{where} is marked @hookimpl but no such hook exists: {did_you_mean(name, KINDS)}")
-        if marks["tryfirst"] or marks["trylast"] or marks["hookwrapper"] or marks["wrapper"]:
-            raise RequestError(
-                f"{where} asks for a place of its own: the order is the configured list; take tryfirst, trylast and wrapper out"
-            )
-        if any(parameter.default is not parameter.empty for parameter in inspect.signature(function).parameters.values()):
-            raise RequestError(f"{where} gives an argument a default, so that the hook would never fill it: take the default out")
 
 
 def _check_list(plugins: Sequence[Plugin]) -> None:

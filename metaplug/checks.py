@@ -67,7 +67,16 @@ def _check_subset(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
 
 
 def _check_batch(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
-    return None if isinstance(after, TaskBatch) else f"returned {type(after).__name__}, not a TaskBatch"
+    """Tasks may be more or fewer, and examples of another shape; integer labels may become probabilities of the inputs' dtype."""
+    if not isinstance(after, TaskBatch):
+        return f"returned {type(after).__name__}, not a TaskBatch"
+    for name in ("support_x", "support_y", "query_x", "query_y"):
+        old, new = getattr(before, name), getattr(after, name)
+        softened = name.endswith("_y") and not old.is_floating_point() and new.is_floating_point()
+        dtype = before.support_x.dtype if softened else old.dtype
+        if (new.dtype, new.device) != (dtype, old.device):
+            return f"returned a batch whose {name} is {new.dtype} on {new.device}; it must be {dtype} on {old.device}"
+    return None
 
 
 def _check_factor(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
@@ -84,6 +93,22 @@ def _check_weights(before: Any, after: Any, arguments: Mapping[str, Any]) -> str
     numbers = isinstance(after, Sequence) and all(isinstance(weight, int | float) and math.isfinite(weight) for weight in after)
     fits = numbers and len(after) == steps and any(after)
     return None if fits else f"answered {after!r}: give {steps} finite weights, one for each inner step, not all of them 0"
+
+
+def _check_meta_gradients(before: Any, after: Any, arguments: Mapping[str, Any]) -> str | None:
+    known, learned = arguments["meta_parameters"], arguments["learned"]
+    if not isinstance(after, Mapping):
+        return f"answered {type(after).__name__}, not a mapping from names to tensors"
+    wrong, left_out = [name for name in after if name not in known], [name for name in learned if name not in after]
+    if wrong or left_out:
+        return (
+            f"answered names that are not meta-learned ({quoted(wrong)}) or left out a plugin's parameters ({quoted(left_out)}), "
+            "which would then never learn: answer by the names of MetaLearner.meta_gradients"
+        )
+    for name, gradient in after.items():
+        if fault := _check_tensor(known[name], gradient, arguments):
+            return f"{fault.replace('it was given', 'the parameter is')} (for '{name}')"
+    return None
 
 
 def _check_figures(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
@@ -114,6 +139,7 @@ CHECKS: dict[str, Callable[[Any, Any, Mapping[str, Any]], str | None]] = {
     "transform_learning_rates": _check_learning_rates,
     "outer_step_weights": _check_weights,
     "transform_outer_losses": _check_tensor,
+    "compute_meta_gradients": _check_meta_gradients,
     "transform_meta_gradients": _check_mapping,
     "scale_meta_learning_rate": _check_factor,
     "end_meta_step": _check_figures,

@@ -15,7 +15,7 @@ import torch
 from metaplug.config import ExperimentConfig, flatten
 from metaplug.errors import MetaplugError, RequestError
 from metaplug.evaluation import EvaluationResult, Metric, better, metric_of
-from metaplug.experiment import build, build_tasks, environment, result_values
+from metaplug.experiment import Experiment, build, build_tasks, environment, result_values
 from metaplug.history import Record
 from metaplug.tasks.sources import TaskSource
 
@@ -181,6 +181,7 @@ def compare(
     variants: Sequence[Variant],
     seeds: Sequence[int],
     *,
+    on_start: Callable[[Variant, Experiment], None] = lambda variant, experiment: None,
     on_record: Callable[[Variant, int, Record], None] = lambda variant, seed, record: None,
 ) -> Comparison:
     """Meta-train every variant with every seed, and test what validated best.
@@ -190,6 +191,7 @@ def compare(
     Args:
         variants: the first is the baseline. They may differ in their plugins and in `learner`, and in nothing else.
         seeds: each takes the place of the configurations' own.
+        on_start: called before a variant is trained with a seed.
         on_record: called after every iteration.
 
     Raises:
@@ -204,7 +206,7 @@ def compare(
             _try_all(variants, tasks)
         for variant in (_seeded(variant, seed) for variant in variants):
             try:
-                runs[variant.label].append(_run(variant, tasks, on_record))
+                runs[variant.label].append(_run(variant, tasks, on_start, on_record))
             except MetaplugError as error:
                 raise type(error)(f"variant '{variant.label}', seed {seed}: {error}") from error
     return Comparison(metric_of(tasks.kind), tuple(variants), tuple(seeds), {label: tuple(done) for label, done in runs.items()})
@@ -223,9 +225,15 @@ def _seeded(variant: Variant, seed: int) -> Variant:
     return replace(variant, config=variant.config.model_copy(update={"seed": seed}))
 
 
-def _run(variant: Variant, tasks: TaskSource, on_record: Callable[[Variant, int, Record], None]) -> SeedRun:
+def _run(
+    variant: Variant,
+    tasks: TaskSource,
+    on_start: Callable[[Variant, Experiment], None],
+    on_record: Callable[[Variant, int, Record], None],
+) -> SeedRun:
     config = variant.config
     experiment = build(config, tasks)
+    on_start(variant, experiment)
     learner, tasks = experiment.learner, experiment.tasks
     curve: list[Point] = []
     state: dict[str, Any] = {}

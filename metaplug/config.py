@@ -59,7 +59,7 @@ class TrainingSettings(Settings):
 
 
 class RuntimeSettings(Settings):
-    """How a step is computed; none of this changes what is computed."""
+    """How a step is computed: the same numbers up to rounding. How coarsely is rounded, `precision` says; nothing else here does."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     task_batching: Literal["auto", "vectorized", "sequential"] = Field(
@@ -72,6 +72,15 @@ class RuntimeSettings(Settings):
         None, ge=1, description="Tasks that are computed together, for plugins that do not couple tasks; null takes all of a batch at once."
     )
     compile: bool = Field(False, description="Compile meta-steps: a minute or more once, then many times faster for small models.")
+    capture: Literal[True, False, "auto"] = Field(
+        False, description="Replay meta-steps from CUDA graphs; auto: after 10 steps of a form, where it can be had."
+    )
+    metrics_every: int = Field(
+        1, ge=1, le=10_000, description="Meta-steps after which losses and figures are fetched from the device, so that it need not wait."
+    )
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32", description="TF32 off, TF32 on (CUDA), or the model's run in bfloat16; losses and updates stay in float32."
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null leaves torch's choice.")
 
 

@@ -6,19 +6,22 @@ L(θ, φ) = mean over t of Σ_i w_i · ℓ(f(query x_t; θ[t,i]), query y_t)    
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metaplug.chain import Chain
-from metaplug.checks import form, non_finite
+from metaplug.checks import non_finite
 from metaplug.errors import RankError, RunError, quoted
 from metaplug.inner import InnerLoop, recording
 from metaplug.runtime.distributed import ALONE, Share, World
+from metaplug.runtime.precision import arithmetic
 from metaplug.runtime.seeding import mix, stream
 from metaplug.tasks.batch import TaskBatch
 from metaplug.values import Outcome
@@ -105,7 +108,8 @@ class Engine:
 
     def meta_gradients(self, batch: TaskBatch, iteration: int, total: int) -> MetaGradients:
         """The meta-gradients of one batch, as iteration `iteration` of a run of `total` would use them. Steps and commits nothing."""
-        with stream(mix(self.seed, iteration, *self.world.salt), self.device) as generator, recording():
+        rounding = arithmetic(self.inner.precision, self.device)
+        with stream(mix(self.seed, iteration, *self.world.salt), self.device) as generator, recording(), rounding:
             transformed = self.chain.fold("transform_tasks", batch, iteration=iteration, generator=generator)
             if transformed is not batch:
                 transformed.check_labels(self.outputs)
@@ -150,16 +154,19 @@ class Engine:
             orders=orders,
         )
         losses = torch.stack([weight * outcome.query_losses[after] for after, weight in weights.items()]).sum(0)
-        outer_loss = self.chain.fold("transform_outer_losses", losses, outcome=outcome).mean()
+        outer_loss = self.chain.fold("transform_outer_losses", losses, outcome=outcome, iteration=iteration).mean()
         replaced = self.chain.choose(
             "compute_meta_gradients",
             None,
             outcome=outcome,
             outer_loss=outer_loss,
             meta_parameters=MappingProxyType(self.meta_parameters),
+            learned=tuple(self.chain.named_parameters()),
+            iteration=iteration,
         )
-        gradients = self._differentiate(outer_loss) if replaced is None else self._replaced(replaced)
-        self.inner.release()  # steps that were taken again for their graph have left their weights there
+        gradients = self._differentiate(outer_loss) if replaced is None else dict(replaced)
+        if self.inner.checkpoint_steps is not None:
+            self.inner.release()  # steps that were taken again for their graph have left their weights there
         if self.chain.check_finite and (fault := non_finite(gradients)):
             raise RunError(f"the meta-gradient holds {fault}, though every loss on the way was finite")
         on_the_way = torch.stack([loss.detach().mean() for loss in (*outcome.support_losses, *outcome.query_losses.values())])
@@ -173,9 +180,39 @@ class Engine:
         """
         iteration = self.iteration
         found = self.meta_gradients(batch, iteration, total)
-        norm = torch.nn.utils.get_total_norm(found.gradients.values())
-        if not bool(torch.isfinite(torch.stack([norm, found.outer_loss, *found.losses])).all()):
+        told = _told(found)
+        if not bool(told[2]):
             raise self._culprit(batch, iteration, total)
+        meta_lr = self._update(found, total)
+        return MetaStep(self.iteration, float(told[0]), float(told[1]), meta_lr, self.chain.figures(iteration, total))
+
+    def meta_steps(self, batches: Iterable[TaskBatch], total: int) -> list[MetaStep]:
+        """One meta-update on each batch in turn, without waiting for the device until the last; plugins give their figures then.
+
+        Raises:
+            RunError: as meta_step; what was updated from that batch on is taken back.
+        """
+        begun, before = self.iteration, self._snapshot()
+        done, told, rates = list[TaskBatch](), list[Tensor](), list[float]()
+        for batch in batches:
+            found = self.meta_gradients(batch, self.iteration, total)
+            done.append(batch)
+            told.append(_told(found))
+            rates.append(self._update(found, total))
+        rows = torch.stack(told).tolist()
+        if not all(finite for *_, finite in rows):
+            self._restore(before)
+            return [self.meta_step(batch, total) for batch in done]
+        last = self.chain.figures(self.iteration - 1, total)
+        figures = [*({} for _ in rows[1:]), last]
+        return [
+            MetaStep(begun + place, outer_loss, norm, rate, found)
+            for place, ((outer_loss, norm, _), rate, found) in enumerate(zip(rows, rates, figures, strict=True), 1)
+        ]
+
+    def _update(self, found: MetaGradients, total: int) -> float:
+        """Step, commit and count one iteration; the meta learning rate of the model's weights."""
+        iteration = self.iteration
         factor = self.chain.fold("scale_meta_learning_rate", 1.0, iteration=iteration, total=total)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
@@ -184,14 +221,28 @@ class Engine:
         with recording():  # under inference_mode the optimizer would make a state that no later step can change
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.chain.commit(found.statistics)
+        self.chain.commit(found.statistics, iteration)
         self.iteration, self.total = iteration + 1, total
-        meta_lr = self.optimizer.param_groups[0]["lr"]
-        return MetaStep(self.iteration, float(found.outer_loss), float(norm), meta_lr, self.chain.figures(iteration, total))
+        meta_lr: float = self.optimizer.param_groups[0]["lr"]
+        return meta_lr
+
+    def _snapshot(self) -> tuple[Any, ...]:
+        weights = {name: parameter.detach().clone() for name, parameter in self.meta_parameters.items()}
+        states = [copy.deepcopy(plugin.state_dict()) for plugin in self.chain.plugins]
+        return self.iteration, self.total, weights, states, copy.deepcopy(self.optimizer.state_dict())
+
+    def _restore(self, snapshot: tuple[Any, ...]) -> None:
+        self.iteration, self.total, weights, states, optimizer = snapshot
+        with torch.no_grad():
+            for name, weight in weights.items():
+                self.meta_parameters[name].copy_(weight)
+        for plugin, state in zip(self.chain.plugins, states, strict=True):
+            plugin.load_state_dict(state)
+        self.optimizer.load_state_dict(optimizer)
 
     def evaluate(self, batch: TaskBatch, steps: int) -> Outcome:
         """Adapt test tasks. No graph, no state, no random stream of the caller's is touched."""
-        with stream(mix(self.seed), self.device):
+        with stream(mix(self.seed), self.device), arithmetic(self.inner.precision, self.device):
             return self.inner.run(batch, steps=steps, training=False, iteration=self.iteration, total=self.total, query_after={steps})
 
     def _outer_weights(self, iteration: int, total: int) -> dict[int, float]:
@@ -210,21 +261,6 @@ class Engine:
         except RuntimeError as error:
             raise _not_differentiable(error) from error
         return {name: gradient for name, gradient in zip(self.meta_parameters, taken, strict=True) if gradient is not None}
-
-    def _replaced(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        wrong = [name for name in gradients if name not in self.meta_parameters]
-        left_out = [name for name in self.chain.named_parameters() if name not in gradients]
-        misshapen = [name for name in gradients if name not in wrong and form(gradients[name]) != form(self.meta_parameters[name])]
-        if misshapen:
-            raise RunError(
-                f"compute_meta_gradients answered another form than the parameter's for {quoted(misshapen)}: keep shape and dtype"
-            )
-        if wrong or left_out:
-            raise RunError(
-                f"compute_meta_gradients answered names that are not meta-learned ({quoted(wrong)}) or left out a plugin's parameters "
-                f"({quoted(left_out)}), which would then never learn: answer by the names of MetaLearner.meta_gradients"
-            )
-        return dict(gradients)
 
     def _over_ranks(self, found: MetaGradients, share: Share) -> MetaGradients:
         """The same over the tasks of all ranks. A gradient that is missing on a rank counts as zero there."""
@@ -271,6 +307,13 @@ class Engine:
             yield
         finally:
             self.chain.check_finite = False
+
+
+def _told(found: MetaGradients) -> Tensor:
+    """(3,): outer loss, norm of the meta-gradient, and 1 where these and all losses on the way are finite."""
+    norm = torch.nn.utils.get_total_norm(found.gradients.values())
+    finite = torch.isfinite(torch.stack([norm, found.outer_loss, *found.losses])).all()
+    return torch.stack([found.outer_loss, norm, finite.to(norm.dtype)])
 
 
 def _not_differentiable(error: RuntimeError) -> RuntimeError:

@@ -90,6 +90,9 @@ def build(config: ExperimentConfig, tasks: TaskSource | None = None, world: Worl
         checkpoint_steps=config.runtime.checkpoint_steps,
         chunk_size=config.runtime.chunk_size,
         compile=config.runtime.compile,
+        capture=config.runtime.capture,
+        metrics_every=config.runtime.metrics_every,
+        precision=config.runtime.precision,
         seed=config.seed,
         world=world,
         **config.learner.model_dump(),
@@ -116,12 +119,13 @@ def result_values(result: EvaluationResult) -> dict[str, Any]:
 
 
 def environment(learner: MetaLearner) -> dict[str, Any]:
-    """What a result depends on beside its configuration: versions, device, threads, ranks, and how tasks were batched, with the reason."""
+    """What a result depends on: versions, device, threads, precision, ranks, and how tasks were batched, with the reason."""
     device = learner.engine.device
     return {
         "versions": {"metaplug": metaplug.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
+        "precision": learner.engine.inner.precision,
         "ranks": learner.world.size,
         "batching": None if learner.batching is None else {"choice": learner.batching.batching, "reason": learner.batching.reason},
     }

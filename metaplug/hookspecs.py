@@ -10,6 +10,9 @@ Write a method of the same name, marked `@hookimpl`, and name the arguments that
 
 Hooks inside the loop (all that receive a `step`) write no state: they may run again, or for nothing. Hand statistics to `step.keep` and
 store them in `commit`. A decision that depends on state is a tensor (`torch.where`), never a Python branch.
+
+The contract only grows: a new argument goes behind the others, and no hook, argument or field is renamed or taken away. What is to go is
+first deprecated, by `warn_on_impl` or `warn_on_impl_args` on its spec with a FutureWarning, which is shown at the plugin's own line.
 T is the number of tasks, K the number of inner steps.
 """
 

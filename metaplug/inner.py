@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from metaplug.chain import Chain
 from metaplug.errors import RunError, quoted
-from metaplug.folding import Folding
-from metaplug.mirror import MirroredOptimizer, patch, release, set_mode
+from metaplug.folding import Folding, for_all_tasks
+from metaplug.mirror import MirroredOptimizer, assign, patch, release, set_mode
 from metaplug.recompute import recomputed
 from metaplug.runtime.distributed import Share
+from metaplug.runtime.precision import Precision, forward
 from metaplug.tasks.batch import TaskBatch
 from metaplug.values import InnerStep, Outcome
 
@@ -69,6 +70,8 @@ class InnerLoop:
         self.vectorized = True
         self.checkpoint_steps: int | None = None
         """How many inner steps keep their graph together, which is made again in the backward pass; None keeps the graph of all of them."""
+        self.precision: Precision = "float32"
+        """Of the model's forward passes; losses and updates keep the model's own dtype."""
         self.parameters = dict(model.named_parameters())
         self.adapted = tuple(name for name in self.parameters if name in adapted)
         reference = next(iter(self.parameters.values()))
@@ -107,13 +110,16 @@ class InnerLoop:
 
     def predict(self, parameters: list[Tensor], x: Tensor) -> Tensor:
         """One task's prediction (n, *output), with its own parameters in the model's order."""
-        self.patched.update_params(parameters)  # of every module at once: a parent may read a child's weight without calling the child
+        assign(self.patched, parameters)  # to every module at once: a parent may read a child's weight without calling the child
         prediction: Tensor = self.patched(x)
         return prediction
 
     def task(self, parameters: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """One task's loss () and prediction (n, *output)."""
-        prediction = self.predict(parameters, x)
+        """One task's loss () and prediction (n, *output), in the configured precision."""
+        with forward(self.precision, self._rate.device):
+            prediction = self.predict(parameters, x)
+        if self.precision == "bfloat16":
+            prediction = prediction.float()
         return self.loss(prediction, y), prediction
 
     def _run(self, batch: TaskBatch, first: InnerStep, query_after: Collection[int], orders: Sequence[int] | None) -> Outcome:
@@ -183,6 +189,8 @@ class InnerLoop:
 
     def orders_of(self, iteration: int, total: int) -> tuple[int, ...]:
         """The derivative order of every inner step of a training iteration, as the plugins have it."""
+        if "derivative_order" not in self.chain.order():
+            return (2,) * self.inner_steps
         first = InnerStep(0, self.inner_steps, self.inner_steps, iteration, total, True)
         return tuple(self._order(replace(first, index=index)) for index in range(self.inner_steps))
 
@@ -232,18 +240,12 @@ class InnerLoop:
     def _vectorized(self, stacked: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         # Weights that no task has changed are one tensor, expanded: vmap need not batch them, unless the gradient is asked for by task.
         shared = [name not in self.adapted and value.stride(0) == 0 for name, value in zip(self.parameters, stacked, strict=True)]
-        values = [value[0] if same else value for value, same in zip(stacked, shared, strict=True)]
-        dims = [None if same else 0 for same in shared]
-        losses, predictions = torch.vmap(self._folded_task, in_dims=(dims, 0, 0), randomness="different")(values, x, y)
-        return losses, predictions
-
-    def _folded_task(self, parameters: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        with Folding():
-            return self.task(parameters, x, y)
+        return for_all_tasks(self.task, stacked, shared, x, y)
 
     def _sequential(self, stacked: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         rows = zip(*(value.unbind(0) for value in stacked), strict=True)
-        results = [self.task(list(row), *task) for row, *task in zip(rows, x.unbind(0), y.unbind(0), strict=True)]
+        with Folding():
+            results = [self.task(list(row), *task) for row, *task in zip(rows, x.unbind(0), y.unbind(0), strict=True)]
         return torch.stack([loss for loss, _ in results]), torch.stack([prediction for _, prediction in results])
 
     def _check(self, what: str, values: Mapping[str, Tensor], step: InnerStep) -> None:

@@ -20,13 +20,15 @@ from metaplug.evaluation import EvaluationResult, metric_of, score
 from metaplug.history import History, Record
 from metaplug.inner import InnerLoop, Loss, recording, usable
 from metaplug.mirror import set_mode
-from metaplug.plugin import Plugin
-from metaplug.preset import PluginUse, Preset, find_preset, make_plugins
+from metaplug.preset import PluginLike, Preset, find_preset, make_plugins
 from metaplug.runtime.batching import Batching, BatchingChoice, choose_batching
+from metaplug.runtime.captured import PATIENCE, capturing
 from metaplug.runtime.chunks import ChunkedDerivation
 from metaplug.runtime.compiled import CompiledDerivation
 from metaplug.runtime.distributed import ALONE, World
 from metaplug.runtime.guards import check_forward, check_model
+from metaplug.runtime.memory import MemoryEstimate, chunk_of, estimate_step, memory_explained
+from metaplug.runtime.precision import Precision, check_precision
 from metaplug.settings import validated
 from metaplug.tasks.adapters import LoaderTasks, as_stream
 from metaplug.tasks.batch import TaskBatch
@@ -45,7 +47,7 @@ class MetaLearner:
             parameters are updated in place; nothing else of it is changed.
         preset: an algorithm: a name that `metaplug plugins` lists, the path of a YAML file (.yaml, .yml), or a Preset. None, like "maml",
             adds no plugin.
-        plugins: instances, or names; applied behind the preset's, in this order.
+        plugins: instances, names, or modules and functions that are named or marked as hooks; applied behind the preset's, in this order.
         inner_lr, inner_steps, inner_optimizer, inner_optimizer_settings, meta_optimizer, meta_lr, batch_norm: None for what the preset
             says of them, else the default named here.
             inner_lr: inner learning rate, 0 to 1000; default 0.4.
@@ -63,6 +65,14 @@ class MetaLearner:
             couple tasks. None takes all tasks of a batch at once.
         compile: whether meta-steps are compiled: the same numbers, many times faster for small models, after a minute or more for each form
             of batch. A plugin that cannot be compiled is named in a warning, and training goes on uncompiled.
+        capture: whether meta-steps are captured in CUDA graphs, compiled ones too: the same numbers, in the time that the device itself
+            takes. "auto": from the 11th step of one form in a row on, where it can be had at all. What cannot be captured, such as random
+            numbers, is named in a warning, and training goes on uncaptured.
+        metrics_every: at least 1: losses and figures are fetched from the device after so many meta-steps, or at a validation, so that it
+            never waits in between; records then come that many at a time, and figures of plugins with the last. Of batches that are on the
+            device already, the labels of the first are checked. A step that diverges is found and taken back all the same.
+        precision: "float32" (TF32 off), "tf32" (CUDA's matrix products and convolutions round to TF32) or "bfloat16" (the model's run in
+            bfloat16); losses and updates stay in float32. The last two are for models in float32.
         seed: of every random number of training.
         world: the processes that train together, from `metaplug.runtime.distributed.joined`: every rank makes the same learner and the
             same calls, and draws its part of the tasks. They start from rank 0's weights. Default: this process alone.
@@ -76,7 +86,7 @@ class MetaLearner:
         model: nn.Module,
         *,
         preset: str | Preset | None = None,
-        plugins: Sequence[Plugin | PluginUse | str] = (),
+        plugins: Sequence[PluginLike] = (),
         inner_lr: float | None = None,
         inner_steps: int | None = None,
         inner_optimizer: str | None = None,
@@ -90,6 +100,9 @@ class MetaLearner:
         checkpoint_steps: int | None = None,
         chunk_size: int | None = None,
         compile: bool = False,  # noqa: A002 -- the field's name, as in torch
+        capture: bool | Literal["auto"] = False,
+        metrics_every: int = 1,
+        precision: Precision = "float32",
         seed: int = 0,
         world: World | None = None,
     ) -> None:
@@ -114,12 +127,16 @@ class MetaLearner:
             raise RequestError(f"checkpoint_steps = {checkpoint_steps}: give at least 1, or None to keep the graph of all inner steps")
         if chunk_size is not None and chunk_size < 1:
             raise RequestError(f"chunk_size = {chunk_size}: give at least 1, or None to take all tasks of a batch at once")
-        if compile and (checkpoint_steps is not None or chunk_size is not None):
-            raise RequestError("a compiled step decides itself what it keeps: leave compile out, or checkpoint_steps and chunk_size")
+        _check_counts(metrics_every=metrics_every)
+        if capture not in (True, False, "auto"):
+            raise RequestError(f"unknown capture {capture!r}: give True, False or 'auto'")
+        asked = [option for option, wanted in (("compile", compile), ("capture", capture and capture != "auto")) if wanted]
+        if asked and (checkpoint_steps is not None or chunk_size is not None):
+            raise RequestError(f"a {asked[0]}d step decides itself what it keeps: leave {asked[0]} out, or checkpoint_steps and chunk_size")
         check_model(model, self.settings.batch_norm)
         self.model, self.kind, self.seed, self.task_batching = model, kind, seed, task_batching
         self.world = ALONE if world is None else world
-        self.custom_loss = loss is not None
+        self.custom_loss, self.metrics_every = loss is not None, metrics_every
         self.batching: BatchingChoice | None = None
         """How tasks are batched and why; known from the first batch on."""
         self._warned = False
@@ -129,6 +146,12 @@ class MetaLearner:
         layers = {name: type(model.get_submodule(name.rpartition(".")[0])) for name in trainable}
         adapted = self._select_adapted(tuple(trainable), layers)
         reference = next(iter(trainable.values()))
+        check_precision(precision, reference.dtype, reference.device)
+        if "capture" in asked and reference.device.type != "cuda":
+            raise RequestError(
+                f"capture is for steps on a CUDA device, but the model is on {reference.device.type}: "
+                "leave it out, or give 'auto', which does nothing there"
+            )
         self.chain.setup(
             Context(
                 shapes={name: parameter.shape for name, parameter in trainable.items()},
@@ -155,7 +178,7 @@ class MetaLearner:
             optimizer_settings=self.settings.inner_optimizer_settings,
             batch_norm=self.settings.batch_norm,
         )
-        inner.checkpoint_steps = checkpoint_steps
+        inner.checkpoint_steps, inner.precision = checkpoint_steps, precision
         self.engine = Engine(
             model,
             self.chain,
@@ -165,7 +188,7 @@ class MetaLearner:
             seed=seed,
             world=self.world,
         )
-        self.engine.derivation = self._derivation(chunk_size, compile)
+        self.engine.derivation = self._derivation(chunk_size, asked, auto=capture == "auto")
 
     @property
     def iteration(self) -> int:
@@ -224,7 +247,7 @@ class MetaLearner:
 
         Raises:
             RequestError: there are more ranks than tasks, or ranks cannot draw different tasks from `tasks`.
-            RunError: a loss or gradient is NaN or Inf; the weights are those of the iteration before.
+            RunError: a loss or gradient is NaN or Inf, or memory runs out; the weights are those of the iteration before.
         """
         _check_counts(tasks_per_batch=tasks_per_batch, validate_every=validate_every, validation_tasks=validation_tasks)
         if tasks_per_batch < self.world.size:
@@ -235,32 +258,42 @@ class MetaLearner:
         tasks = self._stream(tasks)
         total = self.iteration + iterations
         while self.iteration < total:
-            batch = self._checked(tasks.batch(self.iteration, self.world.shard(range(tasks_per_batch))))
-            step = self.engine.meta_step(batch, total)
-            due = validation is not None and (step.iteration % validate_every == 0 or step.iteration == total)
-            yield Record(step, self.evaluate(validation, num_tasks=validation_tasks) if validation is not None and due else None)
+            own, begun = self.world.shard(range(tasks_per_batch)), self.iteration
+            due = total if validation is None else min(total, (begun // validate_every + 1) * validate_every)
+            until = min(begun + self.metrics_every, due)
+            batches = (self._checked(tasks.batch(iteration, own), trusted=iteration > begun) for iteration in range(begun, until))
+            with memory_explained(self.engine, len(own)):
+                steps = [self.engine.meta_step(next(batches), total)] if until == begun + 1 else self.engine.meta_steps(batches, total)
+            yield from map(Record, steps[:-1])
+            yield Record(
+                steps[-1], self.evaluate(validation, num_tasks=validation_tasks) if validation is not None and until == due else None
+            )
 
     def evaluate(
-        self, tasks: TaskStream | Any, *, num_tasks: int = 600, inner_steps: int | None = None, tasks_per_batch: int = 16
+        self, tasks: TaskStream | Any, *, num_tasks: int = 600, inner_steps: int | None = None, tasks_per_batch: int | None = None
     ) -> EvaluationResult:
         """Adapt to `num_tasks` tasks that do not see each other, and measure on their query examples. Changes no state.
 
         Args:
             tasks: task i is `tasks.batch(0, [i])`, whatever the batch.
             inner_steps: default: as in training.
-            tasks_per_batch: how many are computed together, each such batch on one rank; the result does not depend on it.
+            tasks_per_batch: how many are computed together, each such batch on one rank; the result does not depend on it. Default: 16, or
+                the learner's chunk_size where that is less.
 
         Raises:
-            RunError: a task's query loss is NaN or Inf, which no mean should hide; the task is named.
+            RunError: a task's query loss is NaN or Inf, which no mean should hide; the task is named. Or memory runs out.
         """
+        if tasks_per_batch is None:
+            tasks_per_batch = min(16, chunk_of(self.engine) or 16)
         _check_counts(num_tasks=num_tasks, tasks_per_batch=tasks_per_batch)
         tasks = self._stream(tasks)
         steps = self._steps(inner_steps)
         scores, diverged = torch.zeros(2, num_tasks, dtype=torch.float64)
         for start in self.world.shard(range(0, num_tasks, tasks_per_batch)):  # whole batches, so that they are computed as in one process
             own = range(start, min(start + tasks_per_batch, num_tasks))
-            batch = self._checked(tasks.batch(0, own))
-            outcome = self.engine.evaluate(batch, steps)
+            with memory_explained(self.engine, len(own), evaluated_steps=steps):
+                batch = self._checked(tasks.batch(0, own))
+                outcome = self.engine.evaluate(batch, steps)
             scores[own.start : own.stop] = score(self.kind, outcome.query_predictions, batch.query_y)
             diverged[own.start : own.stop] = ~torch.isfinite(outcome.query_losses[steps])
             if diverged[own.start : own.stop].any():
@@ -300,6 +333,26 @@ class MetaLearner:
         out.
         """
         return dict(self.engine.meta_gradients(self._checked(batch), self.iteration, self.engine.total).gradients)
+
+    def estimate_memory(self, batch: TaskBatch, *, tasks_per_batch: int | None = None, iterations: int | None = None) -> MemoryEstimate:
+        """What one meta-step will take of memory, from steps of one and two tasks with up to three inner steps. Changes nothing.
+
+        Args:
+            batch: tasks of the form that is trained on; two are enough.
+            tasks_per_batch: tasks in a meta-batch of all ranks, at least 1; default: as many as `batch` has, on this rank.
+            iterations: of the whole run, where schedules depend on it: the estimate is for the next iteration or the last, whichever takes
+                more. Default: the run that was begun, or a single iteration.
+
+        Raises:
+            RunError: memory runs out in the small steps already.
+        """
+        batch = self._checked(batch)
+        tasks = batch.num_tasks
+        if tasks_per_batch is not None:
+            _check_counts(tasks_per_batch=tasks_per_batch)
+            tasks = len(self.world.shard(range(tasks_per_batch)))
+        total = self.engine.total if iterations is None else iterations
+        return estimate_step(self.engine, batch, max(tasks, 1), total, self.metrics_every)
 
     @property
     def transductive(self) -> tuple[str, ...]:
@@ -368,7 +421,7 @@ class MetaLearner:
         path: str | Path,
         *,
         model: nn.Module | None = None,
-        plugins: Sequence[Plugin] | None = None,
+        plugins: Sequence[PluginLike] | None = None,
         loss: Loss | None = None,
         world: World | None = None,
     ) -> MetaLearner:
@@ -402,12 +455,14 @@ class MetaLearner:
         learner.load_state_dict(state, str(path))
         return learner
 
-    def _derivation(self, chunk_size: int | None, compiles: bool) -> Derivation | None:
+    def _derivation(self, chunk_size: int | None, asked: Sequence[str], *, auto: bool) -> Derivation | None:
+        """What takes the place of the engine's own; `asked` holds "compile" and "capture", `auto` asks to capture where it can be had."""
         coupled = [plugin.name for plugin in self.chain.plugins if plugin.couples_tasks]
-        if compiles and coupled and self.world.size > 1:
+        waits = bool(coupled) and self.world.size > 1
+        if asked and waits:
             raise RequestError(
-                f"compile on {self.world.size} ranks: plugin {quoted(coupled)} takes means over all of their tasks in the inner loop, "
-                "for which a compiled step cannot wait: leave compile out, or use one rank"
+                f"{asked[0]} on {self.world.size} ranks: plugin {quoted(coupled)} takes means over all of their tasks in the inner loop, "
+                f"for which a {asked[0]}d step cannot wait: leave {asked[0]} out, or use one rank"
             )
         if chunk_size is not None:
             if coupled:
@@ -416,7 +471,10 @@ class MetaLearner:
                     "leave one of the two out, or use checkpoint_steps, which saves memory with every plugin"
                 )
             return ChunkedDerivation(self.engine, chunk_size)
-        return CompiledDerivation(self.engine) if compiles else None
+        auto = auto and self.engine.device.type == "cuda" and self.engine.inner.checkpoint_steps is None and not waits
+        if auto or "capture" in asked:
+            return capturing(self.engine, compiles="compile" in asked, patience=PATIENCE if auto else 0)
+        return CompiledDerivation(self.engine) if asked else None
 
     def _select_adapted(self, names: tuple[str, ...], layers: Mapping[str, type[nn.Module]]) -> tuple[str, ...]:
         selected = self.chain.fold("select_adapted", names, layers=layers)
@@ -433,8 +491,14 @@ class MetaLearner:
             )
         return stream
 
-    def _checked(self, batch: TaskBatch) -> TaskBatch:
-        """The batch on the model's device; before the first, the model is tried on it and the batching decided."""
+    def _checked(self, batch: TaskBatch, *, trusted: bool = False) -> TaskBatch:
+        """The batch on the model's device; before the first, the model is tried on it and the batching decided.
+
+        What is `trusted` is checked where it lies in the host's memory, so that nobody waits for the device.
+        """
+        if batch.device.type == "cpu" and self.batching is not None:
+            batch.check_values(self.engine.outputs)
+            trusted = True
         batch = batch.to(self.engine.device)
         if self.batching is None:
             with recording():
@@ -442,7 +506,8 @@ class MetaLearner:
                 self.engine.outputs = check_forward(self.engine.inner, tried, self.kind)
                 self.batching = choose_batching(self.task_batching, self.engine.inner, tried)
             self.engine.inner.vectorized = self.batching.batching == "vectorized"
-        batch.check_values(self.engine.outputs)
+        if not trusted:
+            batch.check_values(self.engine.outputs)
         return batch
 
     def _steps(self, inner_steps: int | None) -> int:

@@ -56,7 +56,8 @@ class MirroredOptimizer:
         with warnings.catch_warnings():
             # higher doubts its RMSprop; tests/test_inner.py holds it against a plain loop, meta-gradients included.
             warnings.filterwarnings("ignore", message="Differentiable RMSprop", category=UserWarning)
-            self._mirror = higher.optim.get_diff_optim(torch_optimizer, stand_ins)
+            make = _Sgd if optimizer is torch.optim.SGD else higher.optim.get_diff_optim
+            self._mirror = make(torch_optimizer, stand_ins)
         self._eps, self._betas = (self._mirror.param_groups[0].get(setting) for setting in ("eps", "betas"))
         self._unconnected = torch.zeros((), requires_grad=True)
         self.reset()
@@ -96,19 +97,39 @@ class MirroredOptimizer:
         return {"eps": [self._eps * math.sqrt(1 - self._betas[1] ** step) for step in steps]}
 
 
+class _Sgd(higher.optim.DifferentiableSGD):  # type: ignore[misc]
+    """higher's SGD; without momentum and weight decay in one operation for each tensor, which keeps one tensor less on the way."""
+
+    def _update(self, grouped_grads: Sequence[Sequence[Tensor | None]], **kwargs: Any) -> None:
+        if any(group["momentum"] or group["weight_decay"] for group in self.param_groups):
+            super()._update(grouped_grads, **kwargs)
+            return
+        for group, [gradient] in zip(self.param_groups, grouped_grads, strict=True):
+            if gradient is not None:
+                group["params"] = [torch.addcmul(group["params"][0], group["lr"], gradient, value=-1)]
+
+
 def patch(model: nn.Module, batch_norm: str) -> Any:
     """A copy of the model's structure that is called with parameters of the caller's. Patch once: it makes a class for every module."""
     patched: Any = higher.patch.make_functional(model)
     higher.patch.buffer_sync(model, patched)
     patched.track_higher_grads = False
     patched._fast_params = [[]]  # with tracking off, a history of length one, replaced at every call
+    patched.metaplug_places = [(module._parameters, name) for module in patched.modules() for name in module._param_names]
     set_mode(patched, True, batch_norm)
     return patched
 
 
+def assign(patched: Any, parameters: list[Tensor]) -> None:
+    """Give every module of a patched model its parameters, as higher's update_params does, without its search for their places."""
+    patched.fast_params = parameters
+    for (holder, name), parameter in zip(patched.metaplug_places, patched._expand_params(parameters), strict=True):
+        holder[name] = parameter
+
+
 def release(patched: Any, parameters: list[Tensor]) -> None:
     """Let a patched model go of the last fast weights, which it would keep alive with their graph."""
-    patched.update_params(parameters)
+    assign(patched, parameters)
     for module in patched.modules():
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [module._parameters[name] for name in module._flat_weights_names]

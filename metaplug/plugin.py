@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, ClassVar
 
 import pluggy
@@ -10,6 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from metaplug.errors import RequestError
+from metaplug.naming import is_kebab, kebab
 from metaplug.settings import Settings, validated
 
 hookimpl = pluggy.HookimplMarker("metaplug")
@@ -63,7 +63,7 @@ class Plugin(nn.Module):
         super().__init__()
         self.is_set_up = False
         self.name = self.kind() if name is None else name
-        if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", self.name):
+        if not is_kebab(self.name):
             raise RequestError(f"'{self.name}' cannot name a plugin: use lower-case letters, digits and single hyphens, as in 'my-plugin'")
         self.config = validated(self.Config, settings, f"plugin '{self.name}'")
 
@@ -73,11 +73,22 @@ class Plugin(nn.Module):
             raise TypeError(
                 f"{cls.__name__} extends the plugin {cls.__bases__[0].__name__}: a plugin is final; subclass metaplug.Plugin instead"
             )
+        config: Any = cls.Config
+        if not isinstance(config, type) or not issubclass(config, PluginConfig):
+            raise TypeError(
+                f"{cls.__name__}.Config is no subclass of metaplug.PluginConfig, so that settings would go unchecked: "
+                "write class Config(PluginConfig)"
+            )
+        if config.model_config.get("extra") != "forbid" or not config.model_config.get("frozen"):
+            raise TypeError(
+                f"{cls.__name__}.Config lets unknown fields pass, or its fields be changed, which no run could tell: "
+                "take extra and frozen out of its model_config"
+            )
 
     @classmethod
     def kind(cls) -> str:
         """The plugin's own name, whatever an instance is called: `GradientSharing` is "gradient-sharing"."""
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
+        return kebab(cls.__name__)
 
     @property
     def meta_lr(self) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -14,6 +14,7 @@ from metaplug import registry
 from metaplug.errors import RequestError, did_you_mean
 from metaplug.plugin import Plugin
 from metaplug.settings import Settings, read_yaml, validated
+from metaplug.shortest import Shortest, is_shortest, plugin_of
 
 YAML_ENDINGS = (".yaml", ".yml")
 """A preset of this ending is the path of a file."""
@@ -25,7 +26,8 @@ class PluginUse(Settings):
     """One entry of a list of plugins; a bare name stands for a plugin with its default settings."""
 
     plugin: str = Field(description="The plugin's entry-point name, as `metaplug plugins` lists it.")
-    name: str | None = Field(None, description="What this instance is called; needed only where a plugin stands twice.")
+    # `default` by name is what lets type checkers without pydantic's plugin see that a field may be left out.
+    name: str | None = Field(default=None, description="What this instance is called; needed only where a plugin stands twice.")
     settings: dict[str, Any] = Field(default_factory=dict, description="Fields of the plugin's Config.")
 
     @model_validator(mode="before")
@@ -79,7 +81,11 @@ def find_preset(preset: str | Preset) -> Preset:
     return found
 
 
-def make_plugins(preset: str | Preset | None, plugins: Sequence[Plugin | PluginUse | str]) -> list[Plugin]:
+PluginLike: TypeAlias = Plugin | PluginUse | str | Shortest
+"""What a list of plugins may hold: an instance, a use with settings, a name, or a module or function in the shortest form."""
+
+
+def make_plugins(preset: str | Preset | None, plugins: Sequence[PluginLike]) -> list[Plugin]:
     """The preset's plugins, then those of the list, as instances.
 
     Raises:
@@ -98,7 +104,15 @@ def _instance(use: Any) -> Plugin:
         return use.make()
     if isinstance(use, str):
         return PluginUse(plugin=use).make()
-    raise RequestError(f"{use!r} is not a plugin: give its name, or an instance of a subclass of metaplug.Plugin")
+    if is_shortest(use):
+        return plugin_of(use)()
+    if isinstance(use, type) and issubclass(use, Plugin):
+        raise RequestError(
+            f"{use.__name__} is the class of a plugin, not one of its instances: write {use.__name__}(...), with its settings"
+        )
+    raise RequestError(
+        f"{use!r} is not a plugin: give its name, an instance of a subclass of metaplug.Plugin, or a function named as a hook"
+    )
 
 
 def parse_variant(text: str) -> tuple[str, list[PluginUse]]:

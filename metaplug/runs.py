@@ -40,7 +40,8 @@ def train(
     A checkpoint is written at every validation and at a stop. Killed at any moment and resumed, a run gives bit for bit the checkpoints and
     the metrics of one that was left alone.
 
-    Every rank of `world` calls this; rank 0 alone reads and writes the folder. A run may be resumed on another number of ranks.
+    Every rank of `world` calls this; rank 0 alone reads and writes the folder. A run may be resumed on another number of ranks, and with
+    other settings of the runtime but its precision: then to rounding.
 
     Args:
         folder: made here; a run that is there already is only touched to resume it.
@@ -55,7 +56,7 @@ def train(
 
     Raises:
         RequestError: a part is unknown or refuses its settings; the folder holds a run, and another one than this to resume.
-        RunError: a loss or gradient is NaN or Inf, or a file cannot be written; the last checkpoint is kept.
+        RunError: a loss or gradient is NaN or Inf, memory runs out, or a file cannot be written; the last checkpoint is kept.
     """
     finished = world.from_main(lambda: _look(folder, config, resume))
     if finished is not None:
@@ -140,7 +141,7 @@ class _Run:
         for record in records:
             if self._world.is_main:
                 self._log(record)
-            [stopped] = self._world.any(stop())
+            [stopped] = self._world.any(stop() and record.step.iteration == learner.iteration)  # its weights are those of this record
             self._save(record, stopped)
             if self._world.is_main:
                 on_record(record)
@@ -232,7 +233,7 @@ def _check_folder(folder: Path, config: ExperimentConfig, resume: bool) -> None:
     begun = flatten(validated(ExperimentConfig, read_yaml(saved), str(saved)).model_dump(mode="json"))
     asked = flatten(config.model_dump(mode="json"))
     for path in {**begun, **asked}:
-        if begun.get(path) != asked.get(path):
+        if begun.get(path) != asked.get(path) and not (path.startswith("runtime.") and path != "runtime.precision"):
             raise RequestError(
                 f"{folder} was begun with {path} = {_shown(begun, path)}, which cannot become {_shown(asked, path)}: "
                 f"resume it as it was begun ({saved}), or give another --name"
@@ -258,8 +259,8 @@ def _prepare(folder: Path, config: ExperimentConfig) -> dict[str, Any] | None:
             left.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(f"cannot make the run folder {folder}: {error.strerror}; give another --out") from error
-    if not (folder / CONFIG).exists():
-        _write_text(folder / CONFIG, to_yaml(config))
+    if not (folder / CONFIG).exists() or read_yaml(folder / CONFIG) != config.model_dump(mode="json"):
+        _write_text(folder / CONFIG, to_yaml(config))  # resumed with other settings of the runtime
     if not (folder / LAST).exists():
         _write_text(folder / METRICS, "")
         return None

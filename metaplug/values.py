@@ -104,14 +104,15 @@ class InnerStep:
         """
         if not self._owner.couples_tasks:
             raise RequestError(
-                f"plugin '{self._owner.name}' takes a mean over tasks but does not say so: set couples_tasks = True on its class"
+                f"plugin '{self._owner.name}' takes a mean over tasks but does not say so: "
+                "set couples_tasks = True on its class, or in its module"
             )
         if not self.training and not self._owner.transductive:
             raise RequestError(
                 f"plugin '{self._owner.name}' takes a mean over test tasks, which must not see each other: "
                 "use what was stored in training when step.training is False"
             )
-        mean: Tensor = x.mean(0) if weights is None else torch.tensordot(weights / len(weights), x, 1)
+        mean: Tensor = x.mean(0) if weights is None else ((weights / len(weights)) @ x.reshape(len(x), -1)).view(x.shape[1:])
         return mean if self.share is None else self.share.mean(mean)
 
     def keep(self, name: str, tensor: Tensor) -> None:

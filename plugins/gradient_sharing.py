@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metaplug import Context, Gradients, InnerStep, LearnedPluginConfig, Plugin, RequestError, checkpoint, hookimpl
 
-TINY = 1e-24  # ε² with ε = 1e-12
+EPSILON = 1e-12
 
 SQUASH: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -145,9 +145,9 @@ class GradientSharing(Plugin):
             step.keep(f"{slot}", kept)
         else:
             shared = self.running[slot]
-            gate = torch.where(self.started[slot], self._weight("gate", slot, self._traits(flat, shared)), 0.0)
+            gate = self.started[slot] * self._weight("gate", slot, self._traits(flat, shared))
         scale = gate if self.config.normalisation == "none" else gate * length
-        return self._unflatten((1 - gate) * flat + _outer(scale, shared), gradients)
+        return self._unflatten(_plus_outer((1 - gate) * flat, scale, shared), gradients)
 
     @hookimpl
     def commit(self, kept: Mapping[str, Tensor]) -> None:
@@ -158,12 +158,14 @@ class GradientSharing(Plugin):
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
         names, slots = ("gate", "momentum") if self.config.statistics == "accumulated" else ("gate",), len(self.started)
-        return {f"{name}/{slot}": float(self._weight(name, slot).detach().mean()) for name in names for slot in range(slots)}
+        with torch.no_grad():
+            weights = [torch.stack([self._weight(name, slot).mean() for slot in range(slots)]).tolist() for name in names]
+        return {f"{name}/{slot}": weight for name, by_slot in zip(names, weights, strict=True) for slot, weight in enumerate(by_slot)}
 
     def _accumulated(self, flat: Tensor, length: Tensor, step: InnerStep) -> tuple[Tensor, Tensor | None, Tensor]:
         """r for this step, (P,), or (T, P) where each task has its own; the tasks' traits; and what of r is to be stored, (P,)."""
         old, traits = self.running[step.slot], self._traits(flat, self.running[step.slot])
-        momentum = torch.where(self.started[step.slot], self._weight("momentum", step.slot, traits), 0.0)
+        momentum = self.started[step.slot] * self._weight("momentum", step.slot, traits)
         shared = torch.lerp(self._mean(flat, length, step), old, momentum)
         return shared, traits, shared if shared.dim() == 1 else step.task_mean(shared)
 
@@ -174,7 +176,7 @@ class GradientSharing(Plugin):
         shared, traits = [], []
         for gradient, unit in zip(flat.split(1), units.split(1), strict=True):
             own = self._traits(gradient, old)
-            momentum = torch.where(started, self._weight("momentum", step.slot, own), 0.0)
+            momentum = started * self._weight("momentum", step.slot, own)
             shared.append(torch.lerp(unit if self.config.through_mean else unit.detach(), old, momentum))
             old, started = shared[-1].detach()[0], torch.ones_like(started)
             traits += [] if own is None else [own]
@@ -205,7 +207,7 @@ class GradientSharing(Plugin):
         return torch.cat([length.log(), (flat @ old).unsqueeze(1) / length / _norm(old.unsqueeze(0))], 1)
 
     def _weight(self, name: str, slot: int, traits: Tensor | None = None) -> Tensor:
-        """σ of the gate or momentum of a slot: () or, by tensor, (P,); conditioned on the task's traits, (T, 1) or (T, P)."""
+        """σ of the gate or momentum of a slot: () or (1,) or, by tensor, (P,); conditioned on the task's traits, (T, 1) or (T, P)."""
         value, by_task = self._parameters.get(name), self._parameters.get(f"{name}_by_task")
         if value is None:
             return self.started.new_tensor(self.config.gate if name == "gate" else self.config.momentum, dtype=self.running.dtype)
@@ -216,7 +218,7 @@ class GradientSharing(Plugin):
         weight = SQUASH[self.config.gate_function](logits)
         if "tensor" in self.config.granularity:
             return weight[..., self.tensor_of]
-        return weight if weight.dim() == 2 else weight[0]
+        return weight
 
     def _begin_with(self, path: Path) -> None:
         """Take over the running mean of a checkpoint.
@@ -252,9 +254,10 @@ class GradientSharing(Plugin):
         return {name: parts[name].reshape(gradient.shape) for name, gradient in like.items()}
 
 
-def _outer(scale: Tensor, shared: Tensor) -> Tensor:
-    """scale · shared, as a matrix product where `scale` is one number a task: cheaper in both derivatives."""
-    return scale @ shared.unsqueeze(0) if scale.dim() == 2 and scale.shape[1] == 1 and shared.dim() == 1 else scale * shared
+def _plus_outer(own: Tensor, scale: Tensor, shared: Tensor) -> Tensor:
+    """own + scale · shared, in one matrix product where `scale` is one number a task: cheaper in both derivatives."""
+    one_each = scale.dim() == 2 and scale.shape[1] == 1 and shared.dim() == 1
+    return torch.addmm(own, scale, shared.unsqueeze(0)) if one_each else own + scale * shared
 
 
 def _norm(rows: Tensor) -> Tensor:
@@ -264,4 +267,4 @@ def _norm(rows: Tensor) -> Tensor:
 
 def _root(squares: Tensor) -> Tensor:
     """√ with a finite derivative at zero."""
-    return squares.clamp_min(TINY).sqrt()
+    return squares.clamp_min(EPSILON**2).sqrt()

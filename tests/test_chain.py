@@ -9,11 +9,13 @@ import torch
 from metaplug_plugins.derivative_order import DerivativeOrder
 from metaplug_plugins.gradient_clipping import GradientClipping
 from metaplug_plugins.gradient_sharing import GradientSharing
-from support.models import Stream, adapted, assert_close, found, problem
 from torch import nn
 
-from metaplug import MetaLearner, Plugin, RequestError, RunError, TaskBatch, hookimpl
+import metaplug
+from metaplug import MetaLearner, Plugin, RequestError, RunError, TaskBatch, hookimpl, hookspecs
 from metaplug.chain import Chain
+from metaplug.hookspecs import KINDS
+from metaplug.testing import Stream, adapted, assert_close, found, problem
 
 
 def refused(plugins, error=RequestError):
@@ -181,7 +183,8 @@ def test_a_misspelt_hook_is_refused_with_the_nearest_name():
             return gradients
 
     expected = (
-        "plugin 'misspelt': method transform_gradient is marked @hookimpl but no such hook exists: did you mean 'transform_gradients'?"
+        f"plugin 'misspelt': method transform_gradient is marked @hookimpl, but metaplug {metaplug.__version__} has no hook "
+        "'transform_gradient' (did you mean 'transform_gradients'?): rename it, or install a newer metaplug, which may have it"
     )
     assert refused([Misspelt()]) == expected
 
@@ -205,9 +208,11 @@ def test_an_unknown_argument_is_refused():
         def transform_gradients(self, grads):
             return grads
 
-    text = refused([Unknown()])
-    assert text.startswith("plugin 'unknown' does not fit the hooks: ")
-    assert "{'grads'} are declared in the hookimpl but can not be found in the hookspec" in text
+    expected = (
+        "plugin 'unknown': method transform_gradients asks for 'grads', which transform_gradients does not have in metaplug "
+        f"{metaplug.__version__} (did you mean 'gradients'?): rename it, or install a newer metaplug, which may have it"
+    )
+    assert refused([Unknown()]) == expected
 
 
 @pytest.mark.parametrize("place", ["tryfirst", "trylast", "wrapper", "hookwrapper"])
@@ -251,7 +256,8 @@ def test_the_list_is_checked_and_never_reordered():
 
 def test_what_is_no_plugin_is_refused():
     expected = (
-        "Linear(in_features=1, out_features=1, bias=True) is not a plugin: give its name, or an instance of a subclass of metaplug.Plugin"
+        "Linear(in_features=1, out_features=1, bias=True) is not a plugin: give its name, an instance of a subclass of metaplug.Plugin, "
+        "or a function named as a hook"
     )
     assert refused([nn.Linear(1, 1)]) == expected
     assert refused(["gradient-shering"]) == "unknown plugin 'gradient-shering': did you mean 'gradient-sharing'?"
@@ -303,6 +309,10 @@ def changed(name, change):
     return lambda values: {**values, name: change(values[name])}
 
 
+def soft(labels):
+    return nn.functional.one_hot(labels, 3).float()
+
+
 FAULTS = [
     ("transform_gradients", lambda g: 3, "returned int, not a mapping from names to tensors"),
     (
@@ -349,6 +359,26 @@ FAULTS = [
         "returned shape (1, 1, 6) for '0.bias', which does not broadcast to (tasks, *shape) = (1, 6)",
     ),
     ("transform_tasks", lambda batch: batch.support_x, "returned Tensor, not a TaskBatch"),
+    (
+        "transform_tasks",
+        lambda batch: TaskBatch(batch.support_x.float(), batch.support_y, batch.query_x.float(), batch.query_y),
+        "returned a batch whose support_x is torch.float32 on cpu; it must be torch.float64 on cpu",
+    ),
+    (
+        "transform_tasks",
+        lambda batch: batch.to("meta"),
+        "returned a batch whose support_x is torch.float64 on meta; it must be torch.float64 on cpu",
+    ),
+    (
+        "transform_tasks",
+        lambda batch: TaskBatch(batch.support_x, batch.support_y.int(), batch.query_x, batch.query_y),
+        "returned a batch whose support_y is torch.int32 on cpu; it must be torch.int64 on cpu",
+    ),
+    (
+        "transform_tasks",
+        lambda batch: TaskBatch(batch.support_x, soft(batch.support_y), batch.query_x, soft(batch.query_y)),
+        "returned a batch whose support_y is torch.float32 on cpu; it must be torch.float64 on cpu",
+    ),
     ("derivative_order", lambda step: 3, "answered 3: the derivative order is 1 or 2"),
     (
         "outer_step_weights",
@@ -395,9 +425,9 @@ def test_a_wrong_answer_names_plugin_hook_link_and_step(hook, answer, fault):
         "outer_step_weights": ", iteration 0",
         "transform_meta_gradients": ", iteration 0",
         "scale_meta_learning_rate": ", iteration 0",
-        "transform_outer_losses": "",
+        "transform_outer_losses": ", iteration 0",
         "select_adapted": "",
-        "end_meta_step": "",
+        "end_meta_step": ", iteration 0",
     }.get(hook, inside)
     assert str(error.value) == f"plugin 'bad' in {hook} (link 1 of 1{at}) {fault}"
 
@@ -421,6 +451,44 @@ def test_an_exception_inside_a_plugin_names_the_place_and_keeps_the_cause():
     assert str(error.value) == "plugin 'later' in transform_gradients (link 2 of 2, iteration 2, inner step 1) failed: KeyError: 1"
     assert isinstance(error.value.__cause__, KeyError)
     assert all(torch.equal(*pair) for pair in zip(weights, learner.model.parameters(), strict=True))
+
+
+PLACES = {
+    "select_adapted": "",
+    "setup": "",
+    "transform_tasks": ", iteration 1",
+    "outer_step_weights": ", iteration 1",
+    "transform_parameters": ", iteration 1, inner step 0",
+    "transform_inner_losses": ", iteration 1, inner step 0",
+    "derivative_order": ", iteration 1, inner step 0",
+    "transform_gradients": ", iteration 1, inner step 0",
+    "transform_learning_rates": ", iteration 1, inner step 0",
+    "transform_outer_losses": ", iteration 1",
+    "compute_meta_gradients": ", iteration 1",
+    "transform_meta_gradients": ", iteration 1",
+    "scale_meta_learning_rate": ", iteration 1",
+    "commit": ", iteration 1",
+    "end_meta_step": ", iteration 1",
+}
+
+
+@pytest.mark.parametrize("hook", KINDS)
+def test_an_exception_in_any_hook_names_its_place(hook):
+    def keep(self, step):
+        step.keep("seen", torch.ones(()))
+
+    def fail(self):
+        if self.broken:
+            raise KeyError("lost")
+
+    frail = type("Frail", (Plugin,), {"broken": not PLACES[hook], "transform_gradients": hookimpl(keep), hook: hookimpl(fail)})()
+    with pytest.raises(RunError) as error:
+        learner = problem().learner(plugins=[Log(), frail])
+        learner.fit(Stream(), iterations=1)
+        frail.broken = True
+        learner.fit(Stream(), iterations=1)
+    assert str(error.value) == f"plugin 'frail' in {hook} (link 2 of 2{PLACES[hook]}) failed: KeyError: 'lost'"
+    assert isinstance(error.value.__cause__, KeyError)
 
 
 def test_two_answers_to_one_question_are_refused():
@@ -466,7 +534,8 @@ def test_coupling_tasks_must_be_declared():
         def transform_inner_losses(self, losses, step):
             return step.task_mean(losses).expand_as(losses)
 
-    assert refused([Sly()]) == "plugin 'sly' takes a mean over tasks but does not say so: set couples_tasks = True on its class"
+    expected = "plugin 'sly' takes a mean over tasks but does not say so: set couples_tasks = True on its class, or in its module"
+    assert refused([Sly()]) == expected
 
 
 def test_losses_are_not_known_before_the_forward_pass():
@@ -742,11 +811,86 @@ def test_replaced_meta_gradients_are_used_and_checked():
     assert_close(learner.meta_gradients(case.batch), expected)
     text = refused([Reptile(), GradientSharing()], RunError)
     assert text == (
-        "compute_meta_gradients answered names that are not meta-learned (none) or left out a plugin's parameters "
+        "plugin 'reptile' in compute_meta_gradients (link 1 of 1, iteration 0) answered names that are not meta-learned (none) "
+        "or left out a plugin's parameters "
         "('gradient-sharing.gate', 'gradient-sharing.momentum'), which would then never learn: "
         "answer by the names of MetaLearner.meta_gradients"
     )
     text = refused([link("compute_meta_gradients", lambda outcome: {"0.wieght": torch.zeros(1)})], RunError)
     assert "answered names that are not meta-learned ('0.wieght')" in text
     text = refused([link("compute_meta_gradients", lambda outcome: {"0.bias": torch.zeros(3)})], RunError)
-    assert text == "compute_meta_gradients answered another form than the parameter's for '0.bias': keep shape and dtype"
+    assert text == (
+        "plugin 'bad' in compute_meta_gradients (link 1 of 1, iteration 0) returned shape (3,), torch.float32 on cpu; "
+        "the parameter is shape (6,), torch.float64 on cpu, which it must keep (for '0.bias')"
+    )
+    text = refused([link("compute_meta_gradients", lambda outcome: [])], RunError)
+    assert text.endswith("(link 1 of 1, iteration 0) answered list, not a mapping from names to tensors")
+
+
+# A contract that grows.
+
+
+class Old(Plugin):
+    """Written for hooks that are deprecated since."""
+
+    @hookimpl
+    def transform_gradients(self, gradients, step):
+        return None
+
+
+def line_of_old():
+    """Where Python says that the hook begins: at its decorator."""
+    return Old.transform_gradients.__code__.co_firstlineno
+
+
+@pytest.mark.parametrize(
+    "what", [{"warn_on_impl": FutureWarning("gone soon")}, {"warn_on_impl_args": {"step": FutureWarning("gone soon")}}]
+)
+def test_a_deprecation_is_reported_at_the_plugins_own_line(what, monkeypatch):
+    for key, value in what.items():
+        monkeypatch.setitem(hookspecs.transform_gradients.metaplug_spec, key, value)
+    with pytest.warns(FutureWarning, match="^gone soon$") as caught:
+        problem().learner(plugins=[Old()])
+    assert [(warning.filename, warning.lineno) for warning in caught] == [(__file__, line_of_old())]
+    problem().learner(plugins=[DerivativeOrder()])
+
+
+def test_a_new_argument_behind_the_others_changes_nothing_for_an_old_plugin(monkeypatch):
+    def transform_gradients(gradients, step, future):
+        """As it may become."""
+
+    transform_gradients.metaplug_spec = hookspecs.transform_gradients.metaplug_spec
+    monkeypatch.setattr(hookspecs, "transform_gradients", transform_gradients)
+
+    class New(Plugin):
+        @hookimpl
+        def transform_gradients(self, gradients, future):
+            assert future == 3
+
+    chain = Chain([Old(), New()])
+    gradients = {"w": torch.ones(1, 2)}
+    assert chain.fold("transform_gradients", gradients, step=_step(), future=3)["w"] is gradients["w"]
+
+
+class Loose(Plugin.Config, extra="ignore"):
+    """A Config that would take a misspelt field for nothing."""
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (
+            dict,
+            "Mine.Config is no subclass of metaplug.PluginConfig, so that settings would go unchecked: write class Config(PluginConfig)",
+        ),
+        (
+            Loose,
+            "Mine.Config lets unknown fields pass, or its fields be changed, which no run could tell: "
+            "take extra and frozen out of its model_config",
+        ),
+    ],
+)
+def test_a_config_that_checks_nothing_is_refused(config, text):
+    with pytest.raises(TypeError) as error:
+        type("Mine", (Plugin,), {"Config": config})
+    assert str(error.value) == text

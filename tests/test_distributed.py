@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from support import plugins
-from support.models import Stream, assert_close, problem
 from support.ranks import forked, on_ranks, shard
 
 from metaplug import MetaLearner, Plugin, RequestError, RunError, checkpoint, hookimpl
@@ -23,6 +22,7 @@ from metaplug.runs import read_metrics, train
 from metaplug.runtime.device import resolve_device
 from metaplug.runtime.distributed import ALONE, World, joined
 from metaplug.tasks.adapters import LoaderTasks
+from metaplug.testing import Stream, assert_close, problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -82,7 +82,7 @@ COUNTS = (3, 4, 5)
 
 def make(name, world=ALONE, **more):
     preset, listed, settings = ALGORITHMS[name]
-    model = "batch-norm" if "maml++" in name else "tanh"
+    model = "batch-norm" if "maml++" in name else "mlp"
     return problem(model).learner(preset=preset, plugins=listed(), world=world, **{**settings, **more})
 
 
@@ -256,11 +256,11 @@ def test_tasks_draw_other_numbers_on_every_rank_and_what_is_common_the_same():
 
 def test_ranks_start_from_the_weights_of_rank_0():
     def start(world):
-        learner = MetaLearner(problem("tanh", seed=world.rank).model, plugins=[plugins.make("meta-curvature")], world=world)
+        learner = MetaLearner(problem("mlp", seed=world.rank).model, plugins=[plugins.make("meta-curvature")], world=world)
         return tensors_of(learner)
 
     one, two = on_ranks(start)
-    assert_close(two, tensors_of(MetaLearner(problem("tanh", seed=0).model, plugins=[plugins.make("meta-curvature")])), rtol=0, atol=0)
+    assert_close(two, tensors_of(MetaLearner(problem("mlp", seed=0).model, plugins=[plugins.make("meta-curvature")])), rtol=0, atol=0)
     assert_close(two, one, rtol=0, atol=0)
 
 
@@ -557,6 +557,7 @@ def test_the_command_line_says_everything_once(folder):
     lines = words.splitlines()
     assert [line.partition("  ")[0] for line in lines] == [
         "maml (no plugins) on sinusoid, 3-shot, mlp, seed 0, cpu",
+        next(line for line in lines if line.startswith("memory: about ")),
         "a new run in runs/mine",
         "training: iteration 2",
         "training: iteration 4",

@@ -19,6 +19,7 @@ from metaplug import MetaLearner, RequestError, RunError, checkpoint, experiment
 from metaplug.config import ExperimentConfig, to_yaml
 from metaplug.experiment import build, task_form
 from metaplug.runs import load, read_metrics, train
+from metaplug.settings import read_yaml
 
 TINY: dict[str, Any] = {
     "plugins": ["gradient-sharing"],
@@ -89,6 +90,7 @@ def test_a_run_folder_holds_all_of_it(whole: Path) -> None:
     assert summary["test"]["num_tasks"] == 6
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["batching"]["choice"] == "vectorized"
+    assert summary["precision"] == "float32"
     assert (whole / "config.yaml").read_text() == to_yaml(tiny())
 
 
@@ -239,6 +241,17 @@ def test_another_configuration_cannot_resume_a_run(whole: Path) -> None:
     )
 
 
+def test_settings_of_the_runtime_may_change_but_for_its_precision(tmp_path: Path) -> None:
+    folder, seen = tmp_path / "run", []
+    assert train(tiny(), folder, on_record=seen.append, stop=lambda: bool(seen)) is None
+    with pytest.raises(RequestError, match=r"was begun with runtime.precision = 'float32', which cannot become 'bfloat16'"):
+        train(tiny(runtime__precision="bfloat16"), folder, resume=True)
+    changed = tiny(runtime__checkpoint_steps=1)
+    assert train(changed, folder, resume=True) is not None
+    assert read_yaml(folder / "config.yaml") == changed.model_dump(mode="json")
+    assert len(read_metrics(folder)) == 12
+
+
 def test_a_folder_of_something_else_is_not_resumed(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RequestError) as error:
@@ -336,6 +349,14 @@ def test_task_sources_that_are_refused(source: str, message: str) -> None:
     with pytest.raises(RequestError) as error:
         build(tiny(tasks__source=source))
     assert str(error.value) == message
+
+
+def test_precision_and_capture_reach_the_learner() -> None:
+    learner = build(tiny(runtime__precision="bfloat16", runtime__capture="auto")).learner
+    assert experiment.environment(learner)["precision"] == "bfloat16"
+    assert learner.engine.derivation is None
+    with pytest.raises(RequestError, match=r"^capture is for steps on a CUDA device, but the model is on cpu: "):
+        build(tiny(runtime__capture=True))
 
 
 def test_the_form_of_tasks() -> None:

@@ -5,12 +5,11 @@ import warnings
 
 import pytest
 import torch
-from support import reference
-from support.models import Problem, Stream, assert_close, problem, regression
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from metaplug import MetaLearner, RequestError
+from metaplug.testing import Problem, Stream, assert_close, problem, reference, regression
 
 BATCH = problem(dtype=torch.float32).batch
 NOT_ITS_WEIGHTS = (

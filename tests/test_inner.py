@@ -7,13 +7,12 @@ import weakref
 import pytest
 import torch
 from metaplug_plugins.gradient_sharing import GradientSharing
-from support import reference
-from support.models import Problem, Stream, adapted, assert_close, found, problem
 from torch import nn
 from torch.nn import functional as F
 
 from metaplug import MetaLearner, Plugin, RequestError, RunError, hookimpl
 from metaplug.mirror import OPTIMIZERS
+from metaplug.testing import Problem, Stream, adapted, assert_close, found, problem, reference
 
 TORCH = {
     "sgd": torch.optim.SGD,
@@ -91,7 +90,7 @@ RULES = [
 @pytest.mark.parametrize(("name", "settings", "rule"), RULES)
 def test_meta_gradients_flow_through_the_state_of_the_optimizer(name, settings, rule, order):
     # Smooth and without batch norm: no gradient is exactly zero, where the square root has no derivative.
-    case = problem("tanh", steps=3, seed=3)
+    case = problem("mlp", steps=3, seed=3)
     learner = case.learner(
         preset="maml" if order == 2 else "fomaml", inner_lr=0.05, inner_optimizer=name, inner_optimizer_settings=settings
     )

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from metaplug_plugins.derivative_order import DerivativeOrder
 from metaplug_plugins.gradient_clipping import GradientClipping
 from metaplug_plugins.gradient_sharing import GradientSharing
-from support.models import Stream, adapted, assert_close, problem
-from support.strategies import seeds
 from torch import nn
 
 from metaplug import Context, InnerStep, MetaLearner, PluginUse, Preset, RequestError, TaskBatch, registry
 from metaplug.chain import Chain
 from metaplug.preset import find_preset, parse_plugin, parse_variant
+from metaplug.testing import Stream, adapted, assert_close, problem
+from metaplug.testing.strategies import seeds
 
 SHAPES = {"w": torch.Size([2, 3]), "b": torch.Size([2])}
 SIZES = [6, 2]

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from support.models import Stream, problem
 
 from metaplug import PluginUse, Preset, RequestError, registry
 from metaplug.config import ExperimentConfig, resolve, to_yaml
@@ -11,6 +10,7 @@ from metaplug.experiment import build
 from metaplug.preset import find_preset, parse_plugin, parse_variant
 from metaplug.runs import load, train
 from metaplug.settings import read_yaml, validated
+from metaplug.testing import Stream, problem
 
 MINE = "plugins:\n  - meta-sgd\n  - {plugin: gradient-sharing, settings: {gate: 0.25}}\ndefaults: {learner: {inner_lr: 0.2}}\n"
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from metaplug.bench.meters import in_tf32
 from metaplug.bench.workloads import Workload
+from metaplug.errors import RequestError
 from metaplug.inner import Loss
 from metaplug.learner import LOSSES, MetaLearner
 from metaplug.runtime.batching import Batching
@@ -29,7 +31,8 @@ class Prepared:
         step: makes one whole step.
         gradient: gives the meta-gradient at the first weights, by the model's own names. Called at most once, on a copy of its own.
         graph: gives the graph that a step differentiates; None where it is never whole.
-        torch_memory: whether its memory is that of torch's allocator.
+        torch_memory: whether torch's allocator tells what it takes: not for another library's arrays, nor for a captured step, which
+            holds its memory all along.
     """
 
     step: Callable[[], object]
@@ -53,8 +56,11 @@ class Contestant:
     module: str | None = None
 
 
-def own_contestants(plugins: Sequence[str], *, compiled: bool = False) -> dict[str, Contestant]:
-    """By name, the plain loops and metaplug; one more for each plugin, and for each plugin compiled where that is asked for."""
+def own_contestants(plugins: Sequence[str], *, compiled: bool = False, captured: bool = False) -> dict[str, Contestant]:
+    """By name, the plain loops and metaplug; one more for each plugin, and for each plugin compiled where that is asked for.
+
+    `captured` adds steps that are replayed from a CUDA graph, which only a CUDA device has.
+    """
     made = {
         "plain torch loop": Contestant(lambda *work: by_loss(torch_loop, *work)),
         "higher, task by task": Contestant(_higher),
@@ -74,6 +80,10 @@ def own_contestants(plugins: Sequence[str], *, compiled: bool = False) -> dict[s
             made[f"metaplug + {plugin}, compiled"] = Contestant(
                 lambda *work, plugin=plugin: by_metaplug(*work, plugins=(plugin,), compile=True), False
             )
+    if captured:
+        made["metaplug, captured"] = Contestant(lambda *work: by_metaplug(*work, capture=True))
+    if captured and compiled:
+        made["metaplug, compiled and captured"] = Contestant(lambda *work: by_metaplug(*work, compile=True, capture=True))
     # The reference form, as the published one begins in first order and would not show what its steps cost.
     made["metaplug, maml++-reference"] = Contestant(lambda *work: by_metaplug(*work, preset="maml++-reference"), False)
     return made
@@ -91,6 +101,8 @@ def by_metaplug(
     **runtime: Any,
 ) -> Prepared:
     """metaplug as a user runs it; `chainless` takes the calls of hooks out, `runtime` are arguments of MetaLearner."""
+    # A learner sees to its own precision, whatever is set around it.
+    rounding: dict[str, Any] = {"precision": "tf32"} if in_tf32(batch.device) and batch.support_x.dtype == torch.float32 else {}
     learner = MetaLearner(
         model,
         preset=preset,
@@ -100,6 +112,7 @@ def by_metaplug(
         inner_lr=workload.inner_lr,
         task_batching=batching,
         **runtime,
+        **rounding,
     )
 
     if chainless:
@@ -114,12 +127,22 @@ def by_metaplug(
 
     iterations = learner.iterate(Same(), iterations=sys.maxsize, tasks_per_batch=workload.tasks)
     inner = learner.engine.inner
+
+    def checked(found: Any) -> Any:
+        """A step that is compiled or captured in name only is not what was to be measured."""
+        derivation = learner.engine.derivation
+        for part in (derivation, getattr(derivation, "compile_graph", None)):
+            if reason := getattr(part, "refusal", None):
+                raise RequestError(f"refused, so that its steps would be as without: {reason}")
+        return found
+
     return Prepared(
-        step=lambda: next(iterations),
-        gradient=lambda: learner.meta_gradients(batch),
+        step=lambda: checked(next(iterations)),
+        gradient=lambda: checked(learner.meta_gradients(batch)),
         graph=None
         if runtime  # which changes what is kept, and when
         else lambda: inner.run(batch, steps=workload.inner_steps, training=True, iteration=0, query_after={workload.inner_steps}),
+        torch_memory=not runtime.get("capture", False),
     )
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaplug.bench.measuring import spread, timed
+from metaplug.bench.measuring import spread
+from metaplug.bench.meters import ON_CPU
 from metaplug.errors import RequestError
 from metaplug.tasks.episodes import ClassImages, ImageEpisodes
 from metaplug.tasks.torchmeta_mends import apply
@@ -50,7 +51,7 @@ def run(*, repeats: int, tasks: int = 32, ways: int = 5, shots: int = 1, queries
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for repeat in range(repeats + 1):
         for name, work in contestants.items():
-            milliseconds = timed(work)
+            milliseconds = ON_CPU.timed(work)
             if repeat:  # the first round warms up
                 times[name].append(milliseconds)
     rows = [DrawRow(name, statistics.median(taken), spread(taken)) for name, taken in times.items()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from metaplug.bench.contestants import by_loss, stacked, torch_loop
+from metaplug.bench.meters import CPU, ON_CPU, Meter
 from metaplug.bench.workloads import Workload
 
-SIDE = 512
-"""Of the square matrices whose product is timed: large enough for the full rate, and done before the system runs another process."""
+SIDE, CUDA_SIDE = 512, 4096
+"""Of the square matrices whose product is timed: large enough for the full rate; on a CPU, done before another process runs."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,17 @@ class Speed:
     Attributes:
         flops_per_second: of a large matrix product.
         seconds_per_call: of the smallest operation that autograd records.
+        precision: of the product: float32 proper, or TF32.
     """
 
     flops_per_second: float
     seconds_per_call: float
+    precision: str = "float32"
 
     def or_better(self, other: Speed) -> Speed:
         """The best of both, as whatever else runs can only slow a device."""
-        return Speed(max(self.flops_per_second, other.flops_per_second), min(self.seconds_per_call, other.seconds_per_call))
+        flops, call = max(self.flops_per_second, other.flops_per_second), min(self.seconds_per_call, other.seconds_per_call)
+        return Speed(flops, call, self.precision)
 
 
 @dataclass(frozen=True)
@@ -56,21 +59,22 @@ class Limit:
     speed: Speed
 
 
-def measure_speed() -> Speed:
-    """The best of some repeats; about half a second."""
-    matrix, small = torch.rand(SIDE, SIDE), torch.rand(4, requires_grad=True)
-    product = _best(lambda: matrix @ matrix, 200)
-    calls = _best(lambda: [small + small for _ in range(100)], 50)
-    return Speed(2 * SIDE**3 / product, calls / 100)
+def measure_speed(meter: Meter = ON_CPU) -> Speed:
+    """The best of some repeats on the meter's device; about half a second."""
+    side, repeats = (CUDA_SIDE, 50) if meter.cuda else (SIDE, 200)
+    matrix, small = torch.rand(side, side, device=meter.device), torch.rand(4, device=meter.device, requires_grad=True)
+    product = _best(meter, lambda: matrix @ matrix, repeats)
+    calls = _best(meter, lambda: [small + small for _ in range(100)], 50)
+    return Speed(2 * side**3 / product, calls / 100, meter.precision)
 
 
-def limit(workload: Workload, speed: Speed) -> Limit:
-    """Count one step of a workload.
+def limit(workload: Workload, speed: Speed, device: torch.device = CPU) -> Limit:
+    """Count one step of a workload, on a device.
 
     The arithmetic is counted in the plain loop, as the counter takes the grouped convolutions of stacked tasks for dense ones; the calls in
     the stacked loop, which makes the fewest.
     """
-    model, batch = workload.build()
+    model, batch = workload.build(device)
     with FlopCounterMode(display=False) as counted:
         by_loss(torch_loop, model, batch, workload).gradient()
     with _Calls() as calls:  # type: ignore[no-untyped-call]
@@ -92,11 +96,6 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _best(work: Callable[[], object], repeats: int) -> float:
+def _best(meter: Meter, work: Callable[[], object], repeats: int) -> float:
     """Seconds of the fastest of some repeats."""
-    taken = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+    return min(meter.timed(work) for _ in range(repeats)) / 1e3

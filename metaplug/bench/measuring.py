@@ -7,21 +7,20 @@ import importlib.metadata
 import importlib.util
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 
 from metaplug.bench.contestants import Contestant, MetaGradient, Prepared, by_loss, own_contestants, torch_loop
 from metaplug.bench.limits import Limit, Speed, limit, measure_speed
+from metaplug.bench.meters import ON_CPU, Meter
 from metaplug.bench.peers import COMPILED, peers
 from metaplug.bench.workloads import WORKLOADS, Workload
-from metaplug.errors import RequestError, unknown
+from metaplug.errors import MetaplugError, RequestError, unknown
 from metaplug.tasks.batch import TaskBatch
 
 PACKAGES = ("higher", "learn2learn", "torchopt", "betty-ml", "parallel-metalearn", "jax")
@@ -42,6 +41,7 @@ class Row:
         limit: what the workload costs at least.
         share: the limit's milliseconds over its own; None where it is another algorithm, whose arithmetic is another.
         reason: why it cannot do the work.
+        busy: the share of its time in which a CUDA device computes or copies, at most 1; None on a CPU, and for others than metaplug.
     """
 
     workload: str
@@ -54,6 +54,12 @@ class Row:
     limit: Limit
     share: float | None = None
     reason: str | None = None
+    busy: float | None = None
+
+    @property
+    def meta_steps_per_minute(self) -> float | None:
+        """Another way to say its time."""
+        return None if self.milliseconds is None else 60_000 / self.milliseconds
 
 
 def run(
@@ -64,43 +70,47 @@ def run(
     memory: bool,
     only: Sequence[str] = (),
     compiled: bool = False,
+    meter: Meter = ON_CPU,
     on_workload: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Measure every contestant on every workload, interleaved, `repeats` times each; one more contestant for each plugin.
 
     Args:
         only: names of contestants; the others are left out. Empty for all.
-        compiled: the contestant that takes half a minute or more to compile too.
+        compiled: the contestants that take half a minute or more to compile too; without it, those of them that `only` names.
+        meter: measures on its device, where all models and tasks are; a CUDA device adds metaplug's captured steps.
 
     Raises:
         RequestError: an unknown workload or contestant; the nearest is offered.
     """
-    made = contestants(plugins, compiled=compiled or COMPILED in only)
+    made = contestants(plugins, compiled=compiled or any("compiled" in name for name in only), captured=meter.cuda)
     for kind, names, known in (("workload", workloads, list(WORKLOADS)), ("contestant", only, list(made))):
         for name in names:
             if name not in known:
                 raise unknown(kind, name, known)
-    speed, rows = measure_speed(), list[Row]()
-    for name in workloads:
-        on_workload(name)
-        chosen = {each: make for each, make in made.items() if not only or each in only}
-        rows += _measure(WORKLOADS[name], chosen, speed, repeats, memory)
-        speed = rows[-1].limit.speed
+    chosen = {each: make for each, make in made.items() if not only or each in only}
+    with meter.active():
+        speed, rows = measure_speed(meter), list[Row]()
+        for name in workloads:
+            on_workload(name)
+            rows += _measure(WORKLOADS[name], chosen, speed, repeats, memory=memory, meter=meter)
+            speed = rows[-1].limit.speed
     return rows
 
 
-def contestants(plugins: Sequence[str], *, compiled: bool = False) -> dict[str, Contestant]:
+def contestants(plugins: Sequence[str], *, compiled: bool = False, captured: bool = False) -> dict[str, Contestant]:
     """By name, what makes a step and a meta-gradient from a model, a batch and a workload."""
     others = {name: contestant for name, contestant in peers().items() if compiled or name != COMPILED}
-    return {**own_contestants(plugins, compiled=compiled), **others}
+    return {**own_contestants(plugins, compiled=compiled, captured=captured), **others}
 
 
-def as_json_values(rows: Sequence[Row], repeats: int) -> dict[str, Any]:
+def as_json_values(rows: Sequence[Row], repeats: int, meter: Meter = ON_CPU) -> dict[str, Any]:
     """The rows with what they were measured on."""
-    return {**surroundings(repeats), "rows": [asdict(row) for row in rows]}
+    values = [{**asdict(row), "meta_steps_per_minute": row.meta_steps_per_minute} for row in rows]
+    return {**surroundings(repeats, meter), "rows": values}
 
 
-def surroundings(repeats: int) -> dict[str, Any]:
+def surroundings(repeats: int, meter: Meter = ON_CPU) -> dict[str, Any]:
     """What a measurement depends on beside its subject."""
     versions = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
     return {
@@ -108,16 +118,11 @@ def surroundings(repeats: int) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "packages": {name: versions[name] for name in PACKAGES if name in versions},
         "threads": torch.get_num_threads(),
-        "device": "cpu",
+        "device": meter.name,
+        "cuda": torch.version.cuda if meter.cuda else None,
+        "precision": meter.precision,
         "repeats": repeats,
     }
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Milliseconds that it takes."""
-    start = time.perf_counter()
-    work()
-    return 1e3 * (time.perf_counter() - start)
 
 
 def spread(taken: Sequence[float]) -> float:
@@ -126,19 +131,8 @@ def spread(taken: Sequence[float]) -> float:
     return (quartiles[2] - quartiles[0]) / 2
 
 
-def torch_memory(work: Callable[[], object]) -> tuple[float, float]:
-    """(most, left): the most MiB that torch's allocator held while `work` ran, and what its result still holds."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
-        result = work()
-    # The public list of events leaves out what happens inside operators.
-    events: list[Any] = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = list(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
-    del result
-    return max(held) / 2**20, held[-1] / 2**20
-
-
-def _measure(workload: Workload, made: dict[str, Contestant], speed: Speed, repeats: int, memory: bool) -> list[Row]:
-    model, batch = workload.build()
+def _measure(workload: Workload, made: dict[str, Contestant], speed: Speed, repeats: int, *, memory: bool, meter: Meter) -> list[Row]:
+    model, batch = workload.build(meter.device)
     exact = copy.deepcopy(model).double(), _double(batch), workload
     reference = by_loss(torch_loop, *exact).gradient()
     ready: dict[str, Prepared] = {}
@@ -151,9 +145,11 @@ def _measure(workload: Workload, made: dict[str, Contestant], speed: Speed, repe
                 own = contestant.prepare(copy.deepcopy(exact[0]), *exact[1:])
                 errors[name] = _error(own.gradient(), reference) if contestant.same_algorithm else None
                 ready[name] = contestant.prepare(copy.deepcopy(model), batch, workload)
-                ready[name].step()  # warms up
+                for _ in range(meter.warm_ups):
+                    ready[name].step()
         except Exception as error:
-            if contestant.module is None and not isinstance(error, RequestError):
+            full = isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, torch.OutOfMemoryError)
+            if contestant.module is None and not isinstance(error, RequestError) and not full:
                 raise
             ready.pop(name, None)
             reasons[name] = _in_a_line(error)
@@ -161,8 +157,8 @@ def _measure(workload: Workload, made: dict[str, Contestant], speed: Speed, repe
     for repeat in range(repeats):
         for name in list(ready) if repeat % 2 else reversed(ready):
             with _hushed(made[name]):
-                times[name].append(timed(ready[name].step))
-    least = limit(workload, speed.or_better(measure_speed()))
+                times[name].append(meter.timed(ready[name].step))
+    least = limit(workload, speed.or_better(measure_speed(meter)), meter.device)
     rows = []
     for name, contestant in made.items():
         if name in reasons:
@@ -170,10 +166,12 @@ def _measure(workload: Workload, made: dict[str, Contestant], speed: Speed, repe
             continue
         median, one = statistics.median(times[name]), ready[name]
         with _hushed(contestant):
-            graph = torch_memory(one.graph)[1] if memory and one.graph else None
-            peak = torch_memory(one.step)[0] if memory and one.torch_memory else None
+            graph = meter.memory(one.graph)[1] if memory and one.graph else None
+            peak = meter.memory(one.step)[0] if memory and one.torch_memory else None
+            working = meter.busy_milliseconds(one.step) if name.startswith("metaplug") else None
+        busy = None if working is None else min(working / median, 1.0)  # the clock beside the profiler's may run a little faster
         share = least.milliseconds / median if contestant.same_algorithm else None
-        rows.append(Row(workload.name, name, median, spread(times[name]), errors[name], graph, peak, least, share))
+        rows.append(Row(workload.name, name, median, spread(times[name]), errors[name], graph, peak, least, share, busy=busy))
     return rows
 
 
@@ -189,7 +187,7 @@ def _hushed(contestant: Contestant) -> AbstractContextManager[Any]:
 
 def _in_a_line(error: Exception) -> str:
     text = str(error).strip().partition("\n")[0]
-    return text if isinstance(error, RequestError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, MetaplugError) else f"{type(error).__name__}: {text}"
 
 
 def _double(batch: TaskBatch) -> TaskBatch:

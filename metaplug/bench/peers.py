@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metaplug.bench.contestants import Contestant, MetaGradient, Prepared, compiled, task_by_task
+from metaplug.bench.meters import in_tf32
 from metaplug.bench.workloads import Workload
 from metaplug.errors import RequestError
 from metaplug.learner import LOSSES
@@ -114,10 +115,11 @@ def _betty(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
             found.update((name, parameter.grad) for name, parameter in zip(names, parameters, strict=True) if parameter.grad is not None)
 
     config: dict[str, Any] = {"first_order": False, "retain_graph": True}
-    outer = Outer("outer", Config(**config), module=model, optimizer=torch.optim.Adam(model.parameters(), 1e-3))
+    place: dict[str, Any] = {"module": model, "device": batch.device}  # it would move the model to a CUDA device wherever there is one
+    outer = Outer("outer", Config(**config), optimizer=torch.optim.Adam(model.parameters(), 1e-3), **place)
     unrolled = Config(unroll_steps=workload.inner_steps, **config)
     inner = torch.optim.SGD(model.parameters(), lr=workload.inner_lr)
-    tasks = [Task(f"task {task}", unrolled, module=model, optimizer=inner) for task in range(batch.num_tasks)]
+    tasks = [Task(f"task {task}", unrolled, optimizer=inner, **place) for task in range(batch.num_tasks)]
     engine = Engine(
         problems=[outer, *tasks],
         config=EngineConfig(train_iters=workload.inner_steps),
@@ -158,7 +160,7 @@ def _parallel_metalearn(model: nn.Module, batch: TaskBatch, workload: Workload) 
             return loss, loss.detach()
 
     wrapped = MAML_Model(backbone=Body(), head=Head())
-    inner = InnerSGD(wrapped.get_fast_weights(), inner_lr=workload.inner_lr, learn_lr=False).to(batch.query_x.dtype)
+    inner = InnerSGD(wrapped.get_fast_weights(), inner_lr=workload.inner_lr, learn_lr=False).to(batch.query_x)
     for rate in inner.parameters():
         rate.data.fill_(workload.inner_lr)  # it was made in single precision
     algorithm = MAML(
@@ -183,15 +185,18 @@ def _jax(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
     """The sinusoid network, the loop and Adam, written out, in one compiled function."""
     if workload.model != "mlp":
         raise RequestError(f"written by hand for the sinusoid network only, not for {workload.model}")
-    threads = torch.get_num_threads()  # both are read when JAX is imported
+    threads = torch.get_num_threads()  # these are read when JAX is imported
     os.environ.setdefault("NPROC", str(threads))
     os.environ.setdefault("XLA_FLAGS", f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()}")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else it takes most of a GPU's memory from all others
     import jax
     from jax import numpy as jnp
 
+    place = jax_device(jax, batch.device)
     jax.config.update("jax_enable_x64", True)  # else float64 is cut to float32; float32 stays what it is
-    weights = {name: jnp.array(parameter.detach().numpy()) for name, parameter in model.named_parameters()}
-    tensors = [jnp.array(tensor.numpy()) for tensor in (batch.support_x, batch.support_y, batch.query_x, batch.query_y)]
+    jax.config.update("jax_default_matmul_precision", "tensorfloat32" if in_tf32(batch.device) else "highest")
+    weights = {name: jax.device_put(parameter.detach().cpu().numpy(), place) for name, parameter in model.named_parameters()}
+    tensors = [jax.device_put(tensor.cpu().numpy(), place) for tensor in (batch.support_x, batch.support_y, batch.query_x, batch.query_y)]
     layers = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
 
     def loss(values: dict[str, Any], x: Any, y: Any) -> Any:
@@ -218,7 +223,7 @@ def _jax(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
         return values, first, second, count
 
     zeros = jax.tree.map(jnp.zeros_like, weights)
-    state = [weights, zeros, zeros, jnp.zeros((), next(iter(weights.values())).dtype)]
+    state = jax.device_put([weights, zeros, zeros, jnp.zeros((), next(iter(weights.values())).dtype)], place)
     update: Callable[..., Any] = jax.jit(adam)
 
     def step() -> None:
@@ -226,6 +231,22 @@ def _jax(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
 
     def gradient() -> MetaGradient:
         found = jax.jit(jax.grad(outer_loss))(weights, *tensors)
-        return {name: torch.tensor(value.tolist(), dtype=torch.float64) for name, value in found.items()}
+        return {name: torch.tensor(value.tolist(), dtype=torch.float64, device=batch.device) for name, value in found.items()}
 
     return Prepared(step, gradient, torch_memory=False)
+
+
+def jax_device(jax: Any, device: torch.device) -> Any:
+    """JAX's name for a device of torch.
+
+    Raises:
+        RequestError: it is a CUDA device, and JAX has no back end for it.
+    """
+    if device.type == "cpu":
+        return jax.devices("cpu")[0]
+    try:
+        return jax.devices("gpu")[device.index or 0]
+    except (RuntimeError, IndexError):
+        raise RequestError(
+            f"JAX has no back end for {device} here: install jax[cuda13] in its place, or measure it on --device cpu"
+        ) from None

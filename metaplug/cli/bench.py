@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from metaplug.cli.options import Json
 from metaplug.report.console import CONSOLE, emit, line
 
+if TYPE_CHECKING:
+    from metaplug.bench.meters import Meter
+
 _BENCH_EXAMPLES = """**Examples**
 
 - metaplug bench --workload sinusoid-25x5 --memory
 
 - metaplug bench --threads 1 --repeats 20 --json
+
+- metaplug bench --device cuda --workload conv4-64-max-32x5 --memory
 
 - metaplug bench --scaling --plot scaling.png
 
@@ -34,6 +39,8 @@ def bench(
         list[str] | None,
         typer.Option("--workload", help="Which, such as sinusoid-25x5: 25 tasks, 5 steps. Repeatable.", show_default="all"),
     ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N; cuda adds metaplug's captured steps.")] = "cpu",
+    tf32: Annotated[bool, typer.Option("--tf32", help="On CUDA, let float32 products and convolutions round to TF32.")] = False,
     use: Annotated[
         list[str] | None,
         typer.Option("--with", metavar="PLUGIN", help="A plugin to measure the cost of. Repeatable.", show_default="gradient-sharing"),
@@ -60,8 +67,8 @@ def bench(
 ) -> None:
     """Time a meta-step side by side: metaplug in every batching, plain torch, higher, and every peer that is installed (make bench-peers).
 
-    On a CPU, in one process, in turn: medians with half the distance of the quartiles, each one's share of what the device allows, and the
-    error of its meta-gradient.
+    On one device, in one process, in turn: medians with half the distance of the quartiles, each one's share of what the device allows, and
+    the error of its meta-gradient.
     """
     from metaplug.errors import RequestError
 
@@ -72,59 +79,82 @@ def bench(
         raise RequestError("--plot draws what --scaling measures: give both, or neither")
     import torch
 
+    from metaplug.bench.meters import Meter
+    from metaplug.runtime.device import resolve_device
+
     torch.set_num_threads(threads)
+    meter = Meter(resolve_device(device), tf32=tf32)
+    if tf32 and not meter.cuda:
+        raise RequestError("--tf32 rounds on CUDA devices only: give --device cuda too, or leave it out")
+    if drawing and meter.cuda:
+        raise RequestError(
+            f"--drawing --device {device}: torchmeta's loader draws on the CPU, and is timed beside it there: leave --device out"
+        )
     if drawing:
         _bench_drawing(repeats, threads, as_json)
     elif scaling:
-        _bench_scaling(repeats, plot, as_json)
+        _bench_scaling(meter, repeats, plot, as_json)
     else:
-        _bench_steps(workload, use or ["gradient-sharing"], only or (), repeats=repeats, memory=memory, compiled=compiled, as_json=as_json)
+        plugins = use or ["gradient-sharing"]
+        _bench_steps(meter, workload, plugins, only or (), repeats=repeats, memory=memory, compiled=compiled, as_json=as_json)
 
 
 def _bench_steps(
-    workloads: list[str] | None, plugins: list[str], only: Sequence[str], *, repeats: int, memory: bool, compiled: bool, as_json: bool
+    meter: Meter,
+    workloads: list[str] | None,
+    plugins: list[str],
+    only: Sequence[str],
+    *,
+    repeats: int,
+    memory: bool,
+    compiled: bool,
+    as_json: bool,
 ) -> None:
     from metaplug.bench import WORKLOADS, as_json_values, run
+    from metaplug.bench.workloads import ONLY_BY_NAME_ON_A_CPU
     from metaplug.experiment import to_json
     from metaplug.report.bench import bench_table
 
     rows = run(
-        workloads or list(WORKLOADS),
+        workloads or [name for name in WORKLOADS if meter.cuda or name not in ONLY_BY_NAME_ON_A_CPU],
         plugins,
         repeats=repeats,
         memory=memory,
         only=only,
         compiled=compiled,
+        meter=meter,
         on_workload=lambda name: line(f"measuring {name}"),
     )
     if as_json:
-        emit(to_json(as_json_values(rows, repeats), indent=2))
+        emit(to_json(as_json_values(rows, repeats, meter), indent=2))
         return
+    line(_measured(meter, repeats))
     CONSOLE.print(bench_table(rows))
-    line(_measured(repeats))
 
 
-def _bench_scaling(repeats: int, plot: Path | None, as_json: bool) -> None:
+def _bench_scaling(meter: Meter, repeats: int, plot: Path | None, as_json: bool) -> None:
     from metaplug.bench.scaling import MOST_MIB, as_json_values, run
     from metaplug.experiment import to_json
     from metaplug.report.bench import scaling_table
     from metaplug.report.scaling import scaling_figure
 
-    points = run(repeats=repeats, on_series=lambda name, axis: line(f"measuring {name}, more {axis.replace('_', ' ')}"))
+    points = run(repeats=repeats, meter=meter, on_series=lambda series: line(f"measuring {series}"))
     if plot:
         scaling_figure(points, plot)
     if as_json:
-        emit(to_json(as_json_values(points, repeats), indent=2))
+        emit(to_json(as_json_values(points, repeats, meter), indent=2))
         return
+    line(f"{_measured(meter, repeats)}; a series ends before a step of more than {MOST_MIB:,.0f} MiB")
     CONSOLE.print(scaling_table(points))
-    line(f"{_measured(repeats)}; a series ends before a step of more than {MOST_MIB:,.0f} MiB")
 
 
-def _measured(repeats: int) -> str:
+def _measured(meter: Meter, repeats: int) -> str:
+    """On what, for a header: cpu (its name), 1 CPU thread, ..."""
     import torch
 
     threads = torch.get_num_threads()
-    return f"torch {torch.__version__}, {threads} CPU thread{'s' if threads > 1 else ''}, median of {repeats}"
+    where = f"{meter.device} ({meter.name}), {threads} CPU thread{'s' if threads > 1 else ''}"
+    return f"{where}, torch {torch.__version__}, median of {repeats}"
 
 
 def _bench_drawing(repeats: int, threads: int, as_json: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import metaplug
-from metaplug.cli import bench, listing, ranks, running
+from metaplug.cli import bench, listing, new_plugin, ranks, running
 from metaplug.errors import MetaplugError
 from metaplug.report.console import line
 
@@ -54,6 +54,7 @@ class _State:
 
 running.register(app)
 listing.register(app)
+new_plugin.register(app)
 bench.register(app)
 
 
@@ -99,4 +100,10 @@ def _quiet_warnings() -> None:
     warnings.filterwarnings("ignore", category=SyntaxWarning, module="higher")
     warnings.filterwarnings("ignore", r'"is" with|invalid escape', SyntaxWarning)
     warnings.filterwarnings("ignore", "invalid escape", DeprecationWarning)
-    warnings.showwarning = lambda message, *_, **__: line(f"metaplug: warning: {message}", style="yellow")
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
+    """A deprecation concerns whoever wrote the line, such as the author of a plugin, and so names it."""
+    where = f" ({filename}, line {lineno})" if issubclass(category, DeprecationWarning | FutureWarning) else ""
+    line(f"metaplug: warning: {message}{where}", style="yellow")

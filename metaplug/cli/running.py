@@ -73,7 +73,7 @@ def train(
     from metaplug.experiment import Experiment
     from metaplug.preset import parse_plugin
     from metaplug.report.figures import run_figure
-    from metaplug.report.terminal import TrainingProgress, heading, result_line
+    from metaplug.report.terminal import TrainingProgress, heading, result_line, show_memory
     from metaplug.runs import SUMMARY, read_metrics
     from metaplug.runs import train as train_in
 
@@ -85,6 +85,7 @@ def train(
 
         def begin(experiment: Experiment) -> None:
             line(heading(experiment))
+            show_memory(experiment)
             done = experiment.learner.iteration
             line(f"going on in {folder} after iteration {done}" if done else f"a new run in {folder}")
             progress.begin(done)
@@ -197,7 +198,7 @@ def compare(
     from metaplug.comparison import compare as compare_variants
     from metaplug.experiment import to_json
     from metaplug.preset import parse_variant
-    from metaplug.report.terminal import TrainingProgress, comparison_report
+    from metaplug.report.terminal import TrainingProgress, comparison_report, show_memory
 
     for text in sets or ():
         if text.partition("=")[0].split(".")[0] in ("preset", "plugins"):
@@ -215,6 +216,7 @@ def compare(
         comparison = compare_variants(
             variants,
             range(first, first + seeds),
+            on_start=lambda one, experiment: show_memory(experiment, f"{one.label}: ") if experiment.config.seed == first else None,
             on_record=lambda one, seed, record: progress.record(record, f"{one.label}, seed {seed}"),
         )
     report = comparison_report(comparison)

@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from metaplug import registry
 from metaplug.config import flatten
+from metaplug.contract import implementations
 from metaplug.hookspecs import KINDS
 from metaplug.preset import Preset
 from metaplug.registry import Part
@@ -34,13 +35,23 @@ class SettingRow:
 
 @dataclass(frozen=True)
 class Entry:
-    """One installed part; `facts` are what its kind has beside settings, in words."""
+    """One installed part.
+
+    Attributes:
+        distribution, version: of the package that it comes from; of one without metadata the module, and None.
+        hooks: of a plugin, those that it implements, in the order of a meta-step.
+        facts: what its kind has beside settings, in words.
+        fields: its settings.
+        error: why it cannot be used, and the mend.
+    """
 
     kind: str
     name: str
     distribution: str
+    version: str | None = None
     summary: str = ""
     documentation: str = ""
+    hooks: tuple[str, ...] = ()
     facts: dict[str, str] = field(default_factory=dict)
     fields: tuple[SettingRow, ...] = ()
     error: str | None = None
@@ -48,7 +59,13 @@ class Entry:
     def values(self, *, whole: bool) -> dict[str, Any]:
         """As JSON values: a row of the list, or the whole page."""
         values = asdict(self)
-        return values if whole else {key: values[key] for key in ("kind", "name", "distribution", "summary", "error")}
+        values["settings"] = values.pop("fields")
+        return values if whole else {key: value for key, value in values.items() if key not in ("documentation", "facts")}
+
+    @property
+    def origin(self) -> str:
+        """Distribution and version in one."""
+        return self.distribution if self.version is None else f"{self.distribution} {self.version}"
 
 
 def entries(*kinds: str) -> list[Entry]:
@@ -58,13 +75,26 @@ def entries(*kinds: str) -> list[Entry]:
 
 def _entry(part: Part) -> Entry:
     if part.error is not None:
-        return Entry(part.kind, part.name, part.origin, error=part.error)
+        return _broken(part, part.error)
+    try:
+        return _described(part)
+    except Exception as error:  # whatever a class of others answers to being read, the other rows are shown
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return _broken(part, f"the {part.kind} '{part.name}' of {part.origin} cannot be described: {reason}; correct it, or uninstall it")
+
+
+def _broken(part: Part, error: str) -> Entry:
+    return Entry(part.kind, part.name, part.distribution, part.version, error=error)
+
+
+def _described(part: Part) -> Entry:
     if isinstance(part.value, Preset):
         return _preset_entry(part, part.value)
     documentation = re.split(r"\n\n(?:Args|Attributes|Raises):\n", inspect.getdoc(part.value) or "")[0]
-    facts = {}
+    facts: dict[str, str] = {}
+    hooks: tuple[str, ...] = ()
     if part.kind == "plugin":
-        hooks = [hook for hook in KINDS if getattr(getattr(part.value, hook, None), "metaplug_impl", None)]
+        hooks = tuple(implementations(part.value))
         facts["hooks"] = ", ".join(f"{hook} ({KINDS[hook]})" for hook in hooks) or "none"
         facts |= {
             name.replace("_", " "): ", ".join(names) for name in ("runs_after", "conflicts_with") if (names := getattr(part.value, name))
@@ -74,9 +104,11 @@ def _entry(part: Part) -> Entry:
     return Entry(
         part.kind,
         part.name,
-        part.origin,
+        part.distribution,
+        part.version,
         summary=documentation.split("\n\n")[0].replace("\n", " "),
         documentation=documentation,
+        hooks=hooks,
         facts=facts,
         fields=rows(config) if config is not None else (),
     )
@@ -86,7 +118,7 @@ def _preset_entry(part: Part, preset: Preset) -> Entry:
     facts = {"plugins": ", ".join(_use_text(use.plugin, use.settings) for use in preset.plugins) or "none", "source": preset.source}
     if preset.defaults:
         facts["training defaults"] = ", ".join(f"{path}={plain(value)}" for path, value in flatten(preset.defaults).items())
-    return Entry("preset", part.name, part.origin, summary=preset.summary, documentation=preset.summary, facts=facts)
+    return Entry("preset", part.name, part.distribution, part.version, preset.summary, preset.summary, facts=facts)
 
 
 def _use_text(plugin: str, settings: dict[str, Any]) -> str:

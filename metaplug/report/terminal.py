@@ -52,6 +52,25 @@ def heading(experiment: Experiment) -> str:
     )
 
 
+def memory_lines(experiment: Experiment) -> tuple[str, str | None]:
+    """One line on what a meta-step will take of memory, and a warning where that is more than is free, else None."""
+    learner, training = experiment.learner, experiment.config.training
+    try:
+        batch = experiment.tasks.train.batch(learner.iteration, range(min(2, training.tasks_per_batch)))
+        estimate = learner.estimate_memory(batch, tasks_per_batch=training.tasks_per_batch, iterations=training.iterations)
+    except Exception as error:  # a run that would go well must not end here; what would end it says so itself
+        return f"memory: no estimate ({type(error).__name__}: {error})", None
+    return estimate.text, estimate.warning
+
+
+def show_memory(experiment: Experiment, label: str = "") -> None:
+    """Say it on the console, of the run that `label` names."""
+    text, warning = memory_lines(experiment)
+    line(f"{label}{text}")
+    if warning:
+        line(f"metaplug: warning: {label}{warning}", style="yellow")
+
+
 class TrainingProgress:
     """Shows iterations as they are done: a bar with time left on a terminal, a plain line for each validation elsewhere.
 
@@ -214,13 +233,13 @@ def catalogue_table(entries: Sequence[Entry], title: str) -> RenderableType:
     """The list of installed parts."""
     table = new_table(title, "name", "kind", "from", "summary")
     for entry in entries:
-        table.add_row(entry.name, entry.kind, entry.distribution, Text(entry.error, style="red") if entry.error else Text(entry.summary))
+        table.add_row(entry.name, entry.kind, entry.origin, Text(entry.error, style="red") if entry.error else Text(entry.summary))
     return table
 
 
 def catalogue_page(entry: Entry) -> RenderableType:
     """One installed part: what it says of itself, its hooks and its settings."""
-    parts: list[RenderableType] = [Text(f"{entry.name}: a {entry.kind} of {entry.distribution}", style="bold"), Text("")]
+    parts: list[RenderableType] = [Text(f"{entry.name}: a {entry.kind} of {entry.origin}", style="bold"), Text("")]
     if entry.error:
         return Group(*parts, Text(entry.error, style="red"))
     parts += [_documentation(block) for block in entry.documentation.split("\n\n")]

@@ -51,7 +51,7 @@ def choose_batching(requested: Batching, inner: InnerLoop, batch: TaskBatch) -> 
         return BatchingChoice("sequential", f"torch.vmap refuses the model: {refusal}")
     if batch.device.type != "cpu":
         return BatchingChoice("vectorized", f"tasks are stacked on {batch.device.type}")
-    kept = _kept_bytes(inner, batch)
+    kept = kept_bytes(inner, batch)
     small = kept <= CPU_TASK_BYTES
     bound = f"{'at most' if small else 'more than'} {CPU_TASK_BYTES / 2**20:g} MiB"
     return BatchingChoice(
@@ -93,7 +93,7 @@ class _Watch(TorchFunctionMode):
             raise
 
 
-def _kept_bytes(inner: InnerLoop, batch: TaskBatch) -> int:
+def kept_bytes(inner: InnerLoop, batch: TaskBatch) -> int:
     """The bytes that autograd keeps for one task's support pass, the model's own parameters left out."""
     parameters = [parameter.detach().requires_grad_() for parameter in inner.model.parameters()]
     own = {parameter.data_ptr() for parameter in parameters}

@@ -1,5 +1,7 @@
 """Compiled steps: the engine's own derivation of meta-gradients, traced once for a form of batch and handed to Inductor.
 
+What is done with a trace is exchangeable: `metaplug/runtime/captured.py` records it in a CUDA graph.
+
 There is no second implementation: `make_fx` records what the engine, `higher` and the plugins' folds do to tensors. What changes from step
 to step goes in as an input: weights, the plugins' parameters and buffers, the tasks. What the trace would freeze is either part of its key
 (shapes, outer weights, derivative orders) or makes a plugin untraceable, which is said, and the run goes on uncompiled.
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from metaplug.engine import Engine, MetaGradients
+from metaplug.runtime.seeding import stream
 from metaplug.tasks.batch import TaskBatch
 
 MOST_TRACES = 8
@@ -28,9 +31,40 @@ Compile = Callable[[torch.fx.GraphModule, Sequence[Tensor]], Callable[..., Any]]
 
 def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """The graph compiled by Inductor, with torch's own random numbers."""
-    with torch._inductor.config.patch(fallback_random=True):
+    _widen_products(graph)
+    with warnings.catch_warnings(), torch._inductor.config.patch(fallback_random=True):
+        warnings.simplefilter("ignore")  # the compiler's own, on how it does what it does
         compiled: Callable[..., Any] = torch._inductor.compile(graph, list(inputs))
     return compiled
+
+
+def _widen_products(graph: torch.fx.GraphModule) -> None:
+    """On a CPU, write A B with more rows than columns as (Bᵀ Aᵀ)ᵀ: the same numbers, in half of the time or less where the columns are few.
+
+    Such products come from differentiating a weight gradient once more: autograd has no say in their form, a graph has.
+    """
+    aten = torch.ops.aten
+    for node in list(graph.graph.nodes):
+        if node.target is not aten.bmm.default or node.meta["val"].device.type != "cpu":
+            continue
+        _, rows, columns = node.meta["val"].shape
+        if rows > columns:
+            with graph.graph.inserting_before(node):
+                transposed = [graph.graph.call_function(aten.transpose.int, (factor, 1, 2)) for factor in reversed(node.args)]
+                product = graph.graph.call_function(aten.bmm.default, tuple(transposed))
+                node.replace_all_uses_with(graph.graph.call_function(aten.transpose.int, (product, 1, 2)))
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def reason_of(error: Exception) -> str:
+    """Why a trace could not be had, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def warn_refusal(what: str, reason: str) -> None:
+    """Say that steps are not `what` ("compiled", "captured") after all."""
+    warnings.warn(f"steps are not {what}, and the run goes on un{what}: {reason}", stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -48,13 +82,16 @@ class CompiledDerivation:
     Args:
         engine: whose derivation it is.
         compile_graph: from a graph and inputs to a function; default: Inductor.
+        what: "compiled" or "captured", as warnings have it.
+        patience: at least 0: so many steps of one form in a row are computed as they are before a trace of it is made.
     """
 
-    def __init__(self, engine: Engine, compile_graph: Compile = inductor) -> None:
-        self.engine, self.compile_graph = engine, compile_graph
+    def __init__(self, engine: Engine, compile_graph: Compile = inductor, *, what: str = "compiled", patience: int = 0) -> None:
+        self.engine, self.compile_graph, self.what, self.patience = engine, compile_graph, what, patience
         self.refusal: str | None = None
         """Why steps are not, or no longer, compiled; None while they are."""
         self._traces: dict[Any, _Trace] = {}
+        self._row: tuple[Any, int] = (None, 0)
 
     def __call__(self, batch: TaskBatch, iteration: int, total: int, weights: Mapping[int, float]) -> MetaGradients:
         """The meta-gradients of a batch; uncompiled in a replay that looks for a culprit, and where compiling was refused."""
@@ -64,13 +101,17 @@ class CompiledDerivation:
         tensors = [batch.support_x, batch.support_y, batch.query_x, batch.query_y]
         orders = engine.inner.orders_of(iteration, total)
         key = (tuple((tensor.shape, tensor.dtype) for tensor in tensors), tuple(weights.items()), orders)
+        if key not in self._traces and self._waits(key):
+            return engine.derive(batch, iteration, total, weights)
         places = _places(engine)
         inputs = [*(holder[name].detach() for holder, name in places), *tensors]
         if key not in self._traces:
             try:
                 self._traces[key] = self._trace(inputs, weights, orders, iteration, total)
             except Exception as error:
-                self._refuse(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                self.refusal = reason_of(error)
+            if self.refusal:  # not in the handler, where the error still holds what the failed trace has allocated
+                warn_refusal(self.what, self.refusal)
                 return engine.derive(batch, iteration, total, weights)
         trace = self._traces[key]
         with torch.no_grad():
@@ -93,14 +134,14 @@ class CompiledDerivation:
             kept = [found.statistics[plugin][name] for plugin, name in named["statistics"]]
             return [found.outer_loss, found.losses, *found.gradients.values(), *kept]
 
-        graph = make_fx(derivation)(*inputs)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler's own, on how it does what it does
+        with stream(0, self.engine.device):  # what the trace draws, the step is not to miss
+            graph = make_fx(derivation)(*inputs)
             return _Trace(self.compile_graph(graph, inputs), **named)
 
-    def _refuse(self, reason: str) -> None:
-        self.refusal = reason
-        warnings.warn(f"steps are not compiled, and the run goes on uncompiled: {reason}", stacklevel=2)
+    def _waits(self, key: Any) -> bool:
+        """Count one more step of this form, and say whether it comes too early for a trace."""
+        self._row = (key, self._row[1] + 1 if key == self._row[0] else 1)
+        return self._row[1] <= self.patience
 
 
 class _Watched(int):
@@ -108,7 +149,7 @@ class _Watched(int):
 
 
 def _refused(self: Any, *_: Any) -> Any:
-    raise TypeError("it computes with the meta-iteration, which a compiled step would freeze at its first value")
+    raise TypeError("it computes with the meta-iteration, which a compiled or captured step would freeze at its first value")
 
 
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lt", "le", "gt", "ge", "float", "bool"):

@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from metaplug import MetaLearner, checkpoint, registry
+from metaplug import MetaLearner, checkpoint, hookspecs, registry
 from metaplug.cli.main import main
 from metaplug.cli.options import SHARED
 from metaplug.config import ExperimentConfig, flatten
@@ -86,6 +86,7 @@ def test_help_is_quick_as_it_imports_no_torch() -> None:
         ("explain", "Show what a configuration comes to", "--preset --with --set"),
         ("plugins", "List what is installed", "--json"),
         ("tasks", "List the task sources", "--json"),
+        ("new-plugin", "Write a package with a plugin of your own", "--kind --out"),
     ],
 )
 def test_help_teaches_a_command(metaplug: Any, command: str, purpose: str, options: str) -> None:
@@ -230,6 +231,7 @@ def test_train_writes_a_run(metaplug: Any) -> None:
     lines = answer.err.splitlines()
     assert (answer.status, answer.out) == (0, "")
     assert lines[0] == "maml (gradient-sharing) on sinusoid, 3-shot, mlp, seed 0, cpu"
+    assert lines.pop(1).startswith("memory: about ")
     assert lines[1] == f"a new run in {folder}"
     for iteration, line in zip((2, 4), lines[2:4], strict=True):
         assert re.fullmatch(rf"training: iteration {iteration}  loss \d+\.\d{{4}}  validation \d+\.\d{{4}} ± \d+\.\d{{4}}", line)
@@ -347,9 +349,19 @@ def test_plugins_lists_parts(metaplug: Any) -> None:
     assert rows["plugin", "gradient-sharing"] == {
         "kind": "plugin",
         "name": "gradient-sharing",
-        "distribution": "metaplug 0.1.0",
+        "distribution": "metaplug",
+        "version": "0.1.0",
         "summary": "Blend every task's gradient with a running mean of the tasks' normalised gradients.",
+        "hooks": ["setup", "transform_gradients", "commit", "end_meta_step"],
+        "settings": rows["plugin", "gradient-sharing"]["settings"],
         "error": None,
+    }
+    assert rows["plugin", "gradient-clipping"]["settings"][0] == {
+        "name": "max_norm",
+        "type": "float or null",
+        "bounds": "> 0",
+        "default": "null",
+        "description": "c, the longest inner gradient of a task; null leaves inner gradients alone.",
     }
     people = metaplug("plugins")
     assert (people.status, people.out) == (0, "")
@@ -359,7 +371,7 @@ def test_plugins_lists_parts(metaplug: Any) -> None:
 def test_plugins_shows_one_part(metaplug: Any) -> None:
     (page,) = metaplug("plugins", "gradient-sharing", "--json").json
     assert page["facts"]["hooks"] == "setup (notify), transform_gradients (fold), commit (notify), end_meta_step (collect)"
-    assert page["fields"][0] == {
+    assert page["settings"][0] == {
         "name": "gate",
         "type": "float",
         "bounds": "≥ 0, ≤ 1",
@@ -372,15 +384,141 @@ def test_plugins_shows_one_part(metaplug: Any) -> None:
     assert "gate_function  sigmoid | hard-sigmoid | clamp, default sigmoid\n" in people.err
 
 
-def test_a_broken_plugin_is_a_row_and_no_crash(metaplug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = registry.entry_points
-    broken = EntryPoint("broken", "no_such_module:Broken", "metaplug.plugins")
-    monkeypatch.setattr(registry, "entry_points", lambda group: [*real(group=group), *([broken] if group == broken.group else [])])
-    answer = metaplug("plugins", "--json")
+BROKEN: list[tuple[str, str, str, str]] = [
+    (
+        "plugin",
+        "does-not-import",
+        "import no_such_module",
+        "the plugin 'does-not-import' of broken_part does not load: ModuleNotFoundError: No module named 'no_such_module'; "
+        "correct it there, or uninstall it",
+    ),
+    (
+        "plugin",
+        "exits",
+        "raise SystemExit('goodbye')",
+        "the plugin 'exits' of broken_part does not load: SystemExit: goodbye; correct it there, or uninstall it",
+    ),
+    (
+        "plugin",
+        "no-plugin",
+        "class Part: pass",
+        "the plugin 'no-plugin' of broken_part is the class Part, not a subclass of metaplug.Plugin or a module with hooks: "
+        "correct its entry point, or uninstall it",
+    ),
+    (
+        "plugin",
+        "no-such-name",
+        "",
+        "the plugin 'no-such-name' of broken_part does not load: AttributeError: module 'broken_part' has no attribute 'Part'; "
+        "correct it there, or uninstall it",
+    ),
+    (
+        "plugin",
+        "no-config",
+        "from metaplug import Plugin\nfrom pydantic import BaseModel\nclass Part(Plugin):\n    class Config(BaseModel): pass",
+        "the plugin 'no-config' of broken_part does not load: TypeError: Part.Config is no subclass of metaplug.PluginConfig, "
+        "so that settings would go unchecked: write class Config(PluginConfig); correct it there, or uninstall it",
+    ),
+    (
+        "plugin",
+        "late-config",
+        "from __future__ import annotations\nfrom metaplug import Plugin, PluginConfig\n"
+        "class Part(Plugin):\n    class Config(PluginConfig):\n        how: Unheard = None",
+        "plugin 'late-config': its Config cannot be made (name 'Unheard' is not defined): "
+        "import there, when the module runs, what its fields are annotated with",
+    ),
+    (
+        "plugin",
+        "misspelt",
+        "from metaplug import Plugin, hookimpl\nclass Part(Plugin):\n    @hookimpl\n    def transform_gradient(self): pass",
+        "plugin 'misspelt': method transform_gradient is marked @hookimpl, but metaplug 0.1.0 has no hook 'transform_gradient' "
+        "(did you mean 'transform_gradients'?): rename it, or install a newer metaplug, which may have it",
+    ),
+    (
+        "preset",
+        "no-preset",
+        "Part = {}",
+        "the preset 'no-preset' of broken_part is of type dict, not a metaplug.Preset: correct its entry point, or uninstall it",
+    ),
+    (
+        "model",
+        "no-model",
+        "Part = 3",
+        "the model 'no-model' of broken_part is of type int, not a class or function that makes a model: "
+        "correct its entry point, or uninstall it",
+    ),
+    (
+        "model",
+        "unreadable",
+        "class Part:\n    Config = 3",
+        "the model 'unreadable' of broken_part cannot be described: AttributeError: 'int' object has no attribute '__mro__'; "
+        "correct it, or uninstall it",
+    ),
+    (
+        "task source",
+        "no-source",
+        "class Part: pass",
+        "the task source 'no-source' of broken_part is the class Part, not a subclass of metaplug.tasks.TaskSource: "
+        "correct its entry point, or uninstall it",
+    ),
+]
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Installs `broken_part:Part`, whose source is given, as a part."""
+
+    def install(kind: str, name: str, source: str) -> None:
+        Path("broken_part.py").write_text(source)
+        monkeypatch.syspath_prepend(str(Path.cwd()))
+        monkeypatch.delitem(sys.modules, "broken_part", raising=False)
+        real, entry = registry.entry_points, EntryPoint(name, "broken_part:Part", registry.GROUPS[kind])
+        monkeypatch.setattr(registry, "entry_points", lambda group: [*real(group=group), *([entry] if group == entry.group else [])])
+
+    yield install
+    sys.modules.pop("broken_part", None)
+
+
+@pytest.mark.parametrize("part", BROKEN, ids=[name for _, name, _, _ in BROKEN])
+def test_a_broken_part_is_a_row_with_the_reason_and_no_crash(metaplug: Any, broken: Any, part: tuple[str, str, str, str]) -> None:
+    kind, name, source, error = part
+    command = "tasks" if kind == "task source" else "plugins"
+    others = {row["name"]: row["error"] for row in metaplug(command, "--json").json}
+    broken(kind, name, source)
+    answer = metaplug(command, "--json")
+    assert (answer.status, answer.err) == (0, "")
+    assert {row["name"]: row["error"] for row in answer.json} == {**others, name: error}
+    people = metaplug(command, name)
+    assert (people.status, people.out) == (0, "")
+    assert " ".join(people.err.split()) == f"{name}: a {kind} of broken_part {error}"
+
+
+def test_only_a_run_that_names_a_broken_plugin_fails(metaplug: Any, broken: Any) -> None:
+    broken("plugin", "broken", "import no_such_module")
+    assert metaplug("explain", "--with", "gradient-sharing").status == 0
+    answer = metaplug("explain", "--with", "broken")
+    assert (answer.status, answer.err) == (
+        1,
+        "metaplug: the plugin 'broken' of broken_part does not load: ModuleNotFoundError: No module named 'no_such_module'; "
+        "correct it there, or uninstall it\n",
+    )
+    broken("plugin", "broken", BROKEN[6][2])
+    answer = metaplug("explain", "--with", "broken")
+    assert (answer.status, answer.err) == (2, f"metaplug: {BROKEN[6][3].replace('misspelt', 'broken')}\n")
+
+
+def test_a_deprecation_names_the_plugins_line(metaplug: Any, broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(hookspecs.transform_gradients.metaplug_spec, "warn_on_impl", FutureWarning("gone soon"))  # type: ignore[attr-defined]
+    broken(
+        "plugin",
+        "old",
+        "from metaplug import Plugin, hookimpl\nclass Part(Plugin):\n    @hookimpl\n    def transform_gradients(self, gradients): pass",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        answer = metaplug("explain", "--with", "old")
     assert answer.status == 0
-    (row,) = (row for row in answer.json if row["name"] == "broken")
-    assert row["error"] == "the plugin 'broken' of no_such_module does not load: ModuleNotFoundError: No module named 'no_such_module'"
-    assert metaplug("plugins", "broken").status == 0
+    assert answer.err.splitlines()[0] == f"metaplug: warning: gone soon ({Path.cwd() / 'broken_part.py'}, line 3)"
 
 
 def test_tasks(metaplug: Any) -> None:
@@ -388,7 +526,7 @@ def test_tasks(metaplug: Any) -> None:
     assert {"folder", "glyphs", "sinusoid"} <= {row["name"] for row in rows}
     page = metaplug("tasks", "sinusoid", "--json").json
     assert page["data"]["input_shape"] == [1]
-    assert [field["name"] for field in page["fields"]] == ["amplitude", "phase", "inputs"]
+    assert [field["name"] for field in page["settings"]] == ["amplitude", "phase", "inputs"]
     assert metaplug("tasks", "folder", "--json").json["data"] is None
     people = metaplug("tasks", "sinusoid")
     assert (people.status, people.out) == (0, "")

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from metaplug_plugins.gradient_sharing import GradientSharing
-from support.models import MODELS, Stream, assert_close, problem
 
 from metaplug import MetaLearner
+from metaplug.testing import CLASSIFIERS, Stream, assert_close, problem
 
 pytestmark = pytest.mark.cuda
 
@@ -22,7 +22,7 @@ def on_cpu(tensors):
 
 @pytest.mark.parametrize("preset", ["maml", "fomaml"])
 @pytest.mark.parametrize("batching", ["vectorized", "sequential"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_float64_agrees_with_the_cpu(name, batching, preset):
     case = problem(name)
     settings = {"preset": preset, "task_batching": batching}

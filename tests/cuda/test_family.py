@@ -7,10 +7,10 @@ import pytest
 import torch
 from metaplug_plugins.gradient_sharing import GradientSharing
 from support import plugins
-from support.models import Stream, assert_close, problem
 
 from metaplug import MetaLearner, registry
 from metaplug.models import Conv4
+from metaplug.testing import Stream, assert_close, problem
 
 pytestmark = pytest.mark.cuda
 

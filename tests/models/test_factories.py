@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import reference
-from support.models import Problem, assert_close
 from torch import nn
 
 from metaplug import MetaLearner, TaskBatch
@@ -24,6 +22,7 @@ from metaplug.experiment import build
 from metaplug.models import Conv4
 from metaplug.models.factories import make_model
 from metaplug.runs import load, train
+from metaplug.testing import Problem, assert_close, reference
 
 SOURCE = """
 from torch import nn

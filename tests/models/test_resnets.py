@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import reference
-from support.models import Problem, assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metaplug import MetaLearner, TaskBatch, registry
 from metaplug.errors import RequestError
 from metaplug.models import ResNet12, WideResNet
+from metaplug.testing import Problem, assert_close, reference
 
 TINY: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "resnet12": (ResNet12, {"filters": (4, 4, 4, 4)}),

@@ -1,4 +1,4 @@
-"""Any first-party plugins together: finite, in order, and gone without a trace when they are taken out. Invariant 12, and evaluation."""
+"""Any first-party plugins together, and in which order: invariant 12. What holds of every plugin by itself is in tests/test_conformance.py."""
 
 import copy
 import itertools
@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import plugins
-from support.models import Stream, adapted, assert_close, found, problem
-from support.strategies import problems
 from torch import nn
 
 from metaplug import InnerStep, MetaLearner, RequestError, TaskBatch
 from metaplug.chain import Chain
+from metaplug.testing import Stream, adapted, assert_close, found, problem
+from metaplug.testing.strategies import chains, problems
 
 PAIRS = list(itertools.combinations(plugins.NAMES, 2))
 CONFLICTING = {("multi-step-loss", "reptile")}
@@ -28,42 +28,11 @@ def test_only_these_pairs_refuse_each_other():
     assert {pair for pair in PAIRS if not plugins.compatible(pair)} == CONFLICTING
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
-def test_every_pair_composes_in_both_orders_and_leaves_no_trace(pair):
-    case = problem("conv4", tasks=2)
-    model = copy.deepcopy(case.model)
-    settings = {"inner_lr": case.lr, "inner_steps": case.steps}
-    before = MetaLearner(model, **settings).meta_gradients(case.batch)
-    for order in (pair, pair[::-1]):
-        if not plugins.compatible(order):
-            with pytest.raises(RequestError, match=r"^plugin '[a-z-]+' conflicts with '[a-z-]+': leave one of them out$"):
-                MetaLearner(model, plugins=[plugins.make(name) for name in order], **settings)
-            continue
-        learner = MetaLearner(model, plugins=[plugins.make(name) for name in order], **settings)
-        gradients = learner.meta_gradients(case.batch)
-        assert finite(gradients)
-        assert learner.chain.named_parameters().keys() <= gradients.keys(), "every meta-parameter of a plugin learns"
-        learner.evaluate(Stream("conv4", split="test"), num_tasks=2)
-        after = MetaLearner(model, **settings).meta_gradients(case.batch)
-        assert after.keys() == before.keys()
-        assert all(torch.equal(after[name], before[name]) for name in before)
-
-
-@st.composite
-def chains(draw):
-    """A few first-party plugins that do not refuse each other, in any order; and a model that has what they need."""
-    names = draw(st.permutations(plugins.NAMES))[: draw(st.integers(2, 6))]
-    names = [name for index, name in enumerate(names) if plugins.compatible([*names[:index], name])]
-    models = ("batch-norm", "conv4") if "per-step-batch-norm" in names else ("tanh", "layer-norm", "max-pool", "conv4")
-    model = draw(st.sampled_from(models))
-    return names, model, draw(problems((model,), tasks=(1, 4), steps=(1, 3), lrs=(0.01, 0.3)))
-
-
 @given(chains(), st.booleans())
 def test_any_chain_trains_evaluates_and_goes_on_from_its_state(chain, vectorized):
-    names, model, case = chain
-    batching = "vectorized" if vectorized else "sequential"
-    learners = [case.learner(plugins=[plugins.make(name) for name in names], task_batching=batching) for _ in range(2)]
+    uses, case = chain
+    model, batching = case.name, "vectorized" if vectorized else "sequential"
+    learners = [case.learner(plugins=uses, task_batching=batching) for _ in range(2)]
     learners[0].fit(Stream(model), iterations=1, tasks_per_batch=2)
     learners[1].load_state_dict(copy.deepcopy(learners[0].state_dict()))
     results = []
@@ -103,73 +72,11 @@ def _repeated(value, like):
     return torch.cat([value, *[value[-1:]] * (len(like) - len(value))])
 
 
-@pytest.mark.parametrize("name", plugins.NAMES)
-def test_more_inner_steps_warn_once(name):
-    learner = problem("conv4").learner(plugins=[plugins.make(name)])
+def test_more_inner_steps_warn_once():
+    learner = problem("conv4").learner(plugins=["gradient-sharing"])
     with pytest.warns(UserWarning, match=r"^adapting for 3 inner steps, trained with 2: later steps use the last step's values$"):
         learner.evaluate(Stream("conv4", split="test"), num_tasks=2, inner_steps=3)
     learner.evaluate(Stream("conv4", split="test"), num_tasks=2, inner_steps=3)
-
-
-# Evaluation changes nothing, and keeps test tasks apart, for every plugin.
-
-
-@pytest.mark.parametrize("name", plugins.NAMES)
-def test_evaluation_changes_no_state_and_a_task_does_not_depend_on_its_batch(name):
-    learner = problem("conv4").learner(plugins=[plugins.make(name)])
-    learner.fit(Stream("conv4"), iterations=2, tasks_per_batch=2)
-    before, random = copy.deepcopy(learner.state_dict()), torch.get_rng_state()
-    test = Stream("conv4", split="test")
-    together, alone = (learner.evaluate(test, num_tasks=5, tasks_per_batch=size).per_task for size in (5, 1))
-    assert torch.equal(together, alone)
-    assert torch.equal(torch.get_rng_state(), random)
-    after = learner.state_dict()
-    for part in ("model", "plugin_states", "optimizer"):
-        _assert_same(before[part], after[part])
-
-
-def _assert_same(one, other):
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            _assert_same(one[key], other[key])
-    elif isinstance(one, list):
-        for pair in zip(one, other, strict=True):
-            _assert_same(*pair)
-    else:
-        assert one == other
-
-
-# 11. One meaning, whatever the batching.
-
-
-@pytest.mark.parametrize("name", plugins.NAMES)
-@given(problems(("batch-norm", "conv4"), steps=(1, 3), lrs=(0.05, 0.3)))
-def test_vectorized_equals_sequential(name, case):
-    results = [
-        case.learner(plugins=[plugins.make(name)], task_batching=batching).meta_gradients(case.batch)
-        for batching in ("vectorized", "sequential")
-    ]
-    if name == "gradient-clipping":  # a bound that is just met, or not, by rounding
-        return assert_close(*results, rtol=1e-6, atol=1e-7)
-    return assert_close(*results, rtol=1e-8, atol=1e-9)
-
-
-# 4. The order of tasks means nothing.
-
-
-@pytest.mark.parametrize("name", [name for name in plugins.NAMES if name != "gradient-noise"])  # whose numbers follow a task's place
-@given(problems(("batch-norm", "conv4"), tasks=(2, 4), steps=(1, 2), lrs=(0.05, 0.3)), st.randoms(use_true_random=False))
-def test_permuting_the_tasks_leaves_meta_gradients_unchanged(name, case, random):
-    order = list(range(case.batch.num_tasks))
-    random.shuffle(order)
-    permuted = TaskBatch(*(getattr(case.batch, field)[order] for field in ("support_x", "support_y", "query_x", "query_y")))
-    learner = case.learner(plugins=[plugins.make(name)])
-    expected = {key: weight[order] for key, weight in adapted(learner, case.batch).items()}
-    assert_close(adapted(learner, permuted), expected, rtol=1e-7, atol=1e-8)
-    assert_close(learner.meta_gradients(permuted), learner.meta_gradients(case.batch), rtol=1e-6, atol=1e-7)
 
 
 # 12. Order matters where plugins share a fold, and nowhere else.

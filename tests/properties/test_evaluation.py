@@ -7,14 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from metaplug_plugins.gradient_sharing import GradientSharing
-from support import reference
-from support.models import Stream, assert_close, problem
-from support.strategies import problems
 from torch import nn
 
 from metaplug import MetaLearner, Plugin, RequestError, TaskBatch, hookimpl
+from metaplug.testing import Stream, assert_close, problem, reference
+from metaplug.testing.strategies import problems
 
-VECTORS = ("tanh", "softplus", "batch-norm", "layer-norm", "group-norm", "tied")
+VECTORS = ("mlp", "softplus", "batch-norm", "layer-norm", "group-norm", "tied")
 TEST = Stream(split="test")
 
 
@@ -89,7 +88,7 @@ def test_a_task_does_not_depend_on_its_batch_mates(case, together, order):
         assert_close(predictions, torch.stack([alone[index] for index in indices]), rtol=1e-8, atol=1e-8)
 
 
-@given(problems(("tanh", "softplus"), steps=(1, 3), lrs=(0.05, 0.3)), st.integers(1, 7))
+@given(problems(("mlp", "softplus"), steps=(1, 3), lrs=(0.05, 0.3)), st.integers(1, 7))
 def test_the_result_does_not_depend_on_how_many_are_computed_together(case, together):
     learner = trained(case)
     expected = learner.evaluate(TEST, num_tasks=7, tasks_per_batch=7)
@@ -209,9 +208,9 @@ def test_what_lets_test_examples_see_each_other_is_named():
 
     sharing = "plugin gradient-sharing shares between test tasks"
     batch_norm = "batch norm uses the statistics of each task's own batch"
-    assert reasons("tanh") == ()
-    assert reasons("tanh", share_at_evaluation=True) == (sharing,)
-    assert reasons("tanh", share_at_evaluation=True, gate=0.0) == ()
+    assert reasons("mlp") == ()
+    assert reasons("mlp", share_at_evaluation=True) == (sharing,)
+    assert reasons("mlp", share_at_evaluation=True, gate=0.0) == ()
     assert reasons("batch-norm") == (batch_norm,)
     assert reasons("batch-norm", share_at_evaluation=True) == (sharing, batch_norm)
     frozen = problem("batch-norm").learner(batch_norm="frozen")

@@ -4,12 +4,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from metaplug_plugins.gradient_sharing import GradientSharing
-from support import reference
-from support.models import SMOOTH, adapted, assert_close, found, problem, regression
 from support.plugins import Spy
-from support.strategies import problems, seeds, weights
 
 from metaplug import Plugin, TaskBatch, hookimpl
+from metaplug.testing import SMOOTH, adapted, assert_close, found, problem, reference, regression
+from metaplug.testing.strategies import problems, seeds, weights
 
 
 def spied(case, **options):

@@ -5,12 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from metaplug_plugins.gradient_sharing import GradientSharing
-from support import reference
-from support.models import Stream, assert_close, found, problem
 from support.plugins import Spy
-from support.strategies import problems, seeds, weights
 
 from metaplug import MetaLearner, RequestError, RunError, TaskBatch
+from metaplug.testing import Stream, assert_close, found, problem, reference
+from metaplug.testing.strategies import problems, seeds, weights
 
 LOOSE = {"rtol": 1e-8, "atol": 1e-9}
 
@@ -77,7 +76,7 @@ def test_conditioned_gates_and_momenta_are_their_equation(case, gate, momentum, 
         assert_close(kept[str(k)], shared.mean(0), **LOOSE)
 
 
-@given(problems(("tanh", "batch-norm"), tasks=(1, 1), steps=(1, 2)), st.integers(1, 4))
+@given(problems(("mlp", "batch-norm"), tasks=(1, 1), steps=(1, 2)), st.integers(1, 4))
 def test_a_conditioned_task_does_not_depend_on_its_batch_at_evaluation(case, size):
     learner = case.learner(plugins=[GradientSharing(conditioning="task")])
     remember(learner, 3)
@@ -223,7 +222,7 @@ def test_a_frozen_mean_is_used_and_never_changes(earlier):
     for k, (gradients, directions) in enumerate(passed):
         assert_close(directions, 0.5 * gradients + 0.5 * gradients.norm(dim=1, keepdim=True) * past[k])
     assert kept == {}
-    learner.fit(Stream("tanh", split="other"), iterations=3, tasks_per_batch=2)
+    learner.fit(Stream("mlp", split="other"), iterations=3, tasks_per_batch=2)
     assert torch.equal(learner.chain.plugins[1].running, past)
     figures = learner.chain.figures()
     assert set(figures) == {"gradient-sharing.gate/0", "gradient-sharing.gate/1"}

@@ -7,13 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from metaplug_plugins.gradient_sharing import GradientSharing
-from support import reference
-from support.models import MODELS, SMOOTH, Problem, adapted, assert_close, found, problem
-from support.strategies import problems, seeds
 from torch import nn
 from torch.nn import functional as F
 
 from metaplug import MetaLearner, Plugin, RequestError, TaskBatch, hookimpl
+from metaplug.testing import CLASSIFIERS, MODELS, SMOOTH, Problem, adapted, assert_close, found, problem, reference
+from metaplug.testing.strategies import problems, seeds
 
 BATCHINGS = ("vectorized", "sequential")
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}
@@ -25,7 +24,7 @@ ROUNDING = {"rtol": 1e-10, "atol": 1e-10}
 @pytest.mark.parametrize("batching", BATCHINGS)
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("steps", [0, 1, 3])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_maml_equals_a_plain_loop(name, steps, order, batching):
     case = problem(name, steps=steps, seed=steps)
     expected = reference.maml(case.model, case.batch, steps=steps, lr=case.lr, order=order)
@@ -70,7 +69,7 @@ class Only(Plugin):
         return tuple(name for name in names if name.startswith("0") == self.config.first)
 
 
-@given(problems(("tanh", "softplus", "max-pool", "batch-norm", "conv4"), steps=(1, 3), lrs=(0.1, 0.5)))
+@given(problems(("mlp", "softplus", "max-pool", "batch-norm", "conv4"), steps=(1, 3), lrs=(0.1, 0.5)))
 def test_adapted_sets_partition_the_parameters(case):
     """ANIL and BOIL in small: each moves its own part for every task, and meta-learns all of it as a plain loop does."""
     names = {name for name, _ in case.model.named_parameters()}
@@ -179,7 +178,7 @@ def test_vectorized_equals_sequential(case, sharing, preset):
 def test_vectorized_equals_sequential_under_every_optimizer(case, optimizer):
     # A bias before batch norm has a gradient of zero up to rounding, by whose size these optimizers divide.
     if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in case.model.modules()):
-        case = Problem(MODELS["tanh"]().double(), problem("tanh", tasks=case.batch.num_tasks).batch, 0.05, case.steps)
+        case = Problem(MODELS["mlp"]().double(), problem("mlp", tasks=case.batch.num_tasks).batch, 0.05, case.steps)
     learners = [case.learner(inner_lr=0.05, inner_optimizer=optimizer, task_batching=batching) for batching in BATCHINGS]
     assert_close(adapted(learners[0], case.batch), adapted(learners[1], case.batch), rtol=1e-7, atol=1e-8)
 

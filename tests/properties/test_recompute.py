@@ -4,33 +4,22 @@ import gc
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support import plugins
-from support.models import Stream, assert_close, found, problem
-from support.strategies import problems
 from torch import nn
 
 from metaplug import MetaLearner, RequestError, TaskBatch
-from metaplug.bench.measuring import torch_memory as _memory
+from metaplug.bench.meters import torch_memory as _memory
 from metaplug.models import Conv4
 from metaplug.recompute import recomputed
+from metaplug.testing import Stream, assert_close, found, problem
+from metaplug.testing.strategies import problems
 
 
-@pytest.mark.parametrize("name", [None, *plugins.NAMES])
-@settings(max_examples=5)
-@given(problems(("batch-norm", "conv4"), steps=(1, 5), lrs=(0.01, 0.3)), st.integers(1, 6), st.booleans())
-def test_every_plugin_gives_the_same_meta_gradients(name, case, steps, first_order):
-    chain = [plugins.make(each) for each in (name, "derivative-order") if each and (each != "derivative-order" or first_order)]
-    settings = {"task_batching": "vectorized"}
-    if name == "derivative-order" and first_order:
-        return
-    plain, again = (
-        case.learner(
-            plugins=[plugins.make(plugin.name, **plugin.config.model_dump()) for plugin in chain], checkpoint_steps=checkpoint, **settings
-        )
-        for checkpoint in (None, steps)
-    )
+@given(problems(("batch-norm", "conv4"), steps=(1, 5), lrs=(0.01, 0.3)), st.integers(1, 6), st.sampled_from(["maml", "fomaml"]))
+def test_it_gives_the_same_meta_gradients(case, steps, preset):
+    """Every plugin alike: tests/test_conformance.py."""
+    plain, again = (case.learner(preset=preset, checkpoint_steps=checkpoint, task_batching="vectorized") for checkpoint in (None, steps))
     ours, theirs = found(again, case.batch), found(plain, case.batch)
     # Batch norm amplifies what rounding differs; gradients of a tensor that stands in two places are added in another order.
     assert_close(ours.gradients, dict(theirs.gradients), rtol=1e-7, atol=1e-9)
@@ -56,7 +45,7 @@ def test_every_plugin_gives_the_same_meta_gradients(name, case, steps, first_ord
 )
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_the_state_of_the_optimizer_goes_on_from_piece_to_piece(optimizer, settings, steps):
-    case = problem("tanh", steps=5, lr=0.05)
+    case = problem("mlp", steps=5, lr=0.05)
     given = {"inner_optimizer": optimizer, "inner_optimizer_settings": settings}
     plain, again = (case.learner(checkpoint_steps=checkpoint, **given).meta_gradients(case.batch) for checkpoint in (None, steps))
     assert_close(again, plain, rtol=1e-9, atol=1e-11)

@@ -3,37 +3,49 @@
 Nothing here is shared with metaplug, so that agreement means something.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from metaplug.tasks.batch import TaskBatch
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(prediction, target) of one task → ()."""
 
 
 @dataclass
 class Reference:
     """What a plain loop found: meta-gradients by name, the outer loss, and each task's adapted weights."""
 
-    gradients: dict
-    outer_loss: torch.Tensor
-    adapted: list
-    extra: dict = field(default_factory=dict)
+    gradients: dict[str, Tensor]
+    outer_loss: Tensor
+    adapted: list[dict[str, Tensor]]
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
-def predict(model, weights, x):
+def predict(model: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """The model's output with these weights, in the mode that the model is in; its buffers stay as they are."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    return torch.func.functional_call(model, {**buffers, **weights}, (x,))
+    prediction: Tensor = torch.func.functional_call(model, {**buffers, **weights}, (x,))
+    return prediction
 
 
 class Sgd:
     """θ ← θ − α b, with b the momentum buffer over g + weight_decay θ: torch.optim.SGD's rule."""
 
-    def __init__(self, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False):
+    def __init__(self, momentum: float = 0.0, dampening: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False) -> None:
         self.momentum, self.dampening, self.weight_decay, self.nesterov = momentum, dampening, weight_decay, nesterov
-        self.buffer = None
+        self.buffer: Tensor | None = None
 
-    def __call__(self, weight, gradient, lr):
+    def __call__(self, weight: Tensor, gradient: Tensor, lr: float | Tensor) -> Tensor:
+        """The weight after one step, differentiable."""
         gradient = gradient + self.weight_decay * weight
         if self.momentum:
             self.buffer = gradient if self.buffer is None else self.momentum * self.buffer + (1 - self.dampening) * gradient
@@ -44,11 +56,12 @@ class Sgd:
 class Adam:
     """Kingma and Ba 2015, algorithm 1."""
 
-    def __init__(self, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+    def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0) -> None:
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
-        self.steps, self.first, self.second = 0, 0.0, 0.0
+        self.steps, self.first, self.second = 0, torch.zeros(()), torch.zeros(())
 
-    def __call__(self, weight, gradient, lr):
+    def __call__(self, weight: Tensor, gradient: Tensor, lr: float | Tensor) -> Tensor:
+        """The weight after one step, differentiable."""
         gradient = gradient + self.weight_decay * weight
         self.steps += 1
         self.first = self.betas[0] * self.first + (1 - self.betas[0]) * gradient
@@ -61,11 +74,12 @@ class Adam:
 class RmsProp:
     """θ ← θ − α g / (√v + ε), v a running mean of g²; centred: of the variance; with momentum: the buffer of these steps."""
 
-    def __init__(self, alpha=0.99, eps=1e-8, momentum=0.0, centered=False):
+    def __init__(self, alpha: float = 0.99, eps: float = 1e-8, momentum: float = 0.0, centered: bool = False) -> None:
         self.alpha, self.eps, self.momentum, self.centered = alpha, eps, momentum, centered
-        self.second, self.first, self.buffer = 0.0, 0.0, 0.0
+        self.second, self.first, self.buffer = torch.zeros(()), torch.zeros(()), torch.zeros(())
 
-    def __call__(self, weight, gradient, lr):
+    def __call__(self, weight: Tensor, gradient: Tensor, lr: float | Tensor) -> Tensor:
+        """The weight after one step, differentiable."""
         self.second = self.alpha * self.second + (1 - self.alpha) * gradient**2
         variance = self.second
         if self.centered:
@@ -75,14 +89,31 @@ class RmsProp:
         return weight - lr * self.buffer
 
 
-def maml(model, batch, *, steps, lr, order=2, loss=F.cross_entropy, rule=Sgd, adapted=None, frozen=()):
-    """MAML, task by task. `adapted` names what the inner loop moves (default: everything trainable)."""
+def maml(
+    model: nn.Module,
+    batch: TaskBatch,
+    *,
+    steps: int,
+    lr: float | Tensor,
+    order: int = 2,
+    loss: Loss = F.cross_entropy,
+    rule: Callable[[], Any] = Sgd,
+    adapted: Sequence[str] | None = None,
+) -> Reference:
+    """MAML, task by task.
+
+    Args:
+        order: 2, or 1 for inner gradients that are constants to the meta-gradient.
+        rule: makes the inner update of one tensor: (weight, gradient, learning rate) → weight.
+        adapted: names of what the inner loop moves; default: everything trainable.
+    """
     parameters = dict(model.named_parameters())
     trainable = [name for name, parameter in parameters.items() if parameter.requires_grad]
     adapted = trainable if adapted is None else adapted
     losses, results = [], []
     for task in range(batch.num_tasks):
-        weights, rules = dict(parameters), {name: rule() for name in adapted}
+        weights: dict[str, Tensor] = dict(parameters)
+        rules = {name: rule() for name in adapted}
         for _ in range(steps):
             objective = loss(predict(model, weights, batch.support_x[task]), batch.support_y[task])
             gradients = torch.autograd.grad(objective, [weights[name] for name in adapted], create_graph=order == 2, allow_unused=True)
@@ -98,20 +129,20 @@ def maml(model, batch, *, steps, lr, order=2, loss=F.cross_entropy, rule=Sgd, ad
 
 
 def loop(
-    model,
-    batch,
+    model: nn.Module,
+    batch: TaskBatch,
     *,
-    steps,
-    rate,
-    outer_weights=None,
-    order=2,
-    adapted=None,
-    values=None,
-    inner=None,
-    transform=None,
-    extra=None,
-    loss=F.cross_entropy,
-):
+    steps: int,
+    rate: Callable[[int, str], float | Tensor],
+    outer_weights: Sequence[float] | None = None,
+    order: int = 2,
+    adapted: Collection[str] | None = None,
+    values: Callable[[int], Mapping[str, Tensor]] | None = None,
+    inner: Callable[..., Tensor] | None = None,
+    transform: Callable[[int, str, Tensor], Tensor] | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+    loss: Loss = F.cross_entropy,
+) -> Reference:
     """The inner and outer loop with everything that the family changes in it, task by task.
 
     Args:
@@ -127,9 +158,10 @@ def loop(
     outer_weights = [0.0] * (steps - 1) + [1.0] if outer_weights is None else outer_weights
     outer_losses, results = [], []
     for task in range(batch.num_tasks):
-        weights, outer = dict(parameters), 0.0
+        weights: dict[str, Tensor] = dict(parameters)
+        outer = torch.zeros(())
         for k in range(steps):
-            own = {} if values is None else values(k)
+            own: Mapping[str, Tensor] = {} if values is None else values(k)
             prediction = predict(model, {**weights, **own}, batch.support_x[task])
             objective = loss(prediction, batch.support_y[task])
             if inner is not None:
@@ -142,13 +174,24 @@ def loop(
         outer_losses.append(outer)
         results.append({name: weight.detach() for name, weight in weights.items()})
     outer_loss = torch.stack(outer_losses).mean()
-    wanted = {**parameters, **(extra or {})}
+    wanted: dict[str, Tensor] = {**parameters, **(extra or {})}
     gradients = torch.autograd.grad(outer_loss, list(wanted.values()), allow_unused=True)
     named = {name: gradient for name, gradient in zip(wanted, gradients, strict=True) if gradient is not None}
     return Reference(named, outer_loss.detach(), results)
 
 
-def gradient_sharing(model, batch, *, steps, lr, gate, momentum, running=None, order=2, loss=F.cross_entropy):
+def gradient_sharing(
+    model: nn.Module,
+    batch: TaskBatch,
+    *,
+    steps: int,
+    lr: float | Tensor,
+    gate: Tensor,
+    momentum: Tensor,
+    running: Sequence[Tensor] | None = None,
+    order: int = 2,
+    loss: Loss = F.cross_entropy,
+) -> Reference:
     """Gradient sharing with unit normalisation over all parameters together; all tasks in lock-step.
 
     Args:
@@ -157,7 +200,7 @@ def gradient_sharing(model, batch, *, steps, lr, gate, momentum, running=None, o
     """
     parameters = dict(model.named_parameters())
     names = list(parameters)
-    fast = [dict(parameters) for _ in range(batch.num_tasks)]
+    fast: list[dict[str, Tensor]] = [dict(parameters) for _ in range(batch.num_tasks)]
     stored = []
     for k in range(steps):
         flat = []
@@ -166,7 +209,7 @@ def gradient_sharing(model, batch, *, steps, lr, gate, momentum, running=None, o
             gradients = torch.autograd.grad(objective, list(weights.values()), create_graph=order == 2)
             flat.append(torch.cat([gradient.flatten() for gradient in gradients]))
         lengths = [torch.linalg.vector_norm(gradient) for gradient in flat]
-        mean = sum(gradient / length for gradient, length in zip(flat, lengths, strict=True)) / len(flat)
+        mean = torch.stack([gradient / length for gradient, length in zip(flat, lengths, strict=True)]).sum(0) / len(flat)
         m, weight = 1 / (1 + torch.exp(-momentum[k])), 1 / (1 + torch.exp(-gate[k]))
         shared = mean if running is None else m * running[k] + (1 - m) * mean
         stored.append(shared.detach())
@@ -176,12 +219,13 @@ def gradient_sharing(model, batch, *, steps, lr, gate, momentum, running=None, o
             fast[task] = {name: fast[task][name] - lr * piece.view_as(parameters[name]) for name, piece in zip(names, pieces, strict=True)}
     losses = [loss(predict(model, weights, batch.query_x[task]), batch.query_y[task]) for task, weights in enumerate(fast)]
     outer_loss = torch.stack(losses).mean()
-    wanted = {**parameters, "gradient-sharing.gate": gate, "gradient-sharing.momentum": momentum}
+    wanted: dict[str, Tensor] = {**parameters, "gradient-sharing.gate": gate, "gradient-sharing.momentum": momentum}
     gradients = torch.autograd.grad(outer_loss, list(wanted.values()), allow_unused=True)
     named = {name: gradient for name, gradient in zip(wanted, gradients, strict=True) if gradient is not None}
     adapted = [{name: weight.detach() for name, weight in weights.items()} for weights in fast]
     return Reference(named, outer_loss.detach(), adapted, {"running": stored})
 
 
-def logit(weight):
+def logit(weight: float) -> float:
+    """σ⁻¹: what a sigmoid maps to `weight`, strictly between 0 and 1."""
     return math.log(weight / (1 - weight))

@@ -1,0 +1,261 @@
+"""What a clause of the contract is, what it is held against, and how its failure reads."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import FlakyFailure
+
+from metaplug import registry
+from metaplug.chain import Chain
+from metaplug.errors import MetaplugError, RequestError, unknown
+from metaplug.learner import MetaLearner
+from metaplug.plugin import Plugin
+from metaplug.preset import make_plugins
+from metaplug.testing.problems import KINKED, MODELS, Problem, Stream, problem
+
+DEFAULT_MODELS = ("mlp", "batch-norm", "conv4")
+"""The models that a plugin is tried on where its author names none."""
+
+PAGE = "docs/conformance.md"
+"""Where every clause is explained."""
+
+
+class ConformanceError(MetaplugError, AssertionError):
+    """A plugin breaks a clause of the contract.
+
+    Its text is the clause and what is wrong, why that cannot be and what to do; the smallest example found; and where the docs explain it.
+    """
+
+
+class BreachError(Exception):
+    """A clause is broken; in words that follow "plugin 'my-plugin' breaks CLAUSE: ", with what it was tried on."""
+
+    example: Example | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a clause is tried on: a problem, and the meta-iterations that were done before on other tasks for its model."""
+
+    problem: Problem
+    done: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.problem}, {f'after {self.done} iteration' + 's' * (self.done != 1) if self.done else 'untrained'}"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The plugin that is held to the contract.
+
+    Attributes:
+        source: its class; a function or a module in the shortest form; or the name of an installed plugin.
+        settings: fields of its Config under which it does something.
+        off: fields at which it does nothing; None where it has none.
+        models: names of MODELS that it fits.
+        examples: how many examples each clause is tried on, at least 1.
+    """
+
+    source: Any
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    off: Mapping[str, Any] | None = None
+    models: tuple[str, ...] = DEFAULT_MODELS
+    examples: int = 5
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise RequestError("models = (): a plugin that fits no model cannot be tried; give names of metaplug.testing.MODELS")
+        for name in self.models:
+            if name not in MODELS:
+                raise unknown("model of metaplug.testing", name, MODELS)
+        if self.settings and (isinstance(self.source, ModuleType) or not isinstance(self.source, type | str)):
+            raise RequestError(
+                "a plugin in the shortest form has no configuration: leave settings out, or write it as a class with a Config"
+            )
+
+    def make(self, given: Mapping[str, Any] | None = None) -> Plugin:
+        """A new instance with `given` as fields of its Config, by default `settings`."""
+        given = self.settings if given is None else given
+        if not isinstance(self._part, type):
+            return make_plugins(None, [self._part])[0]
+        made = self._part(name=self.source, **given) if isinstance(self.source, str) else self._part(**given)
+        if not isinstance(made, Plugin):
+            raise RequestError(f"{self._part.__name__} is not a plugin: give a subclass of metaplug.Plugin")
+        return made
+
+    @cached_property
+    def _part(self) -> Any:
+        """The plugin's class, or what it is in the shortest form; an installed one is looked up once."""
+        return registry.load("plugin", self.source) if isinstance(self.source, str) else self.source
+
+    @cached_property
+    def name(self) -> str:
+        """What it is called in messages."""
+        try:
+            return self.make().name
+        except MetaplugError:
+            return str(getattr(self.source, "__name__", self.source))
+
+    @cached_property
+    def hooks(self) -> tuple[str, ...]:
+        """The hooks that it implements."""
+        return tuple(Chain([self.make()]).order())
+
+    @property
+    def smooth_models(self) -> tuple[str, ...]:
+        """Those of its models that have no kinks; all of them where none is without."""
+        return tuple(name for name in self.models if name not in KINKED) or self.models
+
+    def example(self, *, names: tuple[str, ...] | None = None, **given: Any) -> Example:
+        """One example that is not drawn, on the first of its models, or of `names`."""
+        return Example(problem((names or self.models)[0], lr=0.1, **given))
+
+    def learner(self, example: Example, given: Mapping[str, Any] | None = None, **options: Any) -> MetaLearner:
+        """A learner with a new instance, after the example's iterations; random numbers of `setup` are always the same.
+
+        Args:
+            given: fields of the plugin's Config, by default `settings`.
+            options: of MetaLearner.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(example.problem.seed)
+            learner = example.problem.learner(**{"plugins": [self.make(given)], "task_batching": "vectorized", **options})
+        fit(learner, example, example.done)
+        return learner
+
+
+def fit(learner: MetaLearner, example: Example, iterations: int, *, tasks: int = 2) -> None:
+    """Train on tasks for the example's model."""
+    if iterations:
+        learner.fit(stream(example), iterations=iterations, tasks_per_batch=tasks)
+
+
+def stream(example: Example, split: str = "train") -> Stream:
+    """Tasks for the example's model, of its form and dtype."""
+    case = example.problem
+    support, query = case.batch.support_x.shape[1], case.batch.query_x.shape[1]
+    return Stream(case.name, split=split, support=support, query=query, dtype=case.batch.support_x.dtype)
+
+
+@dataclass(frozen=True)
+class Clause:
+    """One clause of the contract.
+
+    Attributes:
+        name: such as "no-mutation".
+        statement: what holds of a plugin that keeps it, in one line.
+        link: where the docs explain it.
+    """
+
+    name: str
+    statement: str
+    _check: Callable[..., None] = field(repr=False)
+    _draws: Mapping[str, Any] | None = field(default=None, repr=False)
+    _cost: int = field(default=1, repr=False)
+
+    @property
+    def link(self) -> str:
+        """The page and anchor that explain it."""
+        return f"{PAGE}#{self.name}"
+
+    def hold(self, subject: Subject) -> None:
+        """Hold a plugin to the clause.
+
+        Raises:
+            ConformanceError: the plugin breaks it; with the smallest example that hypothesis finds.
+        """
+
+        def once(example: Example | None) -> None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "adapting for .* inner steps, trained with", UserWarning)
+                try:
+                    self._check(subject, *(() if example is None else (example,)))
+                except BreachError as breach:
+                    breach.example = example
+                    raise
+                except Exception as error:
+                    unexpected = BreachError(in_words(error))
+                    unexpected.example = example
+                    raise unexpected from error
+
+        try:
+            if self._draws is None:
+                once(None)
+            else:
+                _settings(max(subject.examples // self._cost, 1))(given(_examples(subject, **self._draws))(once))()
+        except BreachError as breach:
+            raise self._error(subject, breach) from breach.__cause__
+        except FlakyFailure as flaky:  # what the plugin remembers from one example decides the next
+            breaches = [each for each in flaky.exceptions if isinstance(each, BreachError)]
+            if not breaches:
+                raise
+            raise self._error(subject, breaches[0]) from breaches[0].__cause__
+
+    def _error(self, subject: Subject, breach: BreachError) -> ConformanceError:
+        example = f"\nsmallest example: {breach.example}" if breach.example else ""
+        return ConformanceError(f"plugin '{subject.name}' breaks {self.name}: {breach}{example}\nsee {self.link}")
+
+
+def clause(name: str, statement: str) -> Callable[[Callable[[Subject], None]], Clause]:
+    """Marks a check that draws nothing: it raises BreachError where the clause does not hold."""
+    return lambda check: Clause(name, statement, check)
+
+
+def clause_on(name: str, statement: str, *, cost: int = 1, **draws: Any) -> Callable[[Callable[[Subject, Example], None]], Clause]:
+    """Marks a check that is tried on examples.
+
+    Args:
+        cost: it is tried on one in so many of the examples.
+        draws: the options of `_examples`.
+    """
+    return lambda check: Clause(name, statement, check, draws, cost)
+
+
+def in_words(error: Exception) -> str:
+    """An error that should not have come."""
+    return str(error) if isinstance(error, MetaplugError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _settings(examples: int) -> settings:
+    return settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate, Phase.shrink),
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+        verbosity=Verbosity.quiet,
+    )
+
+
+@st.composite
+def _examples(
+    draw: st.DrawFn,
+    subject: Subject,
+    *,
+    tasks: tuple[int, int] = (1, 4),
+    steps: tuple[int, int] = (1, 3),
+    dtype: torch.dtype = torch.float64,
+    smooth: bool = False,
+) -> Example:
+    drawn = problem(
+        draw(st.sampled_from(subject.smooth_models if smooth else subject.models)),
+        tasks=draw(st.integers(*tasks)),
+        support=draw(st.integers(3, 5)),
+        query=draw(st.integers(3, 4)),
+        steps=draw(st.integers(*steps)),
+        lr=draw(st.sampled_from([0.1, 0.3])),
+        seed=draw(st.integers(0, 99)),
+        dtype=dtype,
+    )
+    return Example(drawn, done=draw(st.integers(0, 1)))

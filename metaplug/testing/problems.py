@@ -1,0 +1,211 @@
+"""Small models with every kind of layer that is hard for a differentiable inner loop, and batches of tasks for them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metaplug.errors import unknown
+from metaplug.learner import MetaLearner
+from metaplug.tasks.batch import TaskBatch
+from metaplug.values import Kind
+
+CLASSES = 3
+FEATURES = 4
+IMAGE = (1, 8, 8)
+_IMAGES = ("max-pool", "conv4")
+
+
+class Tied(nn.Module):
+    """An encoder whose weight decodes as well: one parameter under two names, and read without calling its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Linear(FEATURES, 5)
+        self.decode = nn.Linear(FEATURES, 5, bias=False)
+        self.decode.weight = self.encode.weight
+        self.head = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, FEATURES) → (n, CLASSES)."""
+        hidden = torch.tanh(self.encode(x)) + self.decode(x)
+        logits: Tensor = self.head(F.linear(hidden, self.encode.weight.T))
+        return logits
+
+
+def _conv(layers: list[nn.Module], channels: int, size: int) -> nn.Module:
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size, CLASSES))
+
+
+def _conv4() -> nn.Module:
+    """conv4 as few-shot papers have it, with 4 filters: convolution, batch norm, ReLU, stride 2."""
+    layers: list[nn.Module] = []
+    for index in range(4):
+        layers += [nn.Conv2d(1 if index == 0 else 4, 4, 3, stride=2 if index < 2 else 1, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
+    return _conv(layers, 4, 4)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": lambda: nn.Sequential(nn.Linear(FEATURES, 6), nn.Tanh(), nn.Linear(6, CLASSES)),
+    "softplus": lambda: nn.Sequential(nn.Linear(FEATURES, 5), nn.Softplus(), nn.Linear(5, 5), nn.Softplus(), nn.Linear(5, CLASSES)),
+    "batch-norm": lambda: nn.Sequential(nn.Linear(FEATURES, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, CLASSES)),
+    "layer-norm": lambda: nn.Sequential(nn.Linear(FEATURES, 6), nn.LayerNorm(6), nn.Softplus(), nn.Linear(6, CLASSES)),
+    "group-norm": lambda: nn.Sequential(nn.Linear(FEATURES, 6), nn.GroupNorm(2, 6), nn.Tanh(), nn.Linear(6, CLASSES)),
+    "tied": Tied,
+    "max-pool": lambda: _conv([nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)], 3, 16),
+    "conv4": _conv4,
+    "regression": lambda: nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 2)),
+}
+"""Makers of small models, by name: all classify, except "regression"."""
+
+CLASSIFIERS = tuple(name for name in MODELS if name != "regression")
+"""The names of those that classify."""
+
+KINKED = ("max-pool", "conv4")
+"""Those with kinks, on which finite differences and limits may be inexact."""
+
+SMOOTH = tuple(name for name in CLASSIFIERS if name not in KINKED)
+"""The classifiers without kinks."""
+
+WITH_BATCH_NORM = ("batch-norm", "conv4")
+"""Those with batch norm layers."""
+
+
+@dataclass
+class Problem:
+    """A model and tasks for it.
+
+    Attributes:
+        model: in the dtype of the tasks, float64 unless another was asked for.
+        batch: T tasks.
+        lr, steps: the inner learning rate, and the number of inner steps.
+        kind: "classification" or "regression".
+        name: of the model in MODELS; empty for another one.
+        seed: that it was drawn from.
+    """
+
+    model: nn.Module
+    batch: TaskBatch
+    lr: float = 0.3
+    steps: int = 2
+    kind: Kind = "classification"
+    name: str = ""
+    seed: int = 0
+
+    def learner(self, **settings: Any) -> MetaLearner:
+        """A learner over a copy of the model, so that several can be compared. `settings` are those of MetaLearner."""
+        settings = {"inner_lr": self.lr, "inner_steps": self.steps, "kind": self.kind, **settings}
+        return MetaLearner(copy.deepcopy(self.model), **settings)
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same in another floating dtype."""
+        return replace(
+            self, model=copy.deepcopy(self.model).to(dtype), batch=TaskBatch(*(_cast(each, dtype) for each in _tensors(self.batch)))
+        )
+
+    def __str__(self) -> str:
+        tasks, steps = (
+            f"{count} {word}{'s' * (count != 1)}" for count, word in ((self.batch.num_tasks, "task"), (self.steps, "inner step"))
+        )
+        support, query = self.batch.support_x.shape[1], self.batch.query_x.shape[1]
+        return (
+            f"model {self.name or type(self.model).__name__}, {tasks} of {support} support and {query} query examples, "
+            f"{steps} of rate {self.lr:g}, seed {self.seed}"
+        )
+
+
+def problem(
+    name: str = "mlp",
+    *,
+    tasks: int = 3,
+    support: int = 5,
+    query: int = 4,
+    lr: float = 0.3,
+    steps: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
+    """A model of MODELS with random weights, and random tasks for it.
+
+    Args:
+        name: in MODELS.
+        tasks, support, query: T, and the examples of a task; at least 3 where there is batch norm, which is a step function over two.
+        lr, steps: of the inner loop.
+        seed: of weights and tasks; torch's own random numbers are left as they are.
+        dtype: of weights and inputs.
+
+    Raises:
+        RequestError: no model of that name.
+    """
+    if name == "regression":
+        return regression(tasks=tasks, support=support, query=query, lr=lr, steps=steps, seed=seed, dtype=dtype)
+    if name not in MODELS:
+        raise unknown("model of metaplug.testing", name, MODELS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MODELS[name]().to(dtype)
+        shape = IMAGE if name in _IMAGES else (FEATURES,)
+        x = [torch.randn(tasks, count, *shape, dtype=dtype) for count in (support, query)]
+        y = [torch.randint(CLASSES, (tasks, count)) for count in (support, query)]
+    return Problem(model, TaskBatch(x[0], y[0], x[1], y[1]), lr, steps, "classification", name, seed)
+
+
+def regression(
+    *,
+    tasks: int = 3,
+    support: int = 5,
+    query: int = 4,
+    features: int = 2,
+    outputs: int = 2,
+    lr: float = 0.1,
+    steps: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
+    """A small perceptron from `features` to `outputs` numbers, and random tasks for it; otherwise as `problem`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(features, 5), nn.Tanh(), nn.Linear(5, outputs)).to(dtype)
+        tensors = [torch.randn(tasks, count, width).to(dtype) for count in (support, query) for width in (features, outputs)]
+    return Problem(model, TaskBatch(*tensors), lr, steps, "regression", "regression", seed)
+
+
+class Stream:
+    """A TaskStream over tasks of one model of MODELS: task (iteration, index) is drawn from a seed of its own.
+
+    Args:
+        name: in MODELS.
+        split: streams of splits of unlike length differ.
+        support, query, dtype: as for `problem`.
+    """
+
+    def __init__(
+        self, name: str = "mlp", *, split: str = "train", support: int = 5, query: int = 4, dtype: torch.dtype = torch.float64
+    ) -> None:
+        self.name, self.split, self.support, self.query, self.dtype = name, split, support, query, dtype
+
+    def batch(self, iteration: int, indices: Sequence[int]) -> TaskBatch:
+        """The tasks of these indices."""
+        seeds = [1000 * iteration + index + len(self.split) for index in indices]
+        return TaskBatch.stack([_task(self.name, self.support, self.query, seed, dtype=self.dtype) for seed in seeds])
+
+
+@lru_cache(maxsize=1024)
+def _task(name: str, support: int, query: int, seed: int, *, dtype: torch.dtype) -> TaskBatch:
+    """One task; whoever is given it copies it."""
+    return problem(name, tasks=1, support=support, query=query, seed=seed, dtype=dtype).batch
+
+
+def _tensors(batch: TaskBatch) -> tuple[Tensor, ...]:
+    return batch.support_x, batch.support_y, batch.query_x, batch.query_y
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

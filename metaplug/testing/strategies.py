@@ -1,0 +1,75 @@
+"""Hypothesis strategies: models, tasks, both together with steps and learning rates, and chains of first-party plugins."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from hypothesis import strategies as st
+from torch import nn
+
+from metaplug.plugin import Plugin
+from metaplug.preset import PluginUse
+from metaplug.tasks.batch import TaskBatch
+from metaplug.testing.first_party import FIRST_PARTY
+from metaplug.testing.problems import CLASSIFIERS, WITH_BATCH_NORM, Problem, problem
+
+seeds = st.integers(0, 10_000)
+weights = st.floats(0.01, 0.99)
+"""A gate or momentum strictly between its ends."""
+
+
+@st.composite
+def problems(
+    draw: st.DrawFn,
+    names: Sequence[str] = CLASSIFIERS,
+    *,
+    tasks: tuple[int, int] = (1, 6),
+    steps: tuple[int, int] = (0, 3),
+    lrs: tuple[float, float] = (0.0, 0.5),
+) -> Problem:
+    """A small model, its tasks, the number of inner steps and the inner learning rate.
+
+    Args:
+        names: of models in MODELS.
+        tasks, steps, lrs: the least and the greatest.
+    """
+    return problem(
+        draw(st.sampled_from(list(names))),
+        tasks=draw(st.integers(*tasks)),
+        support=draw(st.integers(3, 6)),  # over two examples batch norm is a step function, which rounding decides
+        query=draw(st.integers(3, 5)),
+        steps=draw(st.integers(*steps)),
+        lr=draw(st.floats(*lrs)),
+        seed=draw(seeds),
+    )
+
+
+def models(names: Sequence[str] = CLASSIFIERS) -> st.SearchStrategy[nn.Module]:
+    """A small model in float64, with random weights."""
+    return problems(names, tasks=(1, 1)).map(lambda drawn: drawn.model)
+
+
+def tasks(name: str = "mlp", *, tasks: tuple[int, int] = (1, 6)) -> st.SearchStrategy[TaskBatch]:
+    """Random tasks for the model of this name in MODELS."""
+    return problems((name,), tasks=tasks).map(lambda drawn: drawn.batch)
+
+
+@st.composite
+def chains(draw: st.DrawFn, *, least: int = 2, most: int = 6) -> tuple[list[PluginUse], Problem]:
+    """`least` to `most` first-party plugins that do not refuse each other, in any order; and a model that has what they need, with tasks.
+
+    Where some of those drawn refuse each other there may be fewer.
+    """
+    uses: list[PluginUse] = []
+    for name in draw(st.permutations(list(FIRST_PARTY)))[: draw(st.integers(least, most))]:
+        use = PluginUse(plugin=name, settings=FIRST_PARTY[name])
+        uses += [use] if compatible([each.make() for each in (*uses, use)]) else []
+    needs_batch_norm = any(use.plugin == "per-step-batch-norm" for use in uses)
+    names = WITH_BATCH_NORM if needs_batch_norm else ("mlp", "layer-norm", "max-pool", "conv4")
+    return uses, draw(problems(names, tasks=(1, 4), steps=(1, 3), lrs=(0.01, 0.3)))
+
+
+def compatible(plugins: Sequence[Plugin]) -> bool:
+    """Whether no plugin of these refuses to be beside another."""
+    return all(other.kind() not in plugin.conflicts_with for plugin, other in itertools.permutations(plugins, 2))
