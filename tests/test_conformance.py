@@ -40,7 +40,7 @@ def _suite(name):
         "off": OFF.get(name),
         "models": MODELS_OF.get(name, PluginConformance.models),
         "exceptions": EXCEPTIONS.get(name, {}),
-        "examples": min(profile().max_examples // 2, 50),
+        "examples": min(profile().max_examples // 2, 25),
     }
     return type(f"Test{registry.load('plugin', name).__name__}", (PluginConformance,), fields)
 
@@ -68,7 +68,13 @@ def half_the_gradient(gradients):
 def test_a_module_is_held_to_it_too():
     module = ModuleType("my_package.half_it")
     module.half_the_gradient = half_the_gradient
+    module.torch = torch
     check(module, models=("mlp",), examples=1)
+    module.calls = []
+    module.counts = hookimpl(specname="transform_inner_losses")(lambda losses: module.calls.append(1))
+    with pytest.raises(ConformanceError, match=r"^plugin 'half-it' breaks no-state-in-loop: .* changed my_package.half_it.calls, "):
+        check(module, models=("mlp",), examples=1)
+    del module.counts
     module.also = hookimpl(specname="transform_outer_losses")(lambda losses: losses - losses.mean())
     with pytest.raises(ConformanceError, match=r"^plugin 'half-it' breaks tasks-apart: the outer loss of task 0 is "):
         check(module, models=("mlp",), examples=1)
@@ -170,6 +176,10 @@ REFUSED = {
     "settings": (
         lambda: check(half_the_gradient, settings={"strength": 1}),
         "a plugin in the shortest form has no configuration: leave settings out, or write it as a class with a Config",
+    ),
+    "instance": (
+        lambda: check(Outer()),
+        "Outer(...) is an instance, which serves one learner: give the class, with its settings beside it",
     ),
     "no plugin": (lambda: Unnamed().test_clause("composes"), "Unnamed names no plugin: set plugin = MyPlugin in it"),
 }

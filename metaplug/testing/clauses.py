@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -77,7 +76,11 @@ class Subject:
         for name in self.models:
             if name not in MODELS:
                 raise unknown("model of metaplug.testing", name, MODELS)
-        if self.settings and (isinstance(self.source, ModuleType) or not isinstance(self.source, type | str)):
+        if isinstance(self.source, Plugin):
+            raise RequestError(
+                f"{type(self.source).__name__}(...) is an instance, which serves one learner: give the class, with its settings beside it"
+            )
+        if self.settings and not isinstance(self.source, type | str):
             raise RequestError(
                 "a plugin in the shortest form has no configuration: leave settings out, or write it as a class with a Config"
             )

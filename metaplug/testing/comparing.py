@@ -119,8 +119,8 @@ def difference(
         for name in {**one, **other}:
             if name not in one or name not in other:
                 return f"{name} is found in one of the two only"
-            pair = [found[name] if only is None else found[name][only] for found in (one, other)]
-            if text := _unlike(*pair, None if exact else tolerance):
+            first, second = (found[name] if only is None else found[name][only] for found in (one, other))
+            if text := _unlike(first, second, None if exact else tolerance):
                 place, values = text
                 task = f" of task {place if only is None else only[place]}" if task_axis else ""
                 return f"{name}{task} is {values}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -99,8 +100,13 @@ def fingerprint(plugin: Plugin) -> dict[str, Any]:
     internals = vars(nn.Module()).keys()
     found = {f"self.{name}": _frozen(value) for name, value in vars(plugin).items() if name not in internals}
     found |= {f"self.{name}": _frozen(value) for name, value in (*plugin.named_parameters(), *plugin.named_buffers())}
-    own = {name: value for name, value in vars(type(plugin)).items() if not name.startswith("_") and not callable(value)}
-    return found | {f"{type(plugin).__name__}.{name}": _frozen(value) for name, value in own.items()}
+    places = [(type(plugin).__name__, vars(type(plugin)))]
+    if isinstance(module := getattr(plugin, "made_from", None), ModuleType):  # the shortest form, whose only place for state this is
+        places.append((module.__name__, vars(module)))
+    for place, values in places:
+        own = {name: value for name, value in values.items() if not name.startswith("__") and not callable(value)}
+        found |= {f"{place}.{name}": _frozen(value) for name, value in own.items()}
+    return found
 
 
 def _when(hook: str, given: Mapping[str, Any]) -> str:
@@ -144,6 +150,6 @@ def _frozen(value: Any, depth: int = 4) -> Any:
         return [_frozen(each, depth - 1) for each in value]
     if isinstance(value, set | frozenset):
         return sorted(map(repr, value))
-    if isinstance(value, BaseModel | nn.Module | type) or callable(value) or not hasattr(value, "__dict__"):
+    if isinstance(value, BaseModel | nn.Module | ModuleType | type) or callable(value) or not hasattr(value, "__dict__"):
         return id(value)
     return [id(value), _frozen(vars(value), depth - 1)]

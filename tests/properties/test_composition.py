@@ -1,4 +1,4 @@
-"""Any first-party plugins together, and in which order: invariant 12. What holds of every plugin by itself is in tests/test_conformance.py."""
+"""Any first-party plugins together, and in which order: invariant 12. What holds of each of them alone: tests/test_conformance.py."""
 
 import copy
 import itertools
