@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from metaplug.errors import MetaplugError, RequestError, unknown
 from metaplug.learner import MetaLearner
 from metaplug.plugin import Plugin
 from metaplug.preset import make_plugins
+from metaplug.tasks.batch import TaskBatch
 from metaplug.testing.problems import KINKED, MODELS, Problem, Stream, problem
 
 DEFAULT_MODELS = ("mlp", "batch-norm", "conv4")
@@ -146,7 +147,20 @@ def stream(example: Example, split: str = "train") -> Stream:
     """Tasks for the example's model, of its form and dtype."""
     case = example.problem
     support, query = case.batch.support_x.shape[1], case.batch.query_x.shape[1]
-    return Stream(case.name, split=split, support=support, query=query, dtype=case.batch.support_x.dtype)
+    return _Kept(case.name, split=split, support=support, query=query, dtype=case.batch.support_x.dtype)
+
+
+class _Kept(Stream):
+    """The same tasks, drawn once: most clauses ask for the same."""
+
+    def batch(self, iteration: int, indices: Sequence[int]) -> TaskBatch:
+        return TaskBatch.stack([_drawn(self.name, self.split, self.support, self.query, self.dtype, iteration, index) for index in indices])
+
+
+@lru_cache(maxsize=256)
+def _drawn(name: str, split: str, support: int, query: int, dtype: torch.dtype, *place: int) -> TaskBatch:
+    iteration, index = place
+    return Stream(name, split=split, support=support, query=query, dtype=dtype).batch(iteration, [index])
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -194,13 +193,8 @@ class Stream:
     def batch(self, iteration: int, indices: Sequence[int]) -> TaskBatch:
         """The tasks of these indices."""
         seeds = [1000 * iteration + index + len(self.split) for index in indices]
-        return TaskBatch.stack([_task(self.name, self.support, self.query, seed, dtype=self.dtype) for seed in seeds])
-
-
-@lru_cache(maxsize=1024)
-def _task(name: str, support: int, query: int, seed: int, *, dtype: torch.dtype) -> TaskBatch:
-    """One task; whoever is given it copies it."""
-    return problem(name, tasks=1, support=support, query=query, seed=seed, dtype=dtype).batch
+        given = {"tasks": 1, "support": self.support, "query": self.query}
+        return TaskBatch.stack([problem(self.name, **given, seed=seed, dtype=self.dtype).batch for seed in seeds])
 
 
 def _tensors(batch: TaskBatch) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -100,13 +100,20 @@ def fingerprint(plugin: Plugin) -> dict[str, Any]:
     internals = vars(nn.Module()).keys()
     found = {f"self.{name}": _frozen(value) for name, value in vars(plugin).items() if name not in internals}
     found |= {f"self.{name}": _frozen(value) for name, value in (*plugin.named_parameters(), *plugin.named_buffers())}
-    places = [(type(plugin).__name__, vars(type(plugin)))]
-    if isinstance(module := getattr(plugin, "made_from", None), ModuleType):  # the shortest form, whose only place for state this is
-        places.append((module.__name__, vars(module)))
-    for place, values in places:
+    for place, values in ((type(plugin).__name__, vars(type(plugin))), *_modules(plugin)):
         own = {name: value for name, value in values.items() if not name.startswith("__") and not callable(value)}
         found |= {f"{place}.{name}": _frozen(value) for name, value in own.items()}
     return found
+
+
+def _modules(plugin: Plugin) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What the module remembers that a plugin in the shortest form is: it has no other place."""
+    if ":" in getattr(plugin, "written_as", ":"):
+        return
+    for hook in vars(type(plugin)).values():
+        if isinstance(hook, staticmethod) and isinstance(function := hook.__func__, FunctionType):
+            yield function.__module__, function.__globals__
+            return
 
 
 def _when(hook: str, given: Mapping[str, Any]) -> str:
