@@ -67,7 +67,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 docs: $(READY)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv .venv-peers build site .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
