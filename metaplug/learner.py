@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metaplug import checkpoint, registry
 from metaplug.chain import Chain
 from metaplug.config import LearnerSettings
-from metaplug.engine import Derivation, Engine
+from metaplug.engine import Engine
 from metaplug.errors import RequestError, RunError, quoted, unknown
 from metaplug.evaluation import EvaluationResult, metric_of, score
 from metaplug.history import History, Record
@@ -22,13 +22,11 @@ from metaplug.inner import InnerLoop, Loss, recording, usable
 from metaplug.mirror import set_mode
 from metaplug.preset import PluginLike, Preset, find_preset, make_plugins
 from metaplug.runtime.batching import Batching, BatchingChoice, choose_batching
-from metaplug.runtime.captured import PATIENCE, capturing
-from metaplug.runtime.chunks import ChunkedDerivation
-from metaplug.runtime.compiled import CompiledDerivation
 from metaplug.runtime.distributed import ALONE, World
 from metaplug.runtime.guards import check_forward, check_model
 from metaplug.runtime.memory import MemoryEstimate, chunk_of, estimate_step, memory_explained
 from metaplug.runtime.precision import Precision, check_precision
+from metaplug.runtime.ways import StepWay
 from metaplug.settings import validated
 from metaplug.tasks.adapters import LoaderTasks, as_stream
 from metaplug.tasks.batch import TaskBatch
@@ -123,16 +121,8 @@ class MetaLearner:
             raise RequestError(f"unknown kind of task '{kind}': classification or regression")
         if task_batching not in get_args(Batching):
             raise unknown("task batching", task_batching, get_args(Batching))
-        if checkpoint_steps is not None and checkpoint_steps < 1:
-            raise RequestError(f"checkpoint_steps = {checkpoint_steps}: give at least 1, or None to keep the graph of all inner steps")
-        if chunk_size is not None and chunk_size < 1:
-            raise RequestError(f"chunk_size = {chunk_size}: give at least 1, or None to take all tasks of a batch at once")
         _check_counts(metrics_every=metrics_every)
-        if capture not in (True, False, "auto"):
-            raise RequestError(f"unknown capture {capture!r}: give True, False or 'auto'")
-        asked = [option for option, wanted in (("compile", compile), ("capture", capture and capture != "auto")) if wanted]
-        if asked and (checkpoint_steps is not None or chunk_size is not None):
-            raise RequestError(f"a {asked[0]}d step decides itself what it keeps: leave {asked[0]} out, or checkpoint_steps and chunk_size")
+        way = StepWay(checkpoint_steps, chunk_size, compile, capture)
         check_model(model, self.settings.batch_norm)
         self.model, self.kind, self.seed, self.task_batching = model, kind, seed, task_batching
         self.world = ALONE if world is None else world
@@ -147,11 +137,7 @@ class MetaLearner:
         adapted = self._select_adapted(tuple(trainable), layers)
         reference = next(iter(trainable.values()))
         check_precision(precision, reference.dtype, reference.device)
-        if "capture" in asked and reference.device.type != "cuda":
-            raise RequestError(
-                f"capture is for steps on a CUDA device, but the model is on {reference.device.type}: "
-                "leave it out, or give 'auto', which does nothing there"
-            )
+        way.check_device(reference.device)
         self.chain.setup(
             Context(
                 shapes={name: parameter.shape for name, parameter in trainable.items()},
@@ -188,7 +174,7 @@ class MetaLearner:
             seed=seed,
             world=self.world,
         )
-        self.engine.derivation = self._derivation(chunk_size, asked, auto=capture == "auto")
+        self.engine.derivation = way.derivation(self.engine)
 
     @property
     def iteration(self) -> int:
@@ -454,27 +440,6 @@ class MetaLearner:
         )
         learner.load_state_dict(state, str(path))
         return learner
-
-    def _derivation(self, chunk_size: int | None, asked: Sequence[str], *, auto: bool) -> Derivation | None:
-        """What takes the place of the engine's own; `asked` holds "compile" and "capture", `auto` asks to capture where it can be had."""
-        coupled = [plugin.name for plugin in self.chain.plugins if plugin.couples_tasks]
-        waits = bool(coupled) and self.world.size > 1
-        if asked and waits:
-            raise RequestError(
-                f"{asked[0]} on {self.world.size} ranks: plugin {quoted(coupled)} takes means over all of their tasks in the inner loop, "
-                f"for which a {asked[0]}d step cannot wait: leave {asked[0]} out, or use one rank"
-            )
-        if chunk_size is not None:
-            if coupled:
-                raise RequestError(
-                    f"chunk_size = {chunk_size} takes a few tasks at a time, but plugin {quoted(coupled)} couples all tasks of a batch: "
-                    "leave one of the two out, or use checkpoint_steps, which saves memory with every plugin"
-                )
-            return ChunkedDerivation(self.engine, chunk_size)
-        auto = auto and self.engine.device.type == "cuda" and self.engine.inner.checkpoint_steps is None and not waits
-        if auto or "capture" in asked:
-            return capturing(self.engine, compiles="compile" in asked, patience=PATIENCE if auto else 0)
-        return CompiledDerivation(self.engine) if asked else None
 
     def _select_adapted(self, names: tuple[str, ...], layers: Mapping[str, type[nn.Module]]) -> tuple[str, ...]:
         selected = self.chain.fold("select_adapted", names, layers=layers)
