@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -38,7 +41,13 @@ class Link:
         except MetaplugError:
             raise
         except Exception as error:
-            raise self.fault(f"failed: {type(error).__name__}: {error}", given) from error
+            raise self.fault(f"failed{self._line_of(error)}: {type(error).__name__}: {error}", given) from error
+
+    def _line_of(self, error: Exception) -> str:
+        """Where in the plugin's own file an error came up, " at FILE:LINE"; nothing where that is not known."""
+        file = getattr(sys.modules.get(type(self.plugin).__module__), "__file__", None)
+        lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
+        return f" at {Path(file).name}:{lines[-1]}" if file and lines else ""
 
     def fault(self, what: str, given: Mapping[str, Any]) -> RunError:
         """The error for a fault of this link: `what` follows the plugin's name."""

@@ -133,13 +133,11 @@ def plugin_use(use: Mapping[str, Any], path: str | Path) -> PluginUse:
     return PluginUse(plugin=use["part"], name=use["name"], settings=use["settings"])
 
 
-def check_shapes(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str) -> None:
+def check_shapes(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str, mend: str = "build the model as it was") -> None:
     """Refuse saved tensors of other names or shapes than `own`; `what` begins the sentence."""
     missing, extra = [name for name in own if name not in saved], [name for name in saved if name not in own]
     if missing or extra:
-        raise RunError(f"{what}: it lacks {quoted(missing[:3])} and has {quoted(extra[:3])} beside; build the model as it was")
+        raise RunError(f"{what}: it lacks {quoted(missing[:3])} and has {quoted(extra[:3])} beside; {mend}")
     for name, tensor in own.items():
         if saved[name].shape != tensor.shape:
-            raise RunError(
-                f"{what}: '{name}' is {tuple(saved[name].shape)} there and {tuple(tensor.shape)} here; build the model as it was"
-            )
+            raise RunError(f"{what}: '{name}' is {tuple(saved[name].shape)} there and {tuple(tensor.shape)} here; {mend}")

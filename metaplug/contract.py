@@ -55,6 +55,12 @@ def check_plugin(plugin: type[Plugin], name: str) -> None:
                 f"{where} asks for a place of its own: the order is the configured list; take tryfirst, trylast and wrapper out"
             )
         _check_arguments(where, hook, function, owned=inspect.isfunction(raw))
+    own = [key for key, value in vars(plugin).items() if inspect.isfunction(value) and not key.startswith("_") and not _marks(value)]
+    if own and not seen:
+        raise RequestError(
+            f"plugin '{name}' implements no hook, so that nothing would call its method {own[0]} ({did_you_mean(own[0], KINDS)}): "
+            "name it as a hook and put @hookimpl above it"
+        )
     for declared in ("runs_after", "conflicts_with"):
         names = getattr(plugin, declared)
         if not isinstance(names, tuple) or not all(isinstance(each, str) for each in names):

@@ -122,13 +122,22 @@ def environment(learner: MetaLearner) -> dict[str, Any]:
     """What a result depends on: versions, device, threads, precision, ranks, and how tasks were batched, with the reason."""
     device = learner.engine.device
     return {
-        "versions": {"metaplug": metaplug.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {**versions_of_plugins(learner), "torch": torch.__version__, "python": platform.python_version()},
         "device": f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "precision": learner.engine.inner.precision,
         "ranks": learner.world.size,
         "batching": None if learner.batching is None else {"choice": learner.batching.batching, "reason": learner.batching.reason},
     }
+
+
+def versions_of_plugins(learner: MetaLearner) -> dict[str, str]:
+    """metaplug's own version, and those of the distributions that the learner's plugins come from."""
+    versions = {"metaplug": metaplug.__version__}
+    for plugin in learner.chain.plugins:
+        if name := registry.name_of("plugin", type(plugin)):
+            versions.update(registry.versions_of("plugin", name))
+    return versions
 
 
 def _finite(value: Any) -> Any:

@@ -389,7 +389,10 @@ class MetaLearner:
         checkpoint.check_shapes(state["model"], self.model.state_dict(), f"{origin} belongs to another model")
         for plugin in self.chain.plugins:
             checkpoint.check_shapes(
-                state["plugin_states"][plugin.name], plugin.state_dict(), f"{origin} has another form of plugin '{plugin.name}'"
+                state["plugin_states"][plugin.name],
+                plugin.state_dict(),
+                f"{origin} has another form of plugin '{plugin.name}'",
+                "use the plugin and the model as they were",
             )
         self.model.load_state_dict(state["model"])
         for plugin in self.chain.plugins:

@@ -77,6 +77,11 @@ def origin_of(kind: str, name: str) -> str:
     return ", ".join(sorted({_origin(entry) for entry in _found(kind, name)}))
 
 
+def versions_of(kind: str, name: str) -> dict[str, str]:
+    """The version of the distribution that a part comes from, by its name. Imports nothing."""
+    return {distribution: version for distribution, version in map(_package, _found(kind, name)) if version}
+
+
 def _part(kind: str, name: str) -> Part:
     found = _found(kind, name)
     distributions, versions = (", ".join(sorted({each for each in column if each})) for column in zip(*map(_package, found), strict=True))

@@ -87,6 +87,8 @@ def test_it_is_listed_and_trains_behind_mamlpp_and_gradient_sharing_with_its_fig
     assert "conflict-projection: a plugin of metaplug-conflict-projection 0.1.0" in report
     assert "Share that is taken out; 0: nothing." in report
     shown = stranger("-c", "print(open('runs/mine/metrics.jsonl').read())")
+    summary = stranger("-c", "print(open('runs/mine/summary.json').read())")
+    assert '"metaplug-conflict-projection": "0.1.0"' in summary
     lines = [json.loads(line) for line in shown.splitlines() if line]
     assert [line["iteration"] for line in lines] == [1, 2]
     for line in lines:

@@ -331,7 +331,8 @@ def test_a_file_of_another_model_or_of_other_plugins_is_refused_and_nothing_is_l
     )
     longer = problem(steps=3).learner(plugins=[GradientSharing()])
     assert message(lambda: longer.load_state_dict(learner.state_dict())) == (
-        "the state has another form of plugin 'gradient-sharing': 'gate' is (2, 1) there and (3, 1) here; build the model as it was"
+        "the state has another form of plugin 'gradient-sharing': 'gate' is (2, 1) there and (3, 1) here; "
+        "use the plugin and the model as they were"
     )
     assert states_equal(before, finer.state_dict())
 

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.plugins import placeless
 
 from metaplug import MetaLearner, Plugin, PluginUse, RequestError, RunError, hookimpl, registry
 from metaplug.chain import Chain
@@ -142,7 +143,7 @@ def test_a_fault_names_it_as_any_other():
 
     with pytest.raises(RunError) as error:
         problem().learner(plugins=[halve_them, broken]).fit(Stream(), iterations=1)
-    assert str(error.value) == "plugin 'broken' in transform_gradients (link 2 of 2, iteration 0, inner step 0) failed: KeyError: 0"
+    assert placeless(error.value) == "plugin 'broken' in transform_gradients (link 2 of 2, iteration 0, inner step 0) failed: KeyError: 0"
     assert isinstance(error.value.__cause__, KeyError)
 
 
@@ -278,6 +279,13 @@ def check(**members):
     with pytest.raises(RequestError) as error:
         check_plugin(type("Mine", (Plugin,), members), "mine")
     return str(error.value)
+
+
+def test_a_class_whose_only_method_is_a_misspelt_and_unmarked_hook_is_refused():
+    assert check(transform_gradint=lambda self, gradients: gradients) == (
+        "plugin 'mine' implements no hook, so that nothing would call its method transform_gradint (did you mean 'transform_gradients'?): "
+        "name it as a hook and put @hookimpl above it"
+    )
 
 
 def test_a_star_is_refused():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,10 @@ def run_figure(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     Args:
         metrics: the lines of metrics.jsonl, at least one.
     """
-    groups = _grouped(metrics[0]["figures"])
-    names = dict(islice(groups.items(), MOST_GROUPS))
+    fetched = [line for line in metrics if line["figures"]]  # with runtime.metrics_every, not every line
+    groups = _grouped(fetched[-1]["figures"] if fetched else ())
+    # The last plugins of the list are those that a user put behind a preset's.
+    names = {group: groups[group] for group in groups if group in list(groups)[-MOST_GROUPS:]}
     count = 2 + len(names)
     figure = Figure(figsize=(WIDTH, 0.4 + 2.1 * count), dpi=DPI, layout="constrained")
     grid = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
@@ -86,8 +88,10 @@ def run_figure(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes, (group, members) in zip(grid[2:], names.items(), strict=True):
         style(axes, "", "", group)
         for index, name in enumerate(members):
-            values = [line["figures"][name] for line in metrics]
-            axes.plot(iterations, values, color=COLOURS[(index + 1) % len(COLOURS)], linewidth=1.5, label=name.rpartition("/")[2])
+            having = [line for line in fetched if name in line["figures"]]
+            values = [line["figures"][name] for line in having]
+            iterations, colour = [line["iteration"] for line in having], COLOURS[(index + 1) % len(COLOURS)]
+            axes.plot(iterations, values, color=colour, linewidth=1.5, label=name.rpartition("/")[2])
         if 1 < len(members) <= 8:
             axes.legend(frameon=False, fontsize=8, ncols=len(members), loc="best")
     more = f" ({len(groups) - len(names)} more kinds of figures are in metrics.jsonl)" if len(groups) > len(names) else ""

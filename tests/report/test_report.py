@@ -20,6 +20,7 @@ from metaplug.comparison import Comparison, Curve, Point, SeedRun, Variant
 from metaplug.config import ExperimentConfig
 from metaplug.engine import MetaStep
 from metaplug.evaluation import Metric
+from metaplug.report import figures
 from metaplug.report.catalogue import SettingRow, rows
 from metaplug.report.console import line
 from metaplug.report.figures import _wrapped, comparison_figure, run_figure
@@ -124,6 +125,17 @@ def test_the_figure_of_a_run(tmp_path: Path, figures: dict[str, float], validate
     run_figure(metrics(figures, validated), tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert (picture.format, picture.size) == ("PNG", (1200, height))
+
+
+def test_the_figure_of_a_run_whose_figures_were_fetched_now_and_then_shows_the_last_plugins(tmp_path: Path) -> None:
+    lines = metrics({f"{plugin}.figure/{step}": 0.5 for plugin in "abcdefghij" for step in range(2)}, True)
+    for place, values in enumerate(lines):
+        values["figures"] = values["figures"] if place % 3 == 2 else {}
+    titles: list[str] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(figures, "style", lambda axes, x, y, title: titles.append(title))
+        run_figure(lines, tmp_path / "curves.png")
+    assert titles[2:] == [f"{plugin}.figure" for plugin in "abcdefghij"][-figures.MOST_GROUPS :]
 
 
 def record(iteration: int, validation: EvaluationResult | None = None) -> Record:

@@ -1,6 +1,7 @@
 """Every first-party plugin, ready to be put into a chain; and one that looks at what passes."""
 
 import itertools
+import re
 
 import torch
 
@@ -26,6 +27,11 @@ def hooks(name):
     """The hooks through which a plugin changes what is computed."""
     kind = registry.load("plugin", name)
     return {hook for hook in dir(kind) if getattr(getattr(kind, hook), "metaplug_impl", None)} - {"setup", "commit", "end_meta_step"}
+
+
+def placeless(error):
+    """The text of an error without the file and line of the plugin that made it."""
+    return re.sub(r" at \w+\.py:\d+", "", str(error))
 
 
 class Spy(Plugin):
