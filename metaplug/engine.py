@@ -187,7 +187,7 @@ class Engine:
         return MetaStep(self.iteration, float(told[0]), float(told[1]), meta_lr, self.chain.figures(iteration, total))
 
     def meta_steps(self, batches: Iterable[TaskBatch], total: int) -> list[MetaStep]:
-        """One meta-update on each batch in turn, without waiting for the device until the last; plugins give their figures then.
+        """One meta-update on each batch in turn, at least one; only behind the last the device is waited for, and plugins give figures.
 
         Raises:
             RunError: as meta_step; what was updated from that batch on is taken back.
@@ -203,12 +203,11 @@ class Engine:
         if not all(finite for *_, finite in rows):
             self._restore(before)
             return [self.meta_step(batch, total) for batch in done]
-        last = self.chain.figures(self.iteration - 1, total)
-        figures = [*({} for _ in rows[1:]), last]
-        return [
-            MetaStep(begun + place, outer_loss, norm, rate, found)
-            for place, ((outer_loss, norm, _), rate, found) in enumerate(zip(rows, rates, figures, strict=True), 1)
+        steps = [
+            MetaStep(begun + place, outer_loss, norm, rate, {})
+            for place, ((outer_loss, norm, _), rate) in enumerate(zip(rows, rates, strict=True), 1)
         ]
+        return [*steps[:-1], replace(steps[-1], figures=self.chain.figures(self.iteration - 1, total))]
 
     def _update(self, found: MetaGradients, total: int) -> float:
         """Step, commit and count one iteration; the meta learning rate of the model's weights."""

@@ -116,7 +116,7 @@ def _pooled(  # noqa: PLR0917 -- the arguments are torch's, in torch's order
 
 
 class _MaxPool2d(torch.autograd.Function):
-    """Max-pooling through torch's kernel for channels that lie last: the same numbers, up to ten times as fast as that for planes.
+    """Max-pooling through torch's kernel for channels that lie last: the same numbers, faster than that for planes.
 
     Its derivative is torch's own, on planes again, as mixed layouts would slow down all that follows.
     """

@@ -189,7 +189,7 @@ class InnerLoop:
 
     def orders_of(self, iteration: int, total: int) -> tuple[int, ...]:
         """The derivative order of every inner step of a training iteration, as the plugins have it."""
-        if "derivative_order" not in self.chain.order():
+        if not self.chain.links("derivative_order"):
             return (2,) * self.inner_steps
         first = InnerStep(0, self.inner_steps, self.inner_steps, iteration, total, True)
         return tuple(self._order(replace(first, index=index)) for index in range(self.inner_steps))

@@ -39,7 +39,7 @@ def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[
 
 
 def _widen_products(graph: torch.fx.GraphModule) -> None:
-    """On a CPU, write A B with more rows than columns as (Bᵀ Aᵀ)ᵀ: the same numbers, in half of the time or less where the columns are few.
+    """On a CPU, write A B with more rows than columns as (Bᵀ Aᵀ)ᵀ: the same numbers, in less time where the columns are few.
 
     Such products come from differentiating a weight gradient once more: autograd has no say in their form, a graph has.
     """
