@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metaplug import registry
 from metaplug.errors import RequestError, RunError, quoted
+from metaplug.files import replacing
 from metaplug.preset import PluginUse
 
 FORMAT = 2
@@ -46,28 +45,6 @@ def write(path: Path, state: dict[str, Any]) -> None:
         torch.save({"format": FORMAT, **state}, file)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into, which then takes the place of `path`: at every moment that is the whole old file or the whole new one.
-
-    Raises:
-        RunError: as for `write`.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        raise RunError(f"cannot write {path}: {error}; an older one there is untouched") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
 def read(path: Path) -> dict[str, Any]:
     """The state that `write` wrote, on the CPU.
 
@@ -91,18 +68,6 @@ def read(path: Path) -> dict[str, Any]:
     if missing := [key for key in KEYS if key not in state]:
         raise RunError(f"{path} is not a whole metaplug checkpoint, as it lacks {quoted(missing)}: use another one of the run")
     return state
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; folders cannot be opened everywhere."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def model_spec(model: nn.Module) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from metaplug.config import ExperimentConfig, flatten, to_yaml
 from metaplug.errors import RequestError, RunError
 from metaplug.evaluation import better
 from metaplug.experiment import Experiment, build, environment, result_values, to_json
+from metaplug.files import replacing
 from metaplug.history import Record
 from metaplug.runtime.distributed import ALONE, World
 from metaplug.settings import read_yaml, validated
@@ -276,7 +277,7 @@ def _cut(metrics: Path, iterations: int) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    with checkpoint.replacing(path) as file:
+    with replacing(path) as file:
         file.write(text.encode())
 
 

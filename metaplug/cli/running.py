@@ -255,8 +255,8 @@ def _write_folder(comparison: Comparison, report: Any, out: Path) -> None:
 
 
 def _write_json(values: Any, path: Path) -> None:
-    from metaplug.checkpoint import replacing
     from metaplug.experiment import to_json
+    from metaplug.files import replacing
 
     with replacing(path) as file:
         file.write((to_json(values, indent=2) + "\n").encode())

@@ -10,9 +10,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from metaplug.checkpoint import replacing
 from metaplug.comparison import Comparison, Curve
 from metaplug.evaluation import Metric
+from metaplug.files import replacing
 
 COLOURS = ("#4D4D4D", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's colours, which colour-blind readers can tell apart; grey for the baseline."""
