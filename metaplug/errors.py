@@ -31,13 +31,20 @@ def quoted(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in names) or "none"
 
 
+def one_line(text: object, most: int = 200) -> str:
+    """What somebody else wrote, such as the content of a file, fit for a message: printable, without line breaks, of bounded length."""
+    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(text)[: 4 * most].split()))
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The nearest known name as a hint, or every known name where none is near."""
+    """The nearest known name as a hint, or the known names, a hundred at most, where none is near."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean '{near[0]}'?" if near else f"known: {quoted(known)}"
+    more = f" and {len(known) - 100} more" if len(known) > 100 else ""
+    return f"did you mean '{near[0]}'?" if near else f"known: {quoted(known[:100])}{more}"
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> RequestError:
     """The error for a name that is not known, with the nearest one offered."""
-    return RequestError(f"unknown {kind} '{name}': {did_you_mean(name, known)}")
+    return RequestError(f"unknown {kind} '{one_line(name)}': {did_you_mean(name, known)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,9 +11,9 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from metaplug import registry
-from metaplug.errors import RequestError, did_you_mean
+from metaplug.errors import RequestError, did_you_mean, one_line
 from metaplug.plugin import Plugin
-from metaplug.settings import Settings, read_yaml, validated
+from metaplug.settings import Settings, StrictLoader, read_yaml, validated
 from metaplug.shortest import Shortest, is_shortest, plugin_of
 
 YAML_ENDINGS = (".yaml", ".yml")
@@ -64,6 +64,10 @@ class Preset(Settings):
     def _only_settings(cls, value: dict[str, Any]) -> dict[str, Any]:
         if wrong := {"preset", "plugins", "tasks"} & value.keys():
             raise ValueError(f"a preset sets no {sorted(wrong)[0]} by default: list plugins in its own field")
+        model = value.get("model")
+        name = model.get("name") if isinstance(model, Mapping) else None
+        if isinstance(name, str) and ":" in name and not name.startswith("torchvision:"):
+            raise ValueError(f"a preset contains no code, as its model '{one_line(name)}' is: give that by --model, or in a configuration")
         return value
 
 
@@ -152,6 +156,9 @@ def _setting(plugin: str, pair: str) -> tuple[str, Any]:
 def read_scalar(text: str) -> Any:
     """A value as YAML reads it on one line: numbers, true and false, null, [lists], {maps}, else text."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        reason = one_line(error.problem or error.context)
+        raise RequestError(f"'{text}' cannot be read as a value: {reason}; put it in quotes to have text") from None
     except yaml.YAMLError as error:
-        raise RequestError(f"'{text}' cannot be read as a value: {' '.join(str(error).split())}") from None
+        raise RequestError(f"'{text}' cannot be read as a value: {one_line(error)}") from None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib import metadata
+from importlib.metadata import EntryPoint
 from typing import Any
 
 from metaplug.errors import RequestError, RunError, unknown
@@ -31,6 +33,18 @@ class Part:
     def origin(self) -> str:
         """Distribution and version in one."""
         return self.distribution if self.version is None else f"{self.distribution} {self.version}"
+
+
+def entry_points(group: str) -> list[EntryPoint]:
+    """What installed packages offer in a group; of one that is found twice, what Python would import counts.
+
+    The current folder offers nothing: it may be what somebody sent. Nor does what a build has left there hide what is installed.
+    """
+    found: dict[str, list[EntryPoint]] = {}
+    for distribution in metadata.distributions(path=[place for place in sys.path if place]):
+        if entries := list(distribution.entry_points.select(group=group)):
+            found.setdefault(distribution.name, entries)
+    return [entry for entries in found.values() for entry in entries]
 
 
 def names(kind: str) -> list[str]:

@@ -116,9 +116,8 @@ class GradientSharing(Plugin):
         else:
             self.register_buffer("running", running)
         self.register_buffer("started", torch.full((slots,), self.config.statistics == "learned", device=context.device))
-        self.register_buffer(
-            "tensor_of", torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(context.device), persistent=False
-        )
+        tensor_of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes), output_size=sum(sizes))
+        self.register_buffer("tensor_of", tensor_of.to(context.device), persistent=False)
         by_step, by_tensor = "step" in self.config.granularity, "tensor" in self.config.granularity
         shape = (slots if by_step else 1, len(sizes) if by_tensor else 1)
         for name, value, learn in (

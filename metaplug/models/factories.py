@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from metaplug import registry
-from metaplug.errors import RequestError, RunError, did_you_mean, unknown
+from metaplug.errors import RequestError, RunError, did_you_mean, one_line, unknown
 from metaplug.models.parts import check_images
 
 
@@ -34,6 +36,21 @@ def make_model(name: str, input_shape: tuple[int, ...], outputs: int, settings: 
         return _classifier(name, attribute, input_shape, outputs, settings)
     factory = _factory(name, module, attribute) if colon else registry.load("model", name)
     return _made(name, factory, settings, input_shape, outputs)
+
+
+def is_own(name: str) -> bool:
+    """Whether a model is MODULE:FACTORY, which is code that its name makes run."""
+    module, colon, _ = name.partition(":")
+    return bool(colon) and module != "torchvision"
+
+
+def origin_of(name: str, settings: Mapping[str, Any]) -> str | None:
+    """What made a model MODULE:FACTORY, in a line for whoever named it; None for another model."""
+    if not is_own(name):
+        return None
+    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    given = f" with the settings {one_line(dict(settings))}" if settings else ""
+    return f"the model is made by {name}{f' in {Path(file).resolve()}' if file else ''}{given}"
 
 
 def _factory(name: str, module: str, attribute: str) -> Callable[..., Any]:
@@ -86,7 +103,7 @@ def _made(name: str, factory: Callable[..., Any], settings: Mapping[str, Any], *
         model = factory(*args, **kwargs, **settings)
     except TypeError as error:
         raise RequestError(
-            f"the model '{name}' cannot be made with the settings {dict(settings)} ({_reason(error)}): "
+            f"the model '{name}' cannot be made with the settings {one_line(dict(settings), 400)} ({_reason(error)}): "
             "correct model.settings, or what the factory takes"
         ) from error
     if not isinstance(model, nn.Module):

@@ -216,7 +216,7 @@ class Counting(nn.Module):
 
 def test_the_trial_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Counting()
-    model.drop.eval()
+    model.eval().drop.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     stream = torch.random.get_rng_state()
     monkeypatch.setattr("metaplug.experiment.make_model", lambda *_: model)
@@ -224,7 +224,7 @@ def test_the_trial_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), stream)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert [module.training for module in model.modules()] == [True, True, False, True]
+    assert [module.training for module in model.modules()] == [False, False, True, False]
 
 
 # Runs.
@@ -234,7 +234,8 @@ def test_a_run_of_a_factory_is_trained_and_evaluated_from_the_command_line(mine:
     sys.path.remove("")
     options = ["--tasks", "sinusoid", "--iterations", "2", "--tasks-per-batch", "2", "--inner-lr", "0.01", "--device", "cpu"]
     options += ["--set", "training.test_tasks=4", "--set", "training.validation_tasks=2", "--set", "model.settings.hidden=3"]
-    for command in (["train", "--model", "my_models:make", *options, "--name", "own"], ["evaluate", "runs/own", "--json"]):
+    named = ["--model", "my_models:make"]
+    for command in (["train", *named, *options, "--name", "own"], ["evaluate", "runs/own", *named, "--json"]):
         capfd.readouterr()
         with pytest.raises(SystemExit) as stopped:
             main(command)

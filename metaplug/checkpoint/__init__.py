@@ -2,71 +2,58 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metaplug import registry
-from metaplug.errors import RequestError, RunError, quoted
+from metaplug.checkpoint import archive
+from metaplug.checkpoint.form import check_form, not_whole
+from metaplug.errors import RequestError, RunError, one_line
 from metaplug.files import replacing
 from metaplug.preset import PluginUse
 
 FORMAT = 2
 """The number of the layout; a file with another is refused."""
 
-KEYS = (
-    "iteration",
-    "total",
-    "kind",
-    "seed",
-    "settings",
-    "task_batching",
-    "custom_loss",
-    "model_spec",
-    "model",
-    "plugins",
-    "plugin_states",
-    "optimizer",
-)
-"""What every learner's state has: see MetaLearner.state_dict."""
-
 
 def write(path: Path, state: dict[str, Any]) -> None:
     """Write a state as a whole or not at all.
 
     Raises:
-        RunError: the disk is full, or the folder cannot be written; an older file at `path` is as it was.
+        RunError: the disk is full, or the folder cannot be written; or the state has something that `read` would refuse. An older file at
+            `path` is as it was.
     """
+    state = {"format": FORMAT, **state}
+    try:
+        archive.check(state)
+    except archive.ArchiveError as error:
+        raise RunError(f"cannot write {path}: {error}, which no checkpoint keeps; keep plain values and tensors in the model") from None
     with replacing(path) as file:
-        torch.save({"format": FORMAT, **state}, file)
+        torch.save(state, file)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The state that `write` wrote, on the CPU.
+    """The state that `write` wrote, on the CPU. Nothing in the file is executed, every byte that is used is verified, and its form checked.
 
     Raises:
         RunError: no such file, not a checkpoint (truncated, damaged, or with code inside), or one of another version.
     """
     try:
-        with warnings.catch_warnings():
-            # torch doubts pickles that it did not write, which are refused here anyway.
-            warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = archive.load(path)
     except FileNotFoundError:
         raise RunError(f"there is no checkpoint {path}: train first, or give another path") from None
-    except Exception as error:  # bytes that are no checkpoint can lead the reader into any error
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise RunError(f"{path} is not a whole metaplug checkpoint ({reason}): use another one of the run") from None
+    except Exception as error:  # bytes that are no checkpoint can lead the readers of zips and pickles into any error
+        raise not_whole(path, str(error) or type(error).__name__) from None
     if not isinstance(state, dict) or "format" not in state:
         raise RunError(f"{path} is not a metaplug checkpoint: give a file that MetaLearner.save or `metaplug train` wrote")
-    if state["format"] != FORMAT:
-        raise RunError(f"{path} has layout {state['format']}, this metaplug reads {FORMAT}: use the version of metaplug that wrote it")
-    if missing := [key for key in KEYS if key not in state]:
-        raise RunError(f"{path} is not a whole metaplug checkpoint, as it lacks {quoted(missing)}: use another one of the run")
+    if type(state["format"]) is not int or state["format"] != FORMAT:
+        layout = one_line(repr(state["format"]))
+        raise RunError(f"{path} has layout {layout}, this metaplug reads {FORMAT}: use the version of metaplug that wrote it")
+    check_form(state, str(path))
     return state
 
 
@@ -96,13 +83,3 @@ def plugin_use(use: Mapping[str, Any], path: str | Path) -> PluginUse:
             f"{path} was trained with the plugin '{use['name']}', which is not an installed part: give MetaLearner.load(..., plugins=...)"
         )
     return PluginUse(plugin=use["part"], name=use["name"], settings=use["settings"])
-
-
-def check_shapes(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str, mend: str = "build the model as it was") -> None:
-    """Refuse saved tensors of other names or shapes than `own`; `what` begins the sentence."""
-    missing, extra = [name for name in own if name not in saved], [name for name in saved if name not in own]
-    if missing or extra:
-        raise RunError(f"{what}: it lacks {quoted(missing[:3])} and has {quoted(extra[:3])} beside; {mend}")
-    for name, tensor in own.items():
-        if saved[name].shape != tensor.shape:
-            raise RunError(f"{what}: '{name}' is {tuple(saved[name].shape)} there and {tuple(tensor.shape)} here; {mend}")
