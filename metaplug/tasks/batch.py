@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,11 +123,12 @@ class TaskBatch:
         moved = [tensor.to(device) for tensor in tensors]
         return self if all(tensor is getattr(self, name) for name, tensor in zip(_FIELDS, moved, strict=True)) else TaskBatch(*moved)
 
-    def check_values(self, outputs: int | None) -> None:
+    def check_values(self, outputs: int | None, number: Callable[[int], int] = lambda task: task) -> None:
         """Check what shapes do not show; it waits for the device once per tensor.
 
         Args:
             outputs: the model's number of outputs (>= 1), against which integer labels are checked; None leaves labels unchecked.
+            number: from a place in the batch to the number by which an error names that task; default: the place.
 
         Raises:
             RunError: NaN or Inf in an input or in a floating-point target; the field and the first such task are named.
@@ -137,7 +138,7 @@ class TaskBatch:
             value: Tensor = getattr(self, name)
             if value.is_floating_point() and not torch.isfinite(value).all():
                 task = int((~torch.isfinite(value)).flatten(1).any(1).nonzero()[0])
-                raise RunError(f"{name} of task {task} holds NaN or Inf, on which no loss is defined: clean the data of that task")
+                raise RunError(f"{name} of task {number(task)} holds NaN or Inf, on which no loss is defined: clean the data of that task")
         self.check_labels(outputs)
 
     def check_labels(self, outputs: int | None) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
+from itertools import islice
 from typing import Protocol, Self
 
 import numpy as np
@@ -123,6 +127,15 @@ class ClassImages:
         if self.images.dtype == torch.float32 and not bool(((self.images >= 0) & (self.images <= 1)).all()):
             raise RequestError("class images: float32 images go beyond 0 to 1: scale them, or give uint8 (0 to 255)")
 
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """Of each class, in the order of names, 32 hexadecimal digits (BLAKE2b) of its images' bytes, whatever their order.
+
+        Two classes have the same images, of one dtype, if and only if they have the same digest; computed at the first use.
+        """
+        images = (blake2b(image.data, digest_size=16).digest() for image in self.images.cpu().contiguous().numpy())
+        return tuple(blake2b(b"".join(sorted(islice(images, count))), digest_size=16).hexdigest() for count in self.counts)
+
 
 class ImageEpisodes:
     """N-way tasks over class images. A TaskStream.
@@ -197,6 +210,11 @@ class ImageEpisodes:
         inputs = [self._augmented(self._gather(part), by_class, own).flatten(1, 2) for part, own in zip(parts, moves, strict=True)]
         return TaskBatch(inputs[0], self._labels(parts[0]), inputs[1], self._labels(parts[1]))
 
+    @cached_property
+    def identities(self) -> dict[str, str]:
+        """By name of a class, the digest of its images, whichever split, size of task or augmentation."""
+        return dict(zip(self.classes.names, self.classes.digests, strict=True))
+
     def to(self, device: torch.device | str) -> ImageEpisodes:
         """The same tasks, gathered on `device`: the images are moved there once, and no batch is copied over afterwards.
 
@@ -205,6 +223,7 @@ class ImageEpisodes:
         images = self.classes.images
         if images.numel() * images.element_size() > self.options.memory_mib * 2**20:
             return self
+        _ = self.identities  # while the images are here
         moved = copy(self)
         moved.classes = replace(self.classes, images=images.to(device))
         return moved
@@ -292,12 +311,23 @@ class ImageEpisodes:
 
 
 def allocate(shape: tuple[int, ...], memory_mib: int) -> NDArray[np.uint8]:
-    """An array for images: in memory, or beyond `memory_mib` in a temporary file without a name, which goes when the array goes."""
+    """An array for images: in memory, or beyond `memory_mib` in a temporary file without a name, which goes when the array goes.
+
+    Raises:
+        RequestError: the disk has no room for the file.
+    """
     size = math.prod(shape)
     if size <= memory_mib * 2**20:
         return np.empty(shape, np.uint8)
     with tempfile.TemporaryFile() as file:
-        file.truncate(size)
+        try:
+            # Without its blocks reserved, a full disk would end the process in the middle of a copy (SIGBUS).
+            os.posix_fallocate(file.fileno(), 0, size) if hasattr(os, "posix_fallocate") else file.truncate(size)
+        except OSError as error:
+            raise RequestError(
+                f"{shape[0]} images need {size // 2**20} MiB, more than memory_mib = {memory_mib}, and a file of that size in "
+                f"{tempfile.gettempdir()} cannot be had ({error.strerror}): lower 'size', or point TMPDIR to a larger disk"
+            ) from None
         return np.memmap(file, np.uint8, "r+", shape=shape)
 
 

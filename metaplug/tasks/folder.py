@@ -20,12 +20,17 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
-from metaplug.errors import RequestError, quoted, unknown
+from metaplug.errors import RequestError, one_line, quoted, unknown
 from metaplug.settings import validated
 from metaplug.tasks.episodes import ClassImages, EpisodeOptions, allocate
+from metaplug.tasks.reading import UNPRINTABLE, read_regular, reason
 from metaplug.tasks.sources import SPLITS, SPLITS_FORM, ImageSource, SplitFractions, by_fractions, read_splits
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# Pillow goes by the content, not by the name: without the list, an EPS named .png would be given to Ghostscript.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_MOST_SCANS = 1000
+"""Of a progressive JPEG. Cameras write about ten; each takes the time of the whole image, and only a few bytes."""
 _MOST_BYTES = 64 * 2**20
 _MOST_PIXELS = 50_000_000
 _SPLIT_FILE = "splits.json"
@@ -61,12 +66,24 @@ class _File:
         return self.member.file_size if self.member else self.path.stat().st_size
 
     def read(self) -> bytes:
+        """All bytes.
+
+        Raises:
+            RequestError: there are more than are read.
+            Exception: whatever zipfile raises, or an OSError, as the file cannot be read.
+        """
         size = self.size
         if size > _MOST_BYTES:
             raise RequestError(
                 f"the image {self} has {size} bytes, more than the {_MOST_BYTES} that are read: make it smaller, or remove it"
             )
-        return self.archive.read(self.member) if self.archive and self.member else self.path.read_bytes()
+        if not (self.archive and self.member):
+            return read_regular(self.path, _MOST_BYTES)
+        with self.archive.open(self.member) as file:
+            data = file.read(size + 1)  # read() without a number unpacks all that is there, whatever the size that is stated
+        if len(data) != size:
+            raise ValueError(f"it has {len(data)} bytes, but the zip states {size}")
+        return data
 
 
 Classes = Mapping[str, Sequence[_File]]
@@ -117,6 +134,13 @@ class Folder(ImageSource):
 
 def _find(root: Path, stack: ExitStack) -> dict[str, list[_File]]:
     """All classes below the root, in order of their names; zips stay open until the stack closes."""
+    try:
+        return _found(root, stack)
+    except (OSError, RecursionError) as error:
+        raise RequestError(f"cannot read the folder {root}: {reason(error)}; give one that you may read") from None
+
+
+def _found(root: Path, stack: ExitStack) -> dict[str, list[_File]]:
     if root.is_dir():
         found = [_group(_files_of(root))]
         zips = sorted(path for path in root.iterdir() if path.suffix.lower() == ".zip" and path.is_file())
@@ -143,8 +167,9 @@ def _find(root: Path, stack: ExitStack) -> dict[str, list[_File]]:
     return dict(sorted(classes.items()))
 
 
-def _listing(files: Sequence[_File]) -> list[tuple[str, int]]:
-    return [(PurePosixPath(file.name).name, file.size) for file in files]
+def _listing(files: Sequence[_File]) -> list[tuple[str, int, int]]:
+    sums = (file.member.CRC if file.member else zlib.crc32(file.read()) for file in files)
+    return [(PurePosixPath(file.name).name, file.size, crc) for file, crc in zip(files, sums, strict=True)]
 
 
 def _group(files: Iterable[_File]) -> dict[str, list[_File]]:
@@ -162,8 +187,13 @@ def _is_image(name: str) -> bool:
 
 def _files_of(root: Path) -> list[_File]:
     paths = (Path(folder, name) for folder, _, names in os.walk(root, onerror=_refuse) for name in names)
-    files = [_File(path.relative_to(root).as_posix(), path) for path in paths]
-    return [file for file in files if _is_image(file.name)]
+    files = [file for path in paths if _is_image((file := _File(path.relative_to(root).as_posix(), path)).name)]
+    for file in files:
+        if UNPRINTABLE.search(file.name):
+            raise RequestError(f"the name of the image {str(file.path)!a} is not UTF-8, or has a line break or the like: rename it")
+        if not file.path.is_file():
+            raise RequestError(f"the image {file} is no file, but a pipe, a device or a link to nothing: remove it")
+    return files
 
 
 def _refuse(error: OSError) -> None:
@@ -173,17 +203,46 @@ def _refuse(error: OSError) -> None:
 def _members_of(path: Path, stack: ExitStack) -> list[_File]:
     try:
         archive = stack.enter_context(zipfile.ZipFile(path))
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise RequestError(f"{path} is no readable zip ({error}): it may be empty or cut short; copy or download it again") from None
+    except Exception as error:  # zipfile fails in many ways
+        raise RequestError(
+            f"{path} is no readable zip ({reason(error)}): it may be empty or cut short; copy or download it again"
+        ) from None
     for member in archive.infolist():
         # Windows' reading of a name is the stricter one: it knows drives, and both slashes.
         name = PureWindowsPath(member.filename)
         if name.anchor or ".." in name.parts or stat.S_ISLNK(member.external_attr >> 16):
-            raise RequestError(f"{path} is refused, since its member '{member.filename}' points outside it: make the zip anew without it")
-    images = [member for member in archive.infolist() if not member.is_dir() and _is_image(member.filename)]
+            raise RequestError(
+                f"{path} is refused, since its member '{one_line(member.filename, 80)}' points outside it: make the zip anew without it"
+            )
+    images = [member for member in archive.infolist() if _is_image(member.filename)]
+    _check(path, images)
     tops = {PurePosixPath(member.filename).parts[0] for member in images}
     wrapping = int(len(tops) == 1 and all(len(PurePosixPath(member.filename).parts) > 2 for member in images))
     return [_File(str(PurePosixPath(*PurePosixPath(member.filename).parts[wrapping:])), path, archive, member) for member in images]
+
+
+def _check(path: Path, images: Sequence[zipfile.ZipInfo]) -> None:
+    """That no member takes more to read than its share of the zip, and each has a name of its own."""
+    seen: set[str] = set()
+    for member in images:
+        fault = None
+        if UNPRINTABLE.search(member.filename):
+            fault = "has a line break or the like in its name"
+        elif len(member.filename) > 1000:
+            fault = "has more than 1000 characters in its name"
+        elif member.filename in seen:
+            fault = "stands in it twice"
+        elif member.flag_bits & 1:
+            fault = "is encrypted"
+        elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            fault = "is packed in another way than most zips"  # LZMA takes what memory it is told to
+        if fault is not None:
+            raise RequestError(
+                f"{path} is refused, since its member '{one_line(member.filename, 80)}' {fault}: make the zip anew without that"
+            )
+        seen.add(member.filename)
+    if sum(member.compress_size for member in images) > path.stat().st_size:
+        raise RequestError(f"{path} is refused, since its members overlap, as a few bytes would unpack to very many: make the zip anew")
 
 
 def _split(classes: Classes, root: Path, config: FolderConfig) -> tuple[Classes, dict[str, list[str]]]:
@@ -222,7 +281,7 @@ def _read_splits(path: Path, classes: Sequence[str]) -> dict[str, list[str]]:
         for name in given[split]:
             taken = [one for one in classes if one == name or one.startswith(f"{name}/")]
             if not taken:
-                raise RequestError(f"the splits {path}, {split}: {unknown('class', name, [*sorted(above), *classes])}")
+                raise RequestError(f"the splits {path}, {split}: {unknown('class', one_line(name, 80), [*sorted(above), *classes])}")
             for one in taken:
                 if owner.setdefault(one, split) != split:
                     raise _in_two_splits(one, owner[one], split)
@@ -256,14 +315,15 @@ def _read_split(classes: Classes, names: Sequence[str], config: FolderConfig) ->
 
 def _read_image(file: _File, config: FolderConfig) -> NDArray[np.uint8]:
     """(channels, height, width)."""
-    broken = (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
     try:
         data = file.read()
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(BytesIO(data)) as image:
+            with Image.open(BytesIO(data), formats=_FORMATS) as image:
                 if image.width * image.height > _MOST_PIXELS:
                     raise Image.DecompressionBombError
+                if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > _MOST_SCANS:
+                    raise ValueError(f"it has more than the {_MOST_SCANS} scans that are read")
                 pixels = _convert(image, config)
     except RequestError:
         raise
@@ -271,9 +331,9 @@ def _read_image(file: _File, config: FolderConfig) -> NDArray[np.uint8]:
         raise RequestError(
             f"the image {file} has more than the {_MOST_PIXELS} pixels that are read: make it smaller, or remove it"
         ) from None
-    except broken as error:
-        reason = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
-        raise RequestError(f"the image {file} cannot be read ({reason}): replace it, or remove it") from None
+    except Exception as error:  # on broken bytes Pillow raises struct.error, IndexError, KeyError and many more
+        words = "no known image format" if isinstance(error, UnidentifiedImageError) else reason(error)
+        raise RequestError(f"the image {file} cannot be read ({words}): replace it, or remove it") from None
     return pixels
 
 

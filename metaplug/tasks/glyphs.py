@@ -9,7 +9,6 @@ import os
 import tempfile
 import unicodedata
 import warnings
-import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,10 +22,15 @@ from pydantic import Field
 from metaplug.settings import validated
 from metaplug.tasks.episodes import ClassImages, EpisodeOptions
 from metaplug.tasks.glyph_rendering import SIDE, VARIANTS, load_faces, render_classes
+from metaplug.tasks.reading import read_regular
 from metaplug.tasks.sources import SPLITS, ImageSource
 
 TABLE_PATH = Path(__file__).with_name("glyph_table.json")
 GROUPS = ("plain", "accented")
+_DIGEST = 32
+"""Bytes of the sum at the start of a cached file."""
+_MORE_BYTES = 4096
+"""What a file may have beyond its unpacked size: the sum, and what zlib adds where it packs nothing."""
 
 _log = logging.getLogger(__name__)
 
@@ -109,7 +113,7 @@ def _load(table: Mapping[str, Any], group: str) -> dict[str, Rendered]:
     """A group's images by split, from the cache where they are there and whole, else rendered and put there."""
     letters = {split: letters_of(table[group][split]) for split in SPLITS}
     key = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
-    path = cache_folder() / f"glyphs-{group}-{key}.npz"
+    path = cache_folder() / f"glyphs-{group}-{key}.bin"
     sizes = [VARIANTS * len(letters[split]) for split in SPLITS]
     rendered = _read(path, sum(sizes))
     if rendered is None:
@@ -129,30 +133,35 @@ def _load(table: Mapping[str, Any], group: str) -> dict[str, Rendered]:
 
 
 def _read(path: Path, count: int) -> Rendered | None:
+    """What `_write` wrote: never more than it can have written is read, nor unpacked."""
+    pixels, size = count * SIDE**2, count * (SIDE**2 + 1)
     try:
-        # Opened here, since numpy leaves a file open that it finds broken.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            images, styles, checksum = archive["images"], archive["styles"], str(archive["checksum"])
+        data = read_regular(path, size + _MORE_BYTES)
+        unpacked = zlib.decompressobj().decompress(data[_DIGEST:], size + 1)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, zlib.error) as error:
         _log.info("the cached letters in %s cannot be read (%s): rendering them anew", path, error)
         return None
-    whole = images.shape == (count, 1, SIDE, SIDE) and styles.shape == (count,) and images.dtype == np.uint8 and styles.dtype == np.int64
-    if not whole or _checksum(images, styles) != checksum:
+    if len(unpacked) != size or hashlib.sha256(unpacked).digest() != data[:_DIGEST]:
         _log.info("the cached letters in %s do not agree with their checksum: rendering them anew", path)
         return None
-    return images, styles
+    found = np.frombuffer(bytearray(unpacked), np.uint8)  # a bytearray, since the array is to be writable
+    return found[:pixels].reshape(count, 1, SIDE, SIDE), found[pixels:].astype(np.int64)
 
 
 def _write(path: Path, images: NDArray[np.uint8], styles: NDArray[np.int64]) -> None:
-    """Put the letters in the cache, whole or not at all: another process may be reading, or writing the same."""
+    """Put the letters in the cache, whole or not at all: another process may be reading, or writing the same.
+
+    The file is a SHA-256 sum and, packed by zlib, what it is of: the pixels, then a byte for each image's face.
+    """
+    content = images.tobytes() + styles.astype(np.uint8).tobytes()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
-                np.savez_compressed(file, images=images, styles=styles, checksum=np.array(_checksum(images, styles)))
+                file.write(hashlib.sha256(content).digest() + zlib.compress(content))
             Path(temporary).replace(path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -161,8 +170,5 @@ def _write(path: Path, images: NDArray[np.uint8], styles: NDArray[np.int64]) -> 
         _log.info("the letters are not cached, since %s cannot be written (%s): they are rendered at every start", path, error)
 
 
-def _checksum(*arrays: NDArray[Any]) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
+def _checksum(images: NDArray[np.uint8]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()

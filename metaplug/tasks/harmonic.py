@@ -14,6 +14,7 @@ from metaplug.settings import Settings, validated
 from metaplug.tasks.batch import TaskBatch
 from metaplug.tasks.draws import draw, normal, uniform
 from metaplug.tasks.episodes import ExampleCounts
+from metaplug.tasks.identities import identity_of_stream
 from metaplug.tasks.sources import SPLITS, TaskSource
 
 _Bound = Annotated[float, Field(ge=-1000, le=1000)]
@@ -45,6 +46,7 @@ class HarmonicStream:
         self.split = split
         self.form = validated(ExampleCounts, {"shots": shots, "queries": queries}, "tasks")
         self.seed = seed
+        self.identities = identity_of_stream("harmonic", config.model_dump_json(), split, seed)
 
     def batch(self, iteration: int, indices: Sequence[int] | range) -> TaskBatch:
         """The tasks `indices` of one iteration: every tensor (T, examples, 1), float32, on the CPU."""

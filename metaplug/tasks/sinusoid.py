@@ -14,6 +14,7 @@ from metaplug.settings import Settings, validated
 from metaplug.tasks.batch import TaskBatch
 from metaplug.tasks.draws import draw, uniform
 from metaplug.tasks.episodes import ExampleCounts
+from metaplug.tasks.identities import identity_of_stream
 from metaplug.tasks.sources import SPLITS, TaskSource
 
 
@@ -41,6 +42,7 @@ class SinusoidStream:
         self.split = split
         self.form = validated(ExampleCounts, {"shots": shots, "queries": queries}, "tasks")
         self.seed = seed
+        self.identities = identity_of_stream("sinusoid", config.model_dump_json(), split, seed)
 
     def batch(self, iteration: int, indices: Sequence[int] | range) -> TaskBatch:
         """The tasks `indices` of one iteration: every tensor (T, examples, 1), float32, on the CPU."""

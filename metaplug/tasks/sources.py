@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from metaplug.errors import RequestError, unknown
+from metaplug.errors import RequestError, one_line, unknown
 from metaplug.settings import Settings, validated
 from metaplug.tasks.episodes import ClassImages, EpisodeOptions, ImageEpisodes, TaskStream
+from metaplug.tasks.reading import read_regular, reason
 
 SPLITS = ("train", "val", "test")
+_MOST_BYTES_OF_SPLITS = 64 * 2**20
 SPLITS_FORM = '{"train": [names], "val": [names], "test": [names]}'
 
 
@@ -57,17 +59,31 @@ def read_splits(path: Path, of: str) -> dict[str, list[Any]]:
         RequestError: the file cannot be read, is not JSON, or has not that form; it is named.
     """
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = json.loads(read_regular(path, _MOST_BYTES_OF_SPLITS), object_pairs_hook=_once, parse_constant=_no_number)
     except OSError as error:
-        raise RequestError(f"cannot read the splits {path}: {error.strerror}; give a JSON file {SPLITS_FORM}") from None
-    except ValueError as error:
-        raise RequestError(f"the splits {path} are not JSON ({error}): write {SPLITS_FORM}") from None
-    if not isinstance(given, dict) or not all(isinstance(names, list) for names in given.values()):
+        raise RequestError(f"cannot read the splits {path}: {reason(error)}; give a JSON file {SPLITS_FORM}") from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the splits {path} are not JSON ({reason(error)}): write {SPLITS_FORM}") from None
+    lists = list(given.values()) if isinstance(given, dict) else [None]
+    if not all(isinstance(names, list) and all(isinstance(name, str | int | float) for name in names) for names in lists):
         raise RequestError(f"the splits {path} are not lists of {of} names by split: write {SPLITS_FORM}")
     for split in given:
         if split not in SPLITS:
-            raise RequestError(f"the splits {path}: {unknown('split', split, SPLITS)}")
+            raise RequestError(f"the splits {path}: {unknown('split', one_line(split, 80), SPLITS)}")
+    return dict(given)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a key that stands twice, JSON takes the last in silence."""
+    given = dict(pairs)
+    if len(given) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key '{one_line(next(key for key in keys if keys.count(key) > 1), 80)}' stands twice")
     return given
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no JSON")
 
 
 class TaskSource(ABC):
@@ -125,7 +141,8 @@ class ImageSource(TaskSource):
         ways, shots, queries, seed: as for ImageEpisodes.
 
     Raises:
-        RequestError: a class stands in two splits, images of two splits differ in shape, or as ImageEpisodes raises.
+        RequestError: a class stands in two splits, also under two names, images of two splits differ in shape, or as ImageEpisodes
+            raises.
     """
 
     train: ImageEpisodes
@@ -174,6 +191,13 @@ class ImageSource(TaskSource):
                     f"images of the {one} split have shape {tuple(splits[one].images.shape[1:])}, of the {other} split "
                     f"{tuple(splits[other].images.shape[1:])}, but one model takes one shape: resize them"
                 )
+            same = dict(zip(splits[one].digests, splits[one].names, strict=True))
+            for digest, name in zip(splits[other].digests, splits[other].names, strict=True):
+                if digest in same:
+                    raise RequestError(
+                        f"the class '{same[digest]}' of the {one} split and the class '{name}' of the {other} split have the same images, "
+                        f"so they would not be new to the model: leave one of them out"
+                    )
 
     def describe(self) -> dict[str, Any]:
         """The data in words and numbers, ready for JSON."""

@@ -15,15 +15,18 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from metaplug.errors import RequestError, did_you_mean, unknown
+from metaplug.errors import RequestError, did_you_mean, one_line, unknown
 from metaplug.settings import validated
 from metaplug.tasks.batch import TaskBatch
 from metaplug.tasks.draws import distinct, draw
 from metaplug.tasks.episodes import ExampleCounts
+from metaplug.tasks.identities import digest
+from metaplug.tasks.reading import UNPRINTABLE
 from metaplug.tasks.sources import SPLITS, SplitFractions, TaskSource, by_fractions, read_splits
 from metaplug.tasks.table_files import read_rows
 
 _LARGEST = torch.finfo(torch.float32).max
+_NO_NAME = "no name, as it has more than 200 characters, a line break or the like"
 _SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "bar": "|"}
 
 
@@ -63,11 +66,13 @@ class TaskRows:
         names: the tasks, sorted.
         values: (N, features + targets), float32, task after task.
         counts: how many of the rows each task has, in the order of names; their sum is N.
+        digests: of each task's name and rows as they are in the table, in the order of names; None where nothing is known of them.
     """
 
     names: tuple[str, ...]
     values: Tensor
     counts: tuple[int, ...]
+    digests: tuple[str, ...] | None = None
 
 
 class TabularStream:
@@ -92,6 +97,7 @@ class TabularStream:
         self.features = features
         self.split = split
         self.seed = seed
+        self.identities = None if rows.digests is None else dict(zip(rows.names, rows.digests, strict=True))
         fewest = min(range(len(rows.counts)), key=rows.counts.__getitem__)
         if rows.counts[fewest] < shots + queries:
             raise RequestError(
@@ -149,12 +155,18 @@ class Tabular(TaskSource):
         self._features = table.features
         self._mean, self._scale = _moments(table.values[places["train"]], config.standardise)
         values = torch.from_numpy((table.values - self._mean) / self._scale).float()
+        digests = {name: digest(name, table.values[list(table.tasks[name])].tobytes()) for split in SPLITS for name in names[split]}
         self.kind = "regression"
         self.input_shape = (len(table.features),)
         self.outputs = len(config.targets)
         self.train, self.val, self.test = (
             TabularStream(
-                TaskRows(tuple(names[split]), values[places[split]], tuple(len(table.tasks[name]) for name in names[split])),
+                TaskRows(
+                    tuple(names[split]),
+                    values[places[split]],
+                    tuple(len(table.tasks[name]) for name in names[split]),
+                    tuple(digests[name] for name in names[split]),
+                ),
                 features=len(table.features),
                 split=split,
                 shots=shots,
@@ -200,7 +212,7 @@ def _read(path: Path, config: TabularConfig) -> _Table:
     features = _features(path, header, config)
     places = {name: place for place, name in enumerate(header)}
     values = array("d")
-    tasks: dict[str, list[int]] = {}
+    tasks: dict[str, array[int]] = {}
     stated: dict[str, str] = {}
     for place, (number, cells) in enumerate(rows):
         where = f"the table {path}, row {number}"
@@ -209,17 +221,19 @@ def _read(path: Path, config: TabularConfig) -> _Table:
         task = _text(cells[places[config.task]])
         if not task:
             raise RequestError(f"{where}, column '{config.task}' names no task: name one, or leave out that row")
-        tasks.setdefault(task, []).append(place)
+        if task not in tasks and not _is_name(task):
+            raise RequestError(f"{where}, column '{config.task}': '{one_line(task, 80)}' is {_NO_NAME}: rename the task")
+        tasks.setdefault(task, array("q")).append(place)
         if config.split_column is not None:
             split = _text(cells[places[config.split_column]])
             if split not in SPLITS:
-                raise RequestError(f"{where}, column '{config.split_column}': {unknown('split', split, SPLITS)}")
+                raise RequestError(f"{where}, column '{config.split_column}': {unknown('split', one_line(split, 80), SPLITS)}")
             _assign(stated, task, split, where)
         for column in (*features, *config.targets):
             values.append(_number(cells[places[column]], where, column))
     if not tasks:
         raise RequestError(f"the table {path} has a header but no rows: give it some")
-    return _Table(features, np.array(values).reshape(-1, len(features) + len(config.targets)), tasks, stated)
+    return _Table(features, np.frombuffer(values).reshape(-1, len(features) + len(config.targets)), tasks, stated)
 
 
 def _features(path: Path, header: Sequence[str], config: TabularConfig) -> tuple[str, ...]:
@@ -227,16 +241,20 @@ def _features(path: Path, header: Sequence[str], config: TabularConfig) -> tuple
     if not header:
         raise RequestError(f"the table {path} is empty: give it a header and rows")
     if len(header) == 1:
-        raise RequestError(f"the table {path} reads as one column '{header[0]}': set separator to what stands between its columns")
+        only = one_line(header[0], 80)
+        raise RequestError(f"the table {path} reads as one column '{only}': set separator to what stands between its columns")
+    if odd := next((column for column in header if not _is_name(column)), None):
+        raise RequestError(f"the table {path}: the column '{one_line(odd, 80)}' is {_NO_NAME}: rename it")
     name, times = Counter(header).most_common(1)[0]
     if times > 1:
-        raise RequestError(f"the table {path} has {times} columns '{name}': give each a name of its own")
+        raise RequestError(f"the table {path} has {times} columns '{one_line(name, 80)}': give each a name of its own")
     named = {column: field for field, column in config.named_columns()}
+    known = [one_line(column, 80) for column in header]
     for column, field in named.items():
         if column not in header:
             raise RequestError(
                 f"the table {path} has no column '{column}', which the setting {field} names; set it to one that it has, for train by "
-                f"--set 'tasks.settings={{task: COLUMN, targets: [COLUMN]}}': {did_you_mean(column, header)}"
+                f"--set 'tasks.settings={{task: COLUMN, targets: [COLUMN]}}': {did_you_mean(column, known)}"
             )
     features = config.features or tuple(column for column in header if column not in named)
     if not features:
@@ -244,6 +262,11 @@ def _features(path: Path, header: Sequence[str], config: TabularConfig) -> tuple
     if "" in features:
         raise RequestError(f"the table {path} has a column without a name, as an index has: name it, or list the features")
     return features
+
+
+def _is_name(text: str) -> bool:
+    """Whether it can stand in a message."""
+    return len(text) <= 200 and not UNPRINTABLE.search(text)
 
 
 def _text(cell: object) -> str:
@@ -254,10 +277,14 @@ def _number(cell: Any, where: str, column: str) -> float:
     try:
         value = float(cell)
         fault = None if abs(value) <= _LARGEST else "is NaN, Inf or too large for float32"
-    except (TypeError, ValueError):
+        # float() takes 1_000 and the digits of every script too, which another reader of the same table would not.
+        if isinstance(cell, str) and ("_" in cell or not cell.isascii()):
+            fault = "is not a number"
+    except (TypeError, ValueError, OverflowError):
         value, fault = 0.0, "is not a number"
     if fault is not None:
-        raise RequestError(f"{where}, column '{column}': '{_text(cell)}' {fault}; correct it, or leave out that row or column")
+        text = one_line(_text(cell), 80)
+        raise RequestError(f"{where}, column '{column}': '{text}' {fault}; correct it, or leave out that row or column")
     return value
 
 
@@ -283,7 +310,7 @@ def _read_splits(path: Path, tasks: Collection[str]) -> dict[str, str]:
     for split, names in read_splits(path, "task").items():
         for name in map(str, names):  # numbers too, which a table may have for names
             if name not in tasks:
-                raise RequestError(f"the splits {path}, {split}: {unknown('task', name, tasks)}")
+                raise RequestError(f"the splits {path}, {split}: {unknown('task', one_line(name, 80), tasks)}")
             _assign(owner, name, split, f"the splits {path}")
     return owner
 

@@ -16,7 +16,7 @@ from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from metaplug.errors import RequestError, RunError
+from metaplug.errors import MetaplugError, RequestError, RunError, one_line
 from metaplug.tasks.sources import SPLITS
 
 _MOST_GROWTH = 20
@@ -75,7 +75,9 @@ def naming_damage(title: str, folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, LookupError, ValueError) as error:
+    except MetaplugError:
+        raise
+    except Exception as error:  # h5py, JSON and Pillow fail in many ways on broken bytes
         raise RunError(
             f"{title}: its data in {folder} are damaged ({_reason(error)}): remove the files .hdf5 and .json there, and they are built anew"
         ) from error
@@ -121,7 +123,7 @@ def _opened(dataset: Any, root: Path, transform: Any) -> dict[str, Any] | None:
 
 def _reason(error: Exception) -> str:
     """An error of another library in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return one_line(f"{type(error).__name__}: {error}")
 
 
 def _provide(dataset: Any, title: str, root: Path, *, download: bool) -> None:

@@ -15,6 +15,7 @@ from metaplug.settings import validated
 from metaplug.tasks.batch import TaskBatch
 from metaplug.tasks.draws import draw, normal, uniform
 from metaplug.tasks.episodes import ExampleCounts
+from metaplug.tasks.identities import identity_of_stream
 
 
 class ToyStream:
@@ -24,6 +25,7 @@ class ToyStream:
         self.form = validated(ExampleCounts, {"shots": shots, "queries": queries}, "tasks")
         self.split = split
         self.seed = seed
+        self.identities = identity_of_stream(f"torchmeta's {toy.__name__.strip('_')}", f"{noise_std}", split, seed)
         self._points = partial(toy, toys, noise_std)
 
     def batch(self, iteration: int, indices: Sequence[int] | range) -> TaskBatch:

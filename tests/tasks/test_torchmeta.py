@@ -280,9 +280,12 @@ def fill_omniglot(folder: Path, noise: np.random.Generator) -> dict[str, Any]:
 
 
 def fill_miniimagenet(folder: Path, noise: np.random.Generator) -> None:
-    content = {"image_data": noise.integers(0, 256, (9, 84, 84, 3), np.uint8)}
     splits = {
-        split: content | {"class_dict": {name: list(range(3 * i, 3 * i + 3)) for i, name in enumerate(NAMES[split])}} for split in SPLITS
+        split: {
+            "image_data": noise.integers(0, 256, (9, 84, 84, 3), np.uint8),
+            "class_dict": {name: list(range(3 * i, 3 * i + 3)) for i, name in enumerate(NAMES[split])},
+        }
+        for split in SPLITS
     }
     make_tar(folder / "mini-imagenet.tar.gz", {f"mini-imagenet-cache-{split}.pkl": pickle.dumps(splits[split]) for split in SPLITS})
 
@@ -741,7 +744,7 @@ def test_fit_takes_a_loader(root: Path) -> None:
     losses, _ = fitted(BatchMetaDataLoader(combination(root), batch_size=2), weights(nn.Sequential(nn.Flatten(), nn.Linear(784, 2))))
     assert all(np.isfinite(losses))
     toys = ClassSplitter(Sinusoid(5, num_tasks=9), num_train_per_class=2, num_test_per_class=3)
-    losses, _ = fitted(BatchMetaDataLoader(toys, batch_size=4), weights(nn.Linear(1, 1).double()), kind="regression")
+    losses, _ = fitted(BatchMetaDataLoader(toys, batch_size=4), weights(nn.Linear(1, 1).double()), kind="regression", inner_lr=0.01)
     assert all(np.isfinite(losses))
 
 
