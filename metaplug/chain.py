@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +17,13 @@ import pluggy
 from torch import Tensor, nn
 
 from metaplug import hookspecs
-from metaplug.checks import CHECKS, non_finite
+from metaplug.checks import CHECKS
 from metaplug.contract import check_plugin
 from metaplug.errors import MetaplugError, RequestError, RunError, quoted
 from metaplug.hookspecs import KINDS
 from metaplug.plugin import Plugin
 from metaplug.values import Context
+from metaplug.watch import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,9 @@ class Chain:
 
     def __init__(self, plugins: Iterable[Plugin]) -> None:
         self.plugins = tuple(plugins)
-        self.check_finite = False
-        """Whether every value that a fold returns is checked for NaN and Inf: costly, set only to find a culprit."""
+        self._told: set[str] = set()
+        self.watch: Watch | None = None
+        """What looks at every value that a plugin returns or keeps, for NaN and Inf: costly, there only to find a culprit."""
         for plugin in self.plugins:
             if not isinstance(plugin, Plugin):
                 raise RequestError(f"{plugin!r} is not a plugin: give an instance of a subclass of metaplug.Plugin")
@@ -88,11 +92,10 @@ class Chain:
             value = MappingProxyType(value) if isinstance(value, dict) else value
             given = {_FOLDED[hook]: value, **arguments}
             result = link.call(given)
-            if result is None:
-                continue
-            if fault := CHECKS[hook](value, result, arguments) or self._non_finite(result):
+            if result is not None and (fault := CHECKS[hook](value, result, arguments)):
                 raise link.fault(fault, given)
-            value = result
+            self._look(link, result, given)
+            value = value if result is None else result
         return value
 
     def choose(self, hook: str, default: Any, **arguments: Any) -> Any:
@@ -106,8 +109,9 @@ class Chain:
             both = " and ".join(f"'{link.plugin.name}'" for link, _ in answers[:2])
             raise RequestError(f"plugins {both} both answer {hook}, which only one may: leave one of them out")
         for link, answer in answers:
-            if fault := (hook in CHECKS and CHECKS[hook](default, answer, arguments)) or self._non_finite(answer):
+            if fault := hook in CHECKS and CHECKS[hook](default, answer, arguments):
                 raise link.fault(fault, arguments)
+            self._look(link, answer, arguments)
             return answer
         return default
 
@@ -138,6 +142,14 @@ class Chain:
             if fault := CHECKS["end_meta_step"](None, answer, given):
                 raise link.fault(fault, given)
             found.update({f"{link.plugin.name}.{name}": float(value) for name, value in answer.items()})
+        for name in (name for name, value in found.items() if not math.isfinite(value)):
+            if name not in self._told:
+                self._told.add(name)
+                warnings.warn(
+                    f"the figure '{name}' of a plugin's end_meta_step is NaN or Inf after iteration {int(iteration) + 1}: it is logged as "
+                    "null, and as nothing is computed from it, training goes on; see what the plugin computes there",
+                    stacklevel=3,
+                )
         return found
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -161,9 +173,15 @@ class Chain:
         """Put `around(link)` in the place of every link: to look at what goes in and what comes out."""
         self._links = {hook: tuple(around(link) for link in links) for hook, links in self._links.items()}
 
-    def _non_finite(self, value: Any) -> str | None:
-        fault = non_finite(value) if self.check_finite else None
-        return f"returned {fault}" if fault else None
+    def _look(self, link: Link, result: Any, given: Mapping[str, Any]) -> None:
+        """In a replay that looks for a culprit: at what a link has kept, and has returned."""
+        if self.watch is None:
+            return
+        advice = f"see what '{link.plugin.name}' computes there, or leave it out"
+        step = given.get("step")
+        kept = step.statistics.get(link.plugin.name, {}) if step is not None else {}
+        self.watch.look(kept, lambda fault: str(link.fault(f"kept {fault}", given)), advice)
+        self.watch.look(result, lambda fault: str(link.fault(f"returned {fault}", given)), advice, by_task=link.hook in _BY_TASK)
 
     @property
     def transductive(self) -> tuple[str, ...]:
@@ -190,5 +208,8 @@ def _check_list(plugins: Sequence[Plugin]) -> None:
         if late := [kind for kind in kinds[index + 1 :] if kind in plugin.runs_after]:
             raise RequestError(f"plugin '{plugin.name}' must run after {quoted(late)}: move it behind in the list of plugins")
 
+
+_BY_TASK = ("transform_tasks", "transform_parameters", "transform_inner_losses", "transform_gradients", "transform_outer_losses")
+"""The hooks whose values have the tasks along their first axis."""
 
 _FOLDED = {hook: next(iter(inspect.signature(getattr(hookspecs, hook)).parameters)) for hook, kind in KINDS.items() if kind == "fold"}

@@ -120,15 +120,6 @@ def form(tensor: Tensor) -> str:
     return f"shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}"
 
 
-def non_finite(value: Any) -> str | None:
-    """Where a value holds NaN or Inf, in words; None where all of it is finite."""
-    if isinstance(value, TaskBatch):
-        value = {name: getattr(value, name) for name in ("support_x", "support_y", "query_x", "query_y")}
-    named = value.items() if isinstance(value, Mapping) else [("its value", value)]
-    wrong = [name for name, tensor in named if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all())]
-    return f"NaN or Inf in {quoted(wrong)}" if wrong else None
-
-
 CHECKS: dict[str, Callable[[Any, Any, Mapping[str, Any]], str | None]] = {
     "select_adapted": _check_subset,
     "transform_tasks": _check_batch,

@@ -6,20 +6,20 @@ L(θ, φ) = mean over t of Σ_i w_i · ℓ(f(query x_t; θ[t,i]), query y_t)    
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metaplug.chain import Chain
-from metaplug.checks import non_finite
+from metaplug.culprit import culprit
 from metaplug.errors import RankError, RunError, quoted
 from metaplug.inner import InnerLoop, recording
+from metaplug.runtime.determinism import repeatable
 from metaplug.runtime.distributed import ALONE, Share, World
 from metaplug.runtime.precision import arithmetic
 from metaplug.runtime.seeding import mix, stream
@@ -29,6 +29,9 @@ from metaplug.values import Outcome
 META_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 """The optimizers of the outer loop, by name."""
 
+SKIPS_IN_A_ROW = 10
+"""Batches that may be skipped one after the other, less one: so many are no fault of a batch, but a broken run."""
+
 
 @dataclass(frozen=True)
 class MetaGradients:
@@ -37,7 +40,8 @@ class MetaGradients:
     Attributes:
         gradients: by name.
         outer_loss: (), that they belong to.
-        losses: the mean over tasks of every support and query loss on the way.
+        losses: the mean over tasks of every support and query loss on the way; behind them, of every tensor of fast weights and of what
+            the last query pass used, the largest absolute value. What of these is NaN or Inf fails the iteration.
         statistics: what plugins kept, by plugin and name.
         outcome: how the tasks of this rank were adapted; everything else is over all ranks. None where it was not kept.
     """
@@ -52,14 +56,21 @@ class MetaGradients:
 @dataclass(frozen=True)
 class MetaStep:
     """One meta-update: its iteration (counted from 1 once done), outer loss, norm of the meta-gradient, the meta learning rate of the
-    model's weights, and the plugins' figures."""
+    model's weights, and the plugins' figures. Of a batch that was skipped, `skipped` says why: nothing was updated, and the loss or the
+    norm may be NaN or Inf."""
 
     iteration: int
     outer_loss: float
     meta_gradient_norm: float
     meta_lr: float
     figures: Mapping[str, float]
+    skipped: str | None = None
 
+
+_NO_DERIVATIVE = (
+    "every loss on the way was finite: an operation of the model or of a plugin has no finite derivative there, such as a root or norm "
+    "of 0: add a small number inside it"
+)
 
 Derivation = Callable[[TaskBatch, int, int, Mapping[int, float]], MetaGradients]
 """(batch, iteration, total, outer weights) → what `Engine.derive` gives for them."""
@@ -97,6 +108,10 @@ class Engine:
         """The number of classes that the model tells apart, once it is known; labels are checked against it."""
         self.derivation: Derivation | None = None
         """What takes the place of `derive`, the same numbers with another cost; on several ranks only where no plugin couples tasks."""
+        self.skipped, self.skipped_in_a_row = 0, 0
+        """Batches that were skipped so far, and those of them that were the last."""
+        self.deterministic = False
+        """Whether torch may only take algorithms that give the same bits every time."""
         self.device = next(model.parameters()).device
         own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.meta_parameters: dict[str, nn.Parameter] = {**own, **chain.named_parameters()}
@@ -108,8 +123,7 @@ class Engine:
 
     def meta_gradients(self, batch: TaskBatch, iteration: int, total: int) -> MetaGradients:
         """The meta-gradients of one batch, as iteration `iteration` of a run of `total` would use them. Steps and commits nothing."""
-        rounding = arithmetic(self.inner.precision, self.device)
-        with stream(mix(self.seed, iteration, *self.world.salt), self.device) as generator, recording(), rounding:
+        with self._computing(mix(self.seed, iteration, *self.world.salt)) as generator, recording():
             transformed = self.chain.fold("transform_tasks", batch, iteration=iteration, generator=generator)
             if transformed is not batch:
                 transformed.check_labels(self.outputs)
@@ -164,52 +178,63 @@ class Engine:
             learned=tuple(self.chain.named_parameters()),
             iteration=iteration,
         )
+        watch = self.chain.watch
+        if watch is not None:
+            watch.look(
+                {"outer loss": outer_loss}, lambda fault: f"the mean over tasks is {fault}", "its terms were finite: make them smaller"
+            )
         gradients = self._differentiate(outer_loss) if replaced is None else dict(replaced)
         if self.inner.checkpoint_steps is not None:
             self.inner.release()  # steps that were taken again for their graph have left their weights there
-        if self.chain.check_finite and (fault := non_finite(gradients)):
-            raise RunError(f"the meta-gradient holds {fault}, though every loss on the way was finite")
-        on_the_way = torch.stack([loss.detach().mean() for loss in (*outcome.support_losses, *outcome.query_losses.values())])
-        return MetaGradients(gradients, outer_loss.detach(), on_the_way, outcome.statistics, outcome)
+        if watch is not None:
+            watch.look(gradients, lambda fault: f"the meta-gradient holds {fault} in iteration {int(iteration)}", _NO_DERIVATIVE)
+        on_the_way = [loss.detach().mean() for loss in (*outcome.support_losses, *outcome.query_losses.values())]
+        on_the_way += [largest.to(outer_loss.dtype) for largest in self._largest(outcome)]
+        return MetaGradients(gradients, outer_loss.detach(), torch.stack(on_the_way), outcome.statistics, outcome)
 
-    def meta_step(self, batch: TaskBatch, total: int) -> MetaStep:
+    def meta_step(self, batch: TaskBatch, total: int, *, skip: bool = False) -> MetaStep:
         """One meta-update on `batch`, in a run of `total` iterations.
 
+        Args:
+            skip: leave a batch out, and count it, where something is NaN or Inf: nothing is updated or committed.
+
         Raises:
-            RunError: a loss or a meta-gradient is NaN or Inf; nothing was updated.
+            RunError: something is NaN or Inf, and is not skipped, or SKIPS_IN_A_ROW-th in a row; nothing was updated.
         """
-        iteration = self.iteration
-        found = self.meta_gradients(batch, iteration, total)
-        told = _told(found)
-        if not bool(told[2]):
-            raise self._culprit(batch, iteration, total)
-        meta_lr = self._update(found, total)
+        iteration, found, failure = self.iteration, None, None
+        told = torch.tensor([math.nan, math.nan, 0.0])
+        try:
+            found = self.meta_gradients(batch, iteration, total)
+            told = self.told(found, batch if skip else None)
+        except RankError:
+            raise
+        except RunError as error:  # a plugin may have failed on NaN that something else had made
+            if self.world.size > 1:
+                raise
+            failure = error
+        if found is None or not bool(told[2]):
+            text = culprit(self, batch, failure, total, alone=not skip)
+            return self._skip(told, text, total)
+        meta_lr = self.update(found, total)
         return MetaStep(self.iteration, float(told[0]), float(told[1]), meta_lr, self.chain.figures(iteration, total))
 
-    def meta_steps(self, batches: Iterable[TaskBatch], total: int) -> list[MetaStep]:
-        """One meta-update on each batch in turn, at least one; only behind the last the device is waited for, and plugins give figures.
+    def _skip(self, told: Tensor, text: str, total: int) -> MetaStep:
+        """Count one iteration that updates nothing.
 
         Raises:
-            RunError: as meta_step; what was updated from that batch on is taken back.
+            RunError: it is the last of too many.
         """
-        begun, before = self.iteration, self._snapshot()
-        done, told, rates = list[TaskBatch](), list[Tensor](), list[float]()
-        for batch in batches:
-            found = self.meta_gradients(batch, self.iteration, total)
-            done.append(batch)
-            told.append(_told(found))
-            rates.append(self._update(found, total))
-        rows = torch.stack(told).tolist()
-        if not all(finite for *_, finite in rows):
-            self._restore(before)
-            return [self.meta_step(batch, total) for batch in done]
-        steps = [
-            MetaStep(begun + place, outer_loss, norm, rate, {})
-            for place, ((outer_loss, norm, _), rate) in enumerate(zip(rows, rates, strict=True), 1)
-        ]
-        return [*steps[:-1], replace(steps[-1], figures=self.chain.figures(self.iteration - 1, total))]
+        if self.skipped_in_a_row + 1 >= SKIPS_IN_A_ROW:
+            raise RunError(
+                f"iteration {self.iteration} stopped, nothing was updated: {SKIPS_IN_A_ROW} batches in a row would be skipped, which is no "
+                f"fault of a batch; the last because {text}"
+            )
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        self.iteration, self.total = self.iteration + 1, total
+        outer_loss, norm, _ = told.tolist()
+        return MetaStep(self.iteration, outer_loss, norm, self.optimizer.param_groups[0]["lr"], {}, text)
 
-    def _update(self, found: MetaGradients, total: int) -> float:
+    def update(self, found: MetaGradients, total: int) -> float:
         """Step, commit and count one iteration; the meta learning rate of the model's weights."""
         iteration = self.iteration
         factor = self.chain.fold("scale_meta_learning_rate", 1.0, iteration=iteration, total=total)
@@ -221,28 +246,26 @@ class Engine:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.chain.commit(found.statistics, iteration)
-        self.iteration, self.total = iteration + 1, total
+        self.iteration, self.total, self.skipped_in_a_row = iteration + 1, total, 0
         meta_lr: float = self.optimizer.param_groups[0]["lr"]
         return meta_lr
 
-    def _snapshot(self) -> tuple[Any, ...]:
-        weights = {name: parameter.detach().clone() for name, parameter in self.meta_parameters.items()}
-        states = [copy.deepcopy(plugin.state_dict()) for plugin in self.chain.plugins]
-        return self.iteration, self.total, weights, states, copy.deepcopy(self.optimizer.state_dict())
-
-    def _restore(self, snapshot: tuple[Any, ...]) -> None:
-        self.iteration, self.total, weights, states, optimizer = snapshot
-        with torch.no_grad():
-            for name, weight in weights.items():
-                self.meta_parameters[name].copy_(weight)
-        for plugin, state in zip(self.chain.plugins, states, strict=True):
-            plugin.load_state_dict(state)
-        self.optimizer.load_state_dict(optimizer)
-
     def evaluate(self, batch: TaskBatch, steps: int) -> Outcome:
         """Adapt test tasks. No graph, no state, no random stream of the caller's is touched."""
-        with stream(mix(self.seed), self.device), arithmetic(self.inner.precision, self.device):
+        with self._computing(mix(self.seed)):
             return self.inner.run(batch, steps=steps, training=False, iteration=self.iteration, total=self.total, query_after={steps})
+
+    @contextmanager
+    def _computing(self, seed: int) -> Iterator[torch.Generator]:
+        """Inside, random numbers start from a seed, and torch rounds and chooses its algorithms as configured."""
+        rounding = arithmetic(self.inner.precision, self.device)
+        with stream(seed, self.device) as generator, rounding, repeatable(self.deterministic):
+            yield generator
+
+    def adapted_losses(self, outcome: Outcome) -> Tensor:
+        """(T,) support losses of test tasks after their last update: one more forward pass."""
+        with self._computing(mix(self.seed)):
+            return self.inner.adapted_losses(outcome)
 
     def _outer_weights(self, iteration: int, total: int) -> dict[int, float]:
         """By the number of updates done before the query loss, the weight of that loss; only those that count."""
@@ -285,34 +308,26 @@ class Engine:
         with stream(mix(self.seed, iteration, self.world.size), self.device):
             yield
 
-    def _culprit(self, batch: TaskBatch, iteration: int, total: int) -> RunError:
-        """Replay the iteration with every value checked, and return the error that names the first to be NaN or Inf."""
-        try:
-            with self._checking():
-                batch.check_values(None)
-                self.meta_gradients(batch, iteration, total)
-        except RankError as error:  # the rank that found it says what it is
-            return error
-        except RunError as error:
-            return RunError(f"iteration {iteration} stopped, nothing was updated: {error}; try a smaller inner or meta learning rate")
-        return RunError(
-            f"iteration {iteration} stopped, nothing was updated: the norm of the meta-gradient is Inf; clip it or lower inner_lr"
-        )
+    def _largest(self, outcome: Outcome) -> Iterator[Tensor]:
+        """() each: the largest absolute value of every tensor of weights that the last query pass used or the loop made."""
+        made = [outcome.adapted_parameters[name] for name in self.inner.adapted]
+        used = [value for name, value in outcome.query_parameters.items() if value is not outcome.adapted_parameters[name]]
+        return (torch.linalg.vector_norm(value.detach(), math.inf) for value in (*made, *used))
 
-    @contextmanager
-    def _checking(self) -> Iterator[None]:
-        self.chain.check_finite = True
-        try:
-            yield
-        finally:
-            self.chain.check_finite = False
+    def told(self, found: MetaGradients, batch: TaskBatch | None) -> Tensor:
+        """(3,): outer loss, norm of the meta-gradient, and 1 where these, all on the way, what is kept and `batch` are finite.
 
-
-def _told(found: MetaGradients) -> Tensor:
-    """(3,): outer loss, norm of the meta-gradient, and 1 where these and all losses on the way are finite."""
-    norm = torch.nn.utils.get_total_norm(found.gradients.values())
-    finite = torch.isfinite(torch.stack([norm, found.outer_loss, *found.losses])).all()
-    return torch.stack([found.outer_loss, norm, finite.to(norm.dtype)])
+        With a batch, whose tasks are other ones on other ranks, the ranks agree.
+        """
+        norm = torch.nn.utils.get_total_norm(found.gradients.values())
+        kept = [tensor for tensors in found.statistics.values() for tensor in tensors.values() if tensor.is_floating_point()]
+        single = [norm, found.outer_loss, *([torch.nn.utils.get_total_norm(kept, math.inf)] if kept else [])]
+        finite = torch.isfinite(torch.cat([torch.stack([value.to(norm) for value in single]), found.losses.to(norm)])).all()
+        if batch is not None:
+            for tensor in (batch.support_x, batch.support_y, batch.query_x, batch.query_y):
+                finite = finite & torch.isfinite(tensor).all()
+            finite = self.world.sum((~finite).to(norm.dtype)) == 0
+        return torch.stack([found.outer_loss.to(norm), norm, finite.to(norm.dtype)])
 
 
 def _not_differentiable(error: RuntimeError) -> RuntimeError:

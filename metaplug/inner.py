@@ -10,7 +10,7 @@ It is taken outside vmap: inside, second-order gradients through batch and layer
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from metaplug.chain import Chain
 from metaplug.errors import RunError, quoted
 from metaplug.folding import Folding, for_all_tasks
-from metaplug.mirror import MirroredOptimizer, assign, patch, release, set_mode
+from metaplug.mirror import MirroredOptimizer, assign, follow, patch, release, set_mode
 from metaplug.recompute import recomputed
 from metaplug.runtime.distributed import Share
 from metaplug.runtime.precision import Precision, forward
@@ -37,6 +37,16 @@ _Query = tuple[Tensor, Tensor, Mapping[str, Tensor]]
 
 _Walked = tuple[dict[str, Tensor], Any, list[Tensor], dict[int, _Query]]
 """Fast weights and the optimizer's state after some steps, their support losses, and query passes by the number of updates done."""
+
+
+_NO_VALUE = (
+    "weights and inputs were finite: see whether the model divides by 0 or takes a root or logarithm of what is not positive, "
+    "or lower meta_lr or inner_lr if its weights have grown"
+)
+_NO_DERIVATIVE = (
+    "the loss was finite: an operation of the model, or of a plugin's loss, has no finite derivative there, such as a root or norm of 0: "
+    "add a small number inside it"
+)
 
 
 class InnerLoop:
@@ -75,6 +85,7 @@ class InnerLoop:
         self.parameters = dict(model.named_parameters())
         self.adapted = tuple(name for name in self.parameters if name in adapted)
         reference = next(iter(self.parameters.values()))
+        self.inner_lr = inner_lr
         self._rate = torch.tensor(inner_lr, dtype=reference.dtype, device=reference.device)
         self._optimizer = MirroredOptimizer(optimizer, optimizer_settings, inner_lr, len(self.adapted))
         self.patched = patch(model, batch_norm)
@@ -103,10 +114,15 @@ class InnerLoop:
         if self.patched.training != training:
             set_mode(self.patched, training, self.batch_norm)
         with recording():
+            self.follow()
             try:
                 return self._run(usable(batch), first, query_after, orders)
             finally:
                 self.release()
+
+    def follow(self) -> None:
+        """Take over what was written to the model's own buffers."""
+        follow(self.patched)
 
     def predict(self, parameters: list[Tensor], x: Tensor) -> Tensor:
         """One task's prediction (n, *output), with its own parameters in the model's order."""
@@ -130,6 +146,8 @@ class InnerLoop:
         first = replace(first, parameters=MappingProxyType(fast), initial_parameters=MappingProxyType(initial))
         if 0 in query_after:
             queries[0] = self._query(fast, batch, first)
+        if self.chain.watch is not None:
+            self.chain.watch.begin({name: initial[name] for name in self.adapted})
         state, size = self._optimizer.snapshot(), max(first.count, 1)
         walk = partial(self._walk, batch=batch, first=first, query_after=query_after, orders=orders)
         if first.training and self.checkpoint_steps is not None:
@@ -180,9 +198,12 @@ class InnerLoop:
         support_losses, queries = [], {}
         for index in indices:
             step = replace(first, index=index, parameters=MappingProxyType(fast))
-            losses, outputs, _ = self._forward(fast, batch.support_x, batch.support_y, step)
-            support_losses.append(losses)
-            fast = self._update(fast, losses, replace(step, support_losses=losses, support_predictions=outputs), orders=orders, graph=graph)
+            losses, outputs, _ = self._forward(fast, batch.support_x, batch.support_y, step, "support")
+            known = replace(step, support_losses=losses, support_predictions=outputs)
+            objective = self.chain.fold("transform_inner_losses", losses, step=known)
+            # A NaN that a plugin adds has no gradient, and would be seen nowhere else.
+            support_losses.append(losses if objective is losses else losses + 0 * objective.detach())
+            fast = self._update(fast, objective, known, orders=orders, graph=graph)
             if index + 1 in query_after:
                 queries[index + 1] = self._query(fast, batch, replace(step, parameters=MappingProxyType(fast)))
         return fast, self._optimizer.snapshot(), support_losses, queries
@@ -199,9 +220,8 @@ class InnerLoop:
         return order
 
     def _update(
-        self, fast: Mapping[str, Tensor], losses: Tensor, step: InnerStep, *, orders: Sequence[int] | None, graph: bool
+        self, fast: Mapping[str, Tensor], objective: Tensor, step: InnerStep, *, orders: Sequence[int] | None, graph: bool
     ) -> dict[str, Tensor]:
-        objective = self.chain.fold("transform_inner_losses", losses, step=step)
         order = 1 if not step.training else self._order(step) if orders is None else orders[step.index]
         weights = [fast[name] for name in self.adapted]
         # Across ranks autograd is of Σ_r s[r] · (...), and this sum over tasks is without s: divided out before, multiplied in after.
@@ -214,28 +234,44 @@ class InnerLoop:
             raise RunError(
                 f"no gradient reaches the adapted parameters {quoted(self.adapted[:3])}: the loss does not depend on them; adapt others"
             )
-        self._check("the gradient of the support loss", gradients, step)
+        self._look("the gradient of the support loss", gradients, step, _NO_DERIVATIVE)
         folded = self.chain.fold("transform_gradients", gradients, step=step)
         rates = self.chain.fold("transform_learning_rates", dict.fromkeys(self.adapted, self._rate), step=step)
         if not step.training or not graph:
             folded, rates = ({name: value.detach() for name, value in values.items()} for values in (folded, rates))
         updated = self._optimizer.step(weights, [folded.get(name) for name in self.adapted], [rates[name] for name in self.adapted])
         after = {**fast, **dict(zip(self.adapted, updated, strict=True))}
-        self._check("the updated weights", after, step)
+        if self.chain.watch is not None:
+            self.chain.watch.update(rates, dict(zip(self.adapted, updated, strict=True)))
+        self._look("what the update made of the weights", after, step, "gradients and rates were finite: lower inner_lr")
         return after if step.training and graph else _leaves(after, self.adapted)
 
     def _query(self, fast: Mapping[str, Tensor], batch: TaskBatch, step: InnerStep) -> _Query:
         with torch.set_grad_enabled(step.training):
-            return self._forward(fast, batch.query_x, batch.query_y, step)
+            return self._forward(fast, batch.query_x, batch.query_y, step, "query")
 
-    def _forward(self, fast: Mapping[str, Tensor], x: Tensor, y: Tensor, step: InnerStep) -> _Query:
+    def _forward(self, fast: Mapping[str, Tensor], x: Tensor, y: Tensor, step: InnerStep, part: str) -> _Query:
         """Every task's loss (T,) and prediction (T, n, *output), and the parameter values that they were made with."""
         values = self.chain.fold("transform_parameters", fast, step=step)
         stacked = [values[name] for name in self.parameters]
-        losses, predictions = self._vectorized(stacked, x, y) if self.vectorized else self._sequential(stacked, x, y)
-        self._check("the model's output", {"prediction": predictions}, step)
-        self._check("the loss", {"loss": losses}, step)
+        losses, predictions = self._all_tasks(stacked, x, y)
+        if part == "support" and self.chain.watch is not None:
+            self.chain.watch.step(losses)
+        self._look(f"the model's output for {part} examples", {"prediction": predictions}, step, _NO_VALUE)
+        self._look(f"the {part} loss", {"loss": losses}, step, "the model's output was finite: see what the loss function computes")
         return losses, predictions, values
+
+    def adapted_losses(self, outcome: Outcome) -> Tensor:
+        """(T,) support losses after the last update, with the values that its query pass used. No graph, and no hook is asked again."""
+        values, batch = outcome.query_parameters, usable(outcome.batch)
+        try:
+            with torch.no_grad():
+                return self._all_tasks([values[name] for name in self.parameters], batch.support_x, batch.support_y)[0]
+        finally:
+            self.release()
+
+    def _all_tasks(self, stacked: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._vectorized(stacked, x, y) if self.vectorized else self._sequential(stacked, x, y)
 
     def _vectorized(self, stacked: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         # Weights that no task has changed are one tensor, expanded: vmap need not batch them, unless the gradient is asked for by task.
@@ -248,12 +284,11 @@ class InnerLoop:
             results = [self.task(list(row), *task) for row, *task in zip(rows, x.unbind(0), y.unbind(0), strict=True)]
         return torch.stack([loss for loss, _ in results]), torch.stack([prediction for _, prediction in results])
 
-    def _check(self, what: str, values: Mapping[str, Tensor], step: InnerStep) -> None:
-        """In a replay that looks for the culprit (Chain.check_finite): refuse NaN and Inf where the core itself makes a value."""
-        if self.chain.check_finite:
-            wrong = [name for name, value in values.items() if not bool(torch.isfinite(value).all())]
-            if wrong:
-                raise RunError(f"{what} is NaN or Inf ({quoted(wrong[:3])}) in iteration {step.meta_iteration}, inner step {step.index}")
+    def _look(self, what: str, values: Mapping[str, Tensor], step: InnerStep, advice: str) -> None:
+        """In a replay that looks for a culprit (Chain.watch): at what the core itself makes."""
+        if self.chain.watch is not None:
+            where = f"in iteration {step.meta_iteration}, inner step {step.index}"
+            self.chain.watch.look(values, lambda fault: f"{what} holds {fault} {where}", advice, by_task=True)
 
     def release(self) -> None:
         """Let go of the last fast weights, which higher keeps in the patched modules and in the optimizer."""
@@ -267,9 +302,18 @@ def _leaves(values: Mapping[str, Tensor], adapted: Collection[str]) -> dict[str,
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """Inside, autograd records, whatever surrounds the call."""
-    with torch.inference_mode(False), torch.enable_grad():
+    """Inside, autograd records, and nothing is cast to a narrower dtype, whatever surrounds the call."""
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as without:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                without.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+def without_non_finite(batch: TaskBatch) -> TaskBatch:
+    """The batch with 0 for NaN, and with finite numbers for Inf."""
+    tensors = (batch.support_x, batch.support_y, batch.query_x, batch.query_y)
+    return TaskBatch(*(tensor.nan_to_num() if tensor.is_floating_point() else tensor for tensor in tensors))
 
 
 def usable(batch: TaskBatch) -> TaskBatch:

@@ -23,7 +23,7 @@ SAME_SUMS = (1e-7, 1e-9)
 
 def found(learner: MetaLearner, batch: TaskBatch) -> MetaGradients:
     """The engine's own account of one meta-iteration on `batch`: meta-gradients, outer loss and outcome; nothing is updated."""
-    return learner.engine.meta_gradients(learner._checked(batch), learner.iteration, learner.engine.total)
+    return learner.engine.meta_gradients(learner.intake(batch), learner.iteration, learner.engine.total)
 
 
 def outcome_of(given: MetaGradients) -> Outcome:
@@ -92,7 +92,7 @@ def training(learner: MetaLearner, batch: TaskBatch, *, order: int | None = None
 def evaluation(learner: MetaLearner, batch: TaskBatch, *, steps: int | None = None) -> Findings:
     """How the tasks of `batch` are adapted as test tasks."""
     steps = learner.settings.inner_steps if steps is None else steps
-    outcome = learner.engine.evaluate(learner._checked(batch), steps)
+    outcome = learner.engine.evaluate(learner.intake(batch), steps)
     by_task = {f"the adapted weight '{name}'": weight for name, weight in outcome.adapted_parameters.items()}
     return Findings(
         _detached({**by_task, "the query prediction": outcome.query_predictions, "the query loss": outcome.query_losses[steps]}), {}

@@ -13,6 +13,7 @@ from metaplug.learner import LOSSES, MetaLearner
 from metaplug.tasks.batch import TaskBatch
 from metaplug.testing.clauses import BreachError, Example, Subject, clause, clause_on, fit, in_words
 from metaplug.testing.comparing import SAME_SUMS, difference, evaluation, training
+from metaplug.watch import Watch
 
 STEP, ACCURACY = 1e-5, 1e-5
 """Of central differences in float64: the step, and how far they may be off, relative to the gradient's norm."""
@@ -151,12 +152,9 @@ def _check_finite(learner: MetaLearner, batch: TaskBatch) -> None:
         wrong = found(learner, batch).non_finite()
         if wrong is None:
             continue
-        learner.chain.check_finite = True
-        try:
-            found(learner, batch)
-        except MetaplugError as error:
-            wrong = str(error)
-        raise BreachError(wrong)
+        learner.chain.watch = watch = Watch(learner.settings.inner_lr)
+        found(learner, batch)
+        raise BreachError(wrong if watch.fault is None else watch.fault.text.partition("; ")[0])  # the clause has its own advice
 
 
 def _targets(like: Tensor) -> Tensor:

@@ -32,8 +32,16 @@ class Reference:
 
 def predict(model: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """The model's output with these weights, in the mode that the model is in; its buffers stay as they are."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    prediction: Tensor = torch.func.functional_call(model, {**buffers, **weights}, (x,))
+    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    given = {**{name: buffer.clone() for name, buffer in model.named_buffers()}, **weights}
+    # Every place once: where torch ties weights itself, it leaves a module that stands at two places without its parameters.
+    places = {
+        f"{path}.{key}" if path else key: given[names[id(tensor)]]
+        for path, module in model.named_modules()
+        for key, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and names[id(tensor)] in given
+    }
+    prediction: Tensor = torch.func.functional_call(model, places, (x,), tie_weights=False)
     return prediction
 
 

@@ -44,7 +44,10 @@ class TakesARoot(Plugin):
     """Finite itself, with a derivative that is not."""
 
     caught_by = "finite-at-zero"
-    says = "is NaN or Inf ('0.weight', '0.bias', '2.weight') in iteration 0, inner step 1 where every loss is 0"
+    says = (
+        "the gradient of the support loss holds NaN or Inf in '0.weight', '0.bias', '2.weight' of task 0 in iteration 0, inner step 1 "
+        "where every loss is 0"
+    )
 
     @hookimpl
     def transform_inner_losses(self, losses, step):
