@@ -44,7 +44,11 @@ class MirroredOptimizer:
         if name not in OPTIMIZERS:
             raise unknown("inner optimizer", name, OPTIMIZERS)
         optimizer, faithful = OPTIMIZERS[name]
-        for setting in settings:
+        for setting, value in settings.items():
+            if any(isinstance(each, Tensor) for each in (value if isinstance(value, list | tuple) else [value])):
+                raise RequestError(
+                    f"inner optimizer '{name}' is given a tensor as '{setting}', whose meta-gradient higher gets wrong: give plain numbers"
+                )
             if setting not in faithful:
                 reason = f"higher would ignore it or get it wrong: {did_you_mean(setting, faithful)}"
                 raise RequestError(f"inner optimizer '{name}' does not take the setting '{setting}': {reason}")
@@ -117,7 +121,29 @@ def patch(model: nn.Module, batch_norm: str) -> Any:
     patched._fast_params = [[]]  # with tracking off, a history of length one, replaced at every call
     patched.metaplug_places = [(module._parameters, name) for module in patched.modules() for name in module._param_names]
     set_mode(patched, True, batch_norm)
+    own = dict(model.named_modules(remove_duplicate=False))
+    patched.metaplug_buffers = [
+        [own[path]._buffers, module._buffers, name, own[path]._buffers[name], _version(own[path]._buffers[name])]
+        for path, module in patched.named_modules(remove_duplicate=False)
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     return patched
+
+
+def follow(patched: Any) -> None:
+    """Give a patched model the values that the buffers of the model itself have now: higher copies them once, at patching."""
+    for place in patched.metaplug_buffers:
+        own, copies, name, seen, version = place
+        buffer = own[name]
+        if buffer is not seen or version is None or buffer._version != version:
+            copies[name] = None if buffer is None else buffer.detach().clone()
+            place[3:] = [buffer, _version(buffer)]
+
+
+def _version(buffer: Tensor | None) -> int | None:
+    """How often it was written to; None where torch does not count."""
+    return None if buffer is None or buffer.is_inference() else buffer._version
 
 
 def assign(patched: Any, parameters: list[Tensor]) -> None:

@@ -102,7 +102,7 @@ def kept_bytes(inner: InnerLoop, batch: TaskBatch) -> int:
     def note(tensor: Tensor) -> Tensor:
         if tensor.data_ptr() not in own:
             kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold the graph that holds it, for good
 
     with stream(0, batch.device), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         _loss, _ = inner.task(parameters, batch.support_x[0], batch.support_y[0])

@@ -32,6 +32,8 @@ class ChunkedDerivation:
         sums: list[Tensor] = []
         for begin in range(0, tasks, self.chunk_size):
             rows = slice(begin, begin + self.chunk_size)
+            if (watch := self.engine.chain.watch) is not None:
+                watch.offset = begin
             chunk = TaskBatch(batch.support_x[rows], batch.support_y[rows], batch.query_x[rows], batch.query_y[rows])
             found, share = self.engine.derive(chunk, iteration, total, weights), chunk.num_tasks / tasks
             _add(gradients, found.gradients, share)

@@ -4,7 +4,8 @@ What is done with a trace is exchangeable: `metaplug/runtime/captured.py` record
 
 There is no second implementation: `make_fx` records what the engine, `higher` and the plugins' folds do to tensors. What changes from step
 to step goes in as an input: weights, the plugins' parameters and buffers, the tasks. What the trace would freeze is either part of its key
-(shapes, outer weights, derivative orders) or makes a plugin untraceable, which is said, and the run goes on uncompiled.
+(shapes, outer weights, derivative orders, plain attributes of plugins) or makes a plugin untraceable, which is said, and the run goes on
+uncompiled.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from metaplug.engine import Engine, MetaGradients
 from metaplug.runtime.seeding import stream
+from metaplug.runtime.unchanged import PLAIN
 from metaplug.tasks.batch import TaskBatch
 
 MOST_TRACES = 8
-"""Forms of batch, outer weights and derivative orders that one run compiles; further ones are computed uncompiled."""
+"""Forms of batch, outer weights, derivative orders and attributes of plugins that one run compiles; further ones are uncompiled."""
 
 Compile = Callable[[torch.fx.GraphModule, Sequence[Tensor]], Callable[..., Any]]
 
@@ -96,13 +98,16 @@ class CompiledDerivation:
     def __call__(self, batch: TaskBatch, iteration: int, total: int, weights: Mapping[int, float]) -> MetaGradients:
         """The meta-gradients of a batch; uncompiled in a replay that looks for a culprit, and where compiling was refused."""
         engine = self.engine
-        if self.refusal or engine.chain.check_finite:
+        if self.refusal or engine.chain.watch is not None:
             return engine.derive(batch, iteration, total, weights)
         tensors = [batch.support_x, batch.support_y, batch.query_x, batch.query_y]
         orders = engine.inner.orders_of(iteration, total)
-        key = (tuple((tensor.shape, tensor.dtype) for tensor in tensors), tuple(weights.items()), orders)
+        # What plugins keep in plain attributes a trace would freeze, too: another value is another trace.
+        plain = tuple(value for plugin in engine.chain.plugins for value in vars(plugin).values() if type(value) in PLAIN)
+        key = (tuple((tensor.shape, tensor.dtype) for tensor in tensors), tuple(weights.items()), orders, plain)
         if key not in self._traces and self._waits(key):
             return engine.derive(batch, iteration, total, weights)
+        engine.inner.follow()
         places = _places(engine)
         inputs = [*(holder[name].detach() for holder, name in places), *tensors]
         if key not in self._traces:
@@ -123,7 +128,8 @@ class CompiledDerivation:
 
     def _trace(self, inputs: list[Tensor], weights: Mapping[int, float], orders: tuple[int, ...], iteration: int, total: int) -> _Trace:
         if len(self._traces) >= MOST_TRACES:
-            raise RuntimeError(f"batches of more than {MOST_TRACES} forms, outer weights or derivative orders came along")
+            what = "forms, outer weights, derivative orders or attributes of plugins"
+            raise RuntimeError(f"batches of more than {MOST_TRACES} {what} came along")
         named: dict[str, Any] = {}
 
         def derivation(*tensors: Tensor) -> list[Tensor]:
@@ -159,9 +165,10 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lt", "l
 
 
 def _places(engine: Engine) -> list[tuple[Any, str]]:
-    """Where every tensor that changes from step to step stands: the model's parameters, the plugins' parameters and buffers."""
+    """Where every tensor that may change from step to step stands: the model's and the plugins' parameters and buffers."""
     modules = [module for plugin in engine.chain.plugins for module in plugin.modules()]
     holders: list[Any] = [holder for module in modules for holder in (module._parameters, module._buffers)]
+    holders += [module._buffers for module in engine.inner.patched.modules()]
     found = [(engine.inner.parameters, name) for name in engine.inner.parameters]
     return found + [(holder, name) for holder in holders for name, tensor in holder.items() if tensor is not None]
 

@@ -100,6 +100,14 @@ class World:
             )
         return [bool(flag) for flag in found]
 
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, by rank: of plain Python, as it is pickled."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        self._exchange(dist.all_gather_object, found, value)
+        return found
+
     def from_main(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, or the MetaplugError that it raises there; the other ranks do not call it."""
         if self.size == 1:

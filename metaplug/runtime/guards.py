@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metaplug.checks import form
 from metaplug.errors import RequestError, quoted
-from metaplug.inner import InnerLoop
+from metaplug.inner import InnerLoop, Loss
 from metaplug.mirror import set_mode
 from metaplug.runtime.seeding import stream
+from metaplug.runtime.unchanged import PLAIN, settings
 from metaplug.tasks.batch import TaskBatch
 from metaplug.values import Kind
 
@@ -21,7 +23,8 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
 
     Raises:
         RequestError: no trainable parameter; a lazy parameter; parameters of several devices or dtypes; a compiled module, which would
-            go on running its original weights; frozen batch norm asked of layers that store no statistics.
+            go on running its original weights; a layer in evaluation mode in a model in training mode; frozen batch norm asked of layers
+            that store no statistics.
     """
     parameters = dict(model.named_parameters())
     lazy = [name for name, parameter in parameters.items() if isinstance(parameter, nn.parameter.UninitializedParameter)]
@@ -39,6 +42,24 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
             raise RequestError(f"the module '{name or 'model'}' is compiled and would run its original weights: pass it as it was before")
         if batch_norm == "frozen" and isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is None:
             raise RequestError(f"batch_norm 'frozen' needs stored statistics, but the layer '{name}' keeps none: use 'batch'")
+        if model.training and not module.training and _heeds_mode(module, batch_norm):
+            raise RequestError(
+                f"the layer '{name}' is in evaluation mode in a model in training mode, but meta-training is in training mode throughout: "
+                "call model.train(), and set what the layer is to do (dropout p = 0, batch_norm = 'frozen')"
+            )
+
+
+def check_loss(loss: Loss | None) -> None:
+    """Refuse a loss with weights that would be learned by nobody.
+
+    Raises:
+        RequestError: it is a module with a trainable parameter.
+    """
+    if isinstance(loss, nn.Module) and (trained := [name for name, weight in loss.named_parameters() if weight.requires_grad]):
+        raise RequestError(
+            f"the loss has the trainable parameters {quoted(trained)}, which nothing would train: make them a plugin's, which changes "
+            "losses in transform_inner_losses and transform_outer_losses, or call loss.requires_grad_(False)"
+        )
 
 
 def check_outputs(inner: InnerLoop, batch: TaskBatch, outputs: int, kind: Kind) -> None:
@@ -70,13 +91,19 @@ def check_forward(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> int | None:
 
     Raises:
         RequestError: the model fails on the task; the patched model differs (a forward hook, a closure over the module, …), or runs parts
-            of its forward pass again in the backward pass; it writes a buffer; its output or loss has not the right form, or is too
-            narrow for the labels.
+            of its forward pass again in the backward pass; it writes its input or state of its own; it, or the loss, is another the
+            second time, or uses weights that are trained by nobody; its output or loss has not the right form, or is too narrow for the
+            labels.
     """
-    x, y = batch.support_x[0], batch.support_y[0]
-    weights = _perturbed(inner.model)
+    x, y = batch.support_x[0].clone(), batch.support_y[0]
+    weights, given = _perturbed(inner.model), x._version
     expected = _reference(inner, weights, x)
-    before = [(buffer, buffer._version) for buffer in inner.patched.buffers()]
+    if x._version != given:
+        raise RequestError(
+            "the model changes its input in place, and with it the data of the next inner step: give it operations that make new tensors"
+        )
+    inner.follow()
+    before, numbers = [(buffer, buffer._version) for buffer in inner.patched.buffers()], _numbers(inner)
     try:
         with stream(0, x.device):
             prediction = inner.predict(list(weights.values()), x)
@@ -89,6 +116,8 @@ def check_forward(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> int | None:
         raise RequestError(
             "the model writes to a buffer in forward, which would leak from task to task: make its buffers constant in training"
         )
+    if changed := [name for name, value in _numbers(inner).items() if numbers.get(name) != value]:
+        raise RequestError(f"the model writes to {quoted(changed)} in forward, which would leak from task to task: make it constant there")
     _check_rows(prediction, x)
     if not _close(prediction, expected):
         raise RequestError(
@@ -100,6 +129,11 @@ def check_forward(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> int | None:
             "the gradient of the model does not follow the weights of its forward pass (activation checkpointing, which runs forward again "
             "with later weights, a backward hook, or an operation that has no gradient): replace that part of the model"
         )
+    with stream(0, x.device):
+        again = inner.predict(list(weights.values()), x)
+    if not _close(again, prediction):
+        raise RequestError("the model answers otherwise when it is asked again, as if it remembered: keep nothing in forward for the next")
+    _refuse_strangers("model", prediction, weights.values())
     outputs = _output_width(prediction) if kind == "classification" else None
     if kind == "regression" and prediction.shape != y.shape:
         raise RequestError(
@@ -110,6 +144,15 @@ def check_forward(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> int | None:
     loss = inner.loss(prediction, y)
     if not isinstance(loss, Tensor) or loss.shape != ():
         raise RequestError("the loss must answer with one number for a task, a tensor of shape (): take the mean over its examples")
+    with stream(0, x.device):
+        first = inner.loss(prediction, y)
+    with stream(0, x.device):
+        second = inner.loss(prediction, y)
+    if not _close(second, first):
+        raise RequestError(
+            "the loss answers otherwise when it is asked again, as if it remembered, so that tasks would see each other: keep nothing in it"
+        )
+    _refuse_strangers("loss", loss, weights.values())
     return outputs
 
 
@@ -157,6 +200,42 @@ def _follows_backward(inner: InnerLoop, prediction: Tensor, expected: Tensor, we
     return all(_close(*(torch.zeros(()) if one is None else one for one in pair)) for pair in zip(own, reference, strict=True))
 
 
+def _refuse_strangers(what: str, output: Tensor, weights: Iterable[Tensor]) -> None:
+    """Refuse leaves of an output's graph that require a gradient and are not among the model's weights."""
+    known, seen, waiting = {id(weight) for weight in weights}, set[Any](), [output.grad_fn]
+    strangers: list[Tensor] = []
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [source for source, _ in node.next_functions]
+            if isinstance(leaf := getattr(node, "variable", None), Tensor) and id(leaf) not in known:
+                strangers.append(leaf)
+    if strangers:
+        forms = ", ".join(str(tuple(leaf.shape)) for leaf in strangers)
+        raise RequestError(
+            f"the {what} uses tensors that require a gradient and are no parameters of the model (of shape {forms}), so that nothing would "
+            "train them: register them with the model, as by nn.Parameter and nn.ModuleList, or call requires_grad_(False) on them"
+        )
+
+
+def _heeds_mode(module: nn.Module, batch_norm: str) -> bool:
+    """Whether a module may do something else in evaluation mode that the learner would not do."""
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return batch_norm != "frozen"
+    modal = (nn.modules.dropout._DropoutNd, nn.RNNBase, nn.MultiheadAttention)
+    return isinstance(module, modal) or not type(module).__module__.startswith("torch.nn.")
+
+
+def _numbers(inner: InnerLoop) -> dict[str, Any]:
+    """The numbers and texts that the patched model has of the model's own, by place."""
+    own = {f"{name}.{key}" if name else key for name, module in inner.model.named_modules() for key in settings(module)}
+    found = {
+        f"{name}.{key}" if name else key: value for name, module in inner.patched.named_modules() for key, value in vars(module).items()
+    }
+    return {place: value for place, value in found.items() if place in own and isinstance(value, PLAIN)}
+
+
 def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
@@ -169,13 +248,21 @@ def _reference(inner: InnerLoop, weights: Mapping[str, Tensor], x: Tensor) -> Te
         RequestError: the model fails on these examples.
     """
     model, modes = inner.model, {module: module.training for module in inner.model.modules()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    values = {id(parameter): weights[name] for name, parameter in model.named_parameters()}
+    values |= {id(buffer): buffer.clone() for buffer in model.buffers()}
+    # Every place once: where torch ties weights itself, it leaves a module that stands at two places without its parameters.
+    places = {
+        f"{path}.{name}" if path else name: values[id(tensor)]
+        for path, module in model.named_modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
     try:
         model.train()
         if inner.batch_norm == "frozen":
             set_mode(model, True, "frozen")
         with stream(0, x.device):
-            expected: Tensor = torch.func.functional_call(model, {**weights, **buffers}, (x,))
+            expected: Tensor = torch.func.functional_call(model, places, (x,), tie_weights=False)
         return expected
     except Exception as error:
         raise RequestError(

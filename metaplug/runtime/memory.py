@@ -90,7 +90,7 @@ def memory_explained(engine: Engine, tasks: int, *, evaluated_steps: int | None 
         if evaluated_steps is not None:
             work, mend = work_text(tasks, evaluated_steps), _halved_evaluation(engine, tasks)
             raise RunError(f"evaluation ran {where} with {work} at a time: {mend}") from error
-        updating = any(frame.f_code is Engine._update.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
+        updating = any(frame.f_code is Engine.update.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
         state = "its meta-update may be half done, so load a checkpoint" if updating else "it updated nothing"
         work, mend = work_text(tasks, engine.inner.inner_steps), _halved(engine, tasks)
         raise RunError(f"iteration {engine.iteration} ran {where} with {work}; {state}: {mend}") from error

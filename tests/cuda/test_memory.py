@@ -34,7 +34,7 @@ def test_memory_that_runs_out_has_a_mend():
     most = 2**20 + torch.cuda.memory_reserved()
     torch.cuda.set_per_process_memory_fraction(most / torch.cuda.get_device_properties(0).total_memory)
     try:
-        batch = learner._checked(case.batch)
+        batch = learner.intake(case.batch)
         many = type(batch)(*(getattr(batch, field).repeat_interleave(20_000, 0).cpu() for field in batch.__slots__))
 
         class Many:

@@ -1,0 +1,82 @@
+"""What a batch goes through before anything is computed with it: it is checked and moved, and the model is tried on the first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from metaplug.engine import Engine
+from metaplug.errors import RunError
+from metaplug.inner import recording, usable, without_non_finite
+from metaplug.runtime.batching import Batching, BatchingChoice, choose_batching
+from metaplug.runtime.guards import check_forward
+from metaplug.runtime.unchanged import Unchanged
+from metaplug.tasks.batch import TaskBatch
+from metaplug.values import Kind
+
+
+class Intake:
+    """The way of batches into an engine.
+
+    Args:
+        engine: its inner loop computes them.
+        model: of that loop, as it is now.
+        kind: of the tasks.
+        wanted: how tasks are to be batched.
+
+    Attributes:
+        batching: how tasks are batched and why; known from the first batch on.
+    """
+
+    def __init__(self, engine: Engine, model: nn.Module, kind: Kind, wanted: Batching) -> None:
+        self.batching: BatchingChoice | None = None
+        self._engine, self._kind, self._wanted = engine, kind, wanted
+        self._unchanged = Unchanged(model)
+
+    def __call__(
+        self,
+        batch: TaskBatch,
+        *,
+        trusted: bool = False,
+        numbers: Sequence[int] | None = None,
+        iteration: int | None = None,
+        skip: bool = False,
+    ) -> TaskBatch:
+        """The batch on the model's device; before the first, and when the model has got other hooks, the model is tried on it.
+
+        Args:
+            trusted: check it only where it lies in the host's memory, so that nobody waits for the device.
+            numbers: of the tasks, for errors; default: their places.
+            iteration: that the batch is for, for errors.
+            skip: let NaN and Inf pass, which the engine finds.
+
+        Raises:
+            RequestError: the model was changed since, cannot be computed with, or does not fit the batch; a label is out of range.
+            RunError: NaN or Inf in the batch.
+        """
+        hooked = not trusted and self._unchanged.check()
+        if batch.device.type == "cpu":
+            self._check_values(batch, numbers, iteration, skip=skip)
+            trusted = trusted or self.batching is not None
+        batch = batch.to(self._engine.device)
+        if self.batching is None or hooked:
+            with recording():
+                tried = without_non_finite(usable(batch)) if skip else usable(batch)
+                self._engine.outputs = check_forward(self._engine.inner, tried, self._kind)
+                self.batching = self.batching or choose_batching(self._wanted, self._engine.inner, tried)
+            self._engine.inner.vectorized = self.batching.batching == "vectorized"
+        if not trusted:
+            self._check_values(batch, numbers, iteration, skip=skip)
+        return batch
+
+    def _check_values(self, batch: TaskBatch, numbers: Sequence[int] | None, iteration: int | None, *, skip: bool) -> None:
+        if skip:
+            batch.check_labels(self._engine.outputs)
+            return
+        try:
+            batch.check_values(self._engine.outputs, (lambda place: place) if numbers is None else numbers.__getitem__)
+        except RunError as error:
+            if iteration is None:
+                raise
+            raise RunError(f"iteration {iteration} stopped, nothing was updated: {error}") from error
