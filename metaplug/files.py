@@ -1,4 +1,4 @@
-"""Files, written whole or not at all."""
+"""Files that outlive a crash: written whole or not at all, in an order that a power failure cannot turn round; and who may write them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write into, which then takes the place of `path`: at every moment that is the whole old file or the whole new one.
 
     Raises:
-        RunError: the disk is full, or the folder cannot be written; an older file at `path` is as it was.
+        RunError: the disk is full, or the folder cannot be written or is gone; an older file at `path` is as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -25,16 +25,45 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        raise RunError(f"cannot write {path}: {error}; an older one there is untouched") from error
+        raise RunError(f"cannot write {path}: {_reason(error)}; an older one there is untouched") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; folders cannot be opened everywhere."""
+def append(path: Path, text: str, *, durable: bool) -> None:
+    """Add to a file that is there; `durable`, all that was ever added is on the disk afterwards, whatever happens to the machine.
+
+    Raises:
+        RunError: the disk is full, or the file cannot be written or is gone.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        with os.fdopen(descriptor, "ab") as file:
+            file.write(text.encode())
+            file.flush()
+            if durable:
+                os.fsync(descriptor)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {_reason(error)}; make room, or bring back what is gone, then go on with --resume") from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, durably.
+
+    Raises:
+        OSError: the file system's own.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was named, renamed or removed in a folder durable; folders cannot be opened everywhere."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -43,3 +72,9 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    """What the file system said; torch hides it behind a fault of its own."""
+    cause = error if isinstance(error, OSError) else error.__context__
+    return (isinstance(cause, OSError) and cause.strerror) or str(error)

@@ -4,68 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import signal
-import time
-import traceback
-from collections.abc import Callable
+import stat
 from pathlib import Path
-from typing import Any, NoReturn
 
 import pytest
 import torch
+from support.tiny_runs import assert_same, assert_same_run, stop_after, tiny
 
-from metaplug import MetaLearner, RequestError, RunError, checkpoint, experiment
+from metaplug import MetaLearner, RequestError, RunError, experiment
 from metaplug.config import ExperimentConfig, to_yaml
 from metaplug.experiment import build, task_form
 from metaplug.runs import load, read_metrics, train
 from metaplug.settings import read_yaml
-
-TINY: dict[str, Any] = {
-    "plugins": ["gradient-sharing"],
-    "model": {"name": "mlp", "settings": {"hidden": [4]}},
-    "tasks": {"source": "sinusoid", "shots": 3, "queries": 3},
-    "learner": {"inner_lr": 0.01, "inner_steps": 1},
-    "training": {"iterations": 12, "tasks_per_batch": 2, "validate_every": 4, "validation_tasks": 4, "test_tasks": 6},
-    "runtime": {"threads": 1, "device": "cpu"},
-}
-
-
-def tiny(**changes: Any) -> ExperimentConfig:
-    """The tiny experiment with fields changed, written as section__field."""
-    values = json.loads(json.dumps(TINY))
-    for path, value in changes.items():
-        section, _, field = path.partition("__")
-        if field:
-            values.setdefault(section, {})[field] = value
-        else:
-            values[section] = value
-    return ExperimentConfig.model_validate(values)
-
-
-def assert_same(one: Any, other: Any) -> None:
-    """Equal bit for bit, tensors too; the seconds that were spent apart."""
-    assert type(one) is type(other)
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one.keys() - {"seconds"}:
-            assert_same(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for left, right in zip(one, other, strict=True):
-            assert_same(left, right)
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    else:
-        assert one == other
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
-    for name in ("last.pt", "best.pt"):
-        assert_same(checkpoint.read(one / name), checkpoint.read(other / name))
-    assert_same(json.loads((one / "summary.json").read_text()), json.loads((other / "summary.json").read_text()))
-    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in other.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +27,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_folder_holds_all_of_it(whole: Path) -> None:
-    assert sorted(path.name for path in whole.iterdir()) == ["best.pt", "config.yaml", "last.pt", "metrics.jsonl", "summary.json"]
+    assert sorted(path.name for path in whole.iterdir()) == [
+        *(".lock", "best.pt", "config.yaml", "last.pt", "metrics.jsonl", "run.json", "summary.json")
+    ]
     lines = read_metrics(whole)
     assert [line["iteration"] for line in lines] == list(range(1, 13))
     assert [line["iteration"] for line in lines if "validation" in line] == [4, 8, 12]
@@ -113,12 +65,6 @@ def test_a_checkpoint_is_a_learner(whole: Path) -> None:
     assert MetaLearner.load(whole / "last.pt").iteration == 12
 
 
-def stop_after(iterations: int) -> Callable[[], bool]:
-    """Asked after every iteration, True at that one."""
-    asked = iter(range(1, 10**6))
-    return lambda: next(asked) >= iterations
-
-
 def test_a_stopped_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
     for iterations in (1, 8, 12):
         folder = tmp_path / f"stopped-{iterations}"
@@ -127,77 +73,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
         assert MetaLearner.load(folder / "last.pt").iteration == iterations
         assert train(tiny(), folder, resume=True) is not None
         assert_same_run(whole, folder)
-
-
-def in_child(action: Callable[[], object]) -> int:
-    """Run in a forked process, which has imported everything already; its process id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        action()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
-
-
-def kill_at_replacement(count: int) -> None:
-    """From now on, this process is killed just before its `count`-th file takes its place."""
-    original, done = Path.replace, 0
-
-    def replace(self: Path, target: Path) -> Path:
-        nonlocal done
-        done += 1
-        if done == count:
-            die()
-        return original(self, target)
-
-    Path.replace = replace  # type: ignore[method-assign]
-
-
-def die() -> NoReturn:
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("unreachable")
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_killed_at_every_file_that_it_writes_a_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
-    for count in range(1, 11):  # config, metrics, best and last at each of three validations at most, summary
-        folder = tmp_path / f"{count}"
-
-        def killed(count: int = count, folder: Path = folder) -> None:
-            kill_at_replacement(count)
-            train(tiny(), folder)
-
-        _, status = os.waitpid(in_child(killed), 0)
-        finished = os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
-        assert finished or os.WTERMSIG(status) == signal.SIGKILL
-        assert train(tiny(), folder, resume=True) is not None
-        assert_same_run(whole, folder)
-        if finished:
-            break
-    assert finished
-    assert count > 7
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_killed_at_random_moments_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    config = tiny(training__iterations=80, training__validate_every=5)
-    train(config, tmp_path / "whole")
-    moments, folder, kills = random.Random(0), tmp_path / "killed", 0
-    for _ in range(40):
-        pid = in_child(lambda: train(config, folder, resume=True))
-        time.sleep(moments.uniform(0.0, 0.2))
-        os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        if os.WIFEXITED(status):
-            assert os.WEXITSTATUS(status) == 0
-            break
-        kills += 1
-    train(config, folder, resume=True)
-    assert kills >= 3
-    assert_same_run(tmp_path / "whole", folder)
 
 
 def test_an_incomplete_last_line_is_cut(whole: Path, tmp_path: Path) -> None:
@@ -290,25 +165,28 @@ def test_numbers_that_are_not_finite_stop_a_run_and_keep_its_checkpoint(tmp_path
 
 
 def test_validations_that_are_not_finite_are_never_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaplug.learner.score", lambda *_: torch.full((4,), torch.nan, dtype=torch.float64))
+    monkeypatch.setattr("metaplug.evaluating.score", lambda *_: torch.full((4,), torch.nan, dtype=torch.float64))
     with pytest.raises(RunError) as error:
         train(tiny(), tmp_path / "run")
     assert str(error.value) == (
         f"no validation of {tmp_path}/run was finite, so that there is nothing to test: try a smaller learning rate"
     )
-    assert read_metrics(tmp_path / "run")[3]["validation"] == {"metric": "mean squared error", "mean": None, "interval": None}
+    validation = read_metrics(tmp_path / "run")[3]["validation"]
+    assert validation["metric"] == "mean squared error"
+    assert [validation[name] for name in ("mean", "interval", "low", "high")] == [None] * 4
 
 
 def test_a_full_disk_is_a_failed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> NoReturn:
-        raise OSError(28, "No space left on device")
+    def full(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        RunError, match=r"cannot write .*config\.yaml: \[Errno 28\] No space left on device; an older one there is untouched"
-    ):
+    with pytest.raises(RunError) as error:
         train(tiny(), tmp_path / "run")
-    assert list((tmp_path / "run").iterdir()) == []
+    path = tmp_path / "run" / "config.yaml"
+    assert str(error.value) == f"cannot write {path}: No space left on device; an older one there is untouched"
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_what_load_refuses(whole: Path, tmp_path: Path) -> None:

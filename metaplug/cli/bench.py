@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,7 +26,9 @@ _BENCH_EXAMPLES = """**Examples**
 
 - metaplug bench --scaling --plot scaling.png
 
-- metaplug bench --drawing --repeats 50"""
+- metaplug bench --drawing --repeats 50
+
+- metaplug bench --soak --workload sinusoid --plot soak.png"""
 
 
 def register(app: typer.Typer) -> None:
@@ -37,7 +40,11 @@ def bench(
     *,
     workload: Annotated[
         list[str] | None,
-        typer.Option("--workload", help="Which, such as sinusoid-25x5: 25 tasks, 5 steps. Repeatable.", show_default="all"),
+        typer.Option(
+            "--workload",
+            help="Which, such as sinusoid-25x5: 25 tasks, 5 steps; of --soak sinusoid or conv4. Repeatable.",
+            show_default="all",
+        ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N; cuda adds metaplug's captured steps.")] = "cpu",
     tf32: Annotated[bool, typer.Option("--tf32", help="On CUDA, let float32 products and convolutions round to TF32.")] = False,
@@ -58,25 +65,40 @@ def bench(
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Instead, how time and memory of metaplug's step grow with tasks and inner steps.")
     ] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw what --scaling measures.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw what --scaling measures, or --soak.")] = None,
     drawing: Annotated[
         bool,
         typer.Option("--drawing", help="Instead, time the drawing of 32 tasks, 5-way 1-shot with 15 queries, beside torchmeta's loader."),
     ] = False,
+    soak: Annotated[
+        bool,
+        typer.Option(
+            "--soak", help="Instead, train a long run with all plugins that compose: are memory, open files and the time of a step flat?"
+        ),
+    ] = False,
+    soak_steps: Annotated[
+        int | None,
+        typer.Option("--soak-steps", min=50, help="Meta-steps of --soak.", show_default="20,000 of sinusoid, 2,000 of conv4"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time a meta-step side by side: metaplug in every batching, plain torch, higher, and every peer that is installed (make bench-peers).
 
     On one device, in one process, in turn: medians with half the distance of the quartiles, each one's share of what the device allows, and
-    the error of its meta-gradient.
+    the error of its meta-gradient. --soak ends with status 1 where a run did not stay as it began.
     """
     from metaplug.errors import RequestError
 
     # torch's profiler would talk of itself on standard error; both are read when torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if plot and not scaling:
-        raise RequestError("--plot draws what --scaling measures: give both, or neither")
+    modes = [name for name, given in (("--scaling", scaling), ("--drawing", drawing), ("--soak", soak)) if given]
+    if len(modes) > 1:
+        raise RequestError(f"{' and '.join(modes)} are measurements of their own, of which a command makes one: give one of them")
+    if plot and not (scaling or soak):
+        raise RequestError("--plot draws what --scaling or --soak measures: give one of them too, or leave it out")
+    if soak_steps and not soak:
+        raise RequestError("--soak-steps is the length of a --soak, which is not asked for: give both, or neither")
     import torch
 
     from metaplug.bench.meters import Meter
@@ -94,6 +116,8 @@ def bench(
         _bench_drawing(repeats, threads, as_json)
     elif scaling:
         _bench_scaling(meter, repeats, plot, as_json)
+    elif soak:
+        _bench_soak(meter, workload, soak_steps, plot, as_json)
     else:
         plugins = use or ["gradient-sharing"]
         _bench_steps(meter, workload, plugins, only or (), repeats=repeats, memory=memory, compiled=compiled, as_json=as_json)
@@ -152,9 +176,14 @@ def _measured(meter: Meter, repeats: int) -> str:
     """On what, for a header: cpu (its name), 1 CPU thread, ..."""
     import torch
 
+    return f"{_where(meter)}, torch {torch.__version__}, median of {repeats}"
+
+
+def _where(meter: Meter) -> str:
+    import torch
+
     threads = torch.get_num_threads()
-    where = f"{meter.device} ({meter.name}), {threads} CPU thread{'s' if threads > 1 else ''}"
-    return f"{where}, torch {torch.__version__}, median of {repeats}"
+    return f"{meter.device} ({meter.name}), {threads} CPU thread{'s' if threads > 1 else ''}"
 
 
 def _bench_drawing(repeats: int, threads: int, as_json: bool) -> None:
@@ -170,3 +199,32 @@ def _bench_drawing(repeats: int, threads: int, as_json: bool) -> None:
         return
     CONSOLE.print(drawing_table(rows))
     line(f"32 5-way 1-shot tasks with 15 queries from 1,600 classes of 20 images, {threads} CPU thread{'s' if threads > 1 else ''}")
+
+
+def _bench_soak(meter: Meter, workloads: list[str] | None, steps: int | None, plot: Path | None, as_json: bool) -> None:
+    import torch
+
+    from metaplug.bench.soak import as_json_values, check_workloads, run
+    from metaplug.bench.soak_workloads import SOAKS
+    from metaplug.errors import RunError
+    from metaplug.experiment import to_json
+    from metaplug.report.bench import soak_table
+    from metaplug.report.soak import soak_figure
+    from metaplug.report.terminal import TrainingProgress
+
+    check_workloads(names := workloads or list(SOAKS))
+    runs = []
+    for name in names:
+        length = steps or SOAKS[name].steps
+        line(f"{name}: {length:,} meta-steps with {', '.join(SOAKS[name].plugins)}")
+        with TrainingProgress(CONSOLE, length) as progress:
+            runs.append(run(name, steps=length, meter=meter, on_record=partial(progress.record, label=name)))
+    if plot:
+        soak_figure(runs, plot)
+    if as_json:
+        emit(to_json(as_json_values(runs, meter), indent=2))
+    else:
+        line(f"{_where(meter)}, torch {torch.__version__}")
+        CONSOLE.print(soak_table(runs))
+    if broken := [f"{each.workload}: {bound}" for each in runs for bound in each.broken]:
+        raise RunError(f"the soak did not stay as it began: {'; '.join(broken)}; see where with --plot, or --json")

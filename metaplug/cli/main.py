@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import metaplug
-from metaplug.cli import bench, listing, new_plugin, ranks, running
+from metaplug.cli import bench, listing, new_plugin, ranks, running, stopping
 from metaplug.errors import MetaplugError
 from metaplug.report.console import line
 
@@ -59,7 +59,7 @@ bench.register(app)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 for success, 1 for a failed run, 2 for a wrong request, 130 after Ctrl-C."""
+    """Run the command line and exit: 0 for success, 1 for a failed run, 2 for a wrong request, 128 + N after signal N."""
     line_given = sys.argv[1:] if arguments is None else arguments
     _State.debug = "--debug" in line_given
     _quiet_warnings()
@@ -72,8 +72,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _fail(error.format_message(), error.exit_code)
     except MetaplugError as error:
         _fail(str(error), error.exit_status)
-    except running.StoppedError as stopped:
-        _fail(str(stopped), INTERRUPTED)
+    except stopping.StoppedError as stopped:
+        _fail(str(stopped), stopped.status)
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     except BrokenPipeError:
