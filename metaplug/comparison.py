@@ -245,6 +245,7 @@ def _run(
         validation=tasks.val,
         validate_every=config.training.validate_every,
         validation_tasks=config.training.validation_tasks,
+        non_finite=config.training.non_finite,
     )
     for record in records:
         if record.validation is not None:
@@ -315,7 +316,7 @@ def _variant_values(comparison: Comparison, variant: Variant) -> dict[str, Any]:
         },
         "acceleration_over_base_percent": None if base is None else list(comparison.acceleration(label, base).percent),
         "test": result_values(comparison.test(label)),
-        "test_minus_baseline": {"mean": difference.mean, "interval": difference.interval},
+        "test_minus_baseline": {"mean": difference.mean, "interval": difference.interval, "interval_method": "t"},
         "mean_curve": [list(astuple(point)) for point in comparison.mean_curve(label)],
         "runs": [
             {

@@ -48,6 +48,10 @@ class LearnerSettings(Settings):
     )
 
 
+NonFinite = Literal["stop", "skip"]
+"""What a batch does in which something is NaN or Inf: stop training, or be left out and counted."""
+
+
 class TrainingSettings(Settings):
     """How long meta-training runs, and what is measured on the way."""
 
@@ -56,6 +60,9 @@ class TrainingSettings(Settings):
     validate_every: int = Field(25, ge=1, description="Iterations between two validations.")
     validation_tasks: int = Field(200, ge=2, description="Validation tasks, the same at every validation.")
     test_tasks: int = Field(600, ge=2, description="Test tasks at the end.")
+    non_finite: NonFinite = Field(
+        "stop", description="What NaN or Inf does: stop the run, or skip the batch, which is counted; ten in a row stop it all the same."
+    )
 
 
 class RuntimeSettings(Settings):
@@ -80,6 +87,9 @@ class RuntimeSettings(Settings):
     )
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
         "float32", description="TF32 off, TF32 on (CUDA), or the model's run in bfloat16; losses and updates stay in float32."
+    )
+    deterministic: bool = Field(
+        False, description="Only algorithms that give the same bits every time, on CUDA too; an operation without one stops the run."
     )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null leaves torch's choice.")
 

@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import metaplug
 from metaplug import registry
 from metaplug.config import ExperimentConfig
 from metaplug.errors import RequestError
-from metaplug.evaluation import EvaluationResult
+from metaplug.evaluation import EvaluationResult, IntervalMethod
 from metaplug.learner import MetaLearner
 from metaplug.models.factories import make_model
 from metaplug.runtime.device import resolve_device
@@ -93,6 +94,7 @@ def build(config: ExperimentConfig, tasks: TaskSource | None = None, world: Worl
         capture=config.runtime.capture,
         metrics_every=config.runtime.metrics_every,
         precision=config.runtime.precision,
+        deterministic=config.runtime.deterministic,
         seed=config.seed,
         world=world,
         **config.learner.model_dump(),
@@ -106,15 +108,23 @@ def to_json(values: Any, indent: int | None = None) -> str:
     return json.dumps(_finite(values), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
-def result_values(result: EvaluationResult) -> dict[str, Any]:
-    """An evaluation as JSON values."""
+def result_values(result: EvaluationResult, method: IntervalMethod = "t") -> dict[str, Any]:
+    """An evaluation as JSON values, with the 95 % interval from `low` to `high` by a method, and half its width.
+
+    Of transductive, an empty list says that it is not; of training_classes, None that it is not known.
+    """
+    low, high = result.bounds(method)
     return {
         "metric": result.metric,
         "mean": result.mean,
-        "interval": result.interval,
+        "interval": result.interval if method == "t" else (high - low) / 2,
+        "interval_method": method,
+        "low": low,
+        "high": high,
         "num_tasks": result.num_tasks,
         "inner_steps": result.inner_steps,
         "transductive": list(result.transductive),
+        "training_classes": result.training_classes,
     }
 
 
@@ -122,10 +132,17 @@ def environment(learner: MetaLearner) -> dict[str, Any]:
     """What a result depends on: versions, device, threads, precision, ranks, and how tasks were batched, with the reason."""
     device = learner.engine.device
     return {
-        "versions": {**versions_of_plugins(learner), "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            **versions_of_plugins(learner),
+            **{name: version(name) for name in ("higher", "numpy", "pillow")},
+            "torch": torch.__version__,
+            **({"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if device.type == "cuda" else {}),
+            "python": platform.python_version(),
+        },
         "device": f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "precision": learner.engine.inner.precision,
+        "deterministic": learner.engine.deterministic,
         "ranks": learner.world.size,
         "batching": None if learner.batching is None else {"choice": learner.batching.batching, "reason": learner.batching.reason},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,19 +12,23 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from metaplug import checkpoint, registry
+from metaplug import checkpoint
 from metaplug.chain import Chain
-from metaplug.config import LearnerSettings
+from metaplug.checkpoint.form import naming
+from metaplug.checkpoint.state import give_state, rehearse, state_of
+from metaplug.config import LearnerSettings, NonFinite
 from metaplug.engine import Engine
-from metaplug.errors import RequestError, RunError, quoted, unknown
-from metaplug.evaluation import EvaluationResult, metric_of, score
+from metaplug.errors import RequestError, quoted, unknown
+from metaplug.evaluating import measure
+from metaplug.evaluation import EvaluationResult, larger, metric_of
 from metaplug.history import History, Record
-from metaplug.inner import InnerLoop, Loss, recording, usable
+from metaplug.inner import InnerLoop, Loss
+from metaplug.intake import Intake
 from metaplug.mirror import set_mode
 from metaplug.preset import PluginLike, Preset, find_preset, make_plugins
-from metaplug.runtime.batching import Batching, BatchingChoice, choose_batching
+from metaplug.runtime.batching import Batching, BatchingChoice
 from metaplug.runtime.distributed import ALONE, World
-from metaplug.runtime.guards import check_forward, check_model
+from metaplug.runtime.guards import check_loss, check_model
 from metaplug.runtime.memory import MemoryEstimate, chunk_of, estimate_step, memory_explained
 from metaplug.runtime.precision import Precision, check_precision
 from metaplug.runtime.ways import StepWay
@@ -31,7 +36,9 @@ from metaplug.settings import validated
 from metaplug.tasks.adapters import LoaderTasks, as_stream
 from metaplug.tasks.batch import TaskBatch
 from metaplug.tasks.episodes import TaskStream
+from metaplug.tasks.identities import TrainedOn
 from metaplug.values import Context, Kind
+from metaplug.window import meta_steps
 
 LOSSES: dict[Kind, Loss] = {"classification": nn.functional.cross_entropy, "regression": nn.functional.mse_loss}
 """The loss of one task where none is given: cross-entropy over class indices, or mean squared error."""
@@ -71,6 +78,8 @@ class MetaLearner:
             device already, the labels of the first are checked. A step that diverges is found and taken back all the same.
         precision: "float32" (TF32 off), "tf32" (CUDA's matrix products and convolutions round to TF32) or "bfloat16" (the model's run in
             bfloat16); losses and updates stay in float32. The last two are for models in float32.
+        deterministic: whether torch may only take algorithms that give the same bits every time, as CUDA's fastest do not; an operation
+            that has none stops training, and is named. On a CPU the same seed, versions and number of threads suffice.
         seed: of every random number of training.
         world: the processes that train together, from `metaplug.runtime.distributed.joined`: every rank makes the same learner and the
             same calls, and draws its part of the tasks. They start from rank 0's weights. Default: this process alone.
@@ -101,6 +110,7 @@ class MetaLearner:
         capture: bool | Literal["auto"] = False,
         metrics_every: int = 1,
         precision: Precision = "float32",
+        deterministic: bool = False,
         seed: int = 0,
         world: World | None = None,
     ) -> None:
@@ -124,12 +134,13 @@ class MetaLearner:
         _check_counts(metrics_every=metrics_every)
         way = StepWay(checkpoint_steps, chunk_size, compile, capture)
         check_model(model, self.settings.batch_norm)
+        check_loss(loss)
         self.model, self.kind, self.seed, self.task_batching = model, kind, seed, task_batching
         self.world = ALONE if world is None else world
         self.custom_loss, self.metrics_every = loss is not None, metrics_every
-        self.batching: BatchingChoice | None = None
-        """How tasks are batched and why; known from the first batch on."""
-        self._warned = False
+        self.trained_on = TrainedOn()
+        """The classes of every stream that was trained on, as far as the streams say."""
+        self._warned = self._warned_of_divergence = False
         self.chain = Chain(make_plugins(preset, plugins))
         self.world.align([*model.parameters(), *model.buffers()])  # before plugins start from these values
         trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -174,12 +185,25 @@ class MetaLearner:
             seed=seed,
             world=self.world,
         )
+        self.engine.deterministic = deterministic
         self.engine.derivation = way.derivation(self.engine)
+        self.intake = Intake(self.engine, model, kind, task_batching)
+        """What every batch goes through before it is computed with."""
 
     @property
     def iteration(self) -> int:
         """The meta-iterations done."""
         return self.engine.iteration
+
+    @property
+    def batching(self) -> BatchingChoice | None:
+        """How tasks are batched and why; known from the first batch on."""
+        return self.intake.batching
+
+    @property
+    def skipped(self) -> int:
+        """How many of them were skipped, as something was NaN or Inf."""
+        return self.engine.skipped
 
     def fit(
         self,
@@ -190,6 +214,7 @@ class MetaLearner:
         validation: TaskStream | Any = None,
         validate_every: int = 50,
         validation_tasks: int = 200,
+        non_finite: NonFinite = "stop",
         on_record: Callable[[Record], None] | None = None,
     ) -> History:
         """Meta-train for `iterations` more iterations; `iterate` with its records gathered.
@@ -205,6 +230,7 @@ class MetaLearner:
             validation=validation,
             validate_every=validate_every,
             validation_tasks=validation_tasks,
+            non_finite=non_finite,
         )
         for record in steps:
             history.records.append(record)
@@ -221,6 +247,7 @@ class MetaLearner:
         validation: TaskStream | Any = None,
         validate_every: int = 50,
         validation_tasks: int = 200,
+        non_finite: NonFinite = "stop",
     ) -> Iterator[Record]:
         """Meta-train, one iteration at each step of the iterator: stop whenever you like.
 
@@ -230,9 +257,12 @@ class MetaLearner:
             iterations: how many more.
             tasks_per_batch: tasks in a meta-batch, at least 1, and at least the number of ranks.
             validation: tasks that are evaluated every `validate_every` iterations and after the last: always the same `validation_tasks`.
+            non_finite: what a batch does in which something is NaN or Inf: "stop" training, or be left out ("skip"): it counts as an
+                iteration, updates and commits nothing, and its record says why. The tenth in a row stops training all the same.
 
         Raises:
-            RequestError: there are more ranks than tasks, or ranks cannot draw different tasks from `tasks`.
+            RequestError: there are more ranks than tasks, ranks cannot draw different tasks from `tasks`, or `validation` has a class that
+                is trained on, here or before.
             RunError: a loss or gradient is NaN or Inf, or memory runs out; the weights are those of the iteration before.
         """
         _check_counts(tasks_per_batch=tasks_per_batch, validate_every=validate_every, validation_tasks=validation_tasks)
@@ -242,21 +272,54 @@ class MetaLearner:
                 f"give at least {self.world.size} tasks, or start fewer ranks"
             )
         tasks = self._stream(tasks)
-        total = self.iteration + iterations
+        trained_on = self.trained_on.and_by(tasks) if iterations > 0 else self.trained_on
+        if validation is not None:
+            trained_on.refuse(self._stream(validation), self._noun, "give validation tasks of other classes, such as tasks.val")
+        self.trained_on = trained_on
+        if non_finite not in get_args(NonFinite):
+            raise unknown("non_finite", non_finite, get_args(NonFinite))
+        total, skip = self.iteration + iterations, non_finite == "skip"
         while self.iteration < total:
             own, begun = self.world.shard(range(tasks_per_batch)), self.iteration
             due = total if validation is None else min(total, (begun // validate_every + 1) * validate_every)
             until = min(begun + self.metrics_every, due)
-            batches = (self._checked(tasks.batch(iteration, own), trusted=iteration > begun) for iteration in range(begun, until))
-            with memory_explained(self.engine, len(own)):
-                steps = [self.engine.meta_step(next(batches), total)] if until == begun + 1 else self.engine.meta_steps(batches, total)
-            yield from map(Record, steps[:-1])
-            yield Record(
-                steps[-1], self.evaluate(validation, num_tasks=validation_tasks) if validation is not None and until == due else None
+            batches = (
+                self.intake(tasks.batch(iteration, own), trusted=iteration > begun, numbers=own, iteration=iteration, skip=skip)
+                for iteration in range(begun, until)
             )
+            with memory_explained(self.engine, len(own)):
+                if until == begun + 1:
+                    steps = iter([self.engine.meta_step(next(batches), total, skip=skip)])
+                else:
+                    steps = meta_steps(self.engine, batches, total, skip=skip)
+                    steps = itertools.chain([next(steps)], steps)  # here, where memory may run out, all of them are made
+            for step in steps:
+                measured = validation is not None and step.iteration == due
+                yield Record(step, self._validate(validation, validation_tasks) if measured else None)
+
+    def _validate(self, tasks: TaskStream, num_tasks: int) -> EvaluationResult:
+        """The result on validation tasks; once in a learner's life, a warning where adaptation makes most support losses larger."""
+        result = self.evaluate(tasks, num_tasks=num_tasks)
+        if 2 * result.raised > num_tasks and not self._warned_of_divergence:
+            self._warned_of_divergence = True
+            before, after = result.support_losses
+            changed = quoted(link.plugin.name for link in self.chain.links("transform_learning_rates"))
+            warnings.warn(
+                f"adaptation raises the support loss of {result.raised} of {num_tasks} validation tasks "
+                f"(mean {before:.4g} to {after:.4g} over {result.inner_steps} inner steps, inner_lr = {self.settings.inner_lr:.4g}"
+                f"{'' if changed == 'none' else f', which plugin {changed} changes'}): the inner loop diverges; lower inner_lr",
+                stacklevel=3,
+            )
+        return result
 
     def evaluate(
-        self, tasks: TaskStream | Any, *, num_tasks: int = 600, inner_steps: int | None = None, tasks_per_batch: int | None = None
+        self,
+        tasks: TaskStream | Any,
+        *,
+        num_tasks: int = 600,
+        inner_steps: int | None = None,
+        tasks_per_batch: int | None = None,
+        allow_training_classes: bool = False,
     ) -> EvaluationResult:
         """Adapt to `num_tasks` tasks that do not see each other, and measure on their query examples. Changes no state.
 
@@ -265,32 +328,35 @@ class MetaLearner:
             inner_steps: default: as in training.
             tasks_per_batch: how many are computed together, each such batch on one rank; the result does not depend on it. Default: 16, or
                 the learner's chunk_size where that is less.
+            allow_training_classes: measure also on classes that were trained on, which the result then says.
 
         Raises:
+            RequestError: the tasks are of a class that was trained on, and that is not allowed.
             RunError: a task's query loss is NaN or Inf, which no mean should hide; the task is named. Or memory runs out.
         """
         if tasks_per_batch is None:
             tasks_per_batch = min(16, chunk_of(self.engine) or 16)
         _check_counts(num_tasks=num_tasks, tasks_per_batch=tasks_per_batch)
         tasks = self._stream(tasks)
-        steps = self._steps(inner_steps)
-        scores, diverged = torch.zeros(2, num_tasks, dtype=torch.float64)
-        for start in self.world.shard(range(0, num_tasks, tasks_per_batch)):  # whole batches, so that they are computed as in one process
-            own = range(start, min(start + tasks_per_batch, num_tasks))
-            with memory_explained(self.engine, len(own), evaluated_steps=steps):
-                batch = self._checked(tasks.batch(0, own))
-                outcome = self.engine.evaluate(batch, steps)
-            scores[own.start : own.stop] = score(self.kind, outcome.query_predictions, batch.query_y)
-            diverged[own.start : own.stop] = ~torch.isfinite(outcome.query_losses[steps])
-            if diverged[own.start : own.stop].any():
-                break
-        scores, diverged = self.world.sum(torch.stack([scores, diverged]))
-        if diverged.any():
-            raise RunError(
-                f"evaluation task {int(diverged.nonzero()[0])} has a query loss of NaN or Inf after {steps} inner steps: "
-                "its inner loop diverges; lower inner_lr or inner_steps"
+        if not allow_training_classes:
+            self.trained_on.refuse(
+                tasks,
+                self._noun,
+                "evaluate tasks.test, or give allow_training_classes=True (--allow-training-classes) to measure training on purpose",
             )
-        return EvaluationResult(metric_of(self.kind), scores, steps, self.transductive)
+        steps = self._steps(inner_steps)
+        batches = [range(start, min(start + tasks_per_batch, num_tasks)) for start in range(0, num_tasks, tasks_per_batch)]
+        scores, before, after = measure(self.engine, self.intake, tasks, batches, steps=steps, kind=self.kind)
+        return EvaluationResult(
+            metric_of(self.kind),
+            scores,
+            steps,
+            self.transductive,
+            self.trained_on.shared(tasks),
+            self.seed,
+            raised=int(larger(before, after).sum()),
+            support_losses=(float(before.mean()), float(after.mean())),
+        )
 
     def adapt(self, support_x: Tensor, support_y: Tensor, *, inner_steps: int | None = None) -> nn.Module:
         """A copy of the model, adapted to one new task.
@@ -304,7 +370,7 @@ class MetaLearner:
         """
         steps = self._steps(inner_steps)
         x, y = support_x.unsqueeze(0), support_y.unsqueeze(0)
-        outcome = self.engine.evaluate(self._checked(TaskBatch(x, y, x, y)), steps)
+        outcome = self.engine.evaluate(self.intake(TaskBatch(x, y, x, y)), steps)
         adapted = copy.deepcopy(self.model)
         set_mode(adapted, False, self.settings.batch_norm)
         with torch.no_grad():
@@ -318,7 +384,7 @@ class MetaLearner:
         Each rank gives tasks of its own, and all find the meta-gradients of all of them. A meta-parameter that received no gradient is left
         out.
         """
-        return dict(self.engine.meta_gradients(self._checked(batch), self.iteration, self.engine.total).gradients)
+        return dict(self.engine.meta_gradients(self.intake(batch), self.iteration, self.engine.total).gradients)
 
     def estimate_memory(self, batch: TaskBatch, *, tasks_per_batch: int | None = None, iterations: int | None = None) -> MemoryEstimate:
         """What one meta-step will take of memory, from steps of one and two tasks with up to three inner steps. Changes nothing.
@@ -332,7 +398,7 @@ class MetaLearner:
         Raises:
             RunError: memory runs out in the small steps already.
         """
-        batch = self._checked(batch)
+        batch = self.intake(batch)
         tasks = batch.num_tasks
         if tasks_per_batch is not None:
             _check_counts(tasks_per_batch=tasks_per_batch)
@@ -351,23 +417,7 @@ class MetaLearner:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training goes on from: tensors and plain values only."""
-        return {
-            "iteration": self.iteration,
-            "total": self.engine.total,
-            "kind": self.kind,
-            "seed": self.seed,
-            "settings": self.settings.model_dump(mode="json"),
-            "task_batching": self.task_batching,
-            "custom_loss": self.custom_loss,
-            "model_spec": checkpoint.model_spec(self.model),
-            "model": self.model.state_dict(),
-            "plugins": [
-                {"part": registry.name_of("plugin", type(plugin)), "name": plugin.name, "settings": plugin.config.model_dump(mode="json")}
-                for plugin in self.chain.plugins
-            ],
-            "plugin_states": {plugin.name: plugin.state_dict() for plugin in self.chain.plugins},
-            "optimizer": self.engine.optimizer.state_dict(),
-        }
+        return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any], origin: str = "the state") -> None:
         """Go on from a state of the same model and plugins.
@@ -375,30 +425,7 @@ class MetaLearner:
         Raises:
             RunError: the state belongs to another model or to other plugins; `origin` is named, nothing was loaded.
         """
-        names = [plugin["name"] for plugin in state["plugins"]]
-        own = [plugin.name for plugin in self.chain.plugins]
-        if names != own:
-            raise RunError(f"{origin} belongs to the plugins {quoted(names)}, this learner has {quoted(own)}: make it with the same list")
-        changed = [
-            plugin.name
-            for plugin, saved in zip(self.chain.plugins, state["plugins"], strict=True)
-            if plugin.config.model_dump(mode="json") != saved["settings"]
-        ]
-        if changed:
-            raise RunError(f"{origin} has other settings of plugin {quoted(changed)} than this learner: make it with the same settings")
-        checkpoint.check_shapes(state["model"], self.model.state_dict(), f"{origin} belongs to another model")
-        for plugin in self.chain.plugins:
-            checkpoint.check_shapes(
-                state["plugin_states"][plugin.name],
-                plugin.state_dict(),
-                f"{origin} has another form of plugin '{plugin.name}'",
-                "use the plugin and the model as they were",
-            )
-        self.model.load_state_dict(state["model"])
-        for plugin in self.chain.plugins:
-            plugin.load_state_dict(state["plugin_states"][plugin.name])
-        self.engine.optimizer.load_state_dict(state["optimizer"])
-        self.engine.iteration, self.engine.total = state["iteration"], state["total"]
+        give_state(self, state, origin)
 
     def save(self, path: str | Path) -> None:
         """Write the state to a file, atomically."""
@@ -431,16 +458,18 @@ class MetaLearner:
             raise RequestError(
                 f"{path} was trained with a loss of your own, which a file cannot hold: give it as MetaLearner.load(..., loss=...)"
             )
-        learner = cls(
-            checkpoint.rebuilt_model(state["model_spec"], path) if model is None else model,
-            plugins=[checkpoint.plugin_use(use, path) for use in state["plugins"]] if plugins is None else plugins,
-            kind=state["kind"],
-            loss=loss,
-            seed=state["seed"],
-            task_batching=state["task_batching"],
-            world=world,
-            **state["settings"],
-        )
+        arguments: dict[str, Any] = {"kind": state["kind"], "loss": loss, "seed": state["seed"], "task_batching": state["task_batching"]}
+        arguments |= state["settings"]
+        if model is None and state["model_spec"] and plugins is None:  # an instance of a plugin, as a caller gives, serves only once
+            uses = [checkpoint.plugin_use(use, path) for use in state["plugins"]]
+            rehearse(lambda: cls(checkpoint.rebuilt_model(state["model_spec"], path), plugins=uses, **arguments), state, str(path))
+        with naming(path):
+            learner = cls(
+                checkpoint.rebuilt_model(state["model_spec"], path) if model is None else model,
+                plugins=[checkpoint.plugin_use(use, path) for use in state["plugins"]] if plugins is None else plugins,
+                world=world,
+                **arguments,
+            )
         learner.load_state_dict(state, str(path))
         return learner
 
@@ -450,6 +479,11 @@ class MetaLearner:
             raise RequestError("the plugins select no parameter to adapt: leave at least one")
         return tuple(name for name in names if name in selected)
 
+    @property
+    def _noun(self) -> str:
+        """What tasks are drawn from."""
+        return "classes" if self.kind == "classification" else "groups of tasks"
+
     def _stream(self, tasks: TaskStream) -> TaskStream:
         stream = as_stream(tasks, self.seed)
         if self.world.size > 1 and isinstance(stream, LoaderTasks):
@@ -458,25 +492,6 @@ class MetaLearner:
                 "give its CombinationMetaDataset instead"
             )
         return stream
-
-    def _checked(self, batch: TaskBatch, *, trusted: bool = False) -> TaskBatch:
-        """The batch on the model's device; before the first, the model is tried on it and the batching decided.
-
-        What is `trusted` is checked where it lies in the host's memory, so that nobody waits for the device.
-        """
-        if batch.device.type == "cpu" and self.batching is not None:
-            batch.check_values(self.engine.outputs)
-            trusted = True
-        batch = batch.to(self.engine.device)
-        if self.batching is None:
-            with recording():
-                tried = usable(batch)
-                self.engine.outputs = check_forward(self.engine.inner, tried, self.kind)
-                self.batching = choose_batching(self.task_batching, self.engine.inner, tried)
-            self.engine.inner.vectorized = self.batching.batching == "vectorized"
-        if not trusted:
-            batch.check_values(self.engine.outputs)
-        return batch
 
     def _steps(self, inner_steps: int | None) -> int:
         trained = self.settings.inner_steps

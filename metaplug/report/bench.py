@@ -11,6 +11,7 @@ from rich.text import Text
 from metaplug.bench import Row
 from metaplug.bench.drawing import DrawRow
 from metaplug.bench.scaling import Growth, Point, growth
+from metaplug.bench.soak import MOST_MEMORY, MOST_SLOWER, WARM_UP, Soaked
 from metaplug.report.console import new_table
 
 
@@ -119,3 +120,37 @@ def drawing_table(rows: Sequence[DrawRow]) -> RenderableType:
         else:
             table.add_row(row.contestant, f"{row.milliseconds:.2f}", f"{row.spread:.2f}", f"{row.milliseconds / first:.1f}×")
     return table
+
+
+def soak_table(runs: Sequence[Soaked]) -> RenderableType:
+    """What long runs held after warm-up and at the end, the bound that each has to keep, and which plugins took part."""
+    table = new_table("", "", "after warm-up", "at the end", "largest change", "allowed", "")
+    notes = []
+    for each in runs:
+        first, last = each.warm[0], each.warm[-1]
+        table.add_section()
+        table.add_row(Text(each.workload, style="bold"))
+        for what, change in each.memory_change.items():
+            begin, end = (f"{mib:,.1f}" for mib in (each.memory_after_warm_up[what], each.memory[what][-1]))
+            table.add_row(f"{what}, MiB", begin, end, f"{100 * change:+.2f} %", f"{100 * MOST_MEMORY:g} %", _kept(each, what))
+        for what, begin_count, end_count in (("open files", first.open_files, last.open_files), ("threads", first.threads, last.threads)):
+            if begin_count is not None:
+                table.add_row(what, str(begin_count), str(end_count), "", "none", _kept(each, what))
+        quarters = (f"{milliseconds:.2f}" for milliseconds in each.quarters)
+        table.add_row("a step, ms", *quarters, f"{100 * each.slower:+.1f} %", f"{100 * MOST_SLOWER:g} %", _kept(each, "a step"))
+        table.add_row("  its slope", "", "", f"{100 * each.drift:+.1f} ± {100 * each.drift_error:.1f} %", "noise", "")
+        notes.append(f"{each.workload}: {each.steps:,} meta-steps in {each.seconds:,.0f} s, with {', '.join(each.plugins)}.")
+        notes += [f"{each.workload}: without {name}, as {reason}." for name, reason in each.left_out.items()]
+        if first.resident_mib is None:
+            notes.append(
+                f"{each.workload}: resident memory, open files and threads are not known here, as there is no /proc: on Linux they are."
+            )
+    notes.append(
+        f"Warm-up is the first {100 * WARM_UP:g} % of the steps. Of a step: medians over the first and the last quarter of the rest; CPU "
+        "time on a CPU; the slope of a straight line through all of it, ± its standard error. It is broken where both say slower."
+    )
+    return Group(table, *(Text(note, style="dim") for note in notes))
+
+
+def _kept(each: Soaked, what: str) -> str:
+    return "broken" if any(bound.startswith(what) for bound in each.broken) else "kept"

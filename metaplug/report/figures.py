@@ -64,9 +64,9 @@ def run_figure(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     count = 2 + len(names)
     figure = Figure(figsize=(WIDTH, 0.4 + 2.1 * count), dpi=DPI, layout="constrained")
     grid = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
-    iterations = [line["iteration"] for line in metrics]
     style(grid[0], "", "", "outer loss")
-    losses = [line["outer_loss"] for line in metrics]
+    finite = [(line["iteration"], line["outer_loss"]) for line in metrics if line["outer_loss"] is not None]  # others were skipped
+    iterations, losses = [iteration for iteration, _ in finite], [loss for _, loss in finite]
     grid[0].plot(iterations, losses, color=COLOURS[1], linewidth=0.6, alpha=0.35)
     grid[0].plot(iterations, _smoothed(losses), color=COLOURS[1], linewidth=1.8)
     validated = [line for line in metrics if line.get("validation", {}).get("mean") is not None]

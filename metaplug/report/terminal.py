@@ -15,7 +15,7 @@ from rich.text import Text
 
 from metaplug.comparison import Acceleration, Comparison
 from metaplug.config import Resolved, flatten
-from metaplug.evaluation import EvaluationResult
+from metaplug.evaluation import EvaluationResult, training_classes_text, transductive_text
 from metaplug.experiment import Experiment, task_form
 from metaplug.history import Record
 from metaplug.hookspecs import KINDS
@@ -34,11 +34,27 @@ def value_text(metric: str, mean: float | None, interval: float | None = None) -
 
 def result_line(result: Mapping[str, Any]) -> str:
     """One line for an evaluation in the form of `result_values`."""
+    metric, tasks, interval = result["metric"], result["num_tasks"], result["interval"]
     steps = "1 inner step" if result["inner_steps"] == 1 else f"{result['inner_steps']} inner steps"
-    return (
-        f"{result['metric']} {value_text(result['metric'], result['mean'], result['interval'])} "
-        f"(95 % interval over {result['num_tasks']} tasks, {steps})"
-    )
+    if tasks == 1:
+        return f"{metric} {value_text(metric, result['mean'])} (1 task, which gives no interval, {steps})"
+    what, spread = "95 % interval", interval
+    if result.get("interval_method") == "bootstrap":
+        low, high = (value_text(metric, result[bound]) for bound in ("low", "high"))
+        what, spread = f"95 % bootstrap interval {low.removesuffix(' %')} to {high}", None
+    equal = ", all of them equal" if interval == 0 else ""
+    return f"{metric} {value_text(metric, result['mean'], spread)} ({what} over {tasks} tasks{equal}, {steps})"
+
+
+def statements(result: Mapping[str, Any]) -> list[str]:
+    """A line for each thing that a reader of an evaluation in the form of `result_values` must know beside its value."""
+    seen = result.get("training_classes")
+    return [transductive_text([reason]) for reason in result["transductive"] or ("no",)] + ([training_classes_text(seen)] if seen else [])
+
+
+def skipped_line(skipped: int, iterations: int) -> str:
+    """One line on batches that were left out: "3 of 400 batches were skipped"."""
+    return f"{skipped} of {iterations} batches {'was' if skipped == 1 else 'were'} skipped, for NaN or Inf: metrics.jsonl says where"
 
 
 def heading(experiment: Experiment) -> str:
@@ -91,7 +107,7 @@ class TrainingProgress:
             transient=True,
         )
         self._task: TaskID | None = None
-        self._done = 0
+        self._done = self._skipped = 0
         self._validation = ""
 
     def __enter__(self) -> Self:
@@ -103,17 +119,17 @@ class TrainingProgress:
         if self.console.is_terminal:
             self._bar.stop()
 
-    def begin(self, done: int) -> None:
-        """Tell that so many iterations were done before this process."""
-        self._done = done
+    def begin(self, done: int, skipped: int = 0) -> None:
+        """Tell that so many iterations were done before this process, and how many of them were skipped."""
+        self._done, self._skipped = done, skipped
 
     def record(self, record: Record, label: str = "training") -> None:
         """Show one iteration more, of the run that `label` names."""
-        self._done += 1
+        self._done, self._skipped = self._done + 1, self._skipped + (record.step.skipped is not None)
         if record.validation is not None:
             result = record.validation
             self._validation = f"  validation {value_text(result.metric, result.mean, result.interval)}"
-        loss = f"loss {record.step.outer_loss:.4f}"
+        loss = f"loss {record.step.outer_loss:.4f}{f'  {self._skipped} skipped' if self._skipped else ''}"
         if self.console.is_terminal:
             self._show(label, loss)
         elif record.validation is not None:
@@ -165,8 +181,11 @@ def comparison_report(comparison: Comparison) -> RenderableType:
         notes.insert(
             2, "Over its base: the same against the variant that this one extends by plugins, with that variant's best as the target."
         )
-    reasons = {reason for label in comparison.runs for reason in comparison.test(label).transductive}
-    notes += [f"Transductive: {reason}." for reason in sorted(reasons)]
+    by_label = {label: transductive_text(comparison.test(label).transductive) for label in comparison.runs}
+    if len(set(by_label.values())) == 1:
+        notes.append(f"T{by_label[comparison.baseline][1:]}.")
+    else:
+        notes += [f"{label}: {text}." for label, text in by_label.items()]
     return Group(table, *(Text(note, style="dim") for note in notes))
 
 

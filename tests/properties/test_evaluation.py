@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from metaplug_plugins.gradient_sharing import GradientSharing
 from torch import nn
 
-from metaplug import MetaLearner, Plugin, RequestError, TaskBatch, hookimpl
-from metaplug.testing import Stream, assert_close, problem, reference
+from metaplug import MetaLearner, Plugin, PluginUse, RequestError, TaskBatch, hookimpl, registry
+from metaplug.testing import FIRST_PARTY, Stream, assert_close, problem, reference
 from metaplug.testing.strategies import problems
 
 VECTORS = ("mlp", "softplus", "batch-norm", "layer-norm", "group-norm", "tied")
@@ -86,6 +86,98 @@ def test_a_task_does_not_depend_on_its_batch_mates(case, together, order):
         predictions = learner.engine.evaluate(TEST.batch(0, indices), case.steps).query_predictions
         # The same sums in another order, which batch norm amplifies.
         assert_close(predictions, torch.stack([alone[index] for index in indices]), rtol=1e-8, atol=1e-8)
+
+
+ALGORITHMS = [f"plugin {name}" for name in registry.names("plugin")] + [f"preset {name}" for name in registry.names("preset")]
+
+
+def algorithm(which, **settings):
+    """A learner by a first-party plugin or preset, trained for two iterations, and test tasks for it."""
+    what, name = which.split()
+    norm = name == "per-step-batch-norm" or name.startswith("maml++")
+    model = "batch-norm" if norm else "layer-norm"
+    used = {"preset": name} if what == "preset" else {"plugins": [PluginUse(plugin=name, settings=FIRST_PARTY[name])]}
+    learner = problem(model).learner(**used, meta_lr=1e-2, **settings)
+    learner.fit(Stream(model), iterations=2, tasks_per_batch=2)
+    return learner, Stream(model, split="test")
+
+
+@pytest.mark.parametrize("batching", ["vectorized", "sequential"])
+@pytest.mark.parametrize("which", ALGORITHMS)
+@given(together=st.integers(1, 4), order=st.permutations(range(4)), broken=st.integers(0, 3))
+@settings(max_examples=3)
+def test_a_task_of_any_algorithm_is_alone(which, batching, together, order, broken):
+    """Alone, in any batch, in any order, and beside tasks whose inputs are NaN."""
+    learner, test = algorithm(which, task_batching=batching)
+    assert learner.batching.batching == batching
+    steps = learner.settings.inner_steps
+    alone = [learner.engine.evaluate(test.batch(0, [index]), steps).query_predictions[0] for index in range(4)]
+    for start in range(0, 4, together):
+        indices = order[start : start + together]
+        batch = test.batch(0, indices)
+        if broken in indices:
+            batch.support_x[indices.index(broken)] = torch.nan
+            batch.query_x[indices.index(broken)] = torch.nan
+        predictions = learner.engine.evaluate(batch, steps).query_predictions
+        for index, found in zip(indices, predictions, strict=True):
+            if index == broken:
+                assert found.isnan().all()
+            else:
+                assert_close(found, alone[index], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("which", ALGORITHMS)
+def test_an_evaluation_between_two_steps_changes_no_later_step(which):
+    """Weights, plugins, optimizer, metrics and the caller's random stream, bit for bit; as a validation and as a call of one's own."""
+    states = []
+    for evaluates in (False, True):
+        torch.manual_seed(0)
+        learner, test = algorithm(which)
+        records = []
+        for record in learner.iterate(
+            Stream(test.name), iterations=3, tasks_per_batch=2, validation=test if evaluates else None, validate_every=1, validation_tasks=3
+        ):
+            records.append(record.step)
+            if evaluates:
+                with torch.inference_mode():
+                    learner.evaluate(test, num_tasks=3, tasks_per_batch=2)
+        states.append((learner.state_dict(), torch.get_rng_state(), [vars(step) for step in records]))
+    assert_same(*states)
+
+
+@pytest.mark.parametrize("which", ALGORITHMS)
+def test_a_learner_in_chunks_evaluates_as_one_without(which):
+    if "gradient-sharing" in which:
+        return  # couples training tasks, and so is refused in chunks
+    whole, test = algorithm(which)
+    chunked, _ = algorithm(which, chunk_size=1)
+    chunked.load_state_dict(whole.state_dict())
+    expected, found = (learner.evaluate(test, num_tasks=5, tasks_per_batch=each) for learner, each in ((whole, 5), (chunked, None)))
+    assert_close(found.per_task, expected.per_task, rtol=0, atol=1e-12)
+
+
+def test_a_statistic_that_is_kept_at_evaluation_is_never_committed():
+    class Keeper(Plugin):
+        @hookimpl
+        def setup(self):
+            self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+
+        @hookimpl
+        def transform_inner_losses(self, losses, step):
+            step.keep("loss", losses.mean())
+
+        @hookimpl
+        def commit(self, kept):
+            self.seen += kept["loss"]
+
+    learner = problem().learner(plugins=[Keeper()])
+    learner.fit(Stream(), iterations=1)
+    seen = learner.chain.plugins[0].seen.clone()
+    assert seen != 0
+    first = learner.evaluate(TEST, num_tasks=4)
+    again = learner.evaluate(TEST, num_tasks=4)
+    assert torch.equal(learner.chain.plugins[0].seen, seen)
+    assert torch.equal(first.per_task, again.per_task)
 
 
 @given(problems(("mlp", "softplus"), steps=(1, 3), lrs=(0.05, 0.3)), st.integers(1, 7))
@@ -215,6 +307,36 @@ def test_what_lets_test_examples_see_each_other_is_named():
     assert reasons("batch-norm", share_at_evaluation=True) == (sharing, batch_norm)
     frozen = problem("batch-norm").learner(batch_norm="frozen")
     assert frozen.evaluate(TEST, num_tasks=2).transductive == ()
+
+
+def test_a_plugin_of_others_is_named_where_it_lets_test_tasks_share():
+    class Centred(Plugin):
+        couples_tasks = True
+
+        @property
+        def transductive(self):
+            return True
+
+        @hookimpl
+        def transform_gradients(self, gradients, step):
+            return {name: gradient - step.task_mean(gradient) for name, gradient in gradients.items()}
+
+    class Apart(Plugin):
+        @hookimpl
+        def transform_gradients(self, gradients):
+            return {name: gradient.clamp(-1, 1) for name, gradient in gradients.items()}
+
+    result = problem().learner(plugins=[Apart(), Centred()]).evaluate(TEST, num_tasks=3)
+    assert result.transductive == ("plugin centred shares between test tasks",)
+    assert str(result).endswith("(95 % interval over 3 tasks; transductive: plugin centred shares between test tasks)")
+    assert str(problem().learner(plugins=[Apart()]).evaluate(TEST, num_tasks=3)).endswith("transductive: no)")
+
+
+def test_batch_norm_without_stored_statistics_is_transductive_even_when_frozen():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Linear(6, 3)).double()
+    learner = MetaLearner(model, batch_norm="batch")
+    assert learner.transductive == ("batch norm uses the statistics of each task's own batch",)
+    assert MetaLearner(nn.Linear(4, 3)).transductive == ()
 
 
 def test_sharing_at_evaluation_does_couple_the_test_tasks():

@@ -94,6 +94,16 @@ Transductive: batch norm sees the batch."""
     )
 
 
+def test_the_comparison_says_of_each_variant_whether_it_is_transductive() -> None:
+    made = comparison()
+    apart = {label: tuple(replace(run, test=replace(run.test, transductive=())) for run in own) for label, own in made.runs.items()}
+    assert shown(comparison_report(replace(made, runs=apart))).endswith("\nTransductive: no.")
+    mixed = replace(made, runs={**apart, "slow": made.runs["slow"]})
+    assert shown(comparison_report(mixed)).endswith(
+        "\nmaml: transductive: no.\nmaml+sharing: transductive: no.\nslow: transductive: batch norm sees the batch."
+    )
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "mean squared error"])
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_the_comparison_figure(tmp_path: Path, metric: Metric, seeds: int) -> None:
