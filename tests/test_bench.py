@@ -426,7 +426,7 @@ def test_the_command_line_gives_json_and_a_picture(capfd, tmp_path, monkeypatch)
     assert len(json.loads(out)["points"]) == len(small)
     assert picture.exists()
     for arguments, text in (
-        (("--plot", str(picture)), "--plot draws what --scaling measures: give both, or neither"),
+        (("--plot", str(picture)), "--plot draws what --scaling or --soak measures: give one of them too, or leave it out"),
         (("--device", "tpu"), "unknown device 'tpu': give auto, cpu, cuda or cuda:N"),
         (("--tf32",), "--tf32 rounds on CUDA devices only: give --device cuda too, or leave it out"),
     ):

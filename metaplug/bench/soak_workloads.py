@@ -1,0 +1,95 @@
+"""The long runs that are watched: every first-party plugin that composes, on a small and on a larger model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from metaplug.bench.meters import ON_CPU, Meter
+from metaplug.config import ExperimentConfig
+
+_SCHEDULE = {"iterations_per_epoch": None}  # epochs are hundredths of the run
+_CHAIN: Mapping[str, Mapping[str, Any]] = {
+    "per-step-batch-norm": {},
+    "partial-adaptation": {"adapts": "body"},
+    "label-smoothing": {},
+    "weight-decay-to-init": {"strength": 1e-3},
+    "gradient-clipping": {"max_norm": 10.0, "max_meta_norm": 10.0},
+    "gradient-noise": {"scale": 1e-4},
+    "gradient-sharing": {},
+    "meta-curvature": {},
+    "meta-sgd": {},
+    "per-step-learning-rates": {},
+    "multi-step-loss": {"annealing_epochs": 5, **_SCHEDULE},
+    "derivative-order": {"switch": 5, **_SCHEDULE},
+    "cosine-meta-lr": {},
+}
+_REPTILE = "it replaces the outer loss, which multi-step-loss weighs: the two refuse each other"
+
+
+@dataclass(frozen=True)
+class SoakWorkload:
+    """A run that is watched.
+
+    Attributes:
+        steps: meta-steps where none are asked for.
+        left_out: by name, the first-party plugins that do not fit, each with the reason; all others take part.
+        settings: fields of ExperimentConfig.
+    """
+
+    name: str
+    steps: int
+    left_out: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+    @property
+    def plugins(self) -> tuple[str, ...]:
+        """The plugins of the run, in the order of the chain."""
+        return tuple(name for name in _CHAIN if name not in self.left_out)
+
+    def config(self, steps: int, meter: Meter = ON_CPU) -> ExperimentConfig:
+        """The experiment of so many meta-steps: at most 40 validations, each with a checkpoint."""
+        training = {"iterations": steps, "validate_every": max(steps // 40, 10), "validation_tasks": 40, "test_tasks": 40}
+        return ExperimentConfig.model_validate(
+            {
+                **self.settings,
+                "plugins": [{"plugin": name, "settings": dict(_CHAIN[name])} for name in self.plugins],
+                "training": {**training, **self.settings["training"]},
+                "runtime": {"device": str(meter.device), "precision": "tf32" if meter.precision == "TF32" else "float32"},
+            }
+        )
+
+
+SOAKS = {
+    workload.name: workload
+    for workload in (
+        SoakWorkload(
+            "sinusoid",
+            20_000,
+            {
+                "per-step-batch-norm": "the network has no batch norm",
+                "label-smoothing": "regression has no labels",
+                "reptile": _REPTILE,
+            },
+            {
+                "model": {"name": "mlp"},
+                "tasks": {"source": "sinusoid", "shots": 10, "queries": 10},
+                "learner": {"inner_lr": 0.01, "inner_steps": 2},
+                "training": {"tasks_per_batch": 8},
+            },
+        ),
+        SoakWorkload(
+            "conv4",
+            2_000,
+            {"reptile": _REPTILE},
+            {
+                "model": {"name": "conv4", "settings": {"filters": 32, "pooling": "stride"}},
+                "tasks": {"source": "glyphs", "ways": 5, "shots": 1, "queries": 5},
+                "learner": {"inner_lr": 0.1, "inner_steps": 2},
+                "training": {"tasks_per_batch": 4},
+            },
+        ),
+    )
+}
+"""By name, with the full chain: the sinusoid network, and conv4 on letters."""
