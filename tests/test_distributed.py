@@ -209,6 +209,20 @@ def test_evaluation_is_that_of_one_rank_bit_for_bit():
             assert (one.metric, one.inner_steps, one.transductive) == (two.metric, two.inner_steps, two.transductive)
 
 
+def test_every_rank_refuses_training_classes():
+    class Named(Stream):
+        identities = {"one": "1"}
+
+    def measure(world):
+        learner = problem().learner(world=world)
+        learner.fit(Named(), iterations=2, tasks_per_batch=2)
+        with pytest.raises(RequestError, match="draw on 1 of 1 classes that this learner is trained on, the first being 'one'"):
+            learner.evaluate(Named(split="test"), num_tasks=4)
+        return learner.evaluate(Named(split="test"), num_tasks=4, allow_training_classes=True).training_classes
+
+    assert on_ranks(measure) == [1, 1]
+
+
 def test_a_diverging_test_task_is_the_one_that_one_rank_names():
     def loss(prediction, target):
         return torch.nn.functional.cross_entropy(prediction, target) + torch.where(target.sum() == 6, torch.inf, 0.0)
@@ -296,7 +310,10 @@ def test_numbers_that_are_not_finite_on_one_rank_stop_all():
         learner.fit(TRAIN, iterations=1, tasks_per_batch=4)
 
     found, repeated = failure(on_ranks(train_badly))
-    assert str(found).startswith("iteration 0 stopped, nothing was updated: the loss is NaN or Inf ('loss') in iteration 0, inner step 0; ")
+    assert str(found) == (
+        "iteration 0 stopped, nothing was updated: the support loss holds NaN or Inf in 'loss' of all 2 tasks in iteration 0, "
+        "inner step 0; the model's output was finite: see what the loss function computes"
+    )
     assert str(repeated) == f"rank 1 ended the run: {found}"
 
 
@@ -564,9 +581,10 @@ def test_the_command_line_says_everything_once(folder):
         "training: iteration 4",
         next(line for line in lines if line.startswith("test mean squared error")),
         next(line for line in lines if line.endswith("which validated best; all of it is in runs/mine")),
+        "transductive: no",
     ]
     assert {path.name for path in Path("runs/mine").iterdir()} == {
-        *("best.pt", "config.yaml", "curves.png", "last.pt", "metrics.jsonl", "summary.json")
+        *(".lock", "best.pt", "config.yaml", "curves.png", "last.pt", "metrics.jsonl", "run.json", "summary.json")
     }
     statuses, words = command("evaluate", "runs/mine", "--num-tasks", 18, "--json")
     assert statuses == [0, 0]

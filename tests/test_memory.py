@@ -16,6 +16,7 @@ from metaplug import MetaLearner, RequestError, RunError
 from metaplug.bench.meters import torch_memory
 from metaplug.bench.workloads import Workload
 from metaplug.cli.main import main
+from metaplug.intake import Intake
 from metaplug.runtime import free_memory, memory
 from metaplug.runtime.distributed import World
 from metaplug.runtime.free_memory import size_text
@@ -345,7 +346,7 @@ class TestWhenItRunsOut:
 
     def test_in_one_of_several_steps_in_a_row(self, monkeypatch):
         learner = problem().learner(metrics_every=4)
-        monkeypatch.setattr(MetaLearner, "_checked", fails_in_iteration(2, MetaLearner._checked))
+        monkeypatch.setattr(Intake, "__call__", fails_in_iteration(2, Intake.__call__))
         with pytest.raises(RunError, match="iteration 2 ran out of memory on cpu with 8 tasks of 2 inner steps; it updated nothing: "):
             learner.fit(Stream(), iterations=4)
         assert learner.iteration == 2
@@ -495,7 +496,7 @@ class TestOnTheCommandLine:
         assert (status, lines[1]) == (0, "memory: no estimate (TypeError: odd)")
 
     def test_memory_that_runs_out_is_one_line_and_keeps_the_last_checkpoint(self, capfd, monkeypatch):
-        monkeypatch.setattr(MetaLearner, "_checked", fails_in_iteration(3, MetaLearner._checked))
+        monkeypatch.setattr(Intake, "__call__", fails_in_iteration(3, Intake.__call__))
         status, lines = self.run(capfd, "train", "--name", "mine")
         assert status == 1
         assert lines[-1] == (
@@ -508,7 +509,7 @@ class TestOnTheCommandLine:
 
 def fails_in_iteration(iteration, own):
     def checked(self, batch, **settings):
-        if self.iteration == iteration:
+        if self._engine.iteration == iteration:
             raise MemoryError
         return own(self, batch, **settings)
 

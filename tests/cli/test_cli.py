@@ -196,7 +196,10 @@ def test_a_failed_run_is_one_line_and_exit_status_1(metaplug: Any) -> None:
     answer = metaplug("train", *TINY, "--inner-lr", "1000", "--inner-steps", "8", "--name", "wild")
     assert answer.status == 1
     assert re.fullmatch(
-        r"metaplug: iteration 0 stopped, nothing was updated: .* try a smaller inner or meta learning rate", answer.err.splitlines()[-1]
+        r"metaplug: iteration 0 stopped, nothing was updated: the support loss holds NaN or Inf in 'loss' of .* in iteration 0, inner step "
+        r"\d; the inner loop diverges: the support loss of task \d grew from \S+ to \S+ in \d inner steps? at inner_lr = 1000; "
+        "lower inner_lr",
+        answer.err.splitlines()[-1],
     )
     assert answer.out == ""
 
@@ -238,7 +241,7 @@ def test_train_writes_a_run(metaplug: Any) -> None:
     assert re.fullmatch(r"test mean squared error \d+\.\d{4} ± \d+\.\d{4} \(95 % interval over 5 tasks, 1 inner step\)", lines[4])
     assert lines[5].endswith(f"which validated best; all of it is in {folder}")
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("best.pt", "config.yaml", "curves.png", "last.pt", "metrics.jsonl", "summary.json")
+        *(".lock", "best.pt", "config.yaml", "curves.png", "last.pt", "metrics.jsonl", "run.json", "summary.json")
     ]
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -307,7 +310,34 @@ def test_evaluate(metaplug: Any, trained: Path) -> None:
     )
     other = metaplug("evaluate", str(trained / "last.pt"), "--split", "val", "--num-tasks", "7", "--inner-steps", "0")
     assert (other.status, other.out) == (0, "")
-    assert re.fullmatch(r"val mean squared error \d+\.\d{4} ± \d+\.\d{4} \(95 % interval over 7 tasks, 0 inner steps\)\n", other.err)
+    value = r"val mean squared error \d+\.\d{4} ± \d+\.\d{4} \(95 % interval over 7 tasks, 0 inner steps\)\n"
+    assert re.fullmatch(value + r"transductive: no\n", other.err)
+
+
+def test_evaluate_by_a_bootstrap(metaplug: Any, trained: Path) -> None:
+    given = ("evaluate", str(trained), "--interval", "bootstrap")
+    made, again = metaplug(*given, "--json").json, metaplug(*given, "--json").json
+    assert made == again
+    assert made["interval_method"] == "bootstrap"
+    assert made["low"] < made["mean"] < made["high"]
+    assert made["interval"] == pytest.approx((made["high"] - made["low"]) / 2)
+    assert metaplug("evaluate", str(trained), "--json").json["interval_method"] == "t"
+    assert re.match(
+        r"test mean squared error \d+\.\d{4} \(95 % bootstrap interval \d+\.\d{4} to \d+\.\d{4} over 5 tasks, 1 inner step\)\n",
+        metaplug(*given).err,
+    )
+
+
+def test_evaluate_on_training_tasks_is_on_purpose(metaplug: Any, trained: Path) -> None:
+    refused = metaplug("evaluate", str(trained), "--split", "train")
+    assert (refused.status, refused.out) == (2, "")
+    assert refused.err.startswith(
+        "metaplug: the train tasks draw on 1 of 1 groups of tasks that this learner is trained on, the first being "
+    )
+    allowed = metaplug("evaluate", str(trained), "--split", "train", "--allow-training-classes", "--json")
+    assert (allowed.status, allowed.json["training_classes"]) == (0, 1)
+    said = metaplug("evaluate", str(trained), "--split", "train", "--allow-training-classes").err.splitlines()
+    assert said[1:] == ["transductive: no", "not of unseen classes: 1 of them was trained on"]
 
 
 def test_a_warning_is_one_line(metaplug: Any, trained: Path) -> None:
@@ -573,7 +603,7 @@ def test_ctrl_c_twice_stops_at_once(metaplug: Any, monkeypatch: pytest.MonkeyPat
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("metaplug.runs.build", twice)
+    monkeypatch.setattr("metaplug.runs.training.build", twice)
     answer = metaplug("train", *TINY)
     assert answer.status == 130
     assert answer.err.splitlines()[-1] == "metaplug: stopped"
