@@ -621,13 +621,14 @@ def torchrun(*arguments):
     return subprocess.Popen([*launch, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
 
 
-def test_ctrl_c_stops_what_torchrun_started_with_a_checkpoint(folder):
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_stops_what_torchrun_started_with_a_checkpoint(folder, number):
     process = torchrun("train", *OPTIONS, "--iterations", "100000", "--set", "training.validate_every=100000")
     metrics = folder / "runs" / "mine" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 5):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, words = process.communicate(timeout=60)
     stopped = [line for line in words.splitlines() if re.match(r"stopping|metaplug:", line)]
     assert stopped == [
