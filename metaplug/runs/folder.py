@@ -1,0 +1,173 @@
+"""The folder of a run: its files, the order in which they are written, and the one process that may write them.
+
+What a crash at any moment leaves is a run to resume, as everything that a checkpoint counts on is on the disk before it, and everything
+that is there beyond the checkpoint is cut away:
+
+    config.yaml, run.json, metrics.jsonl (empty)  →  lines of metrics  →  best.pt  →  last.pt  →  …  →  summary.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from metaplug import checkpoint
+from metaplug.config import ExperimentConfig, flatten, to_yaml
+from metaplug.errors import RequestError, RunError
+from metaplug.experiment import to_json
+from metaplug.files import append, make_folder, replacing
+from metaplug.runs.sessions import RECORD, read_sessions
+from metaplug.settings import read_yaml, validated
+
+CONFIG, METRICS, LAST, BEST, SUMMARY = "config.yaml", "metrics.jsonl", "last.pt", "best.pt", "summary.json"
+"""The files of a run, beside its record. The last is written last: a run that has it is finished."""
+
+LOCK = ".lock"
+"""An empty file that the training process holds locked; the system unlocks it when that process ends, however it ends."""
+
+
+class RunFolder:
+    """The folder at `path`, as one process of a run has it. A context: at its end the folder is let go."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: FileLock | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def check(self, config: ExperimentConfig, *, resume: bool) -> bool:
+        """Refuse a folder that is taken, or holds another run than the one to resume; take hold of an unfinished one.
+
+        Returns:
+            Whether the run in the folder is finished.
+
+        Raises:
+            RequestError: as said, or another process is writing there.
+        """
+        if not self.path.exists():
+            return False
+        if not self.path.is_dir():
+            raise RequestError(f"{self.path} is a file, not a folder for a run: give another --name or --out")
+        taken = any(not entry.name.startswith(".") for entry in self.path.iterdir())
+        if not resume and taken:
+            raise RequestError(f"the run folder {self.path} already exists: give another --name or --out, or --resume to go on with it")
+        saved = self.path / CONFIG
+        if not saved.exists():
+            if taken:
+                raise RequestError(f"{self.path} holds no run to resume, as it has no {CONFIG}: give another --name or --out")
+            return False
+        self._check_same(saved, config)
+        if (self.path / SUMMARY).exists():
+            return True
+        self._hold()
+        return False
+
+    def begin(self, config: ExperimentConfig) -> dict[str, Any] | None:
+        """Make the folder, or clear up in it, and hold it; the last checkpoint, where there is one.
+
+        Raises:
+            RequestError: another process has taken the folder meanwhile.
+            RunError: the folder cannot be written, or a file in it is damaged.
+        """
+        try:
+            make_folder(self.path)
+        except OSError as error:
+            raise RunError(f"cannot make the run folder {self.path}: {error.strerror}; give another --out") from error
+        if self._lock is None:
+            self._hold()
+            self.check(config, resume=False)  # since it was looked at, another process may have begun and ended here
+        for left in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
+            with suppress(OSError):
+                left.unlink()
+        saved = self.path / CONFIG
+        if not saved.exists() or read_yaml(saved) != config.model_dump(mode="json"):
+            self._write_text(CONFIG, to_yaml(config))  # resumed with other settings of the runtime
+        if not (self.path / LAST).exists():
+            self._write_text(METRICS, "")
+            return None
+        return checkpoint.read(self.path / LAST)
+
+    def cut(self, iterations: int) -> None:
+        """Leave exactly the lines of the first `iterations` iterations.
+
+        Raises:
+            RunError: some of them are not there.
+        """
+        path = self.path / METRICS
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        if len(lines) < iterations:
+            raise RunError(f"{path} lacks lines of the {iterations} iterations that its checkpoint has done: begin the run anew")
+        self._write(METRICS, b"".join(line + b"\n" for line in lines[:iterations]))
+
+    def record(self, session: Mapping[str, Any]) -> None:
+        """Add the session that begins to run.json."""
+        self._write_text(RECORD, to_json({"sessions": [*read_sessions(self.path), session]}, indent=2) + "\n")
+
+    def log(self, values: Mapping[str, Any], *, durable: bool) -> None:
+        """Add a line of metrics; `durable` where a checkpoint that counts on it follows."""
+        append(self.path / METRICS, to_json(values) + "\n", durable=durable)
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        """Write a checkpoint."""
+        checkpoint.write(self.path / name, state)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary."""
+        self._write_text(SUMMARY, to_json(summary, indent=2) + "\n")
+
+    def _hold(self) -> None:
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise RequestError(
+                f"the run folder {self.path} is in the hands of another process{self._holder()}: wait for it, or give another --name"
+            ) from None
+        except OSError as error:
+            raise RunError(f"cannot write into the run folder {self.path}: {error.strerror}; give another --out") from error
+        self._lock = lock
+
+    def _holder(self) -> str:
+        try:
+            process = read_sessions(self.path)[-1]["process"]
+            return f" ({process['pid']} on {process['host']})"
+        except (RunError, LookupError, TypeError):  # it has only just begun
+            return ""
+
+    def _check_same(self, saved: Path, config: ExperimentConfig) -> None:
+        begun = flatten(validated(ExperimentConfig, read_yaml(saved), str(saved)).model_dump(mode="json"))
+        asked = flatten(config.model_dump(mode="json"))
+        for field in differing(begun, asked):
+            raise RequestError(
+                f"{self.path} was begun with {field} = {_shown(begun, field)}, which cannot become {_shown(asked, field)}: "
+                f"resume it as it was begun ({saved}), or give another --name"
+            )
+
+    def _write_text(self, name: str, text: str) -> None:
+        self._write(name, text.encode())
+
+    def _write(self, name: str, content: bytes) -> None:
+        with replacing(self.path / name) as file:
+            file.write(content)
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The fields of two flat configurations that differ and change results: all but those of the runtime, of which precision does."""
+    return [
+        field
+        for field in {**one, **other}
+        if one.get(field) != other.get(field) and not (field.startswith("runtime.") and field != "runtime.precision")
+    ]
+
+
+def _shown(values: Mapping[str, Any], field: str) -> str:
+    return repr(values[field]) if field in values else "not set"
