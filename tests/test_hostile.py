@@ -17,15 +17,19 @@ from collections import OrderedDict
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from metaplug_plugins.gradient_sharing import GradientSharing
+from metaplug_plugins.meta_sgd import MetaSgd
 from support.fuzz import amount, fuzz
 from torch import nn
 
-from metaplug import MetaLearner, checkpoint
-from metaplug.checkpoint import archive
+from metaplug import MetaLearner, Plugin, checkpoint, hookimpl
+from metaplug.checkpoint import archive, structure
 from metaplug.cli.main import main
 from metaplug.config import ExperimentConfig
 from metaplug.errors import RequestError, RunError
@@ -33,8 +37,10 @@ from metaplug.models import Mlp
 from metaplug.models.factories import make_model
 from metaplug.preset import find_preset, parse_plugin, read_scalar
 from metaplug.runs import load, read_metrics, read_summary, train
-from metaplug.settings import read_yaml, validated
-from metaplug.tasks import Sinusoid
+from metaplug.settings import validated
+from metaplug.tasks import Sinusoid, identities
+from metaplug.tasks.identities import TrainedOn, digest
+from metaplug.yaml_text import read_yaml
 
 SINE = {
     "tasks": {"source": "sinusoid", "shots": 5, "queries": 5},
@@ -494,6 +500,200 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path):
         f"cannot write {tmp_path / 'a.pt'}: it holds a set, which no checkpoint keeps; keep plain values and tensors in the model"
     )
     assert not list(tmp_path.iterdir())
+
+
+def learner_with(state):
+    """A learner whose plugin keeps such a state."""
+
+    class Keeping(Plugin):
+        @hookimpl
+        def commit(self):
+            pass
+
+        def state_dict(self, *given, **named):
+            return state
+
+        def load_state_dict(self, state, *given, **named):
+            pass
+
+    return MetaLearner(nn.Linear(1, 1), kind="regression", plugins=[Keeping()])
+
+
+def two_dtypes():
+    base = torch.arange(4.0)
+    return [base, base.view(torch.int32)]
+
+
+def one_memory():
+    base = np.arange(5.0)
+    return [torch.from_numpy(base), torch.from_numpy(base[:2])]
+
+
+def test_tensors_that_require_a_gradient_or_carry_more_are_written_as_their_values(tmp_path):
+    base = torch.arange(6.0)
+    tagged = torch.ones(2)
+    tagged.tag = "mine"
+    state = {
+        "parameter": nn.Parameter(base.clone()),
+        "wanted": base.clone().requires_grad_(),
+        "computed": base.clone().requires_grad_() * 2,
+        "tagged": tagged,
+        "conjugate": torch.tensor([1 + 2j]).conj(),
+        "negative": torch.tensor([1 + 2j]).conj().imag,
+    }
+    learner, path = learner_with(state), tmp_path / "a.pt"
+    learner.save(path)
+    read = checkpoint.read(path)["plugin_states"]["keeping"]
+    assert all(type(value) is torch.Tensor and not value.requires_grad for value in read.values())
+    assert all(torch.equal(read[name], value) for name, value in state.items())
+    assert state["parameter"].requires_grad, "the learner's own is as it was"
+    learner.load_state_dict(checkpoint.read(path))
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        lambda: [torch.full((1,), 3.0).expand(100_000)],
+        lambda: [torch.arange(3.0)] * 20,
+        two_dtypes,
+        lambda: [torch.arange(10, dtype=torch.uint8)[:8].view(torch.float32)],
+        one_memory,
+    ],
+    ids=["expanded", "many times", "two dtypes", "a rest", "one memory"],
+)
+def test_tensors_that_overlap_are_written_apart(tmp_path, tensors):
+    """Or torch would not write them, or we not read them."""
+    state, path = dict(enumerate(tensors())), tmp_path / "a.pt"
+    state = {str(name): value for name, value in state.items()}
+    learner_with(state).save(path)
+    read = checkpoint.read(path)["plugin_states"]["keeping"]
+    assert same(read, {name: value.contiguous() for name, value in state.items()})
+
+
+def test_weights_that_are_tied_stay_tied_in_the_file(tmp_path):
+    tied = torch.arange(3.0)
+    learner_with({"one": tied, "other": tied}).save(tmp_path / "a.pt")
+    read = checkpoint.read(tmp_path / "a.pt")["plugin_states"]["keeping"]
+    assert read["one"].data_ptr() == read["other"].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ({"a": {1}}, "it holds a set, which no checkpoint keeps; keep plain values and tensors in plugin 'keeping'"),
+        (
+            {"a": torch.empty(2, device="meta")},
+            "it holds a tensor of torch.float32, torch.strided without values, which no checkpoint keeps; "
+            "keep plain values and tensors in plugin 'keeping'",
+        ),
+        (
+            {"a": "x" * 2**24},
+            "it describes its tensors in more than 16777216 bytes, which no checkpoint keeps; "
+            "keep fewer values, or tensors of them, in plugin 'keeping'",
+        ),
+        (
+            {"a": [0] * 500_000},
+            "it holds more than 500000 values, or more than 50 in one another, which no checkpoint keeps; "
+            "keep fewer values, or tensors of them, in plugin 'keeping'",
+        ),
+        (
+            {"a": 2**5000},
+            "it is described by LONG4, which torch.save does not use, which no checkpoint keeps; "
+            "keep plain values and tensors in plugin 'keeping'",
+        ),
+        (
+            {0: torch.ones(1)},
+            "its content: plugin_states.keeping.0.[key] = 0: input should be a valid string; "
+            "change that in the model or plugin, as no such checkpoint can be read",
+        ),
+    ],
+)
+def test_what_a_plugin_keeps_and_no_file_can_is_refused_by_name(tmp_path, state, reason):
+    path = tmp_path / "a.pt"
+    assert refusal(lambda: learner_with(state).save(path)) == f"cannot write {path}: {reason}"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_no_file_can_have_is_refused_when_it_is_written(tmp_path):
+    path, name = tmp_path / "a.pt", "a" * 201
+    learner = MetaLearner(nn.Linear(1, 1), kind="regression", plugins=[GradientSharing(name=name)])
+    assert refusal(lambda: learner.save(path)) == (
+        f"cannot write {path}: its content: plugins.0.name = '{name[:97]}...{name[-98:]}': string should have at most 200 characters; "
+        "change that in the model or plugin, as no such checkpoint can be read"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_whose_state_cannot_be_written_is_refused_before_its_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(MetaSgd, "state_dict", lambda self: {"a": {1}}, raising=False)
+    stepped = []
+    text = refusal(lambda: train(validated(ExperimentConfig, SINE, "here"), tmp_path / "run", on_record=stepped.append))
+    assert text == (
+        f"cannot write {tmp_path / 'run' / 'last.pt'}: it holds a set, which no checkpoint keeps; "
+        "keep plain values and tensors in plugin 'meta-sgd'"
+    )
+    assert not stepped
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("count", [3, 5_000, 5_001, 300_000])
+def test_a_learner_may_have_trained_on_any_number_of_classes(tmp_path, count):
+    learner, path = MetaLearner(nn.Linear(1, 1), kind="regression"), tmp_path / "a.pt"
+    names = [f"{number} {'ä' * 190}" for number in range(count)]
+    stream = SimpleNamespace(identities={name: digest(name) for name in names}, split="train")
+    learner.trained_on = TrainedOn().and_by(stream)
+    learner.save(path)
+    loaded = MetaLearner.load(path, model=nn.Linear(1, 1)).trained_on
+    assert list(loaded.classes) == list(learner.trained_on.classes)
+    assert list(loaded.classes.values())[:5_000] == names[:5_000]
+    assert loaded.complete
+    assert loaded.shared(stream) == count
+    assert loaded.shared(SimpleNamespace(identities={"new": digest("new")}, split="test")) == 0
+    again = {**learner.state_dict(), "trained_on": loaded.and_by(stream).to_state()}
+    assert same(again, learner.state_dict())
+
+
+def test_names_and_digests_of_others_streams_may_be_any_text(tmp_path):
+    learner, path = MetaLearner(nn.Linear(1, 1), kind="regression"), tmp_path / "a.pt"
+    stream = SimpleNamespace(identities={"\ud800" * 300: "\ud800", "x" * 10**6: "y" * 2**24, "": ""}, split="train")
+    learner.trained_on = TrainedOn().and_by(stream)
+    learner.save(path)
+    loaded = MetaLearner.load(path, model=nn.Linear(1, 1)).trained_on
+    assert list(loaded.classes.values()) == ["?" * 200, "x" * 200, ""]
+    assert loaded.shared(stream) == 3
+    older = {"classes": {"any text": "a class"}, "complete": True}
+    assert TrainedOn.from_state(older).shared(SimpleNamespace(identities={"it": "any text"}, split="test")) == 1
+
+
+def test_beyond_the_most_classes_it_is_not_claimed_that_others_are_new(monkeypatch):
+    monkeypatch.setattr(identities, "MOST_NAMED", 2)
+    monkeypatch.setattr(identities, "MOST_KNOWN", 3)
+    known = TrainedOn({digest(name): name for name in "abcd"})
+    loaded = TrainedOn.from_state(known.to_state())
+    assert loaded == TrainedOn({digest("a"): "a", digest("b"): "b", digest("c"): digest("c")}, complete=False)
+    assert loaded.shared(SimpleNamespace(identities={"d": digest("d")})) is None
+
+
+@pytest.mark.parametrize("others", [3, torch.zeros(2, 16), torch.zeros(16, dtype=torch.uint8), torch.zeros(2, 15, dtype=torch.uint8)])
+def test_digests_of_another_form_are_refused(tmp_path, state, others):
+    state["trained_on"]["others"] = others
+    torch.save(state, tmp_path / "a.pt")
+    text = refusal(lambda: checkpoint.read(tmp_path / "a.pt"))
+    assert "(its content: trained_on.others = " in text
+    assert text.endswith(": no digests of 16 bytes each): use another one of the run")
+
+
+def test_the_installed_torch_writes_what_is_read(run, state, tmp_path):
+    """Whatever its version: in the protocol that is asked for, and in that which it takes by itself."""
+    for name, options in (("ours.pt", {"pickle_protocol": structure.PROTOCOL}), ("own.pt", {})):
+        torch.save(state, tmp_path / name, **options)
+        assert same(checkpoint.read(tmp_path / name), state)
+    with zipfile.ZipFile(run / "last.pt") as opened:
+        [described] = [opened.read(name) for name in opened.namelist() if name.endswith("/data.pkl")]
+    assert described[:2] == b"\x80\x02"
+    expected = structure.parse(structure.describe(state))
+    assert structure.parse(described).claimed == expected.claimed
+    assert abs(len(described) - len(structure.describe(state))) < 64 * len(expected.storages), "what is measured is what is written"
 
 
 # YAML.

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from metaplug import registry
 from metaplug.checkpoint import archive
-from metaplug.checkpoint.form import check_form, not_whole
+from metaplug.checkpoint.form import check_form, fault_of, not_whole
+from metaplug.checkpoint.values import ArchiveError, TooMuchError
 from metaplug.errors import RequestError, RunError, one_line
 from metaplug.files import replacing
 from metaplug.preset import PluginUse
@@ -24,16 +24,41 @@ def write(path: Path, state: dict[str, Any]) -> None:
     """Write a state as a whole or not at all.
 
     Raises:
-        RunError: the disk is full, or the folder cannot be written; or the state has something that `read` would refuse. An older file at
-            `path` is as it was.
+        RunError: the disk is full, or the folder cannot be written; or as `storable`. An older file at `path` is as it was.
+    """
+    state = storable(path, state)
+    with replacing(path) as file:
+        archive.save(state, file)
+
+
+def storable(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """A state as `read` will give it: with plain tensors, apart from one another where they overlap much. Cheap: no bytes are written.
+
+    Raises:
+        RunError: it has something that `read` would refuse; `path` is named, and the model or plugin that has it.
     """
     state = {"format": FORMAT, **state}
+    if fault := fault_of(state):
+        raise RunError(f"cannot write {path}: {fault}; change that in the model or plugin, as no such checkpoint can be read")
     try:
-        archive.check(state)
-    except archive.ArchiveError as error:
-        raise RunError(f"cannot write {path}: {error}, which no checkpoint keeps; keep plain values and tensors in the model") from None
-    with replacing(path) as file:
-        torch.save(state, file)
+        made: dict[str, Any] = archive.check(state)
+    except ArchiveError as error:
+        mend = "fewer values, or tensors of them," if isinstance(error, TooMuchError) else "plain values and tensors"
+        raise RunError(f"cannot write {path}: {error}, which no checkpoint keeps; keep {mend} in {_holder(state)}") from None
+    except RuntimeError as error:  # torch has no memory for a copy of what overlaps
+        raise RunError(f"cannot write {path}: {one_line(error)}; keep smaller tensors in the model and plugins") from None
+    return made
+
+
+def _holder(state: Mapping[str, Any]) -> str:
+    """Which part of a state that `archive.check` refuses is refused by itself."""
+    plugins = {f"plugin '{name}'": part for name, part in state["plugin_states"].items()}
+    for holder, part in {"the model": state["model"], **plugins}.items():
+        try:
+            archive.check(part)
+        except ArchiveError:
+            return holder
+    return "the model and plugins"
 
 
 def read(path: Path) -> dict[str, Any]:

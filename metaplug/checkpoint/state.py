@@ -6,8 +6,12 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from metaplug import checkpoint, registry
-from metaplug.checkpoint.form import check_form, check_optimizer, check_tensors, rehearsal
+from metaplug.checkpoint.fit import check_optimizer, check_tensors, rehearsal
+from metaplug.checkpoint.form import check_form
+from metaplug.checkpoint.values import changed
 from metaplug.errors import RunError, one_line, quoted
 from metaplug.tasks.identities import TrainedOn
 
@@ -16,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def state_of(learner: MetaLearner) -> dict[str, Any]:
-    """Everything that training goes on from: tensors and plain values only, as saved.State has it."""
+    """Everything that training goes on from: tensors and plain values only, as form.State has it."""
     engine, plugins = learner.engine, learner.chain.plugins
     return {
         "iteration": engine.iteration,
@@ -47,7 +51,7 @@ def give_state(learner: MetaLearner, state: Mapping[str, Any], origin: str) -> N
     """
     check_form(state, origin)
     _check(learner, state, origin)
-    before = copy.deepcopy(_parts(learner))
+    before = changed(_parts(learner), _copy)
     optimizer: dict[str, Any] = copy.deepcopy(state["optimizer"])  # torch would share its tensors
     groups = learner.engine.optimizer.state_dict()["param_groups"]
     groups = [{**own, "lr": saved["lr"]} for own, saved in zip(groups, optimizer["param_groups"], strict=True)]
@@ -101,6 +105,11 @@ def _check(learner: MetaLearner, state: Mapping[str, Any], origin: str) -> None:
 def _parts(learner: MetaLearner) -> tuple[Any, Any, Any]:
     plugins = {plugin.name: plugin.state_dict() for plugin in learner.chain.plugins}
     return learner.model.state_dict(), plugins, learner.engine.optimizer.state_dict()
+
+
+def _copy(part: Any) -> Any:
+    """Of a tensor that was computed, its values: deepcopy takes no others than leaves."""
+    return part.detach().clone() if isinstance(part, Tensor) else copy.deepcopy(part)
 
 
 def _give_parts(learner: MetaLearner, parts: tuple[Any, Any, Any]) -> None:
