@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from metaplug.engine import Engine
-from metaplug.errors import RunError
+from metaplug.errors import RequestError, RunError
 from metaplug.inner import recording, usable, without_non_finite
 from metaplug.runtime.batching import Batching, BatchingChoice, choose_batching
-from metaplug.runtime.guards import check_forward
+from metaplug.runtime.keeping import left_as_it_was
+from metaplug.runtime.trial import check_forward, kept_by_forward
 from metaplug.runtime.unchanged import Unchanged
 from metaplug.tasks.batch import TaskBatch
 from metaplug.values import Kind
@@ -55,7 +56,7 @@ class Intake:
             RequestError: the model was changed since, cannot be computed with, or does not fit the batch; a label is out of range.
             RunError: NaN or Inf in the batch.
         """
-        hooked = not trusted and self._unchanged.check()
+        hooked = not trusted and self._hooked(batch)
         if batch.device.type == "cpu":
             self._check_values(batch, numbers, iteration, skip=skip)
             trusted = trusted or self.batching is not None
@@ -66,9 +67,22 @@ class Intake:
                 self._engine.outputs = check_forward(self._engine.inner, tried, self._kind)
                 self.batching = self.batching or choose_batching(self._wanted, self._engine.inner, tried)
             self._engine.inner.vectorized = self.batching.batching == "vectorized"
+            self._unchanged.accept()
         if not trusted:
             self._check_values(batch, numbers, iteration, skip=skip)
         return batch
+
+    def _hooked(self, batch: TaskBatch) -> bool:
+        """Whether the model has other hooks than were tried; what its own forward passes write, whoever calls it, is no change of it."""
+        try:
+            return self._unchanged.check()
+        except RequestError:
+            inner = self._engine.inner
+            with recording(), left_as_it_was(inner.model):
+                self._unchanged.put_back()
+                kept = kept_by_forward(inner, usable(batch.to(self._engine.device)).support_x[0])
+        self._unchanged.leave_out(kept)
+        return self._unchanged.check()
 
     def _check_values(self, batch: TaskBatch, numbers: Sequence[int] | None, iteration: int | None, *, skip: bool) -> None:
         if skip:

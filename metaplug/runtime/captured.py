@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from metaplug.engine import Engine
-from metaplug.errors import quoted
-from metaplug.runtime.compiled import Compile, CompiledDerivation, inductor, reason_of, warn_refusal
+from metaplug.errors import quoted, said_by
+from metaplug.runtime.compiled import Compile, CompiledDerivation, inductor, warn_refusal
 
 PATIENCE = 10
 """With "auto", steps of one form in a row that are computed uncaptured before a trace is paid for."""
@@ -94,7 +94,7 @@ class Capture:
                 _check(graph, inputs)
                 return _Captured(compiled, static, self.record)
             except Exception as error:
-                self.refusal = reason_of(error)
+                self.refusal = said_by(error)
             warn_refusal("captured", self.refusal)
         return compiled
 

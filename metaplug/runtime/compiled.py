@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from metaplug.engine import Engine, MetaGradients
+from metaplug.errors import said_by
 from metaplug.runtime.seeding import stream
 from metaplug.runtime.unchanged import PLAIN
 from metaplug.tasks.batch import TaskBatch
@@ -57,11 +58,6 @@ def _widen_products(graph: torch.fx.GraphModule) -> None:
                 node.replace_all_uses_with(graph.graph.call_function(aten.transpose.int, (product, 1, 2)))
             graph.graph.erase_node(node)
     graph.recompile()
-
-
-def reason_of(error: Exception) -> str:
-    """Why a trace could not be had, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def warn_refusal(what: str, reason: str) -> None:
@@ -114,7 +110,7 @@ class CompiledDerivation:
             try:
                 self._traces[key] = self._trace(inputs, weights, orders, iteration, total)
             except Exception as error:
-                self.refusal = reason_of(error)
+                self.refusal = said_by(error)
             if self.refusal:  # not in the handler, where the error still holds what the failed trace has allocated
                 warn_refusal(self.what, self.refusal)
                 return engine.derive(batch, iteration, total, weights)

@@ -12,11 +12,16 @@ import torch
 from metaplug.errors import RunError
 
 
+def prepare() -> None:
+    """Set CUBLAS_WORKSPACE_CONFIG where the environment does not yet, for good: cuBLAS reads it at its first product, and never again."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 @contextmanager
 def repeatable(wanted: bool) -> Iterator[None]:
     """Inside, where it is wanted, torch takes only algorithms that give the same bits for the same input; the setting is put back after.
 
-    cuBLAS repeats itself with a workspace of fixed size alone, which CUBLAS_WORKSPACE_CONFIG gives it where the environment does not yet.
+    cuBLAS repeats itself with a workspace of fixed size alone, which the variable CUBLAS_WORKSPACE_CONFIG gives it: see `prepare`.
 
     Raises:
         RunError: an operation of the model or of a plugin has no such algorithm; it is named.
@@ -24,7 +29,7 @@ def repeatable(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    prepare()
     before, only_warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True)

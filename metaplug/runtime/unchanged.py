@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from operator import itemgetter
 from typing import Any
 
@@ -28,10 +29,26 @@ class Unchanged:
         settled = [(name, vars(module), held) for name, module in modules if (held := settings(module))]
         self._settings = [(*place, get := itemgetter(*place[2]), get(place[2])) for place in settled]
         self._hooks = [vars(module)[kind] for _, module in modules for kind in _HOOKS]
-        self._hooked = [*map(len, self._hooks)]
+        self.accept()
+
+    def accept(self) -> None:
+        """Take the hooks that the model has now for tried."""
+        self._hooked = [*map(tuple, self._hooks)]
+
+    def put_back(self) -> None:
+        """Give the modules the attributes that they were made a learner of with; not for long: see left_as_it_was."""
+        for _, attributes, held, *_ in self._settings:
+            attributes.update(held)
+
+    def leave_out(self, places: Collection[tuple[str, str]]) -> None:
+        """Look no longer at what forward passes themselves write, by module and attribute."""
+        kept = [
+            (name, at, {key: value for key, value in held.items() if (name, key) not in places}) for name, at, held, *_ in self._settings
+        ]
+        self._settings = [(*place, get := itemgetter(*place[2]), get(place[2])) for place in kept if place[2]]
 
     def check(self) -> bool:
-        """Whether hooks were added or taken away since the last look, so that the model is to be tried again.
+        """Whether other hooks stand at the model than were tried, so that it is to be tried again.
 
         Raises:
             RequestError: something else was changed; it is named.
@@ -51,8 +68,7 @@ class Unchanged:
                 same = False
             if not same:
                 _compare(name, attributes, held)
-        hooked, self._hooked = self._hooked, [*map(len, self._hooks)]
-        return hooked != self._hooked
+        return self._hooked != [*map(tuple, self._hooks)]
 
 
 def settings(module: nn.Module) -> dict[str, Any]:
