@@ -9,13 +9,13 @@ import torch
 
 from metaplug.errors import RunError
 from metaplug.tasks.batch import TaskBatch
-from metaplug.watch import Fault, Watch
+from metaplug.watch import FAILURES, Fault, Watch
 
 if TYPE_CHECKING:
     from metaplug.engine import Engine
 
 
-def culprit(engine: Engine, batch: TaskBatch, failure: RunError | None, total: int, *, alone: bool) -> str:
+def culprit(engine: Engine, batch: TaskBatch, failure: Exception | None, total: int, *, alone: bool) -> str:
     """What was the first to be NaN or Inf in an iteration that failed, who made it, and what to do.
 
     Args:
@@ -23,7 +23,8 @@ def culprit(engine: Engine, batch: TaskBatch, failure: RunError | None, total: i
         alone: whether the ranks part here, the one that found it with the error, the others to hear of it.
 
     Raises:
-        RunError: `alone`; or `failure`.
+        RunError: `alone`.
+        Exception: `failure`.
     """
     iteration = engine.iteration
     watch = engine.chain.watch = Watch(float(engine.inner.inner_lr), engine.world.rank, engine.world.size)
@@ -40,7 +41,7 @@ def culprit(engine: Engine, batch: TaskBatch, failure: RunError | None, total: i
             lambda _: f"the norm of the meta-gradient is Inf in iteration {iteration}, though each of its elements is finite",
             "clip it inside the loop, or lower inner_lr",
         )
-    except RunError:
+    except FAILURES:
         if watch.fault is None or engine.world.size > 1:
             raise
     finally:

@@ -18,19 +18,20 @@ from torch import Tensor, nn
 from metaplug.chain import Chain
 from metaplug.culprit import culprit
 from metaplug.errors import RankError, RunError, quoted
-from metaplug.inner import InnerLoop, recording
+from metaplug.inner import NO_DERIVATIVE, InnerLoop, recording
 from metaplug.runtime.determinism import repeatable
 from metaplug.runtime.distributed import ALONE, Share, World
 from metaplug.runtime.precision import arithmetic
 from metaplug.runtime.seeding import mix, stream
 from metaplug.tasks.batch import TaskBatch
 from metaplug.values import Outcome
+from metaplug.watch import FAILURES
 
 META_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 """The optimizers of the outer loop, by name."""
 
 SKIPS_IN_A_ROW = 10
-"""Batches that may be skipped one after the other, less one: so many are no fault of a batch, but a broken run."""
+"""Batches in a row that would be skipped, which is no fault of a batch, but a broken run: the last of them stops it."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,7 @@ class MetaStep:
     skipped: str | None = None
 
 
-_NO_DERIVATIVE = (
-    "every loss on the way was finite: an operation of the model or of a plugin has no finite derivative there, such as a root or norm "
-    "of 0: add a small number inside it"
-)
+_NO_DERIVATIVE = f"every loss on the way was finite: an operation of the model or of a plugin {NO_DERIVATIVE}"
 
 Derivation = Callable[[TaskBatch, int, int, Mapping[int, float]], MetaGradients]
 """(batch, iteration, total, outer weights) → what `Engine.derive` gives for them."""
@@ -199,26 +197,27 @@ class Engine:
             skip: leave a batch out, and count it, where something is NaN or Inf: nothing is updated or committed.
 
         Raises:
-            RunError: something is NaN or Inf, and is not skipped, or SKIPS_IN_A_ROW-th in a row; nothing was updated.
+            RunError: something is NaN or Inf, and is not to be skipped, or so many batches were before; nothing was updated.
         """
         iteration, found, failure = self.iteration, None, None
-        told = torch.tensor([math.nan, math.nan, 0.0])
+        outer_loss, norm, finite = math.nan, math.nan, 0.0
         try:
             found = self.meta_gradients(batch, iteration, total)
-            told = self.told(found, batch if skip else None)
+            outer_loss, norm, finite = self.told(found, batch if skip else None).tolist()
         except RankError:
             raise
-        except RunError as error:  # a plugin may have failed on NaN that something else had made
+        except FAILURES as error:  # a plugin or the model may have failed on NaN that something else had made
             if self.world.size > 1:
                 raise
             failure = error
-        if found is None or not bool(told[2]):
+        if found is None or not finite:
             text = culprit(self, batch, failure, total, alone=not skip)
-            return self._skip(told, text, total)
+            self._skip(text, total)
+            return MetaStep(self.iteration, outer_loss, norm, self._rates[0] * self._factor(iteration, total), {}, text)
         meta_lr = self.update(found, total)
-        return MetaStep(self.iteration, float(told[0]), float(told[1]), meta_lr, self.chain.figures(iteration, total))
+        return MetaStep(self.iteration, outer_loss, norm, meta_lr, self.chain.figures(iteration, total))
 
-    def _skip(self, told: Tensor, text: str, total: int) -> MetaStep:
+    def _skip(self, text: str, total: int) -> None:
         """Count one iteration that updates nothing.
 
         Raises:
@@ -231,13 +230,11 @@ class Engine:
             )
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.iteration, self.total = self.iteration + 1, total
-        outer_loss, norm, _ = told.tolist()
-        return MetaStep(self.iteration, outer_loss, norm, self.optimizer.param_groups[0]["lr"], {}, text)
 
     def update(self, found: MetaGradients, total: int) -> float:
         """Step, commit and count one iteration; the meta learning rate of the model's weights."""
         iteration = self.iteration
-        factor = self.chain.fold("scale_meta_learning_rate", 1.0, iteration=iteration, total=total)
+        factor = self._factor(iteration, total)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         for name, parameter in self.meta_parameters.items():
@@ -249,6 +246,11 @@ class Engine:
         self.iteration, self.total, self.skipped_in_a_row = iteration + 1, total, 0
         meta_lr: float = self.optimizer.param_groups[0]["lr"]
         return meta_lr
+
+    def _factor(self, iteration: int, total: int) -> float:
+        """Of every meta learning rate, as schedules have it."""
+        factor: float = self.chain.fold("scale_meta_learning_rate", 1.0, iteration=iteration, total=total)
+        return factor
 
     def evaluate(self, batch: TaskBatch, steps: int) -> Outcome:
         """Adapt test tasks. No graph, no state, no random stream of the caller's is touched."""
@@ -312,7 +314,7 @@ class Engine:
         """() each: the largest absolute value of every tensor of weights that the last query pass used or the loop made."""
         made = [outcome.adapted_parameters[name] for name in self.inner.adapted]
         used = [value for name, value in outcome.query_parameters.items() if value is not outcome.adapted_parameters[name]]
-        return (torch.linalg.vector_norm(value.detach(), math.inf) for value in (*made, *used))
+        return (torch.linalg.vector_norm(value.detach(), math.inf) for value in (*made, *used) if value.numel())
 
     def told(self, found: MetaGradients, batch: TaskBatch | None) -> Tensor:
         """(3,): outer loss, norm of the meta-gradient, and 1 where these, all on the way, what is kept and `batch` are finite.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,9 +26,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         raise RunError(f"cannot write {path}: {_reason(error)}; an older one there is untouched") from error
+    else:
+        try:
+            sync_folder(path.parent)
+        except OSError as error:
+            raise RunError(f"{path} is written, but may be gone if the machine fails now: {_reason(error)}; see to the disk") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -40,7 +45,7 @@ def append(path: Path, text: str, *, durable: bool) -> None:
         RunError: the disk is full, or the file cannot be written or is gone.
     """
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
         with os.fdopen(descriptor, "ab") as file:
             file.write(text.encode())
             file.flush()
@@ -70,8 +75,15 @@ def sync_folder(folder: Path) -> None:
         return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SUCH_THING:
+            raise
     finally:
         os.close(descriptor)
+
+
+_NO_SUCH_THING = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+"""What a file system says that does not know how to make a folder durable."""
 
 
 def _reason(error: Exception) -> str:

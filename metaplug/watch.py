@@ -19,6 +19,9 @@ GREW = 2.0
 JUMPED = 100.0
 """The largest weight that has become so many times as large is of one, too, whatever the losses were."""
 
+FAILURES: tuple[type[Exception], ...] = (RunError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+"""What plugins and models raise on NaN that something else had made."""
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -144,7 +147,7 @@ def growth(losses: Sequence[Tensor], *, infinite: bool) -> tuple[int, int, float
 
 def _largest(values: Mapping[str, Tensor]) -> float:
     """The largest absolute value; NaN or Inf where there is one."""
-    return float(torch.stack([value.detach().abs().max().double() for value in values.values()]).max())
+    return float(torch.stack([value.detach().abs().max().double() for value in values.values() if value.numel()]).max())
 
 
 def _non_finite(values: Any) -> dict[str, Tensor]:

@@ -13,6 +13,10 @@ from torch import Tensor
 from metaplug.engine import Engine, MetaStep
 from metaplug.errors import MetaplugError
 from metaplug.tasks.batch import TaskBatch
+from metaplug.watch import FAILURES
+
+_ENDS: tuple[type[Exception], ...] = (MetaplugError, *FAILURES)
+"""What ends a window, behind the steps that went well."""
 
 
 def meta_steps(engine: Engine, batches: Iterable[TaskBatch], total: int, *, skip: bool = False) -> Iterator[MetaStep]:
@@ -23,7 +27,7 @@ def meta_steps(engine: Engine, batches: Iterable[TaskBatch], total: int, *, skip
     Raises:
         RunError: as meta_step, behind the steps before that batch; what was updated from it on is taken back.
     """
-    begun, before, failure = engine.iteration, _snapshot(engine), None
+    begun, before, again, failure = engine.iteration, _snapshot(engine), False, None
     done, told, rates = list[TaskBatch](), list[Tensor](), list[float]()
     try:
         for batch in batches:
@@ -31,13 +35,14 @@ def meta_steps(engine: Engine, batches: Iterable[TaskBatch], total: int, *, skip
             found = engine.meta_gradients(batch, engine.iteration, total)
             told.append(engine.told(found, batch if skip else None))
             rates.append(engine.update(found, total))
-    except MetaplugError as error:
+    except _ENDS as error:
         if engine.world.size > 1:  # the other ranks may be elsewhere
             _restore(engine, before)
             raise
-        failure = error
+        # What a step fails on, it fails on again, or skips; what drawing a batch fails on, ends the window.
+        again, failure = True, error if len(done) == len(rates) else None
     rows = torch.stack(told).tolist() if told else []
-    if failure is not None or not all(finite for *_, finite in rows):
+    if again or not all(finite for *_, finite in rows):
         _restore(engine, before)
         yield from _one_by_one(engine, done, failure, total, skip=skip)
         return
@@ -48,15 +53,13 @@ def meta_steps(engine: Engine, batches: Iterable[TaskBatch], total: int, *, skip
     yield from [*steps[:-1], replace(steps[-1], figures=engine.chain.figures(engine.iteration - 1, total))]
 
 
-def _one_by_one(
-    engine: Engine, batches: Sequence[TaskBatch], failure: MetaplugError | None, total: int, *, skip: bool
-) -> Iterator[MetaStep]:
+def _one_by_one(engine: Engine, batches: Sequence[TaskBatch], failure: Exception | None, total: int, *, skip: bool) -> Iterator[MetaStep]:
     """The steps of a window that did not go well, and then what ended it. All are made before the first is given."""
     steps: list[MetaStep] = []
     for batch in batches:
         try:
             step = engine.meta_step(batch, total, skip=skip)
-        except MetaplugError as error:
+        except _ENDS as error:
             failure = error
             break
         steps.append(step if len(steps) == len(batches) - 1 else replace(step, figures={}))

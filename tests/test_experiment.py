@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -11,11 +12,13 @@ import pytest
 import torch
 from support.tiny_runs import assert_same, assert_same_run, stop_after, tiny
 
-from metaplug import MetaLearner, RequestError, RunError, experiment
+from metaplug import MetaLearner, RequestError, RunError, experiment, files
 from metaplug.config import ExperimentConfig, to_yaml
 from metaplug.experiment import build, task_form
 from metaplug.runs import load, read_metrics, train
-from metaplug.settings import read_yaml
+from metaplug.runs.folder import RunFolder
+from metaplug.runs.sessions import read_sessions
+from metaplug.yaml_text import read_yaml
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +179,49 @@ def test_validations_that_are_not_finite_are_never_the_best(tmp_path: Path, monk
     assert [validation[name] for name in ("mean", "interval", "low", "high")] == [None] * 4
 
 
+def test_a_file_system_that_cannot_sync_folders_is_no_hindrance(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def sync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    train(tiny(), tmp_path / "run")
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_made_sure_of_is_said_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files, "sync_folder", fails)
+    with pytest.raises(RunError) as error, files.replacing(tmp_path / "a") as file:
+        file.write(b"new")
+    assert str(error.value) == f"{tmp_path}/a is written, but may be gone if the machine fails now: Input/output error; see to the disk"
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_a_run_that_another_process_finishes_meanwhile_is_left_as_it_is(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    train(tiny(), folder, stop=stop_after(5))
+    real = RunFolder._hold
+
+    def late(self: RunFolder) -> None:
+        monkeypatch.setattr(RunFolder, "_hold", real)
+        train(tiny(), folder, resume=True)
+        real(self)
+
+    monkeypatch.setattr(RunFolder, "_hold", late)
+    summary = train(tiny(), folder, resume=True)
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert len(read_sessions(folder)) == 2
+    assert_same_run(whole, folder)
+
+
 def test_a_full_disk_is_a_failed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -244,3 +290,17 @@ def test_the_form_of_tasks() -> None:
 
 def test_json_knows_no_nan() -> None:
     assert experiment.to_json({"a": [float("nan"), 1.5, (float("inf"),)]}) == '{"a": [null, 1.5, [null]]}'
+
+
+def test_what_is_done_after_training_is_done_before_the_test_in_a_folder_that_is_held(tmp_path: Path) -> None:
+    folder, seen = tmp_path / "run", []
+
+    def look() -> None:
+        with pytest.raises(RequestError, match="is in the hands of another process"), RunFolder(folder) as other:
+            other.check(tiny(), resume=True)
+        seen.append((len(read_metrics(folder)), (folder / "summary.json").exists()))
+
+    train(tiny(), folder, on_trained=look, stop=stop_after(5))
+    train(tiny(), folder, on_trained=look, resume=True)
+    train(tiny(), folder, on_trained=look, resume=True)
+    assert seen == [(5, False), (12, False)]

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import math
 import re
@@ -126,6 +127,14 @@ class Holed(Stream):
         if iteration in self.iterations and self.index in indices:
             getattr(batch, self.field)[list(indices).index(self.index), 0, 0] = self.value
         return batch
+
+
+class Holed32(Holed):
+    """The same in float32."""
+
+    def batch(self, iteration, indices):
+        batch = super().batch(iteration, indices)
+        return TaskBatch(batch.support_x.float(), batch.support_y, batch.query_x.float(), batch.query_y)
 
 
 def state(learner):
@@ -427,6 +436,42 @@ def test_too_many_in_a_row_stop(every):
     assert (len(seen), learner.iteration, learner.skipped) == (12, 12, SKIPS_IN_A_ROW - 1)
 
 
+@pytest.mark.parametrize("every", [1, 2, 4])
+@pytest.mark.parametrize("bad", [(2,), (0,), (3, 4)])
+def test_a_batch_that_a_plugin_fails_on_is_skipped_in_windows_too(bad, every):
+    learner = problem().learner(plugins=[Inject(hook="transform_inner_losses", inf=False, step=0, iterations=bad), Chokes()])
+    learner.metrics_every = every
+    records = learner.fit(Stream(), iterations=8, tasks_per_batch=2, non_finite="skip").records
+    assert [record.step.iteration - 1 for record in records if record.step.skipped] == list(bad)
+    assert (len(records), learner.iteration) == (8, 8)
+
+
+def test_the_record_of_a_skipped_batch_has_the_rate_of_its_iteration():
+    learner = problem().learner(plugins=["cosine-meta-lr", Inject(hook="keep", inf=False, iterations=(2,))])
+    expected = problem().learner(plugins=["cosine-meta-lr"])
+    steps, wanted = (
+        [record.step for record in each.fit(Stream(), iterations=5, tasks_per_batch=2, non_finite="skip").records]
+        for each in (learner, expected)
+    )
+    assert steps[2].skipped
+    assert [step.meta_lr for step in steps] == [step.meta_lr for step in wanted]
+
+
+def test_a_parameter_without_elements_is_no_hindrance():
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.nothing = nn.Linear(4, 3), nn.Parameter(torch.zeros(0))
+
+        def forward(self, x):
+            return self.layer(x) + self.nothing.sum()
+
+    learner = MetaLearner(Empty(), inner_lr=0.1, inner_steps=2)
+    assert learner.fit(Stream(dtype=torch.float32), iterations=2, tasks_per_batch=2).records
+    with pytest.raises(RunError, match=r"^iteration 4 stopped, nothing was updated: query_x of task 1 holds NaN or Inf"):
+        learner.fit(Holed32(iterations=(4,)), iterations=4, tasks_per_batch=2)
+
+
 def test_labels_out_of_range_are_a_wrong_request_all_the_same():
     with pytest.raises(RequestError, match=r"^labels out of range: query_y has the label 9"):
         learner = problem().learner()
@@ -599,7 +644,10 @@ def line(curvature, inner_lr, steps=3, **more):
 def test_a_quadratic_diverges_beyond_two_over_its_curvature(curvature, times, steps, batching):
     """θ ← θ − α L (θ − w): the loss is multiplied by (1 − α L)² in each step, so that it grows where α > 2 / L, and only there."""
     learner, tasks = line(curvature, times * 2 / curvature, steps, task_batching=batching)
-    result = learner.evaluate(tasks, num_tasks=5)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        [(_, result)] = learner.fit(tasks, iterations=1, tasks_per_batch=2, validation=tasks, validation_tasks=5).validations
+    assert len(told) == (times > 1)
     assert result.raised == (5 if times > 1 else 0)
     before, after = result.support_losses
     assert after / before == pytest.approx((1 - 2 * times) ** (2 * steps), rel=1e-6)
@@ -633,7 +681,20 @@ def test_a_loop_that_converges_is_told_nothing_of():
         warnings.simplefilter("error")
         [(_, result)] = learner.fit(tasks, iterations=1, tasks_per_batch=2, validation=tasks, validation_tasks=6).validations
     assert result.raised == 0
-    assert learner.evaluate(tasks, num_tasks=2, inner_steps=0).support_losses == (0.0, 0.0)
+    learner, tasks = line(2.0, 0.9, steps=0)
+    [(_, result)] = learner.fit(tasks, iterations=1, tasks_per_batch=2, validation=tasks, validation_tasks=6).validations
+    assert (result.raised, result.support_losses) == (0, (0.0, 0.0))
+
+
+def test_only_validations_pay_for_support_losses_after_adaptation(monkeypatch):
+    learner, tasks = line(2.0, 0.9)
+    asked = []
+    real = learner.engine.adapted_losses
+    monkeypatch.setattr(learner.engine, "adapted_losses", lambda outcome: asked.append(outcome) or real(outcome))
+    result = learner.evaluate(tasks, num_tasks=20)
+    assert (len(asked), result.raised, result.support_losses) == (0, None, None)
+    learner.fit(tasks, iterations=1, tasks_per_batch=2, validation=tasks, validation_tasks=20)
+    assert len(asked) == 2
 
 
 def test_the_share_is_in_the_metrics(tmp_path):
@@ -658,7 +719,267 @@ def test_an_evaluation_that_diverges_names_the_rate():
     learner, tasks = line(2.0, 900.0, steps=60)
     with pytest.raises(RunError) as error:
         learner.evaluate(tasks, num_tasks=2)
-    assert str(error.value) == (
-        "evaluation task 0 has a query loss of NaN or Inf after 60 inner steps: its inner loop diverges; "
-        "lower inner_lr, which is 900, or inner_steps"
+    text = str(error.value)
+    assert text.startswith(
+        "evaluation task 0 has a query loss of NaN or Inf after 60 inner steps: the support loss holds NaN or Inf in 'loss'"
     )
+    found = re.search(
+        r"; the inner loop diverges: the support loss of task 0 grew from 2.25 to (\S+) in 47 inner steps at inner_lr = 900; lower inner_l",
+        text,
+    )
+    assert float(found[1]) == pytest.approx(2.25 * 1799.0 ** (2 * 47), rel=1e-3)
+
+
+# Evaluations that are not finite.
+
+
+def test_an_evaluation_asserts_no_cause_that_is_not_there():
+    """The derivative is not finite, at whatever rate; training says the same of the same model."""
+    with pytest.raises(RunError) as error:
+        MetaLearner(Cusp(), inner_lr=1e-6, inner_steps=1).evaluate(Stream(), num_tasks=3)
+    assert str(error.value) == (
+        "evaluation task 0 has a query loss of NaN or Inf after 1 inner steps: the gradient of the support loss holds NaN or Inf in "
+        "'weight' of task 0 in iteration 0, inner step 0; the loss was finite: an operation of the model, or of a plugin's loss, has no "
+        "finite derivative there, such as a root or norm of 0: add a small number inside it"
+    )
+
+
+@pytest.mark.parametrize("batching", ["vectorized", "sequential"])
+def test_an_evaluation_names_the_plugin_and_the_task(batching):
+    class Spoils(Plugin):
+        """Gradients of the task that has this loss."""
+
+        loss = math.nan
+
+        @hookimpl
+        def transform_gradients(self, gradients, step):
+            bad = torch.isclose(step.support_losses.detach(), torch.tensor(self.loss, dtype=torch.float64), rtol=1e-10)
+            return {name: torch.where(bad.reshape(-1, *[1] * (each.ndim - 1)), math.nan, each) for name, each in gradients.items()}
+
+    plugin = Spoils()
+    learner = problem().learner(plugins=[plugin], task_batching=batching)
+    learner.evaluate(Stream(), num_tasks=20)
+    plugin.loss = float(learner.engine.evaluate(learner.intake(Stream().batch(0, [18])), 1).support_losses[0].detach())
+    with pytest.raises(RunError) as error:
+        learner.evaluate(Stream(), num_tasks=40)
+    assert str(error.value).startswith(
+        "evaluation task 18 has a query loss of NaN or Inf after 2 inner steps: plugin 'spoils' in transform_gradients "
+        "(link 1 of 1, iteration 0, inner step 0) returned NaN or Inf in '0.weight', '0.bias', '2.weight' of task 18; "
+    )
+    assert learner.chain.watch is None
+
+
+class Sharp(nn.Module):
+    """The largest eigenvalue of a matrix of its weights, which torch refuses to find of NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3, dtype=torch.float64)
+
+    def forward(self, x):
+        weight = self.layer.weight
+        return self.layer(x) + 0 * torch.linalg.cholesky(weight @ weight.T + torch.eye(3, dtype=x.dtype)).sum()
+
+
+@pytest.mark.parametrize("batching", ["vectorized", "sequential"])
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_model_that_fails_on_nan_is_not_who_made_it(every, batching):
+    class Spoils(Plugin):
+        @hookimpl
+        def transform_gradients(self, gradients, step):
+            bad = step.meta_iteration == BAD and step.index == 0
+            return {name: each * math.nan for name, each in gradients.items()} if bad else None
+
+    def learner():
+        torch.manual_seed(0)
+        return MetaLearner(Sharp(), inner_lr=0.1, inner_steps=2, plugins=[Spoils()], metrics_every=every, task_batching=batching)
+
+    said = "plugin 'spoils' in transform_gradients (link 1 of 1, iteration 2, inner step 0) returned NaN or Inf in "
+    assert first_bad(learner(), Stream()).startswith(said)
+    made = learner()
+    records = made.fit(Stream(), iterations=5, tasks_per_batch=3, non_finite="skip").records
+    assert [record.step.iteration - 1 for record in records if record.step.skipped] == [BAD]
+    assert records[BAD].step.skipped.startswith(said)
+    made.engine.iteration = BAD
+    with pytest.raises(RunError, match=r"^evaluation tasks 0 to 4 cannot be computed: plugin 'spoils' in transform_gradients"):
+        made.evaluate(Stream(split="test"), num_tasks=5)
+
+
+def test_a_matrix_without_a_decomposition_is_the_models_own_error():
+    learner = MetaLearner(Sharp(), inner_lr=0.1, inner_steps=1)
+    learner.fit(Stream(), iterations=1, tasks_per_batch=2)
+    learner.engine.inner.loss = lambda prediction, target: prediction.sum() + torch.linalg.inv(torch.zeros(2, 2).double()).sum()
+    for call in (
+        lambda: learner.fit(Stream(), iterations=1, tasks_per_batch=2),
+        lambda: learner.fit(Stream(), iterations=1, tasks_per_batch=2, non_finite="skip"),
+        lambda: learner.evaluate(Stream(), num_tasks=2),
+    ):
+        with pytest.raises(torch.linalg.LinAlgError, match="singular"):
+            call()
+    assert learner.iteration == 1
+
+
+@pytest.mark.parametrize("skip", ["stop", "skip"])
+def test_a_fault_that_has_nothing_to_do_with_nan_is_no_less_one_behind_it(skip):
+    class Late(Plugin):
+        @hookimpl
+        def transform_gradients(self, gradients, step):
+            if not step.training and len(gradients["2.bias"]) == 4:
+                raise ValueError("four")
+
+    learner = problem().learner(plugins=[Late()])
+    with pytest.raises(
+        RunError, match=r"^(query_x of task 3 holds NaN|plugin 'late' in transform_gradients .* ValueError: four$)"
+    ) as error:
+        learner.fit(Stream(), validation=HoledTests({0}), **VALIDATED, non_finite=skip)
+    assert ("four" in str(error.value)) == (skip == "skip")
+
+
+def test_a_loss_that_is_finite_when_it_is_computed_again_says_so():
+    asked = itertools.count()
+    learner = problem().learner(task_batching="sequential")
+    learner.evaluate(Stream(), num_tasks=1)
+    real = learner.engine.inner.loss
+    learner.engine.inner.loss = lambda prediction, target: real(prediction, target) + (math.nan if next(asked) == 2 else 0.0)
+    with pytest.raises(RunError) as error:
+        learner.evaluate(Stream(), num_tasks=1)
+    assert str(error.value) == (
+        "evaluation task 0 has a query loss of NaN or Inf after 2 inner steps, but not when it was computed once more: "
+        "see what draws at random"
+    )
+
+
+class HoledTests(Stream):
+    """Validation tasks, one of which has a hole, in what is drawn for some of the validations."""
+
+    def __init__(self, bad, index=3):
+        super().__init__(split="val")
+        self.bad, self.index, self.drawn = bad, index, -1
+
+    def batch(self, iteration, indices):
+        self.drawn += 0 in indices
+        batch = super().batch(iteration, indices)
+        if self.drawn in self.bad and self.index in indices:
+            batch.query_x[list(indices).index(self.index), 0, 0] = math.nan
+        return batch
+
+
+VALIDATED = {"iterations": 6, "tasks_per_batch": 2, "validate_every": 2, "validation_tasks": 20}
+
+
+def test_a_validation_with_nan_is_not_finite_and_training_goes_on():
+    learner, plain = problem().learner(), problem().learner()
+    with pytest.warns(UserWarning) as told:
+        history = learner.fit(Stream(), validation=HoledTests({0}), **VALIDATED, non_finite="skip")
+    assert [str(warning.message) for warning in told] == [
+        "the validation after iteration 2 counts for nothing: evaluation task 3 has a query loss of NaN or Inf after 2 inner steps: "
+        "query_x of task 3 holds NaN or Inf, on which no loss is defined: clean the data of that task"
+    ]
+    expected = plain.fit(Stream(), validation=Stream(split="val"), **VALIDATED)
+    assert [record.step for record in history.records] == [record.step for record in expected.records]
+    first, *others = [result for _, result in history.validations]
+    assert math.isnan(first.mean)
+    assert math.isnan(first.interval)
+    assert torch.isnan(first.per_task).nonzero().tolist() == [[3]]
+    finite = torch.arange(20) != 3
+    assert torch.equal(first.per_task[finite], expected.validations[0][1].per_task[finite])
+    assert all(torch.equal(one.per_task, two.per_task) for one, (_, two) in zip(others, expected.validations[1:], strict=True))
+    assert history.best[0] > 2
+
+
+def test_a_validation_with_nan_stops_training_that_is_to_stop():
+    seen = []
+    with pytest.raises(RunError, match=r"^query_x of task 3 holds NaN or Inf, on which no loss is defined"):
+        problem().learner().fit(Stream(), validation=HoledTests({1}), **VALIDATED, on_record=seen.append)
+    assert len(seen) == 3
+
+
+def test_a_test_with_nan_is_no_result_of_a_run_that_skips():
+    learner = problem().learner()
+    learner.fit(Stream(), iterations=2, tasks_per_batch=2, non_finite="skip")
+    with pytest.raises(RunError, match=r"^query_x of task 3 holds NaN or Inf"):
+        learner.evaluate(HoledTests({0}), num_tasks=20)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_ranks_pass_over_a_validation_together():
+    """Task 3 is of rank 0's batch, task 17 of rank 1's; of two the first is named."""
+
+    def train_on(world):
+        found = []
+        for index in (3, 17):
+            learner = problem().learner(world=world)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                tasks = HoledTests(range(-1, 99), index)  # rank 1 does not draw task 0, by which they are counted
+                history = learner.fit(Stream(), validation=tasks, **VALIDATED, non_finite="skip")
+            found.append(
+                ([str(warning.message) for warning in told], [result.per_task.nan_to_num(-1) for _, result in history.validations])
+            )
+        return found
+
+    one, other = on_ranks(train_on)
+    assert_same(one, other)
+    for index, (texts, values) in zip((3, 17), one, strict=True):
+        assert [text.split(":")[:2] for text in texts] == [
+            [
+                f"the validation after iteration {iteration} counts for nothing",
+                f" evaluation task {index} has a query loss of NaN or Inf after 2 inner steps",
+            ]
+            for iteration in (2, 4, 6)
+        ]
+        assert all((value == -1).nonzero().tolist() == [[index]] for value in values)
+
+
+@pytest.fixture
+def holed_validation(monkeypatch):
+    """Runs whose validations have a hole."""
+    bad = {0, 2}
+
+    class Streams:
+        def __init__(self, inner):
+            self.inner, self.drawn = inner, -1
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def batch(self, iteration, indices):
+            self.drawn += 0 in indices
+            batch = self.inner.batch(iteration, indices)
+            if self.drawn in bad:
+                batch.query_x[-1, 0] = math.nan
+            return batch
+
+    def build_holed(config, **more):
+        experiment = build(config, **more)
+        tasks = experiment.tasks
+        return dataclasses.replace(experiment, tasks=SimpleNamespace(train=tasks.train, val=Streams(tasks.val), test=tasks.test))
+
+    monkeypatch.setattr("metaplug.runs.training.build", build_holed)
+    return bad
+
+
+@pytest.mark.filterwarnings("ignore:the validation after iteration")
+def test_a_run_passes_over_validations_that_are_not_finite(tmp_path, holed_validation):
+    summary = train(tiny(training__non_finite="skip"), tmp_path / "run")
+    lines = [line for line in read_metrics(tmp_path / "run") if "validation" in line]
+    assert [line["validation"]["mean"] is None for line in lines] == [True, False, True]
+    assert summary["best_validation"]["iteration"] == lines[1]["iteration"]
+    run_figure(read_metrics(tmp_path / "run"), tmp_path / "curves.png")
+    holed_validation |= {1}
+    with pytest.raises(RunError) as error:
+        train(tiny(training__non_finite="skip"), tmp_path / "none")
+    assert str(error.value) == (
+        f"no validation of {tmp_path}/none was finite, so that there is nothing to test: try a smaller learning rate"
+    )
+
+
+def test_the_progress_line_says_that_a_validation_is_not_finite():
+    console = Console(file=io.StringIO(), width=200)
+    progress = TrainingProgress(console, 2)
+    progress.begin(0)
+    with pytest.warns(UserWarning, match="^the validation after iteration 2 counts for nothing"):
+        problem().learner().fit(
+            Stream(), validation=HoledTests({0}), **VALIDATED | {"iterations": 2}, non_finite="skip", on_record=progress.record
+        )
+    assert console.file.getvalue().rstrip().endswith("validation not finite")

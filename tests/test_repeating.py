@@ -50,7 +50,7 @@ def test_a_session_holds_what_it_takes_to_repeat_a_run(whole: Path) -> None:
     [session] = read_sessions(whole)
     assert set(session) == {
         *("command", "folder", "began", "iteration", "seed", "process", "platform", "commits", "versions", "device", "threads"),
-        *("precision", "deterministic", "ranks", "batching"),
+        *("precision", "deterministic", "ranks"),
     }
     assert {"metaplug", "torch", "higher", "numpy", "pillow", "python"} <= set(session["versions"])
     assert session["versions"]["torch"] == torch.__version__
@@ -88,6 +88,9 @@ def test_the_commit_is_that_of_a_checkout_that_tracks_the_folder(tmp_path: Path)
     assert sessions._commit(tmp_path) == git("rev-parse", "HEAD")
     assert sessions._commit(tmp_path / "ignored") is None
     (tmp_path / "mine.py").write_text("2")
+    (tmp_path / os.fsdecode(b"\xff.py")).write_text("1")
+    git("config", "core.quotepath", "false")
+    git("add", ".")
     sessions._commit.cache_clear()
     assert sessions._commit(tmp_path) == f"{git('rev-parse', 'HEAD')}-dirty"
 
@@ -124,6 +127,18 @@ def test_a_run_is_trained_again_and_matches(tmp_path: Path, capsys: pytest.Captu
     assert_same_run(tmp_path / "mine", tmp_path / "mine-repeated")
     status, words = command(capsys, "train", "--from", f"{tmp_path}/mine", *out, "--name", "another", "--set", "runtime.checkpoint_steps=1")
     assert (status, (tmp_path / "another" / "summary.json").exists()) == (0, True)
+
+
+def test_a_run_is_not_held_against_itself(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "link").symlink_to(whole)
+    for source, out, name in ((whole, whole.parent, whole.name), (whole, tmp_path, "link"), (tmp_path / "link", whole.parent, whole.name)):
+        for more in ([], ["--resume"]):
+            status, words = command(capsys, "train", "--from", str(source), "--out", str(out), "--name", name, *more)
+            assert status == 2
+            assert words == (
+                f"metaplug: --from {source}: {out / name} is that run itself, which matches itself whatever it holds: "
+                "give a --name that is not taken\n"
+            )
 
 
 def test_a_run_that_does_not_match_says_where_and_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,6 +223,7 @@ def test_deterministic_holds_inside_a_step_alone(monkeypatch: pytest.MonkeyPatch
         assert settings() == (True, False)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert settings() == before
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # which cuBLAS has read by then
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
 
 

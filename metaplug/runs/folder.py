@@ -21,7 +21,8 @@ from metaplug.errors import RequestError, RunError
 from metaplug.experiment import to_json
 from metaplug.files import append, make_folder, replacing
 from metaplug.runs.sessions import RECORD, read_sessions
-from metaplug.settings import read_yaml, validated
+from metaplug.settings import validated
+from metaplug.yaml_text import read_yaml
 
 CONFIG, METRICS, LAST, BEST, SUMMARY = "config.yaml", "metrics.jsonl", "last.pt", "best.pt", "summary.json"
 """The files of a run, beside its record. The last is written last: a run that has it is finished."""
@@ -66,10 +67,10 @@ class RunFolder:
                 raise RequestError(f"{self.path} holds no run to resume, as it has no {CONFIG}: give another --name or --out")
             return False
         self._check_same(saved, config)
-        if (self.path / SUMMARY).exists():
+        if (self.path / SUMMARY).exists():  # and may be read, though nobody could write there
             return True
         self._hold()
-        return False
+        return (self.path / SUMMARY).exists()  # or the process that held it has finished
 
     def begin(self, config: ExperimentConfig) -> dict[str, Any] | None:
         """Make the folder, or clear up in it, and hold it; the last checkpoint, where there is one.
@@ -144,8 +145,7 @@ class RunFolder:
             return ""
 
     def _check_same(self, saved: Path, config: ExperimentConfig) -> None:
-        begun = flatten(validated(ExperimentConfig, read_yaml(saved), str(saved)).model_dump(mode="json"))
-        asked = flatten(config.model_dump(mode="json"))
+        begun, asked = begun_as(self.path), flatten(config.model_dump(mode="json"))
         for field in differing(begun, asked):
             raise RequestError(
                 f"{self.path} was begun with {field} = {_shown(begun, field)}, which cannot become {_shown(asked, field)}: "
@@ -158,6 +158,16 @@ class RunFolder:
     def _write(self, name: str, content: bytes) -> None:
         with replacing(self.path / name) as file:
             file.write(content)
+
+
+def begun_as(folder: Path) -> dict[str, Any]:
+    """The configuration of the run in a folder, flat.
+
+    Raises:
+        RequestError: it cannot be read, or is none.
+    """
+    saved = folder / CONFIG
+    return flatten(validated(ExperimentConfig, read_yaml(saved), str(saved)).model_dump(mode="json"))
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

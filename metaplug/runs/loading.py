@@ -12,12 +12,13 @@ from metaplug.config import ExperimentConfig
 from metaplug.errors import RequestError, RunError, one_line, quoted
 from metaplug.experiment import Experiment, build, build_tasks
 from metaplug.learner import MetaLearner
-from metaplug.models.factories import is_own, make_model
+from metaplug.models.factories import is_own, make_model, names_code
 from metaplug.preset import YAML_ENDINGS
 from metaplug.runs.folder import BEST
 from metaplug.runtime.distributed import ALONE, World
-from metaplug.settings import parse_yaml, validated
+from metaplug.settings import validated
 from metaplug.tasks.sources import TaskSource
+from metaplug.yaml_text import parse_yaml
 
 
 def load(path: Path, device: str | None = None, world: World = ALONE, *, model: str | None = None) -> Experiment:
@@ -63,10 +64,7 @@ def _config_of(state: dict[str, Any], file: Path, model: str | None) -> Experime
     if model is not None and model != name:
         raise RequestError(f"{file} has the model {quoted([one_line(name)])}, not '{model}': give the model that it was trained with")
     if is_own(name) and model is None:
-        raise RequestError(
-            f"{file} names code for its model, {quoted([one_line(name)])}, which nobody lets run because a file says so: "
-            f"if it is your own, give --model {one_line(name)}, or runs.load(..., model=...)"
-        )
+        raise RequestError(f"{names_code(file, name)}, or runs.load(..., model=...)")
     if isinstance(config.preset, str) and config.preset.endswith(YAML_ENDINGS):
         raise RunError(
             f"{file} names the file {one_line(config.preset)} as its preset, which no run does: use another checkpoint of the run"

@@ -6,16 +6,17 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, TypeAdapter, ValidationError
 
+from metaplug.checkpoint.form import Count
 from metaplug.errors import RunError, one_line
 from metaplug.runs.folder import METRICS, SUMMARY
+from metaplug.tasks.reading import no_number
 
 _MOST_BYTES = 16 * 2**20
 """Of a line of metrics, and of a summary."""
-Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
 Figure = Annotated[float, Field(strict=True)] | None
 """A number; null stands for NaN and Inf, which JSON does not have."""
 
@@ -99,7 +100,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 def _read(text: bytes, form: TypeAdapter[Any], what: str) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads(text.decode(), parse_constant=_no_number)
+        values: dict[str, Any] = json.loads(text.decode(), parse_constant=no_number)
         form.validate_python(values)
     except ValidationError as error:
         fault = error.errors()[0]
@@ -113,7 +114,3 @@ def _read(text: bytes, form: TypeAdapter[Any], what: str) -> dict[str, Any]:
     else:
         return values
     raise RunError(f"{what} is not what a run writes ({one_line(reason)}): take it from a backup, or train the run anew")
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number in JSON")

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from metaplug.config import ExperimentConfig, flatten
-from metaplug.errors import RequestError, one_line
-from metaplug.models.factories import is_own
-from metaplug.runs.folder import CONFIG, METRICS, SUMMARY, differing
+from metaplug.errors import RequestError
+from metaplug.models.factories import is_own, names_code
+from metaplug.runs.folder import CONFIG, METRICS, SUMMARY, begun_as, differing
 from metaplug.runs.reading import read_metrics, read_summary
 from metaplug.runs.sessions import RECORD, read_sessions
-from metaplug.settings import read_yaml, validated
 
 _SETTING = ("versions", "device", "threads", "precision", "deterministic", "ranks", "platform")
 """What of a session may change the last digits of a run."""
@@ -58,12 +57,8 @@ def check_same(source: Path, config: ExperimentConfig, model: str | None) -> Non
     """
     saved, name = source / CONFIG, config.model.name
     if is_own(name) and name != model:
-        raise RequestError(
-            f"--from {source}: {saved} names code for its model, '{one_line(name)}', which nobody lets run because a file says so: "
-            f"if it is your own, give --model {one_line(name)}"
-        )
-    begun = flatten(validated(ExperimentConfig, read_yaml(saved), str(saved)).model_dump(mode="json"))
-    if fields := differing(begun, flatten(config.model_dump(mode="json"))):
+        raise RequestError(f"--from {source}: {names_code(saved, name)}")
+    if fields := differing(begun_as(source), flatten(config.model_dump(mode="json"))):
         raise RequestError(
             f"--from {source}: with another {fields[0]} it would be another run; leave that option out, or train a new run from {saved}"
         )

@@ -33,7 +33,7 @@ def session(experiment: Experiment) -> dict[str, Any]:
         "process": {"pid": os.getpid(), "host": socket.gethostname()},
         "platform": platform.platform(),
         "commits": {"metaplug": _commit(Path(metaplug.__file__).parent), "folder": _commit(Path.cwd())},
-        **environment(experiment.learner),
+        **{name: value for name, value in environment(experiment.learner).items() if name != "batching"},  # not known before a batch
     }
 
 
@@ -66,18 +66,17 @@ def _command() -> str:
 @cache
 def _commit(folder: Path) -> str | None:
     """The commit of the git checkout that tracks a folder, with "-dirty" where tracked files differ from it; None where none does."""
-    files = _git(folder, "ls-files", "--", ".")
-    if not files:
+    if not _git(folder, "ls-tree", "HEAD", "./"):
         return None
     head = _git(folder, "rev-parse", "--verify", "HEAD")
     return f"{head}-dirty" if head and _git(folder, "status", "--porcelain", "--untracked-files=no") else head
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Nothing that a repository configures is run, and no file of it is written."""
+    """What git says, on one machine and in one line; None where it fails. It writes nothing there, and asks no monitor of files."""
     line = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(line, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(line, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None

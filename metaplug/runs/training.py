@@ -28,13 +28,14 @@ def train(
     resume: bool = False,
     on_start: Callable[[Experiment], None] = lambda experiment: None,
     on_record: Callable[[Record], None] = lambda record: None,
+    on_trained: Callable[[], None] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
     world: World = ALONE,
 ) -> dict[str, Any] | None:
     """Run an experiment in a folder: meta-train, keep the best validation, measure that on unseen test tasks.
 
     A checkpoint is written at every validation and at a stop. Killed at any moment and resumed, a run gives bit for bit the checkpoints and
-    the metrics of one that was left alone. While this process lives, no other can train in the folder.
+    the metrics of one that was left alone, but for the seconds that were spent. While this process lives, no other can train in the folder.
 
     Every rank of `world` calls this; rank 0 alone reads and writes the folder. A run may be resumed on another number of ranks, and with
     other settings of the runtime but its precision: then to rounding.
@@ -44,8 +45,9 @@ def train(
         resume: go on with the run in `folder`; begins one where there is none yet. A finished run is left as it is.
         on_start: called once, with `learner.iteration` iterations done already.
         on_record: called after every iteration.
+        on_trained: called once, before the test or at a stop, while the folder is still this process's alone.
         stop: asked after every iteration; True on any rank stops the run.
-        world: the processes that train together; `on_start` and `on_record` are called on rank 0.
+        world: the processes that train together; `on_start`, `on_record` and `on_trained` are called on rank 0.
 
     Returns:
         The content of summary.json; None for a run that was stopped.
@@ -62,9 +64,9 @@ def train(
         run = _begin(place, experiment)
         if world.is_main:
             on_start(experiment)
-        if not run.iterate(on_record, stop):
-            return None
-        return run.finish()
+        ended = run.iterate(on_record, stop)
+        world.from_main(on_trained)
+        return run.finish() if ended else None
 
 
 @dataclass
@@ -138,7 +140,7 @@ class _Run:
         if step.skipped is not None:
             values["skipped"] = step.skipped
         if validation is not None:
-            values["validation"] = {**result_values(validation), "raised": validation.raised / validation.num_tasks}
+            values["validation"] = {**result_values(validation), "raised": (validation.raised or 0) / validation.num_tasks}
         self.folder.log(values, durable=durable)
 
     def _save(self, record: Record, stopped: bool) -> None:
@@ -165,6 +167,7 @@ class _Run:
 def _begin(folder: RunFolder, experiment: Experiment) -> _Run:
     """A new run, or the one in the folder from its last checkpoint on, with what came after that cut away."""
     learner = experiment.learner
+    learner.world.from_main(lambda: checkpoint.storable(folder.path / LAST, learner.state_dict()))  # refused now, not after hours
     state = learner.world.from_main(lambda: folder.begin(experiment.config))
     if state is not None:
         learner.load_state_dict(state, str(folder.path / LAST))
