@@ -409,6 +409,40 @@ def test_the_reference_is_the_plain_loop():
     assert set(prepared.gradient()) == {name for name, _ in WORKLOADS["sinusoid-25x1"].build()[0].named_parameters()}
 
 
+STEPS = ["workload", "with", "repeats", "only", "memory", "compiled"]
+SCALING, SOAK, DRAWING = "bench --scaling", "bench --soak", "bench --drawing"
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ([], {"plot": f"{SCALING} and {SOAK}", "soak-steps": SOAK}),
+        (["--scaling"], {**dict.fromkeys(STEPS, "bench"), "workload": f"bench and {SOAK}", "repeats": None, "soak-steps": SOAK}),
+        (
+            ["--drawing"],
+            {
+                **{**dict.fromkeys(STEPS, "bench"), "workload": f"bench and {SOAK}", "repeats": None, "soak-steps": SOAK},
+                **{"tf32": f"bench and {SCALING} and {SOAK}", "plot": f"{SCALING} and {SOAK}"},
+            },
+        ),
+        (["--soak"], {**dict.fromkeys(STEPS, "bench"), "workload": None, "repeats": f"bench and {SCALING} and {DRAWING}"}),
+    ],
+)
+def test_an_option_that_changes_nothing_about_what_is_measured_is_refused(mode, options, capfd):
+    """With the value that it has anyway, too: whoever gives it expects something of it."""
+    values = {"plot": ["a.png"], "soak-steps": ["100"], "workload": ["sinusoid"], "with": ["gradient-sharing"], "repeats": ["9"]}
+    values["only"] = ["metaplug, auto"]
+    for name, users in options.items():
+        if users is not None:
+            with pytest.raises(SystemExit) as stopped:
+                main(["bench", *mode, f"--{name}", *values.get(name, [])])
+            assert stopped.value.code == 2
+            assert capfd.readouterr().err == (
+                f"metaplug: {' '.join(['bench', *mode])} --{name}: --{name} is an option of {users}, and changes nothing here: "
+                "leave it out, or bench that\n"
+            )
+
+
 def test_the_command_line_gives_json_and_a_picture(capfd, tmp_path, monkeypatch):
     def answer(*arguments):
         with pytest.raises(SystemExit) as stopped:
@@ -426,7 +460,6 @@ def test_the_command_line_gives_json_and_a_picture(capfd, tmp_path, monkeypatch)
     assert len(json.loads(out)["points"]) == len(small)
     assert picture.exists()
     for arguments, text in (
-        (("--plot", str(picture)), "--plot draws what --scaling or --soak measures: give one of them too, or leave it out"),
         (("--device", "tpu"), "unknown device 'tpu': give auto, cpu, cuda or cuda:N"),
         (("--tf32",), "--tf32 rounds on CUDA devices only: give --device cuda too, or leave it out"),
     ):

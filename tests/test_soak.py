@@ -16,6 +16,7 @@ from rich.console import Console
 
 from metaplug import MetaLearner, RequestError
 from metaplug.bench import soak
+from metaplug.bench.meters import ON_CPU
 from metaplug.bench.process import open_files, resident_mib, threads
 from metaplug.bench.soak import SOAKS, Sample, Soaked, as_json_values, run
 from metaplug.bench.soak_workloads import SoakWorkload
@@ -234,6 +235,8 @@ def test_the_table_and_the_picture_show_what_was_found(tmp_path):
     assert imread(tmp_path / "soak.png").shape[:2] == (1024, 1600)
     values = json.loads(json.dumps(as_json_values([found])))
     assert values["runs"][0]["memory_change"] == {"resident memory": pytest.approx(0.03)}
+    assert values["runs"][0]["broken"] == list(found.broken) != []
+    assert [values["runs"][0][name] for name in ("slower", "drift", "drift_error")] == [found.slower, found.drift, found.drift_error]
     assert (values["warm_up"], values["most_memory"], values["most_slower"]) == (0.1, 0.02, 0.05)
     assert len(values["runs"][0]["samples"]) == 100
 
@@ -280,6 +283,14 @@ def test_a_run_is_watched_from_its_first_step_to_its_last(monkeypatch):
         assert not any("open files" in bound for bound in found.broken)
 
 
+@pytest.mark.parametrize(("steps", "samples"), [(50, 50), (200, 200), (201, 100), (399, 199), (20_000, 200)])
+def test_a_run_of_any_length_gives_at_most_200_samples(steps, samples):
+    watch = soak._Watch(steps, ON_CPU)
+    for iteration in range(1, steps + 1):
+        watch.record(iteration)
+    assert len(watch.samples()) == samples
+
+
 def test_what_cannot_be_soaked_is_refused_before_anything_runs():
     with pytest.raises(RequestError, match=r"^unknown soak workload 'conv5': did you mean 'conv4'\?$"):
         run("conv5")
@@ -312,7 +323,6 @@ def test_the_command_line_ends_with_status_1_where_a_bound_is_broken(capfd, tmp_
     ) in error
     for arguments, text in (
         (("--soak", "--scaling"), "--scaling and --soak are measurements of their own, of which a command makes one: give one of them"),
-        (("--soak-steps", "100"), "--soak-steps is the length of a --soak, which is not asked for: give both, or neither"),
         (("--soak", "--workload", "conv5"), "unknown soak workload 'conv5'"),
     ):
         status, _, error = answer(*arguments)

@@ -8,7 +8,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,6 @@ class Soaked:
 
     Attributes:
         seconds: of the whole run, by the clock.
-        memory_change: by kind of memory that is known, the largest difference of a sample after warm-up from `memory_after_warm_up`, as a
-            part of that, with its sign.
-        slower: median time of a step in the last quarter after warm-up over that in the first, minus 1.
-        drift, drift_error: the slope of a straight line through the times after warm-up, over the whole of them, as a part of their mean;
-            and its standard error from the noise around the line.
-        broken: the bounds that do not hold, in words; empty where the run stayed as it began.
     """
 
     workload: str
@@ -78,21 +72,6 @@ class Soaked:
     left_out: Mapping[str, str]
     seconds: float
     samples: tuple[Sample, ...]
-    memory_change: Mapping[str, float] = field(init=False)
-    slower: float = field(init=False)
-    drift: float = field(init=False)
-    drift_error: float = field(init=False)
-    broken: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        times = [sample.milliseconds for sample in self.warm]
-        first, last = self.quarters
-        drift, error = _drift(times)
-        begun = self.memory_after_warm_up
-        changes = {what: _largest_change(values, begun[what]) for what, values in self.memory.items()}
-        for name, value in {"memory_change": changes, "slower": last / first - 1, "drift": drift, "drift_error": error}.items():
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "broken", tuple(self._broken()))
 
     @property
     def warm(self) -> tuple[Sample, ...]:
@@ -118,7 +97,31 @@ class Soaked:
         """By kind, the median MiB of the first tenth of the samples after warm-up: one may lie just behind a validation."""
         return {what: statistics.median(values[: max(len(values) // 10, 1)]) for what, values in self.memory.items()}
 
-    def _broken(self) -> list[str]:
+    @property
+    def memory_change(self) -> dict[str, float]:
+        """By kind, the largest difference from `memory_after_warm_up`, as a part of that, with its sign."""
+        begun = self.memory_after_warm_up
+        return {what: _largest_change(values, begun[what]) for what, values in self.memory.items()}
+
+    @property
+    def slower(self) -> float:
+        """The median time of a step in the last quarter after warm-up over that in the first, minus 1."""
+        first, last = self.quarters
+        return last / first - 1
+
+    @property
+    def drift(self) -> float:
+        """The slope of a straight line through the times after warm-up, over the whole of them, as a part of their mean."""
+        return _drift([sample.milliseconds for sample in self.warm])[0]
+
+    @property
+    def drift_error(self) -> float:
+        """The standard error of `drift` from the noise around the line."""
+        return _drift([sample.milliseconds for sample in self.warm])[1]
+
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """The bounds that do not hold, in words; empty where the run stayed as it began."""
         found = [
             f"{what} moved by {100 * change:+.1f} % after warm-up, at most {100 * MOST_MEMORY:g} % are allowed"
             for what, change in self.memory_change.items()
@@ -131,7 +134,7 @@ class Soaked:
         if self.slower > MOST_SLOWER and self.drift > 2 * self.drift_error:
             first, last = self.quarters
             found.append(f"a step took {last:.2f} ms in the last quarter, {first:.2f} ms in the first: {100 * self.slower:+.1f} %")
-        return found
+        return tuple(found)
 
 
 def run(
@@ -185,14 +188,18 @@ def as_json_values(runs: Sequence[Soaked], meter: Meter = ON_CPU) -> dict[str, A
     """The runs with what they were measured on."""
     bounds = {"warm_up": WARM_UP, "most_memory": MOST_MEMORY, "most_slower": MOST_SLOWER}
     where = {name: value for name, value in surroundings(1, meter).items() if name != "repeats"}
-    return {**where, **bounds, "runs": [{**asdict(each), "quarters": each.quarters} for each in runs]}
+    return {**where, **bounds, "runs": [{**asdict(each), **{name: getattr(each, name) for name in _FOUND}} for each in runs]}
+
+
+_FOUND = ("memory_change", "slower", "drift", "drift_error", "broken", "quarters")
+"""What a run comes to, beside the samples that it is worked out from."""
 
 
 class _Watch:
     """Takes the samples of a run. All that it fills in is there before the first step, so that it does not grow itself."""
 
     def __init__(self, steps: int, meter: Meter) -> None:
-        self._every, self._meter = max(steps // MOST_SAMPLES, 1), meter
+        self._every, self._meter = -(-steps // MOST_SAMPLES), meter
         self._clock = time.perf_counter if meter.cuda else time.process_time
         self._times = array("d", [0.0]) * steps
         self._rows = [array("d", [0.0]) * 5 for _ in range(steps // self._every)]

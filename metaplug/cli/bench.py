@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from metaplug.cli.options import Json
+from metaplug.errors import RequestError
 from metaplug.report.console import CONSOLE, emit, line
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
+    context: typer.Context,
     *,
     workload: Annotated[
         list[str] | None,
@@ -87,18 +89,13 @@ def bench(
     On one device, in one process, in turn: medians with half the distance of the quartiles, each one's share of what the device allows, and
     the error of its meta-gradient. --soak ends with status 1 where a run did not stay as it began.
     """
-    from metaplug.errors import RequestError
-
     # torch's profiler would talk of itself on standard error; both are read when torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     modes = [name for name, given in (("--scaling", scaling), ("--drawing", drawing), ("--soak", soak)) if given]
     if len(modes) > 1:
         raise RequestError(f"{' and '.join(modes)} are measurements of their own, of which a command makes one: give one of them")
-    if plot and not (scaling or soak):
-        raise RequestError("--plot draws what --scaling or --soak measures: give one of them too, or leave it out")
-    if soak_steps and not soak:
-        raise RequestError("--soak-steps is the length of a --soak, which is not asked for: give both, or neither")
+    _refuse_unused(context, modes[0] if modes else "")
     import torch
 
     from metaplug.bench.meters import Meter
@@ -121,6 +118,28 @@ def bench(
     else:
         plugins = use or ["gradient-sharing"]
         _bench_steps(meter, workload, plugins, only or (), repeats=repeats, memory=memory, compiled=compiled, as_json=as_json)
+
+
+_USED = {
+    "": ("workload", "device", "tf32", "use", "repeats", "threads", "only", "memory", "compiled"),
+    "--scaling": ("device", "tf32", "repeats", "threads", "plot"),
+    "--drawing": ("device", "repeats", "threads"),
+    "--soak": ("workload", "device", "tf32", "threads", "plot", "soak_steps"),
+}
+"""By what is measured, the options that make a difference to it, beside --json."""
+
+
+def _refuse_unused(context: typer.Context, mode: str) -> None:
+    """Refuse an option that would change nothing about what is measured."""
+    flags = {str(parameter.name): parameter.opts[0] for parameter in context.command.params}
+    for name, flag in flags.items():
+        users = [f"bench {each}".rstrip() for each, used in _USED.items() if name in used]
+        source = context.get_parameter_source(name)
+        if users and name not in _USED[mode] and source is not None and source.name == "COMMANDLINE":
+            asked = " ".join(("bench", *([mode] if mode else []), flag))
+            raise RequestError(
+                f"{asked}: {flag} is an option of {' and '.join(users)}, and changes nothing here: leave it out, or bench that"
+            )
 
 
 def _bench_steps(

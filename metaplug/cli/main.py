@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import metaplug
-from metaplug.cli import bench, listing, new_plugin, ranks, running, stopping
+from metaplug.cli import bench, compare, evaluate, listing, new_plugin, ranks, stopping, train
 from metaplug.errors import MetaplugError
 from metaplug.report.console import line
 
@@ -52,7 +52,9 @@ class _State:
     debug = False
 
 
-running.register(app)
+train.register(app)
+evaluate.register(app)
+compare.register(app)
 listing.register(app)
 new_plugin.register(app)
 bench.register(app)

@@ -103,7 +103,7 @@ def resolve_options(
 ) -> Resolved:
     """The configuration from a file, the shared options, a preset and plugins, and `--set`, each over what stands before."""
     from metaplug.config import assign, resolve
-    from metaplug.settings import read_yaml
+    from metaplug.yaml_text import read_yaml
 
     layers = [] if config is None else [(str(config), read_yaml(config))]
     pairs = [setting(text) for text in sets or ()]

@@ -41,12 +41,13 @@ class Stop:
             nowhere = os.open(os.devnull, os.O_WRONLY)  # the terminal is gone, and writing to it would fail
             os.dup2(nowhere, sys.stdout.fileno())
             os.dup2(nowhere, sys.stderr.fileno())
+            os.close(nowhere)
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.signal:
             self.signal = number
             line("stopping after this step; Ctrl-C again stops at once")
-            if number == signal.SIGTERM and self._last is not None:
+            if number == signal.SIGTERM and self._last is not None and hasattr(signal, "SIGALRM"):
                 signal.signal(signal.SIGALRM, self._last)
                 signal.alarm(_GRACE)
 
@@ -66,7 +67,7 @@ def stop_on_signals() -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        if stop.signal == signal.SIGTERM and callable(last):
+        if stop.signal == signal.SIGTERM and callable(last) and hasattr(signal, "SIGALRM"):
             signal.alarm(0)
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -248,8 +248,13 @@ def test_train_writes_a_run(metaplug: Any) -> None:
     again = metaplug("train", *TINY, "--with", "gradient-sharing")
     refusal = f"metaplug: the run folder {folder} already exists: give another --name or --out, or --resume to go on with it\n"
     assert (again.status, again.err) == (2, refusal)
+    (folder / "curves.png").write_bytes(b"mine")
     finished = metaplug("train", *TINY, "--with", "gradient-sharing", "--resume")
     assert (finished.status, finished.err.splitlines()) == (0, [f"{folder} is finished already", *lines[4:]])
+    assert (folder / "curves.png").read_bytes() == b"mine"
+    (folder / "curves.png").unlink()
+    assert metaplug("train", *TINY, "--with", "gradient-sharing", "--resume").status == 0
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     other = metaplug("train", *TINY, "--with", "gradient-sharing", "--resume", "--iterations", "5")
     assert other.status == 2
     assert other.err.startswith(f"metaplug: {folder} was begun with training.iterations = 4, which cannot become 5: ")
