@@ -37,6 +37,16 @@ def one_line(text: object, most: int = 200) -> str:
     return line if len(line) <= most else f"{line[:most]}..."
 
 
+def reason(error: BaseException) -> str:
+    """What another library or the system says in an error, in one line, for a message that names the file or part itself."""
+    return one_line((error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__)
+
+
+def said_by(error: BaseException) -> str:
+    """What somebody else's code says in an error, in one line, with the error's kind: the words alone may be no more than a key."""
+    return f"{type(error).__name__}: {one_line(error, 300) or 'no message'}"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The nearest known name as a hint, or the known names, a hundred at most, where none is near."""
     known = list(known)

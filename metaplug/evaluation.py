@@ -30,14 +30,15 @@ class EvaluationResult:
 
     Attributes:
         metric: "accuracy" (a fraction in [0, 1]; more is better) or "mean squared error" (less is better).
-        per_task: (num_tasks,) float64, on the CPU.
+        per_task: (num_tasks,) float64, on the CPU; NaN for a task of a validation whose query loss was NaN or Inf (`non_finite="skip"`).
         inner_steps: the number of steps that each task was adapted for.
         transductive: what lets the examples of a test batch see each other, in words; empty for none.
         training_classes: how many of the stream's classes were trained on; None where the stream, or one that was trained on, does not say
             what its classes are.
         seed: of the bootstrap.
         raised: how many tasks have a larger support loss after adaptation than before, by more than 1 %: of most, an inner loop diverges.
-        support_losses: their mean over tasks before and after adaptation; both 0 without an inner step.
+            Measured at the validations of training alone, as it costs one more forward pass; elsewhere None.
+        support_losses: their mean over tasks before and after adaptation; both 0 without an inner step. None where `raised` is.
     """
 
     metric: Metric
@@ -46,8 +47,8 @@ class EvaluationResult:
     transductive: tuple[str, ...] = ()
     training_classes: int | None = None
     seed: int = 0
-    raised: int = 0
-    support_losses: tuple[float, float] = (0.0, 0.0)
+    raised: int | None = None
+    support_losses: tuple[float, float] | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -126,15 +127,15 @@ def metric_of(kind: Kind) -> Metric:
 
 
 def score(kind: Kind, predictions: Tensor, targets: Tensor) -> Tensor:
-    """(T,) float64 on the CPU: each task's accuracy, or its mean squared error.
+    """(T,) float64, on the device of the predictions: each task's accuracy, or its mean squared error.
 
     Args:
         predictions: (T, n, classes) for classification, (T, n, *target) for regression.
         targets: (T, n) class indices, or (T, n, *target).
     """
     if kind == "classification":
-        return (predictions.argmax(2) == targets).double().mean(1).cpu()
-    return (predictions.double() - targets.double()).square().flatten(1).mean(1).cpu()
+        return (predictions.argmax(2) == targets).double().mean(1)
+    return (predictions.double() - targets.double()).square().flatten(1).mean(1)
 
 
 def larger(before: Tensor, after: Tensor) -> Tensor:

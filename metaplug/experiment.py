@@ -19,6 +19,7 @@ from metaplug.errors import RequestError
 from metaplug.evaluation import EvaluationResult, IntervalMethod
 from metaplug.learner import MetaLearner
 from metaplug.models.factories import make_model
+from metaplug.runtime import determinism
 from metaplug.runtime.device import resolve_device
 from metaplug.runtime.distributed import ALONE, World
 from metaplug.runtime.guards import check_outputs
@@ -72,6 +73,8 @@ def build(config: ExperimentConfig, tasks: TaskSource | None = None, world: Worl
     Raises:
         RequestError: a part is unknown, refuses its settings, or does not fit the others.
     """
+    if config.runtime.deterministic:
+        determinism.prepare()
     device = resolve_device(config.runtime.device, world)
     if config.runtime.threads is not None:
         torch.set_num_threads(config.runtime.threads)

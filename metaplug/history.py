@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from metaplug.engine import MetaStep
@@ -29,9 +30,11 @@ class History:
 
     @property
     def best(self) -> tuple[int, EvaluationResult] | None:
-        """The best validation and its iteration; the earlier of two equal ones."""
+        """The best validation that is finite, and its iteration; the earlier of two equal ones."""
         best = None
         for iteration, result in self.validations:
+            if not math.isfinite(result.mean):
+                continue
             if best is None or better(result.metric, result.mean, best[1].mean):
                 best = iteration, result
         return best

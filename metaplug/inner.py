@@ -43,10 +43,8 @@ _NO_VALUE = (
     "weights and inputs were finite: see whether the model divides by 0 or takes a root or logarithm of what is not positive, "
     "or lower meta_lr or inner_lr if its weights have grown"
 )
-_NO_DERIVATIVE = (
-    "the loss was finite: an operation of the model, or of a plugin's loss, has no finite derivative there, such as a root or norm of 0: "
-    "add a small number inside it"
-)
+NO_DERIVATIVE = "has no finite derivative there, such as a root or norm of 0: add a small number inside it"
+_NO_DERIVATIVE = f"the loss was finite: an operation of the model, or of a plugin's loss, {NO_DERIVATIVE}"
 
 
 class InnerLoop:

@@ -20,7 +20,7 @@ from metaplug.config import LearnerSettings, NonFinite
 from metaplug.engine import Engine
 from metaplug.errors import RequestError, quoted, unknown
 from metaplug.evaluating import measure
-from metaplug.evaluation import EvaluationResult, larger, metric_of
+from metaplug.evaluation import EvaluationResult, metric_of
 from metaplug.history import History, Record
 from metaplug.inner import InnerLoop, Loss
 from metaplug.intake import Intake
@@ -258,7 +258,8 @@ class MetaLearner:
             tasks_per_batch: tasks in a meta-batch, at least 1, and at least the number of ranks.
             validation: tasks that are evaluated every `validate_every` iterations and after the last: always the same `validation_tasks`.
             non_finite: what a batch does in which something is NaN or Inf: "stop" training, or be left out ("skip"): it counts as an
-                iteration, updates and commits nothing, and its record says why. The tenth in a row stops training all the same.
+                iteration, updates and commits nothing, and its record says why. The tenth in a row stops training all the same. A
+                validation with such a task has NaN as its mean and for that task, and a warning says why.
 
         Raises:
             RequestError: there are more ranks than tasks, ranks cannot draw different tasks from `tasks`, or `validation` has a class that
@@ -266,6 +267,8 @@ class MetaLearner:
             RunError: a loss or gradient is NaN or Inf, or memory runs out; the weights are those of the iteration before.
         """
         _check_counts(tasks_per_batch=tasks_per_batch, validate_every=validate_every, validation_tasks=validation_tasks)
+        if non_finite not in get_args(NonFinite):
+            raise unknown("non_finite", non_finite, get_args(NonFinite))
         if tasks_per_batch < self.world.size:
             raise RequestError(
                 f"tasks_per_batch = {tasks_per_batch} on {self.world.size} ranks: a rank without a task would only wait; "
@@ -275,9 +278,6 @@ class MetaLearner:
         trained_on = self.trained_on.and_by(tasks) if iterations > 0 else self.trained_on
         if validation is not None:
             trained_on.refuse(self._stream(validation), self._noun, "give validation tasks of other classes, such as tasks.val")
-        self.trained_on = trained_on
-        if non_finite not in get_args(NonFinite):
-            raise unknown("non_finite", non_finite, get_args(NonFinite))
         total, skip = self.iteration + iterations, non_finite == "skip"
         while self.iteration < total:
             own, begun = self.world.shard(range(tasks_per_batch)), self.iteration
@@ -293,19 +293,26 @@ class MetaLearner:
                 else:
                     steps = meta_steps(self.engine, batches, total, skip=skip)
                     steps = itertools.chain([next(steps)], steps)  # here, where memory may run out, all of them are made
+            self.trained_on = trained_on
             for step in steps:
                 measured = validation is not None and step.iteration == due
-                yield Record(step, self._validate(validation, validation_tasks) if measured else None)
+                yield Record(step, self._validate(validation, validation_tasks, skip=skip) if measured else None)
 
-    def _validate(self, tasks: TaskStream, num_tasks: int) -> EvaluationResult:
-        """The result on validation tasks; once in a learner's life, a warning where adaptation makes most support losses larger."""
-        result = self.evaluate(tasks, num_tasks=num_tasks)
-        if 2 * result.raised > num_tasks and not self._warned_of_divergence:
+    def _validate(self, tasks: TaskStream, num_tasks: int, *, skip: bool) -> EvaluationResult:
+        """The result on validation tasks; once in a learner's life, a warning where adaptation makes most support losses larger.
+
+        Args:
+            skip: a task whose query loss is NaN or Inf makes the mean NaN, with a warning.
+        """
+        result, fault = self._measured(self._stream(tasks), num_tasks, self.settings.inner_steps, validating=True, skip=skip)
+        raised, (before, after) = result.raised or 0, result.support_losses or (0.0, 0.0)
+        if fault is not None:
+            warnings.warn(f"the validation after iteration {self.iteration} counts for nothing: {fault}", stacklevel=3)
+        elif 2 * raised > num_tasks and not self._warned_of_divergence:
             self._warned_of_divergence = True
-            before, after = result.support_losses
             changed = quoted(link.plugin.name for link in self.chain.links("transform_learning_rates"))
             warnings.warn(
-                f"adaptation raises the support loss of {result.raised} of {num_tasks} validation tasks "
+                f"adaptation raises the support loss of {raised} of {num_tasks} validation tasks "
                 f"(mean {before:.4g} to {after:.4g} over {result.inner_steps} inner steps, inner_lr = {self.settings.inner_lr:.4g}"
                 f"{'' if changed == 'none' else f', which plugin {changed} changes'}): the inner loop diverges; lower inner_lr",
                 stacklevel=3,
@@ -334,9 +341,7 @@ class MetaLearner:
             RequestError: the tasks are of a class that was trained on, and that is not allowed.
             RunError: a task's query loss is NaN or Inf, which no mean should hide; the task is named. Or memory runs out.
         """
-        if tasks_per_batch is None:
-            tasks_per_batch = min(16, chunk_of(self.engine) or 16)
-        _check_counts(num_tasks=num_tasks, tasks_per_batch=tasks_per_batch)
+        _check_counts(num_tasks=num_tasks)
         tasks = self._stream(tasks)
         if not allow_training_classes:
             self.trained_on.refuse(
@@ -344,19 +349,27 @@ class MetaLearner:
                 self._noun,
                 "evaluate tasks.test, or give allow_training_classes=True (--allow-training-classes) to measure training on purpose",
             )
-        steps = self._steps(inner_steps)
-        batches = [range(start, min(start + tasks_per_batch, num_tasks)) for start in range(0, num_tasks, tasks_per_batch)]
-        scores, before, after = measure(self.engine, self.intake, tasks, batches, steps=steps, kind=self.kind)
-        return EvaluationResult(
-            metric_of(self.kind),
-            scores,
-            steps,
-            self.transductive,
-            self.trained_on.shared(tasks),
-            self.seed,
-            raised=int(larger(before, after).sum()),
-            support_losses=(float(before.mean()), float(after.mean())),
+        return self._measured(tasks, num_tasks, self._steps(inner_steps), tasks_per_batch)[0]
+
+    def _measured(
+        self,
+        tasks: TaskStream,
+        num_tasks: int,
+        steps: int,
+        tasks_per_batch: int | None = None,
+        *,
+        validating: bool = False,
+        skip: bool = False,
+    ) -> tuple[EvaluationResult, str | None]:
+        """A result, with the fault that made it NaN where that is to be skipped; support losses are measured when validating."""
+        size = min(16, chunk_of(self.engine) or 16) if tasks_per_batch is None else tasks_per_batch
+        _check_counts(tasks_per_batch=size)
+        batches = [range(start, min(start + size, num_tasks)) for start in range(0, num_tasks, size)]
+        found = measure(self.engine, self.intake, tasks, batches, steps=steps, kind=self.kind, losses=validating, skip=skip)
+        result = EvaluationResult(
+            metric_of(self.kind), found.scores, steps, self.transductive, self.trained_on.shared(tasks), self.seed, *found.growth
         )
+        return result, found.fault
 
     def adapt(self, support_x: Tensor, support_y: Tensor, *, inner_steps: int | None = None) -> nn.Module:
         """A copy of the model, adapted to one new task.

@@ -13,8 +13,9 @@ from pydantic import Field, field_validator, model_validator
 from metaplug import registry
 from metaplug.errors import RequestError, did_you_mean, one_line
 from metaplug.plugin import Plugin
-from metaplug.settings import Settings, StrictLoader, read_yaml, validated
+from metaplug.settings import Settings, validated
 from metaplug.shortest import Shortest, is_shortest, plugin_of
+from metaplug.yaml_text import StrictLoader, read_yaml
 
 YAML_ENDINGS = (".yaml", ".yml")
 """A preset of this ending is the path of a file."""

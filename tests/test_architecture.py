@@ -11,6 +11,7 @@ import metaplug
 from metaplug import Plugin, hookspecs
 from metaplug.chain import Chain
 from metaplug.checks import CHECKS
+from metaplug.errors import reason, said_by
 from metaplug.hookspecs import KINDS
 
 ROOT = Path(__file__).parents[1]
@@ -69,3 +70,16 @@ def test_every_hook_can_be_implemented_with_all_its_arguments():
 
     plugin = type("All", (Plugin,), {name: implement(name) for name in KINDS})()
     assert set(Chain([plugin]).order()) == set(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("error", "alone", "with_kind"),
+    [
+        (KeyError("x"), "'x'", "KeyError: 'x'"),
+        (RuntimeError(" one\n\tother "), "one other", "RuntimeError: one other"),
+        (ValueError(), "ValueError", "ValueError: no message"),
+        (FileNotFoundError(2, "No such file", "a.yaml"), "No such file", "FileNotFoundError: [Errno 2] No such file: 'a.yaml'"),
+    ],
+)
+def test_an_error_of_others_is_one_line(error, alone, with_kind):
+    assert (reason(error), said_by(error)) == (alone, with_kind)

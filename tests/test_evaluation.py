@@ -275,6 +275,25 @@ def test_validation_on_a_training_class_is_refused_before_the_first_step():
     refused(lambda: learner.fit(tasks.train, iterations=1, validation=tasks.val))
 
 
+def test_what_was_refused_or_failed_before_its_first_step_was_not_trained_on():
+    tasks, learner = source(), learner_of_images()
+    with pytest.raises(RequestError, match=r"^unknown non_finite 'skp'"):
+        learner.fit(tasks.train, iterations=2, non_finite="skp")
+    weight = list(learner.model.parameters())[-1]
+    with torch.no_grad():
+        weight.fill_(math.nan)
+    for every in (1, 2):
+        learner.metrics_every = every
+        with pytest.raises(RunError, match=r"^iteration 0 stopped, nothing was updated"):
+            learner.fit(tasks.train, iterations=2)
+    assert learner.trained_on == TrainedOn()
+    with torch.no_grad():
+        weight.fill_(0)
+    assert learner.evaluate(tasks.train, num_tasks=2).training_classes == 0
+    next(learner.iterate(tasks.train, iterations=2))
+    assert learner.trained_on == TrainedOn().and_by(tasks.train)
+
+
 def test_it_is_known_after_saving_loading_and_going_on(tmp_path):
     tasks, learner = source(), learner_of_images()
     learner.fit(tasks.train, iterations=1)
@@ -398,7 +417,7 @@ def test_the_best_checkpoint_is_chosen_without_the_test_tasks(tmp_path, monkeypa
         experiment.tasks.test = Broken()
         return experiment
 
-    monkeypatch.setattr(runs, "build", built)
+    monkeypatch.setattr("metaplug.runs.training.build", built)
     with pytest.raises(RunError, match=r"^the test tasks were read$"):
         runs.train(tiny(), tmp_path / "broken")
     for name in ("best.pt", "last.pt", "metrics.jsonl"):

@@ -313,10 +313,10 @@ def when_opened(pattern: str, number: int, action: Callable[[], None]) -> None:
 
 @contextmanager
 def mounted(folder: Path) -> Iterator[None]:
-    """A disk of 256 KiB, where this process may mount one."""
+    """A disk of 512 KiB, room for two pictures, as one is replaced; where this process may mount one."""
     folder.mkdir()
     try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], check=True, capture_output=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("only who may mount a small disk can fill it")
     try:
@@ -451,7 +451,7 @@ def when_called(target: str, number: int, *signals: int) -> Callable[[], None]:
 
 
 SETUP, STEP = ("metaplug.runs.training.build", 1), ("metaplug.engine.Engine.meta_step", 5)
-VALIDATION, TEST = ("metaplug.learner.MetaLearner.evaluate", 2), ("metaplug.learner.MetaLearner.evaluate", 5)
+VALIDATION, TEST = ("metaplug.learner.MetaLearner._measured", 2), ("metaplug.learner.MetaLearner._measured", 5)
 ASKED, TWICE = "stopping after this step; Ctrl-C again stops at once", "metaplug: stopped"
 
 

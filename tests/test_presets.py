@@ -9,8 +9,9 @@ from metaplug.config import ExperimentConfig, resolve, to_yaml
 from metaplug.experiment import build
 from metaplug.preset import find_preset, parse_plugin, parse_variant
 from metaplug.runs import load, train
-from metaplug.settings import read_yaml, validated
+from metaplug.settings import validated
 from metaplug.testing import Stream, problem
+from metaplug.yaml_text import read_yaml
 
 MINE = "plugins:\n  - meta-sgd\n  - {plugin: gradient-sharing, settings: {gate: 0.25}}\ndefaults: {learner: {inner_lr: 0.2}}\n"
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from metaplug import registry
-from metaplug.errors import RequestError, RunError, did_you_mean, one_line, unknown
+from metaplug.errors import RequestError, RunError, did_you_mean, one_line, said_by, unknown
 from metaplug.models.parts import check_images
 
 
@@ -63,7 +63,7 @@ def _factory(name: str, module: str, attribute: str) -> Callable[..., Any]:
             raise RequestError(
                 f"the model '{name}' asks for the module '{error.name}', which is not found: run in the folder that holds it, or install it"
             ) from None
-        raise RunError(f"the module of the model '{name}' does not load ({_reason(error)}): correct it there") from error
+        raise RunError(f"the module of the model '{name}' does not load ({said_by(error)}): correct it there") from error
     if not hasattr(found, attribute):
         known = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
         raise RequestError(f"the model '{name}' asks for '{attribute}', which the module does not have: {did_you_mean(attribute, known)}")
@@ -82,7 +82,7 @@ def _classifier(name: str, wanted: str, input_shape: tuple[int, ...], outputs: i
         zoo: Any = importlib.import_module("torchvision.models")
     except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another torch
         raise RequestError(
-            f"the model '{name}' needs torchvision, which does not load ({_reason(error)}): "
+            f"the model '{name}' needs torchvision, which does not load ({said_by(error)}): "
             f"pip install torchvision, in the version that belongs to torch {torch.__version__}"
         ) from error
     known = zoo.list_models(module=zoo)
@@ -103,7 +103,7 @@ def _made(name: str, factory: Callable[..., Any], settings: Mapping[str, Any], *
         model = factory(*args, **kwargs, **settings)
     except TypeError as error:
         raise RequestError(
-            f"the model '{name}' cannot be made with the settings {one_line(dict(settings), 400)} ({_reason(error)}): "
+            f"the model '{name}' cannot be made with the settings {one_line(dict(settings), 400)} ({said_by(error)}): "
             "correct model.settings, or what the factory takes"
         ) from error
     if not isinstance(model, nn.Module):
@@ -111,5 +111,9 @@ def _made(name: str, factory: Callable[..., Any], settings: Mapping[str, Any], *
     return model
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def names_code(file: object, name: str) -> str:
+    """Why a file alone lets no model of one's own run, and how to let it, for an error."""
+    return (
+        f"{file} names code for its model, '{one_line(name)}', which nobody lets run because a file says so: "
+        f"if it is your own, give --model {one_line(name)}"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from textwrap import dedent
@@ -25,7 +26,7 @@ from metaplug.report.console import line, new_table
 
 def value_text(metric: str, mean: float | None, interval: float | None = None) -> str:
     """A mean and half its interval: "76.70 ± 1.20 %" for an accuracy, "0.1234 ± 0.0100" for an error."""
-    if mean is None:
+    if mean is None or not math.isfinite(mean):
         return "not finite"
     scale, digits, unit = (100, 2, " %") if metric == "accuracy" else (1, 4, "")
     spread = "" if interval is None else f" ± {interval * scale:.{digits}f}"

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from hashlib import blake2b
 from itertools import islice
 from typing import Protocol, Self
 
@@ -23,6 +22,7 @@ from metaplug.errors import RequestError
 from metaplug.settings import Settings, validated
 from metaplug.tasks.batch import TaskBatch
 from metaplug.tasks.draws import distinct, draw
+from metaplug.tasks.identities import digest
 
 
 class EpisodeOptions(Settings):
@@ -129,12 +129,12 @@ class ClassImages:
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
-        """Of each class, in the order of names, 32 hexadecimal digits (BLAKE2b) of its images' bytes, whatever their order.
+        """Of each class, in the order of names, the `digest` of its images' bytes, whatever their order.
 
         Two classes have the same images, of one dtype, if and only if they have the same digest; computed at the first use.
         """
-        images = (blake2b(image.data, digest_size=16).digest() for image in self.images.cpu().contiguous().numpy())
-        return tuple(blake2b(b"".join(sorted(islice(images, count))), digest_size=16).hexdigest() for count in self.counts)
+        images = (digest(image.tobytes()) for image in self.images.cpu().numpy())
+        return tuple(digest(*sorted(islice(images, count))) for count in self.counts)
 
 
 class ImageEpisodes:

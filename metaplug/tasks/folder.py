@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
-from metaplug.errors import RequestError, one_line, quoted, unknown
+from metaplug.errors import RequestError, one_line, quoted, reason, unknown
 from metaplug.settings import validated
 from metaplug.tasks.episodes import ClassImages, EpisodeOptions, allocate
-from metaplug.tasks.reading import UNPRINTABLE, read_regular, reason
+from metaplug.tasks.reading import UNPRINTABLE, read_regular
 from metaplug.tasks.sources import SPLITS, SPLITS_FORM, ImageSource, SplitFractions, by_fractions, read_splits
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")

@@ -5,17 +5,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 from metaplug.errors import RequestError
-from metaplug.tasks.episodes import TaskStream
+
+if TYPE_CHECKING:  # which takes digests from here
+    from metaplug.tasks.episodes import TaskStream
+
+MOST_NAMED, MOST_LETTERS, MOST_KNOWN = 5_000, 200, 2**22
+"""Of the classes in a state, those whose names are kept; of such a name; and those that are known at all, of 16 bytes each."""
 
 
 def digest(*parts: str | bytes) -> str:
     """A text that stands for these parts and no others: 32 hexadecimal digits."""
     hashed = hashlib.blake2b(digest_size=16)
     for part in parts:
-        content = part.encode() if isinstance(part, str) else part
+        content = part.encode(errors="surrogatepass") if isinstance(part, str) else part
         hashed.update(len(content).to_bytes(8, "little"))
         hashed.update(content)
     return hashed.hexdigest()
@@ -24,7 +33,8 @@ def digest(*parts: str | bytes) -> str:
 def identities_of(stream: TaskStream) -> Mapping[str, str] | None:
     """By name of a class, the digest of its data; None for a stream that does not say.
 
-    A stream says it by an attribute `identities`, of this form. What no classes have may name one identity for all of its tasks.
+    A stream says it by an attribute `identities`, of this form. What no classes have may name one identity for all of its tasks. A digest
+    may be any text; those that `digest` did not make are themselves digested.
 
     Raises:
         RequestError: it is of another form.
@@ -37,7 +47,14 @@ def identities_of(stream: TaskStream) -> Mapping[str, str] | None:
             f"the identities of {type(stream).__name__} are no mapping from names to digests, both of them text: "
             "give {name: metaplug.tasks.identities.digest(data)}, or None where it is not known"
         )
-    return given
+    return {name: _standard(text) for name, text in given.items()}
+
+
+def _standard(text: str) -> str:
+    return text if len(text) == 32 and _HEXADECIMAL.issuperset(text) else digest(text)
+
+
+_HEXADECIMAL = frozenset("0123456789abcdef")
 
 
 def identity_of_stream(source: str, settings: str, split: str, seed: int) -> dict[str, str]:
@@ -88,10 +105,31 @@ class TrainedOn:
         )
 
     def to_state(self) -> dict[str, Any]:
-        """As plain values."""
-        return {"classes": dict(self.classes), "complete": self.complete}
+        """As plain values and a tensor, of which a checkpoint takes any number of classes.
+
+        Returns:
+            classes: by digest, the names of the first MOST_NAMED, cut to MOST_LETTERS.
+            others: the digests of further ones, up to MOST_KNOWN in all, uint8 (n, 16); not there where there are none.
+            complete: False also where there were more than MOST_KNOWN.
+        """
+        named = {text: _cut(name) for text, name in islice(self.classes.items(), MOST_NAMED)}
+        state = {"classes": named, "complete": self.complete and len(self.classes) <= MOST_KNOWN}
+        if len(self.classes) > MOST_NAMED:
+            others = bytearray.fromhex("".join(islice(self.classes, MOST_NAMED, MOST_KNOWN)))
+            state["others"] = torch.from_numpy(np.frombuffer(others, np.uint8).reshape(-1, 16))
+        return state
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any] | None) -> TrainedOn:
-        """What `to_state` gave; of a state that says nothing, what is not known."""
-        return cls(complete=False) if state is None else cls(dict(state["classes"]), state["complete"])
+        """What `to_state` gave; of a state that says nothing, what is not known. Those without names have their digests as such."""
+        if state is None:
+            return cls(complete=False)
+        others = state.get("others")
+        text = "" if others is None else others[:MOST_KNOWN].numpy().tobytes().hex()
+        unnamed = (text[start : start + 32] for start in range(0, len(text), 32))
+        return cls({_standard(text): name for text, name in state["classes"].items()} | {text: text for text in unnamed}, state["complete"])
+
+
+def _cut(name: str) -> str:
+    """A name that can stand in a file, whatever letters a stream of somebody else's has in it."""
+    return name[:MOST_LETTERS].encode(errors="replace").decode()

@@ -7,9 +7,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import BinaryIO
-
-from metaplug.errors import one_line
+from typing import BinaryIO, NoReturn
 
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What breaks a line, a terminal or the order of words in it; surrogates are bytes that are not UTF-8."""
@@ -45,7 +43,6 @@ def read_regular(path: Path, most: int) -> bytes:
     return data
 
 
-def reason(error: BaseException) -> str:
-    """What another library says of a file, in one line."""
-    words = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return one_line(words)
+def no_number(name: str) -> NoReturn:
+    """What `json.loads` is to do with NaN and Infinity, which Python reads although JSON does not have them."""
+    raise ValueError(f"{name} is no number in JSON")

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from metaplug.errors import RequestError, one_line, unknown
+from metaplug.errors import RequestError, one_line, reason, unknown
 from metaplug.settings import Settings, validated
 from metaplug.tasks.episodes import ClassImages, EpisodeOptions, ImageEpisodes, TaskStream
-from metaplug.tasks.reading import read_regular, reason
+from metaplug.tasks.reading import no_number, read_regular
 
 SPLITS = ("train", "val", "test")
 _MOST_BYTES_OF_SPLITS = 64 * 2**20
@@ -59,7 +59,7 @@ def read_splits(path: Path, of: str) -> dict[str, list[Any]]:
         RequestError: the file cannot be read, is not JSON, or has not that form; it is named.
     """
     try:
-        given = json.loads(read_regular(path, _MOST_BYTES_OF_SPLITS), object_pairs_hook=_once, parse_constant=_no_number)
+        given = json.loads(read_regular(path, _MOST_BYTES_OF_SPLITS), object_pairs_hook=_once, parse_constant=no_number)
     except OSError as error:
         raise RequestError(f"cannot read the splits {path}: {reason(error)}; give a JSON file {SPLITS_FORM}") from None
     except (ValueError, RecursionError) as error:
@@ -80,10 +80,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key '{one_line(next(key for key in keys if keys.count(key) > 1), 80)}' stands twice")
     return given
-
-
-def _no_number(word: str) -> float:
-    raise ValueError(f"{word} is no JSON")
 
 
 class TaskSource(ABC):

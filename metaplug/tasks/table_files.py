@@ -10,8 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from metaplug.errors import RequestError
-from metaplug.tasks.reading import UNPRINTABLE, open_regular, reason
+from metaplug.errors import RequestError, reason
+from metaplug.tasks.reading import UNPRINTABLE, open_regular
 
 _MOST_CHARACTERS = 2**20
 """In a line of a CSV file: a longer one is no table's, and might fill the memory."""

@@ -16,7 +16,7 @@ from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from metaplug.errors import MetaplugError, RequestError, RunError, one_line
+from metaplug.errors import MetaplugError, RequestError, RunError, said_by
 from metaplug.tasks.sources import SPLITS
 
 _MOST_GROWTH = 20
@@ -57,7 +57,7 @@ def open_splits(dataset: Any, title: str, root: Path, *, download: bool, transfo
             raise
         except Exception as error:  # whatever torchmeta meets while it builds
             raise RunError(
-                f"{title}: building its data in {folder} fails ({_reason(error)}): give it room and leave to write there, "
+                f"{title}: building its data in {folder} fails ({said_by(error)}): give it room and leave to write there, "
                 f"or get its archives again"
             ) from error
         splits = _opened(dataset, root, transform)
@@ -79,7 +79,7 @@ def naming_damage(title: str, folder: Path) -> Iterator[None]:
         raise
     except Exception as error:  # h5py, JSON and Pillow fail in many ways on broken bytes
         raise RunError(
-            f"{title}: its data in {folder} are damaged ({_reason(error)}): remove the files .hdf5 and .json there, and they are built anew"
+            f"{title}: its data in {folder} are damaged ({said_by(error)}): remove the files .hdf5 and .json there, and they are built anew"
         ) from error
 
 
@@ -121,11 +121,6 @@ def _opened(dataset: Any, root: Path, transform: Any) -> dict[str, Any] | None:
         return None
 
 
-def _reason(error: Exception) -> str:
-    """An error of another library in one line."""
-    return one_line(f"{type(error).__name__}: {error}")
-
-
 def _provide(dataset: Any, title: str, root: Path, *, download: bool) -> None:
     folder = root / dataset.folder
     wanted = archives_of(dataset)
@@ -153,7 +148,7 @@ def _fetch(archive: Archive, folder: Path) -> None:
         partial.replace(folder / archive.name)
     except Exception as error:  # torchvision and gdown fail in many ways
         partial.unlink(missing_ok=True)
-        raise RunError(f"cannot download {archive.name} from {archive.url} ({_reason(error)}): put it in {folder} by hand") from None
+        raise RunError(f"cannot download {archive.name} from {archive.url} ({said_by(error)}): put it in {folder} by hand") from None
 
 
 def _verify(archive: Archive, folder: Path, title: str) -> None:

@@ -132,8 +132,8 @@ def test_a_factory_is_called_with_shape_outputs_and_settings(mine: str) -> None:
         (
             "my_models:make",
             {"hiden": 3},
-            "the model 'my_models:make' cannot be made with the settings {'hiden': 3} (make() got an unexpected keyword argument 'hiden'): "
-            "correct model.settings, or what the factory takes",
+            "the model 'my_models:make' cannot be made with the settings {'hiden': 3} "
+            "(TypeError: make() got an unexpected keyword argument 'hiden'): correct model.settings, or what the factory takes",
         ),
         (
             "./my_models.py:make",
@@ -149,7 +149,8 @@ def test_what_leads_to_no_model_is_refused(mine: str, name: str, settings: dict[
 
 def test_a_module_that_does_not_load_is_a_failed_run(mine: str) -> None:
     assert refusal(lambda: make_model("my_broken:make", (3,), 2, {}), RunError) == (
-        "the module of the model 'my_broken:make' does not load (No module named 'nothing_of_that_name'): correct it there"
+        "the module of the model 'my_broken:make' does not load "
+        "(ModuleNotFoundError: No module named 'nothing_of_that_name'): correct it there"
     )
 
 
@@ -308,7 +309,7 @@ def test_settings_reach_the_classifier() -> None:
             (3, 32, 32),
             {"widht": 3},
             "the model 'torchvision:resnet18' cannot be made with the settings {'widht': 3} "
-            "(ResNet.__init__() got an unexpected keyword argument 'widht'): correct model.settings, or what the factory takes",
+            "(TypeError: ResNet.__init__() got an unexpected keyword argument 'widht'): correct model.settings, or what the factory takes",
         ),
     ],
 )
@@ -321,7 +322,7 @@ def test_without_torchvision_it_is_said_how_to_get_it(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
     assert refusal(lambda: make_model("torchvision:resnet18", (3, 32, 32), 2, {})) == (
         "the model 'torchvision:resnet18' needs torchvision, which does not load "
-        "(import of torchvision.models halted; None in sys.modules): "
+        "(ModuleNotFoundError: import of torchvision.models halted; None in sys.modules): "
         f"pip install torchvision, in the version that belongs to torch {torch.__version__}"
     )
 
