@@ -27,7 +27,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        raise RunError(f"cannot write {path}: {_reason(error)}; an older one there is untouched") from error
+        before = "the one that stood there is untouched" if path.exists() else "nothing was left there"
+        raise RunError(f"cannot write {path}: {_reason(error)}; {before}; make room or give another place, then do it again") from error
     else:
         try:
             sync_folder(path.parent)

@@ -12,9 +12,10 @@ import pytest
 import torch
 from support.tiny_runs import assert_same, assert_same_run, stop_after, tiny
 
-from metaplug import MetaLearner, RequestError, RunError, experiment, files
+from metaplug import MetaLearner, RequestError, RunError, checkpoint, experiment, files
 from metaplug.config import ExperimentConfig, to_yaml
 from metaplug.experiment import build, task_form
+from metaplug.history import Record
 from metaplug.runs import load, read_metrics, train
 from metaplug.runs.folder import RunFolder
 from metaplug.runs.sessions import read_sessions
@@ -93,7 +94,10 @@ def test_metrics_that_lack_lines_stop_a_resume(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text("")
     with pytest.raises(RunError) as error:
         train(tiny(), folder, resume=True)
-    assert str(error.value) == f"{folder}/metrics.jsonl lacks lines of the 1 iterations that its checkpoint has done: begin the run anew"
+    assert str(error.value) == (
+        f"{folder}/metrics.jsonl lacks lines of the 1 iterations that its checkpoint has done: bring them back, or train the run anew; "
+        "its weights are whole"
+    )
 
 
 def test_a_run_that_is_there_is_refused(whole: Path) -> None:
@@ -130,6 +134,69 @@ def test_settings_of_the_runtime_may_change_but_for_its_precision(tmp_path: Path
     assert len(read_metrics(folder)) == 12
 
 
+def test_a_configuration_that_was_edited_does_not_resume_another_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(tiny(), folder, stop=stop_after(5))
+    other = tiny(learner={"inner_lr": 0.05, "inner_steps": 1})
+    (folder / "config.yaml").write_text(to_yaml(other))
+    with pytest.raises(RequestError) as error:
+        train(other, folder, resume=True)
+    assert str(error.value) == (
+        f"{folder}/last.pt was trained with learner.inner_lr = 0.01, which cannot become 0.05: "
+        f"resume it as it was begun ({folder}/config.yaml), or give another --name"
+    )
+    (folder / "config.yaml").write_text("")
+    with pytest.raises(RequestError) as error:
+        train(tiny(), folder, resume=True)
+    assert str(error.value) == f"{folder}/config.yaml is empty, though a run has begun there: bring it back, or give another --name"
+
+
+def test_without_its_last_checkpoint_a_run_goes_on_from_its_best(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(tiny(), folder, stop=stop_after(6))
+    (folder / "last.pt").write_bytes(b"damaged")
+    with pytest.raises(RunError, match=r"last\.pt is not a whole .*; or remove it, and --resume goes on from best\.pt$"):
+        train(tiny(), folder, resume=True)
+    (folder / "last.pt").unlink()
+    begun: list[int] = []
+    train(tiny(), folder, resume=True, on_start=lambda experiment: begun.append(experiment.learner.iteration))
+    assert begun == [4]
+    assert_same_run(whole, folder)
+
+
+def test_damaged_metrics_are_said_before_the_rest_is_trained(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(tiny(), folder, stop=stop_after(6))
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], lines[1], *lines[3:]]))
+    with pytest.raises(RunError) as error:
+        train(tiny(), folder, resume=True)
+    assert str(error.value) == f"{path}, line 3 is of iteration 2, so that lines are missing or stand twice: train the run anew"
+
+
+def test_a_lock_that_somebody_removed_ends_the_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def remove(record: Record) -> None:
+        if record.step.iteration == 6:
+            (folder / ".lock").unlink()
+
+    with pytest.raises(RunError, match=r"^somebody removed .*/\.lock while this process was training there, and another may have begun"):
+        train(tiny(), folder, on_record=remove)
+    assert len(read_metrics(folder)) == 6
+    assert MetaLearner.load(folder / "last.pt").iteration == 4
+
+
+def test_a_stop_in_the_test_ends_it(whole: Path, tmp_path: Path) -> None:
+    folder, trained = tmp_path / "run", []
+    config = tiny()
+    assert train(config, folder, on_trained=lambda: trained.append(1), stop=lambda: bool(trained)) is None
+    assert not (folder / "summary.json").exists()
+    assert train(config, folder, resume=True) is not None
+    assert_same_run(whole, folder)
+
+
 def test_a_folder_of_something_else_is_not_resumed(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RequestError) as error:
@@ -148,7 +215,8 @@ def test_resume_begins_where_nothing_is(whole: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_model_is_refused(whole: Path, tmp_path: Path) -> None:
     wider = tiny(model__settings={"hidden": [5]})
     train(wider, tmp_path / "wider", stop=lambda: True)
-    (tmp_path / "wider" / "last.pt").write_bytes((whole / "last.pt").read_bytes())
+    saved = {**checkpoint.read(whole / "last.pt"), "config": to_yaml(wider)}
+    checkpoint.write(tmp_path / "wider" / "last.pt", {name: value for name, value in saved.items() if name != "format"})
     with pytest.raises(RunError, match=r"last\.pt belongs to another model: 'body\.0\.weight' is \(4, 1\) there and \(5, 1\) here"):
         train(wider, tmp_path / "wider", resume=True)
 
@@ -231,7 +299,9 @@ def test_a_full_disk_is_a_failed_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(RunError) as error:
         train(tiny(), tmp_path / "run")
     path = tmp_path / "run" / "config.yaml"
-    assert str(error.value) == f"cannot write {path}: No space left on device; an older one there is untouched"
+    assert str(error.value) == (
+        f"cannot write {path}: No space left on device; nothing was left there; make room or give another place, then do it again"
+    )
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".lock"]
 
 

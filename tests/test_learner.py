@@ -393,7 +393,7 @@ def test_a_failed_write_leaves_the_older_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     text = message(lambda: learner.save(path))
-    assert f"{path}: No space left on device; an older one there is untouched" in text
+    assert f"{path}: No space left on device; the one that stood there is untouched" in text
     assert path.read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == ["learner.pt"]
     assert "cannot write" in message(lambda: learner.save(tmp_path / "nowhere" / "learner.pt"))

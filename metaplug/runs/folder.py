@@ -20,15 +20,10 @@ from metaplug.config import ExperimentConfig, flatten, to_yaml
 from metaplug.errors import RequestError, RunError
 from metaplug.experiment import to_json
 from metaplug.files import append, make_folder, replacing
+from metaplug.runs.layout import BEST, CONFIG, LAST, LOCK, METRICS, SUMMARY
 from metaplug.runs.sessions import RECORD, read_sessions
 from metaplug.settings import validated
-from metaplug.yaml_text import read_yaml
-
-CONFIG, METRICS, LAST, BEST, SUMMARY = "config.yaml", "metrics.jsonl", "last.pt", "best.pt", "summary.json"
-"""The files of a run, beside its record. The last is written last: a run that has it is finished."""
-
-LOCK = ".lock"
-"""An empty file that the training process holds locked; the system unlocks it when that process ends, however it ends."""
+from metaplug.yaml_text import parse_yaml, read_yaml
 
 
 class RunFolder:
@@ -37,6 +32,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: FileLock | None = None
+        self._held: tuple[int, int] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -66,17 +62,19 @@ class RunFolder:
             if taken:
                 raise RequestError(f"{self.path} holds no run to resume, as it has no {CONFIG}: give another --name or --out")
             return False
-        self._check_same(saved, config)
+        self._check_same(begun_as(self.path), config, f"{self.path} was begun with")
         if (self.path / SUMMARY).exists():  # and may be read, though nobody could write there
             return True
         self._hold()
         return (self.path / SUMMARY).exists()  # or the process that held it has finished
 
-    def begin(self, config: ExperimentConfig) -> dict[str, Any] | None:
-        """Make the folder, or clear up in it, and hold it; the last checkpoint, where there is one.
+    def begin(self, config: ExperimentConfig) -> tuple[Path, dict[str, Any]] | None:
+        """Make the folder, or clear up in it, and hold it; the checkpoint to go on from, where there is one.
+
+        That is the last; where it is gone, the best, which has all that the last one had when it was written.
 
         Raises:
-            RequestError: another process has taken the folder meanwhile.
+            RequestError: another process has taken the folder meanwhile, or the checkpoint was trained with another configuration.
             RunError: the folder cannot be written, or a file in it is damaged.
         """
         try:
@@ -92,10 +90,20 @@ class RunFolder:
         saved = self.path / CONFIG
         if not saved.exists() or read_yaml(saved) != config.model_dump(mode="json"):
             self._write_text(CONFIG, to_yaml(config))  # resumed with other settings of the runtime
-        if not (self.path / LAST).exists():
+        file = next((file for name in (LAST, BEST) if (file := self.path / name).exists()), None)
+        if file is None:
             self._write_text(METRICS, "")
             return None
-        return checkpoint.read(self.path / LAST)
+        try:
+            state = checkpoint.read(file)
+        except RunError as error:
+            other = f"; or remove it, and --resume goes on from {BEST}" if file.name == LAST and (self.path / BEST).exists() else ""
+            raise RunError(f"{error}{other}") from error
+        if state.get("config") is None:
+            raise RunError(f"{file} holds a learner without its experiment, which no run wrote: put the run's own file there")
+        trained = validated(ExperimentConfig, parse_yaml(state["config"], f"the configuration in {file}"), f"the configuration in {file}")
+        self._check_same(flatten(trained.model_dump(mode="json")), config, f"{file} was trained with")
+        return file, state
 
     def cut(self, iterations: int) -> None:
         """Leave exactly the lines of the first `iterations` iterations.
@@ -106,7 +114,10 @@ class RunFolder:
         path = self.path / METRICS
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         if len(lines) < iterations:
-            raise RunError(f"{path} lacks lines of the {iterations} iterations that its checkpoint has done: begin the run anew")
+            raise RunError(
+                f"{path} lacks lines of the {iterations} iterations that its checkpoint has done: bring them back, or train the run anew; "
+                "its weights are whole"
+            )
         self._write(METRICS, b"".join(line + b"\n" for line in lines[:iterations]))
 
     def record(self, session: Mapping[str, Any]) -> None:
@@ -115,14 +126,17 @@ class RunFolder:
 
     def log(self, values: Mapping[str, Any], *, durable: bool) -> None:
         """Add a line of metrics; `durable` where a checkpoint that counts on it follows."""
+        self._check_hold()
         append(self.path / METRICS, to_json(values) + "\n", durable=durable)
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Write a checkpoint."""
+        self._check_hold()
         checkpoint.write(self.path / name, state)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary."""
+        self._check_hold()
         self._write_text(SUMMARY, to_json(summary, indent=2) + "\n")
 
     def _hold(self) -> None:
@@ -135,7 +149,15 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise RunError(f"cannot write into the run folder {self.path}: {error.strerror}; give another --out") from error
-        self._lock = lock
+        self._lock, self._held = lock, _identity(self.path / LOCK)
+
+    def _check_hold(self) -> None:
+        """Write no more where the lock is another file than the one that this process holds, so that somebody else may be writing."""
+        if self._held is not None and self.path.is_dir() and _identity(self.path / LOCK) != self._held:
+            raise RunError(
+                f"somebody removed {self.path / LOCK} while this process was training there, and another may have begun: stopped, and "
+                "nothing more was written; let the lock be, and go on with --resume"
+            )
 
     def _holder(self) -> str:
         try:
@@ -144,12 +166,12 @@ class RunFolder:
         except (RunError, LookupError, TypeError):  # it has only just begun
             return ""
 
-    def _check_same(self, saved: Path, config: ExperimentConfig) -> None:
-        begun, asked = begun_as(self.path), flatten(config.model_dump(mode="json"))
+    def _check_same(self, begun: Mapping[str, Any], config: ExperimentConfig, what: str) -> None:
+        asked = flatten(config.model_dump(mode="json"))
         for field in differing(begun, asked):
             raise RequestError(
-                f"{self.path} was begun with {field} = {_shown(begun, field)}, which cannot become {_shown(asked, field)}: "
-                f"resume it as it was begun ({saved}), or give another --name"
+                f"{what} {field} = {_shown(begun, field)}, which cannot become {_shown(asked, field)}: "
+                f"resume it as it was begun ({self.path / CONFIG}), or give another --name"
             )
 
     def _write_text(self, name: str, text: str) -> None:
@@ -160,6 +182,14 @@ class RunFolder:
             file.write(content)
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def begun_as(folder: Path) -> dict[str, Any]:
     """The configuration of the run in a folder, flat.
 
@@ -167,6 +197,8 @@ def begun_as(folder: Path) -> dict[str, Any]:
         RequestError: it cannot be read, or is none.
     """
     saved = folder / CONFIG
+    if not read_yaml(saved):
+        raise RequestError(f"{saved} is empty, though a run has begun there: bring it back, or give another --name")
     return flatten(validated(ExperimentConfig, read_yaml(saved), str(saved)).model_dump(mode="json"))
 
 

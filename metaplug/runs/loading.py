@@ -14,7 +14,7 @@ from metaplug.experiment import Experiment, build, build_tasks
 from metaplug.learner import MetaLearner
 from metaplug.models.factories import is_own, make_model, names_code
 from metaplug.preset import YAML_ENDINGS
-from metaplug.runs.folder import BEST
+from metaplug.runs.layout import BEST
 from metaplug.runtime.distributed import ALONE, World
 from metaplug.settings import validated
 from metaplug.tasks.sources import TaskSource

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr, TypeAdapter, Valid
 
 from metaplug.checkpoint.form import Count
 from metaplug.errors import RunError, one_line
-from metaplug.runs.folder import METRICS, SUMMARY
+from metaplug.runs.layout import BEST, METRICS, SUMMARY
 from metaplug.tasks.reading import no_number
 
 _MOST_BYTES = 16 * 2**20
@@ -75,7 +75,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     with _naming(path), path.open("rb") as file:
         while line := file.readline(_MOST_BYTES):
-            lines.append(_read(line, _LINE, f"{path}, line {len(lines) + 1},"))
+            number = len(lines) + 1
+            lines.append(_read(line, _LINE, f"{path}, line {number},"))
+            if lines[-1]["iteration"] != number:
+                found = lines[-1]["iteration"]
+                raise RunError(
+                    f"{path}, line {number} is of iteration {found}, so that lines are missing or stand twice: train the run anew"
+                )
     return lines
 
 
@@ -87,7 +93,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """
     path = folder / SUMMARY
     with _naming(path), path.open("rb") as file:
-        return _read(file.read(_MOST_BYTES), _SUMMARY, str(path))
+        return _read(file.read(_MOST_BYTES), _SUMMARY, str(path), f"remove it, and --resume makes it anew from {BEST}")
 
 
 @contextmanager
@@ -98,7 +104,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise RunError(f"cannot read {path}: {error.strerror}; it is in the folder of a run that has begun") from None
 
 
-def _read(text: bytes, form: TypeAdapter[Any], what: str) -> dict[str, Any]:
+def _read(text: bytes, form: TypeAdapter[Any], what: str, mend: str = "take it from a backup, or train the run anew") -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(text.decode(), parse_constant=no_number)
         form.validate_python(values)
@@ -113,4 +119,4 @@ def _read(text: bytes, form: TypeAdapter[Any], what: str) -> dict[str, Any]:
         reason = str(error)
     else:
         return values
-    raise RunError(f"{what} is not what a run writes ({one_line(reason)}): take it from a backup, or train the run anew")
+    raise RunError(f"{what} is not what a run writes ({one_line(reason)}): {mend}")

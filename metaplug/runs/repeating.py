@@ -10,7 +10,8 @@ from typing import Any
 from metaplug.config import ExperimentConfig, flatten
 from metaplug.errors import RequestError
 from metaplug.models.factories import is_own, names_code
-from metaplug.runs.folder import CONFIG, METRICS, SUMMARY, begun_as, differing
+from metaplug.runs.folder import begun_as, differing
+from metaplug.runs.layout import CONFIG, METRICS, SUMMARY
 from metaplug.runs.reading import read_metrics, read_summary
 from metaplug.runs.sessions import RECORD, read_sessions
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from metaplug.errors import RunError
 from metaplug.evaluation import better
 from metaplug.experiment import Experiment, build, environment, result_values
 from metaplug.history import Record
-from metaplug.runs.folder import BEST, LAST, RunFolder
-from metaplug.runs.reading import read_summary
+from metaplug.runs.folder import RunFolder
+from metaplug.runs.layout import BEST, LAST
+from metaplug.runs.reading import read_metrics, read_summary
 from metaplug.runs.sessions import session
 from metaplug.runtime.distributed import ALONE, World
+from metaplug.tasks.batch import TaskBatch
 
 
 def train(
@@ -66,7 +68,28 @@ def train(
             on_start(experiment)
         ended = run.iterate(on_record, stop)
         world.from_main(on_trained)
-        return run.finish() if ended else None
+        return run.finish(stop) if ended else None
+
+
+class _StoppedError(Exception):
+    """The test was asked to stop."""
+
+
+class _Stoppable:
+    """Test tasks that end the test where a stop is asked for."""
+
+    def __init__(self, tasks: Any, stop: Callable[[], bool]) -> None:
+        self._tasks, self._stop = tasks, stop
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tasks, name)
+
+    def batch(self, iteration: int, indices: Sequence[int] | range) -> TaskBatch:
+        """As the tasks have it."""
+        if self._stop():
+            raise _StoppedError
+        batch: TaskBatch = self._tasks.batch(iteration, indices)
+        return batch
 
 
 @dataclass
@@ -105,15 +128,19 @@ class _Run:
                 return False
         return True
 
-    def finish(self) -> dict[str, Any]:
-        """Measure the best validation's weights on the test tasks, and write the summary."""
+    def finish(self, stop: Callable[[], bool]) -> dict[str, Any] | None:
+        """Measure the best validation's weights on the test tasks, and write the summary; None if stopped, as one rank alone can be."""
         if self.best is None:
             raise RunError(f"no validation of {self.folder.path} was finite, so that there is nothing to test: try a smaller learning rate")
         learner, config = self.experiment.learner, self.experiment.config
         seconds, skipped = time.monotonic() - self._begun, learner.skipped  # before they become those of the best validation
         path = self.folder.path / BEST
         learner.load_state_dict(self._world.from_main(lambda: checkpoint.read(path)), str(path))
-        test = learner.evaluate(self.experiment.tasks.test, num_tasks=config.training.test_tasks)
+        tasks = self.experiment.tasks.test if self._world.size > 1 else _Stoppable(self.experiment.tasks.test, stop)
+        try:
+            test = learner.evaluate(tasks, num_tasks=config.training.test_tasks)
+        except _StoppedError:
+            return None
         summary = {
             "test": result_values(test),
             "best_validation": self.best,
@@ -168,9 +195,14 @@ def _begin(folder: RunFolder, experiment: Experiment) -> _Run:
     """A new run, or the one in the folder from its last checkpoint on, with what came after that cut away."""
     learner = experiment.learner
     learner.world.from_main(lambda: checkpoint.storable(folder.path / LAST, learner.state_dict()))  # refused now, not after hours
-    state = learner.world.from_main(lambda: folder.begin(experiment.config))
-    if state is not None:
-        learner.load_state_dict(state, str(folder.path / LAST))
+    found = learner.world.from_main(lambda: folder.begin(experiment.config))
+    if found is None:
+        best, seconds = None, 0.0
+    else:
+        file, state = found
+        learner.load_state_dict(state, str(file))
         learner.world.from_main(lambda: folder.cut(learner.iteration))
+        learner.world.from_main(lambda: read_metrics(folder.path))  # what is damaged is said now, not after the rest of the run
+        best, seconds = state["best"], state["seconds"]
     learner.world.from_main(lambda: folder.record(session(experiment)))
-    return _Run(experiment, folder, None if state is None else state["best"], 0.0 if state is None else state["seconds"])
+    return _Run(experiment, folder, best, seconds)
