@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import stdtrit
 from torch import Tensor
 
-from metaplug.errors import unknown
+from metaplug.errors import RequestError, unknown
 from metaplug.values import Kind
 
 Metric = Literal["accuracy", "mean squared error"]
@@ -19,6 +19,9 @@ IntervalMethod = Literal["t", "bootstrap"]
 
 RESAMPLES = 9999
 """Of a bootstrap."""
+
+FEWEST_RESAMPLED = 20
+"""Tasks of a bootstrap; with two, its interval is a thirteenth of t's."""
 
 _NUMBERS_AT_ONCE = 2**22
 """Of the bootstrap's resamples: 32 MiB, and as much for where they stand."""
@@ -81,12 +84,17 @@ class EvaluationResult:
                 resamples of the tasks that `seed` decides: for values far from a normal distribution, as it need not be symmetric.
 
         Raises:
-            RequestError: no such method.
+            RequestError: no such method, or a bootstrap of fewer than 20 tasks.
         """
         if method not in get_args(IntervalMethod):
             raise unknown("interval method", method, get_args(IntervalMethod))
         if method == "t" or self.num_tasks == 1 or self.all_equal or not math.isfinite(self.mean):
             return self.mean - self.interval, self.mean + self.interval
+        if self.num_tasks < FEWEST_RESAMPLED:
+            raise RequestError(
+                f"a bootstrap of {self.num_tasks} tasks: resamples of so few say less of other tasks than they seem to; "
+                f"give at least {FEWEST_RESAMPLED} tasks, or take the interval by t"
+            )
         from scipy.stats import bootstrap  # noqa: PLC0415 -- a second to import, which nothing else needs
 
         # Of one scale whatever the metric's, as the cubes in the acceleration would over- or underflow.

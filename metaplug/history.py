@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from metaplug.engine import MetaStep
@@ -22,6 +23,12 @@ class History:
     """The records of one `fit`, in order."""
 
     records: list[Record] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
 
     @property
     def validations(self) -> list[tuple[int, EvaluationResult]]:

@@ -75,13 +75,22 @@ def test_the_bootstrap_repeats_and_depends_on_the_seed():
     assert problem().learner(seed=9).evaluate(Stream(split="test"), num_tasks=2).seed == 9
 
 
-@given(st.lists(st.floats(0, 1), min_size=2, max_size=6), st.sampled_from([1e-150, 1.0, 1e100]))
+@given(st.lists(st.floats(0, 1), min_size=20, max_size=26), st.sampled_from([1e-150, 1.0, 1e100]))
 def test_the_bootstrap_of_few_tasks_of_any_scale_holds_the_mean(values, scale):
     made = result(*(scale * value for value in values))
     low, high = made.bounds("bootstrap")
     slack = 1e-12 * scale
     assert low - slack <= made.mean <= high + slack
     assert min(values) * scale - slack <= low <= high <= max(values) * scale + slack
+
+
+def test_a_bootstrap_of_very_few_tasks_is_refused():
+    with pytest.raises(RequestError) as error:
+        result(0.1, 0.2).bounds("bootstrap")
+    assert str(error.value) == (
+        "a bootstrap of 2 tasks: resamples of so few say less of other tasks than they seem to; "
+        "give at least 20 tasks, or take the interval by t"
+    )
 
 
 def test_the_bootstrap_of_many_tasks_takes_little_memory(monkeypatch):
@@ -171,7 +180,7 @@ def test_what_is_not_finite_has_no_bounds():
 
 
 def test_a_result_as_values_names_method_and_bounds():
-    made = result(0.2, 0.4, 0.9, transductive=("a plugin shares",), training_classes=2)
+    made = result(*[0.2, 0.4, 0.9] * 8, transductive=("a plugin shares",), training_classes=2)
     values = result_values(made)
     low, high = made.bounds()
     assert values == {
@@ -181,7 +190,7 @@ def test_a_result_as_values_names_method_and_bounds():
         "interval_method": "t",
         "low": low,
         "high": high,
-        "num_tasks": 3,
+        "num_tasks": 24,
         "inner_steps": 3,
         "transductive": ["a plugin shares"],
         "training_classes": 2,
@@ -191,7 +200,7 @@ def test_a_result_as_values_names_method_and_bounds():
     assert (other["interval_method"], other["low"], other["high"], other["interval"]) == ("bootstrap", low, high, (high - low) / 2)
     assert (
         result_line(other)
-        == f"accuracy 50.00 % (95 % bootstrap interval {low * 100:.2f} to {high * 100:.2f} % over 3 tasks, 3 inner steps)"
+        == f"accuracy 50.00 % (95 % bootstrap interval {low * 100:.2f} to {high * 100:.2f} % over 24 tasks, 3 inner steps)"
     )
 
 

@@ -76,6 +76,7 @@ def evaluate(
     from metaplug.experiment import environment, result_values, to_json
     from metaplug.report.terminal import result_line, statements
     from metaplug.runs import load
+    from metaplug.runs.layout import SUMMARY
 
     with ranks() as world:
         experiment = load(run, device, world, model=model)
@@ -91,5 +92,8 @@ def evaluate(
         emit(to_json(values, indent=2))
         return
     line(f"{split.value} {result_line(values)}")
+    total = experiment.config.training.iterations
+    if run.is_dir() and not (run / SUMMARY).exists():
+        line(f"the run is unfinished: these are its best weights so far, after iteration {learner.iteration} of {total}")
     for text in statements(values):
         line(text)

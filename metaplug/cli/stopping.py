@@ -46,7 +46,7 @@ class Stop:
             raise KeyboardInterrupt
         if not self.signal:
             self.signal = number
-            line("stopping after this step; Ctrl-C again stops at once")
+            line("stopping after this step; Ctrl-C again stops at once" if number == signal.SIGINT else "stopping after this step")
             if number == signal.SIGTERM and self._last is not None and hasattr(signal, "SIGALRM"):
                 signal.signal(signal.SIGALRM, self._last)
                 signal.alarm(_GRACE)

@@ -76,6 +76,8 @@ def train(
         if config is not None:
             raise RequestError(f"--from {source} and {config}: both give a configuration; leave one of them out")
         config, name = configuration_of(source), name or f"{source.resolve().name}-repeated"
+    if name is not None and (Path(name).name != name or name == ".."):
+        raise RequestError(f"--name {name}: a name is no path; give the folder that holds runs by --out, and a plain name")
     with ranks() as world:
         settings = resolve_options(given, sets, config=config, preset=preset, uses=[parse_plugin(text) for text in use or ()]).config
         if source is not None:
@@ -89,7 +91,10 @@ def train(
         progress = TrainingProgress(CONSOLE, settings.training.iterations)
 
         def draw() -> None:
-            run_figure(read_metrics(folder), curves)
+            try:
+                run_figure(read_metrics(folder), curves)
+            except RunError as error:  # a picture is no reason to lose the test
+                line(f"metaplug: warning: {error}", style="yellow")
 
         def begin(experiment: Experiment) -> None:
             nonlocal trained
@@ -125,9 +130,9 @@ def _report_repetition(source: Path, folder: Path) -> None:
     from metaplug.runs.repeating import compare_runs
 
     found = compare_runs(source, folder)
-    compared = f"{found.iterations} iterations{' and the test' if found.tested else ''}"
+    compared = f"{found.iterations} iteration{'s' * (found.iterations != 1)}{' and the test' if found.tested else ''}"
     if found.fault is None:
-        line(f"matches {source} bit for bit: {compared}")
+        line(f"matches {source} bit for bit: {compared}{'' if found.tested else ', as it came no further'}")
         return
     changes = "; ".join(found.changes) or "nothing that was recorded of the machine differs"
     raise RunError(

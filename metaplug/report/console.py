@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import suppress
+from typing import IO, Any, cast
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-CONSOLE = Console(stderr=True, highlight=False)
+
+class _Errors:
+    """Standard error as it is at the time, or nowhere once it cannot be written: a log whose disk is full, or that nobody reads, ends no
+    training."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+CONSOLE = Console(file=cast("IO[str]", _Errors()), highlight=False)
 
 
 def line(text: str, style: str | None = None, console: Console = CONSOLE) -> None:

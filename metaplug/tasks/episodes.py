@@ -125,7 +125,8 @@ class ClassImages:
         if self.images.dtype not in (torch.uint8, torch.float32):
             raise RequestError(f"class images: the dtype {self.images.dtype} is not known: give uint8 (0 to 255), or float32 (0 to 1)")
         if self.images.dtype == torch.float32 and not bool(((self.images >= 0) & (self.images <= 1)).all()):
-            raise RequestError("class images: float32 images go beyond 0 to 1: scale them, or give uint8 (0 to 255)")
+            fault = "hold NaN: clean them" if bool(self.images.isnan().any()) else "go beyond 0 to 1: scale them, or give uint8 (0 to 255)"
+            raise RequestError(f"class images: float32 images {fault}")
 
     @cached_property
     def digests(self) -> tuple[str, ...]:

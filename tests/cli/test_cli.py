@@ -320,7 +320,7 @@ def test_evaluate(metaplug: Any, trained: Path) -> None:
 
 
 def test_evaluate_by_a_bootstrap(metaplug: Any, trained: Path) -> None:
-    given = ("evaluate", str(trained), "--interval", "bootstrap")
+    given = ("evaluate", str(trained), "--interval", "bootstrap", "--num-tasks", "20")
     made, again = metaplug(*given, "--json").json, metaplug(*given, "--json").json
     assert made == again
     assert made["interval_method"] == "bootstrap"
@@ -328,7 +328,7 @@ def test_evaluate_by_a_bootstrap(metaplug: Any, trained: Path) -> None:
     assert made["interval"] == pytest.approx((made["high"] - made["low"]) / 2)
     assert metaplug("evaluate", str(trained), "--json").json["interval_method"] == "t"
     assert re.match(
-        r"test mean squared error \d+\.\d{4} \(95 % bootstrap interval \d+\.\d{4} to \d+\.\d{4} over 5 tasks, 1 inner step\)\n",
+        r"test mean squared error \d+\.\d{4} \(95 % bootstrap interval \d+\.\d{4} to \d+\.\d{4} over 20 tasks, 1 inner step\)\n",
         metaplug(*given).err,
     )
 
