@@ -353,8 +353,10 @@ def test_on_a_full_disk_a_run_stops_in_one_line_and_goes_on_with_room(
     folder, name = disk / "tiny", where[0].removesuffix(".*").removeprefix(".")
     with mounted(disk):
         status, lines = ended(command(config, disk, prepare=lambda: when_opened(*where, lambda: fill(disk, spared))), words_of(disk))
-        assert (status, len(lines)) == (1, 1), lines
-        assert lines[0].startswith(f"metaplug: cannot write {folder / name}: No space left on device; "), lines
+        drawn = name == "curves.png"  # a picture is no reason to lose the test
+        assert (status, len(lines)) == (0 if drawn else 1, 1), lines
+        said = f"metaplug: {'warning: ' if drawn else ''}cannot write {folder / name}: No space left on device; "
+        assert lines[0].startswith(said), lines
         assert not list(folder.glob(".*.tmp"))
         assert (MetaLearner.load(folder / "last.pt").iteration if (folder / "last.pt").exists() else None) == kept
         (disk / "ballast").unlink()
@@ -452,7 +454,8 @@ def when_called(target: str, number: int, *signals: int) -> Callable[[], None]:
 
 SETUP, STEP = ("metaplug.runs.training.build", 1), ("metaplug.engine.Engine.meta_step", 5)
 VALIDATION, TEST = ("metaplug.learner.MetaLearner._measured", 2), ("metaplug.learner.MetaLearner._measured", 5)
-ASKED, TWICE = "stopping after this step; Ctrl-C again stops at once", "metaplug: stopped"
+STOPPING, TWICE = "stopping after this step", "metaplug: stopped"
+ASKED = f"{STOPPING}; Ctrl-C again stops at once"
 
 
 @pytest.mark.parametrize(
@@ -471,7 +474,9 @@ def test_asked_to_stop_a_run_saves_after_the_step(commanded: Path, tmp_path: Pat
     status, lines = ended(command(config, tmp_path, prepare=when_called(*where, one)), words_of(tmp_path))
     assert status == 128 + one
     last = f"metaplug: stopped, with a checkpoint in {folder}: the same command with --resume goes on"
-    assert lines == ([] if one == signal.SIGHUP else [ASKED, last])  # nobody sees what is said after a terminal was closed
+    assert lines == (
+        [] if one == signal.SIGHUP else [ASKED if one == signal.SIGINT else STOPPING, last]
+    )  # nobody sees what is said after a terminal was closed
     assert MetaLearner.load(folder / "last.pt").iteration == kept
     assert ended(command(config, tmp_path, "--resume"), words_of(tmp_path)) == (0, [])
     assert_same_run(commanded, folder)

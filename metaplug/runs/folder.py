@@ -153,7 +153,7 @@ class RunFolder:
 
     def _check_hold(self) -> None:
         """Write no more where the lock is another file than the one that this process holds, so that somebody else may be writing."""
-        if self._held is not None and self.path.is_dir() and _identity(self.path / LOCK) != self._held:
+        if self._held is not None and (self.path / METRICS).exists() and _identity(self.path / LOCK) != self._held:
             raise RunError(
                 f"somebody removed {self.path / LOCK} while this process was training there, and another may have begun: stopped, and "
                 "nothing more was written; let the lock be, and go on with --resume"
