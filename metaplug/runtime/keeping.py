@@ -30,32 +30,23 @@ def left_as_it_was(model: nn.Module, *, only_after_errors: bool = False) -> Iter
     before = {id(module): (module, dict(vars(module))) for _, module in places}
     attributes = [value for _, values in before.values() for value in values.values()]
     contents = {id(value): (value, copy.copy(value)) for value in attributes if type(value) in _CONTAINERS}
-    failed = True
+    stays = False
     try:
         yield kept
-        failed = False
+        stays = only_after_errors
     finally:
-        if failed or not only_after_errors:
-            kept |= _put_back(places, before, contents)
-
-
-def _put_back(
-    places: list[tuple[str, nn.Module]], before: dict[int, tuple[nn.Module, dict[str, Any]]], contents: dict[int, tuple[Any, Any]]
-) -> set[Place]:
-    """Give modules and containers what they had; where that was something else."""
-    written = {at for at, (container, content) in contents.items() if [*map(id, _flat(container))] != [*map(id, _flat(content))]}
-    for container, content in contents.values():
-        container.clear()
-        container.extend(content) if isinstance(container, list | deque) else container.update(content)
-    kept = set[Place]()
-    for path, module in places:
-        then, now = before[id(module)][1], vars(module)
-        kept |= {(path, key) for key in {**then, **now} if now.get(key, kept) is not then.get(key, kept)}
-        kept |= {(path, key) for key, value in then.items() if id(value) in written}
-    for module, then in before.values():
-        vars(module).clear()
-        vars(module).update(then)
-    return kept
+        if not stays:
+            written = {at for at, pair in contents.items() if len({tuple(map(id, _flat(each))) for each in pair}) > 1}
+            for path, module in places:
+                then, now = before[id(module)][1], vars(module)
+                kept |= {(path, key) for key in {**then, **now} if now.get(key, kept) is not then.get(key, kept)}
+                kept |= {(path, key) for key, value in then.items() if id(value) in written}
+            for container, content in contents.values():
+                container.clear()
+                container.extend(content) if isinstance(container, list | deque) else container.update(content)
+            for module, then in before.values():
+                vars(module).clear()
+                vars(module).update(then)
 
 
 def separate(patched: nn.Module, places: Collection[Place]) -> None:
