@@ -40,7 +40,7 @@ test-long: $(READY)
 # Its package has its tests; one of them wants flaky, which stays out of .venv, as it would run in our tests too.
 test-torchmeta: $(READY)
 	$(BIN)/pip install --quiet --upgrade --target build/flaky flaky==3.8.1
-	PYTHONPATH=build/flaky $(BIN)/python -c 'from metaplug.tasks.torchmeta_mends import apply; apply(); import pytest; \
+	PYTHONPATH=build/flaky $(BIN)/python -c 'from metaplug.tasks.torchmeta.mends import apply; apply(); import pytest; \
 		raise SystemExit(pytest.main(["-q", "-rs", "-c", "/dev/null", "-p", "no:cacheprovider", "--pyargs", "torchmeta.tests"]))'
 
 bench-peers: .venv-peers/ready

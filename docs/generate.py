@@ -14,8 +14,9 @@ from typing import Any
 from meta_step import pictures
 from torch import nn
 
-from metaplug import MetaLearner, Preset, hookspecs, registry
-from metaplug.config import flatten
+from metaplug import MetaLearner, Preset
+from metaplug.contract import hookspecs, registry
+from metaplug.experiments.configuration import flatten
 from metaplug.report.catalogue import entries, plain
 
 DOCS = Path(__file__).parent
@@ -44,13 +45,33 @@ def plugin_reference(name: str) -> str:
     entry = next(entry for entry in entries("plugin") if entry.name == name)
     settings = _table(
         ("setting", "default", "description", "type", "bounds"),
-        ((_code(row.name), _code(row.default), row.description, _code(row.type), _whole(row.bounds)) for row in entry.fields),
+        (
+            (
+                _code(row.name),
+                _code(row.default),
+                row.description,
+                _code(row.type),
+                _whole(row.bounds),
+            )
+            for row in entry.fields
+        ),
     )
     settings = f'<div class="settings" markdown>\n\n{settings}\n\n</div>'
-    facts = {"hooks": "", "conflicts with": "nothing", **entry.facts, "meta-parameters": ", ".join(map(_code, learned)) or "none"}
+    facts = {
+        "hooks": "",
+        "conflicts with": "nothing",
+        **entry.facts,
+        "meta-parameters": ", ".join(map(_code, learned)) or "none",
+    }
     facts["hooks"] = re.sub(r"(\w+) \(", r"`\1` (", facts["hooks"])
     line = ". ".join(f"**{fact.capitalize()}**: {text}" for fact, text in facts.items())
-    return "\n\n".join([*map(_block, entry.documentation.split("\n\n")), settings if entry.fields else "No settings.", f"{line}."])
+    return "\n\n".join(
+        [
+            *map(_block, entry.documentation.split("\n\n")),
+            settings if entry.fields else "No settings.",
+            f"{line}.",
+        ]
+    )
 
 
 def included(path: str) -> str:
@@ -61,20 +82,35 @@ def included(path: str) -> str:
 
 def preset_table() -> str:
     """The presets of this distribution: plugins with settings, training defaults, summary and source."""
-    presets = [part.value for part in registry.parts("preset") if part.origin.startswith("metaplug ")]
-    return _table(("preset", "summary", "plugins", "training defaults", "source"), map(_preset_row, presets))
+    presets = [
+        part.value for part in registry.parts("preset") if part.origin.startswith("metaplug ")
+    ]
+    return _table(
+        ("preset", "summary", "plugins", "training defaults", "source"), map(_preset_row, presets)
+    )
 
 
 def _preset_row(preset: Preset) -> tuple[str, ...]:
-    plugins = [_code(use.plugin) + (f" ({_pairs(use.settings)})" if use.settings else "") for use in preset.plugins]
+    plugins = [
+        _code(use.plugin) + (f" ({_pairs(use.settings)})" if use.settings else "")
+        for use in preset.plugins
+    ]
     defaults = [_code(f"{path}={plain(value)}") for path, value in flatten(preset.defaults).items()]
-    return _code(preset.name), preset.summary, "<br>".join(plugins) or "none", "<br>".join(defaults) or "none", preset.source
+    return (
+        _code(preset.name),
+        preset.summary,
+        "<br>".join(plugins) or "none",
+        "<br>".join(defaults) or "none",
+        preset.source,
+    )
 
 
 def _meta_parameters(name: str) -> list[str]:
     """What a plugin meta-learns, as it says when it is set up with a model that has a bit of everything."""
     plugin = registry.load("plugin", name)(**NEEDED.get(name, {}))
-    chain = MetaLearner(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)), plugins=[plugin]).chain
+    chain = MetaLearner(
+        nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)), plugins=[plugin]
+    ).chain
     return list(dict.fromkeys(parameter.split(".")[1] for parameter in chain.named_parameters()))
 
 
@@ -92,7 +128,9 @@ def _block(text: str) -> str:
 
 
 def _table(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ("---",) * len(titles), *rows))
+    return "\n".join(
+        f"| {' | '.join(cells)} |" for cells in (titles, ("---",) * len(titles), *rows)
+    )
 
 
 def _whole(text: str) -> str:

@@ -52,19 +52,26 @@ STEP = [
 
 def pictures() -> str:
     """Both pictures, as HTML for a page beside the hook reference."""
-    both = _picture("One meta-iteration", ITERATION, repeated=False) + _picture("One inner step", STEP, repeated=True)
+    both = _picture("One meta-iteration", ITERATION, repeated=False) + _picture(
+        "One inner step", STEP, repeated=True
+    )
     return f'<div class="meta-step">{both}</div>'
 
 
 def _picture(title: str, boxes: list[Box], *, repeated: bool) -> str:
     top, left, right = 34, 12, 300
     height = top + len(boxes) * (ROW + GAP)
-    words = f"{title}: {', then '.join(box.text for box in boxes)}{', and again' if repeated else ''}."
+    words = (
+        f"{title}: {', then '.join(box.text for box in boxes)}{', and again' if repeated else ''}."
+    )
     parts = [f'<text class="title" x="{left}" y="18">{escape(title)}</text>']
     for index, box in enumerate(boxes):
         y = top + index * (ROW + GAP)
         if index:
-            parts.append(f'<path class="arrow" d="M{(left + right) // 2} {y - GAP + 2} v{GAP - 8}"/>' + _head((left + right) // 2, y - 2))
+            parts.append(
+                f'<path class="arrow" d="M{(left + right) // 2} {y - GAP + 2} v{GAP - 8}"/>'
+                + _head((left + right) // 2, y - 2)
+            )
         parts.append(_drawn(box, left, y, right - left))
     if repeated:
         last = top + (len(boxes) - 1) * (ROW + GAP) + ROW // 2
@@ -72,15 +79,23 @@ def _picture(title: str, boxes: list[Box], *, repeated: bool) -> str:
         around = f"M{right + 2} {last} h14 q6 0 6 -6 V{first + 6} q0 -6 -6 -6 h-8"
         parts.append(f'<path class="arrow" d="{around}"/>' + _head(right + 4, first, "left"))
         middle = (first + last) // 2
-        parts.append(f'<text class="note" transform="translate({right + 36} {middle}) rotate(-90)" text-anchor="middle">K times</text>')
+        parts.append(
+            f'<text class="note" transform="translate({right + 36} {middle}) rotate(-90)" text-anchor="middle">K times</text>'
+        )
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="group" aria-label="{escape(words)}">{"".join(parts)}</svg>'
 
 
 def _drawn(box: Box, x: int, y: int, width: int) -> str:
     radius = ROW // 2 if box.kind == "hook" else 4
-    rectangle = f'<rect class="{box.kind}" x="{x}" y="{y}" width="{width}" height="{ROW}" rx="{radius}"/>'
+    rectangle = (
+        f'<rect class="{box.kind}" x="{x}" y="{y}" width="{width}" height="{ROW}" rx="{radius}"/>'
+    )
     text = f'<text class="{box.kind}" x="{x + width // 2}" y="{y + ROW // 2 + 5}" text-anchor="middle">{escape(box.text)}</text>'
-    return f'<a href="../hooks/#{box.text}">{rectangle}{text}</a>' if box.kind == "hook" else rectangle + text
+    return (
+        f'<a href="../hooks/#{box.text}">{rectangle}{text}</a>'
+        if box.kind == "hook"
+        else rectangle + text
+    )
 
 
 def _head(x: int, y: int, to: str = "down") -> str:

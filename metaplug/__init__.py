@@ -4,15 +4,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from metaplug.contract.plugin import LearnedPluginConfig, Plugin, PluginConfig, hookimpl, key_of
+    from metaplug.contract.presets import PluginUse, Preset
+    from metaplug.contract.schedule import epoch_of
+    from metaplug.contract.task_batch import TaskBatch
+    from metaplug.contract.values import (
+        Context,
+        Gradients,
+        InnerStep,
+        LearningRates,
+        Outcome,
+        Parameters,
+    )
     from metaplug.errors import MetaplugError, RequestError, RunError
-    from metaplug.evaluation import EvaluationResult
-    from metaplug.history import History, Record
+    from metaplug.evaluation.history import History, Record
+    from metaplug.evaluation.results import EvaluationResult
     from metaplug.learner import MetaLearner
-    from metaplug.plugin import LearnedPluginConfig, Plugin, PluginConfig, hookimpl, key_of
-    from metaplug.preset import PluginUse, Preset
-    from metaplug.schedule import epoch_of
-    from metaplug.tasks.batch import TaskBatch
-    from metaplug.values import Context, Gradients, InnerStep, LearningRates, Outcome, Parameters
 
 __version__ = "0.1.0"
 
@@ -44,15 +51,22 @@ __all__ = [
 if not TYPE_CHECKING:
     # Names are imported when they are first used: torch takes seconds, and `metaplug --help` needs none of it.
     _HOMES = {
+        "contract.plugin": ("LearnedPluginConfig", "Plugin", "PluginConfig", "hookimpl", "key_of"),
+        "contract.presets": ("PluginUse", "Preset"),
+        "contract.schedule": ("epoch_of",),
+        "contract.task_batch": ("TaskBatch",),
+        "contract.values": (
+            "Context",
+            "Gradients",
+            "InnerStep",
+            "LearningRates",
+            "Outcome",
+            "Parameters",
+        ),
         "errors": ("MetaplugError", "RequestError", "RunError"),
-        "evaluation": ("EvaluationResult",),
-        "history": ("History", "Record"),
+        "evaluation.history": ("History", "Record"),
+        "evaluation.results": ("EvaluationResult",),
         "learner": ("MetaLearner",),
-        "plugin": ("LearnedPluginConfig", "Plugin", "PluginConfig", "hookimpl", "key_of"),
-        "preset": ("PluginUse", "Preset"),
-        "schedule": ("epoch_of",),
-        "tasks.batch": ("TaskBatch",),
-        "values": ("Context", "Gradients", "InnerStep", "LearningRates", "Outcome", "Parameters"),
     }
     _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

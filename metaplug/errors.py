@@ -33,13 +33,20 @@ def quoted(names: Iterable[str]) -> str:
 
 def one_line(text: object, most: int = 200) -> str:
     """What somebody else wrote, such as the content of a file, fit for a message: printable, without line breaks, of bounded length."""
-    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(text)[: 4 * most].split()))
+    line = "".join(
+        letter if letter.isprintable() else "?"
+        for letter in " ".join(str(text)[: 4 * most].split())
+    )
     return line if len(line) <= most else f"{line[:most]}..."
 
 
 def reason(error: BaseException) -> str:
     """What another library or the system says in an error, in one line, for a message that names the file or part itself."""
-    return one_line((error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__)
+    return one_line(
+        (error.strerror if isinstance(error, OSError) else None)
+        or str(error)
+        or type(error).__name__
+    )
 
 
 def said_by(error: BaseException) -> str:

@@ -27,13 +27,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        before = "the one that stood there is untouched" if path.exists() else "nothing was left there"
-        raise RunError(f"cannot write {path}: {_reason(error)}; {before}; make room or give another place, then do it again") from error
+        before = (
+            "the one that stood there is untouched" if path.exists() else "nothing was left there"
+        )
+        raise RunError(
+            f"cannot write {path}: {_reason(error)}; {before}; make room or give another place, then do it again"
+        ) from error
     else:
         try:
             sync_folder(path.parent)
         except OSError as error:
-            raise RunError(f"{path} is written, but may be gone if the machine fails now: {_reason(error)}; see to the disk") from error
+            raise RunError(
+                f"{path} is written, but may be gone if the machine fails now: {_reason(error)}; see to the disk"
+            ) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -53,7 +59,9 @@ def append(path: Path, text: str, *, durable: bool) -> None:
             if durable:
                 os.fsync(descriptor)
     except OSError as error:
-        raise RunError(f"cannot write {path}: {_reason(error)}; make room, or bring back what is gone, then go on with --resume") from error
+        raise RunError(
+            f"cannot write {path}: {_reason(error)}; make room, or bring back what is gone, then go on with --resume"
+        ) from error
 
 
 def make_folder(path: Path) -> None:

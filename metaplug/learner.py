@@ -13,34 +13,37 @@ import torch
 from torch import Tensor, nn
 
 from metaplug import checkpoint
-from metaplug.chain import Chain
 from metaplug.checkpoint.form import naming
 from metaplug.checkpoint.state import give_state, rehearse, state_of
-from metaplug.config import LearnerSettings, NonFinite
-from metaplug.engine import Engine
+from metaplug.checks.model import check_loss, check_model
+from metaplug.checks.prepare_batch import Intake
+from metaplug.contract.chain import Chain
+from metaplug.contract.presets import PluginLike, Preset, find_preset, make_plugins
+from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.values import Context, Kind
+from metaplug.core.inner_loop import InnerLoop, Loss
+from metaplug.core.optimizers import set_mode
 from metaplug.errors import RequestError, quoted, unknown
-from metaplug.evaluating import measure
-from metaplug.evaluation import EvaluationResult, metric_of
-from metaplug.history import History, Record
-from metaplug.inner import InnerLoop, Loss
-from metaplug.intake import Intake
-from metaplug.mirror import set_mode
-from metaplug.preset import PluginLike, Preset, find_preset, make_plugins
-from metaplug.runtime.batching import Batching, BatchingChoice
-from metaplug.runtime.distributed import ALONE, World
-from metaplug.runtime.guards import check_loss, check_model
-from metaplug.runtime.memory import MemoryEstimate, chunk_of, estimate_step, memory_explained
-from metaplug.runtime.precision import Precision, check_precision
-from metaplug.runtime.ways import StepWay
+from metaplug.evaluation.history import History, Record
+from metaplug.evaluation.measure import measure
+from metaplug.evaluation.results import EvaluationResult, metric_of
+from metaplug.execution.batching import Batching, BatchingChoice
+from metaplug.execution.engine import Engine
+from metaplug.execution.memory import MemoryEstimate, chunk_of, estimate_step, memory_explained
+from metaplug.execution.plan import StepWay
+from metaplug.execution.precision import Precision, check_precision
+from metaplug.execution.ranks import ALONE, World
+from metaplug.execution.windows import meta_steps
+from metaplug.experiments.configuration import LearnerSettings, NonFinite
 from metaplug.settings import validated
 from metaplug.tasks.adapters import LoaderTasks, as_stream
-from metaplug.tasks.batch import TaskBatch
 from metaplug.tasks.episodes import TaskStream
 from metaplug.tasks.identities import TrainedOn
-from metaplug.values import Context, Kind
-from metaplug.window import meta_steps
 
-LOSSES: dict[Kind, Loss] = {"classification": nn.functional.cross_entropy, "regression": nn.functional.mse_loss}
+LOSSES: dict[Kind, Loss] = {
+    "classification": nn.functional.cross_entropy,
+    "regression": nn.functional.mse_loss,
+}
 """The loss of one task where none is given: cross-entropy over class indices, or mean squared error."""
 
 
@@ -81,7 +84,7 @@ class MetaLearner:
         deterministic: whether torch may only take algorithms that give the same bits every time, as CUDA's fastest do not; an operation
             that has none stops training, and is named. On a CPU the same seed, versions and number of threads suffice.
         seed: of every random number of training.
-        world: the processes that train together, from `metaplug.runtime.distributed.joined`: every rank makes the same learner and the
+        world: the processes that train together, from `metaplug.execution.ranks.joined`: every rank makes the same learner and the
             same calls, and draws its part of the tasks. They start from rank 0's weights. Default: this process alone.
 
     Raises:
@@ -125,7 +128,10 @@ class MetaLearner:
         }
         preset = None if preset is None else find_preset(preset)
         settings = {} if preset is None else preset.defaults.get("learner", {})
-        settings = {**settings, **{name: value for name, value in given.items() if value is not None}}
+        settings = {
+            **settings,
+            **{name: value for name, value in given.items() if value is not None},
+        }
         self.settings = validated(LearnerSettings, settings, "learner")
         if kind not in LOSSES:
             raise RequestError(f"unknown kind of task '{kind}': classification or regression")
@@ -142,8 +148,14 @@ class MetaLearner:
         """The classes of every stream that was trained on, as far as the streams say."""
         self._warned = self._warned_of_divergence = False
         self.chain = Chain(make_plugins(preset, plugins))
-        self.world.align([*model.parameters(), *model.buffers()])  # before plugins start from these values
-        trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.world.align(
+            [*model.parameters(), *model.buffers()]
+        )  # before plugins start from these values
+        trainable = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
         layers = {name: type(model.get_submodule(name.rpartition(".")[0])) for name in trainable}
         adapted = self._select_adapted(tuple(trainable), layers)
         reference = next(iter(trainable.values()))
@@ -163,7 +175,13 @@ class MetaLearner:
                 ranks=self.world.size,
             )
         )
-        self.world.align([tensor for plugin in self.chain.plugins for tensor in (*plugin.parameters(), *plugin.buffers())])
+        self.world.align(
+            [
+                tensor
+                for plugin in self.chain.plugins
+                for tensor in (*plugin.parameters(), *plugin.buffers())
+            ]
+        )
         inner = InnerLoop(
             model,
             self.chain,
@@ -266,7 +284,11 @@ class MetaLearner:
                 is trained on, here or before.
             RunError: a loss or gradient is NaN or Inf, or memory runs out; the weights are those of the iteration before.
         """
-        _check_counts(tasks_per_batch=tasks_per_batch, validate_every=validate_every, validation_tasks=validation_tasks)
+        _check_counts(
+            tasks_per_batch=tasks_per_batch,
+            validate_every=validate_every,
+            validation_tasks=validation_tasks,
+        )
         if non_finite not in get_args(NonFinite):
             raise unknown("non_finite", non_finite, get_args(NonFinite))
         if tasks_per_batch < self.world.size:
@@ -277,14 +299,28 @@ class MetaLearner:
         tasks = self._stream(tasks)
         trained_on = self.trained_on.and_by(tasks) if iterations > 0 else self.trained_on
         if validation is not None:
-            trained_on.refuse(self._stream(validation), self._noun, "give validation tasks of other classes, such as tasks.val")
+            trained_on.refuse(
+                self._stream(validation),
+                self._noun,
+                "give validation tasks of other classes, such as tasks.val",
+            )
         total, skip = self.iteration + iterations, non_finite == "skip"
         while self.iteration < total:
             own, begun = self.world.shard(range(tasks_per_batch)), self.iteration
-            due = total if validation is None else min(total, (begun // validate_every + 1) * validate_every)
+            due = (
+                total
+                if validation is None
+                else min(total, (begun // validate_every + 1) * validate_every)
+            )
             until = min(begun + self.metrics_every, due)
             batches = (
-                self.intake(tasks.batch(iteration, own), trusted=iteration > begun, numbers=own, iteration=iteration, skip=skip)
+                self.intake(
+                    tasks.batch(iteration, own),
+                    trusted=iteration > begun,
+                    numbers=own,
+                    iteration=iteration,
+                    skip=skip,
+                )
                 for iteration in range(begun, until)
             )
             with memory_explained(self.engine, len(own)):
@@ -292,11 +328,16 @@ class MetaLearner:
                     steps = iter([self.engine.meta_step(next(batches), total, skip=skip)])
                 else:
                     steps = meta_steps(self.engine, batches, total, skip=skip)
-                    steps = itertools.chain([next(steps)], steps)  # here, where memory may run out, all of them are made
+                    steps = itertools.chain(
+                        [next(steps)], steps
+                    )  # here, where memory may run out, all of them are made
             self.trained_on = trained_on
             for step in steps:
                 measured = validation is not None and step.iteration == due
-                yield Record(step, self._validate(validation, validation_tasks, skip=skip) if measured else None)
+                yield Record(
+                    step,
+                    self._validate(validation, validation_tasks, skip=skip) if measured else None,
+                )
 
     def _validate(self, tasks: TaskStream, num_tasks: int, *, skip: bool) -> EvaluationResult:
         """The result on validation tasks; once in a learner's life, a warning where adaptation makes most support losses larger.
@@ -304,13 +345,20 @@ class MetaLearner:
         Args:
             skip: a task whose query loss is NaN or Inf makes the mean NaN, with a warning.
         """
-        result, fault = self._measured(self._stream(tasks), num_tasks, self.settings.inner_steps, validating=True, skip=skip)
+        result, fault = self._measured(
+            self._stream(tasks), num_tasks, self.settings.inner_steps, validating=True, skip=skip
+        )
         raised, (before, after) = result.raised or 0, result.support_losses or (0.0, 0.0)
         if fault is not None:
-            warnings.warn(f"the validation after iteration {self.iteration} counts for nothing: {fault}", stacklevel=3)
+            warnings.warn(
+                f"the validation after iteration {self.iteration} counts for nothing: {fault}",
+                stacklevel=3,
+            )
         elif 2 * raised > num_tasks and not self._warned_of_divergence:
             self._warned_of_divergence = True
-            changed = quoted(link.plugin.name for link in self.chain.links("transform_learning_rates"))
+            changed = quoted(
+                link.plugin.name for link in self.chain.links("transform_learning_rates")
+            )
             warnings.warn(
                 f"adaptation raises the support loss of {raised} of {num_tasks} validation tasks "
                 f"(mean {before:.4g} to {after:.4g} over {result.inner_steps} inner steps, inner_lr = {self.settings.inner_lr:.4g}"
@@ -364,14 +412,33 @@ class MetaLearner:
         """A result, with the fault that made it NaN where that is to be skipped; support losses are measured when validating."""
         size = min(16, chunk_of(self.engine) or 16) if tasks_per_batch is None else tasks_per_batch
         _check_counts(tasks_per_batch=size)
-        batches = [range(start, min(start + size, num_tasks)) for start in range(0, num_tasks, size)]
-        found = measure(self.engine, self.intake, tasks, batches, steps=steps, kind=self.kind, losses=validating, skip=skip)
+        batches = [
+            range(start, min(start + size, num_tasks)) for start in range(0, num_tasks, size)
+        ]
+        found = measure(
+            self.engine,
+            self.intake,
+            tasks,
+            batches,
+            steps=steps,
+            kind=self.kind,
+            losses=validating,
+            skip=skip,
+        )
         result = EvaluationResult(
-            metric_of(self.kind), found.scores, steps, self.transductive, self.trained_on.shared(tasks), self.seed, *found.growth
+            metric_of(self.kind),
+            found.scores,
+            steps,
+            self.transductive,
+            self.trained_on.shared(tasks),
+            self.seed,
+            *found.growth,
         )
         return result, found.fault
 
-    def adapt(self, support_x: Tensor, support_y: Tensor, *, inner_steps: int | None = None) -> nn.Module:
+    def adapt(
+        self, support_x: Tensor, support_y: Tensor, *, inner_steps: int | None = None
+    ) -> nn.Module:
         """A copy of the model, adapted to one new task.
 
         Args:
@@ -397,9 +464,15 @@ class MetaLearner:
         Each rank gives tasks of its own, and all find the meta-gradients of all of them. A meta-parameter that received no gradient is left
         out.
         """
-        return dict(self.engine.meta_gradients(self.intake(batch), self.iteration, self.engine.total).gradients)
+        return dict(
+            self.engine.meta_gradients(
+                self.intake(batch), self.iteration, self.engine.total
+            ).gradients
+        )
 
-    def estimate_memory(self, batch: TaskBatch, *, tasks_per_batch: int | None = None, iterations: int | None = None) -> MemoryEstimate:
+    def estimate_memory(
+        self, batch: TaskBatch, *, tasks_per_batch: int | None = None, iterations: int | None = None
+    ) -> MemoryEstimate:
         """What one meta-step will take of memory, from steps of one and two tasks with up to three inner steps. Changes nothing.
 
         Args:
@@ -423,8 +496,14 @@ class MetaLearner:
     def transductive(self) -> tuple[str, ...]:
         """What lets the examples of a test batch see each other, in words."""
         reasons = [f"plugin {name} shares between test tasks" for name in self.chain.transductive]
-        layers = [layer for layer in self.model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-        if any(self.settings.batch_norm == "batch" or not layer.track_running_stats for layer in layers):
+        layers = [
+            layer
+            for layer in self.model.modules()
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        ]
+        if any(
+            self.settings.batch_norm == "batch" or not layer.track_running_stats for layer in layers
+        ):
             reasons.append("batch norm uses the statistics of each task's own batch")
         return tuple(reasons)
 
@@ -471,22 +550,39 @@ class MetaLearner:
             raise RequestError(
                 f"{path} was trained with a loss of your own, which a file cannot hold: give it as MetaLearner.load(..., loss=...)"
             )
-        arguments: dict[str, Any] = {"kind": state["kind"], "loss": loss, "seed": state["seed"], "task_batching": state["task_batching"]}
+        arguments: dict[str, Any] = {
+            "kind": state["kind"],
+            "loss": loss,
+            "seed": state["seed"],
+            "task_batching": state["task_batching"],
+        }
         arguments |= state["settings"]
-        if model is None and state["model_spec"] and plugins is None:  # an instance of a plugin, as a caller gives, serves only once
+        if (
+            model is None and state["model_spec"] and plugins is None
+        ):  # an instance of a plugin, as a caller gives, serves only once
             uses = [checkpoint.plugin_use(use, path) for use in state["plugins"]]
-            rehearse(lambda: cls(checkpoint.rebuilt_model(state["model_spec"], path), plugins=uses, **arguments), state, str(path))
+            rehearse(
+                lambda: cls(
+                    checkpoint.rebuilt_model(state["model_spec"], path), plugins=uses, **arguments
+                ),
+                state,
+                str(path),
+            )
         with naming(path):
             learner = cls(
                 checkpoint.rebuilt_model(state["model_spec"], path) if model is None else model,
-                plugins=[checkpoint.plugin_use(use, path) for use in state["plugins"]] if plugins is None else plugins,
+                plugins=[checkpoint.plugin_use(use, path) for use in state["plugins"]]
+                if plugins is None
+                else plugins,
                 world=world,
                 **arguments,
             )
         learner.load_state_dict(state, str(path))
         return learner
 
-    def _select_adapted(self, names: tuple[str, ...], layers: Mapping[str, type[nn.Module]]) -> tuple[str, ...]:
+    def _select_adapted(
+        self, names: tuple[str, ...], layers: Mapping[str, type[nn.Module]]
+    ) -> tuple[str, ...]:
         selected = self.chain.fold("select_adapted", names, layers=layers)
         if not selected:
             raise RequestError("the plugins select no parameter to adapt: leave at least one")
@@ -510,10 +606,15 @@ class MetaLearner:
         trained = self.settings.inner_steps
         steps = trained if inner_steps is None else inner_steps
         if steps < 0:
-            raise RequestError(f"inner_steps = {steps}: a task cannot be adapted for fewer than 0 steps")
+            raise RequestError(
+                f"inner_steps = {steps}: a task cannot be adapted for fewer than 0 steps"
+            )
         if steps > trained and self.chain.plugins and not self._warned:
             self._warned = True
-            warnings.warn(f"adapting for {steps} inner steps, trained with {trained}: later steps use the last step's values", stacklevel=3)
+            warnings.warn(
+                f"adapting for {steps} inner steps, trained with {trained}: later steps use the last step's values",
+                stacklevel=3,
+            )
         return steps
 
 

@@ -14,12 +14,19 @@ from metaplug.errors import RequestError, did_you_mean, one_line
 class Settings(BaseModel):
     """A frozen pydantic model that refuses fields it does not know. Give every field a description, a unit and bounds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
+    )
 
 
 def own_first(model: type[BaseModel]) -> list[str]:
     """The names of a model's fields as people read them: what the class adds itself, then what it shares with others."""
-    shared = {name for base in model.__mro__[1:] if issubclass(base, BaseModel) for name in base.model_fields}
+    shared = {
+        name
+        for base in model.__mro__[1:]
+        if issubclass(base, BaseModel)
+        for name in base.model_fields
+    }
     return sorted(model.model_fields, key=lambda name: name in shared)
 
 
@@ -37,7 +44,9 @@ def validated(model: type[S], values: Mapping[str, Any], owner: str) -> S:
     except ValidationError as error:
         faults = error.errors()
         more = [f"and {len(faults) - _MOST_FAULTS} more"] if len(faults) > _MOST_FAULTS else []
-        raise RequestError(f"{owner}: {'; '.join([*(_fault(model, fault) for fault in faults[:_MOST_FAULTS]), *more])}") from None
+        raise RequestError(
+            f"{owner}: {'; '.join([*(_fault(model, fault) for fault in faults[:_MOST_FAULTS]), *more])}"
+        ) from None
 
 
 _MOST_FAULTS = 10
@@ -65,7 +74,9 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
     """The field names of the model that stands at `path`, for the nearest-name hint."""
     for part in path:
         field = model.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        if field is None or not (
+            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        ):
             return []
         model = field.annotation
     return list(model.model_fields)

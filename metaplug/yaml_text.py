@@ -19,7 +19,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            text = file.read(MOST_BYTES + 1).decode()  # one more than it may be, as a pipe has no size to ask for
+            text = file.read(
+                MOST_BYTES + 1
+            ).decode()  # one more than it may be, as a pipe has no size to ask for
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise RequestError(f"cannot read {path}: {reason}; give a YAML file") from None
@@ -36,13 +38,19 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
         values = yaml.load(text, Loader=StrictLoader)
     except yaml.MarkedYAMLError as error:
         where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise RequestError(f"{origin}{where} is not valid YAML: {one_line(error.problem or error.context)}; correct it there") from None
+        raise RequestError(
+            f"{origin}{where} is not valid YAML: {one_line(error.problem or error.context)}; correct it there"
+        ) from None
     except yaml.YAMLError as error:
-        raise RequestError(f"{origin} is not valid YAML: {one_line(error)}; correct it there") from None
+        raise RequestError(
+            f"{origin} is not valid YAML: {one_line(error)}; correct it there"
+        ) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise RequestError(f"{origin} holds a {type(values).__name__}, not a mapping of settings: begin with a line such as 'preset: maml'")
+        raise RequestError(
+            f"{origin} holds a {type(values).__name__}, not a mapping of settings: begin with a line such as 'preset: maml'"
+        )
     return values
 
 
@@ -50,7 +58,9 @@ MOST_BYTES = 256 * 1024
 """Of a YAML text; PyYAML takes about ten seconds for a megabyte."""
 _MOST_NODES, _MOST_DEPTH, _MOST_BITS = 100_000, 50, 64
 """Of what a YAML text says, each alias counted as what it stands for; of lists in lists; of a whole number."""
-_PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
+_PLAIN = {
+    f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")
+}
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -80,9 +90,14 @@ class StrictLoader(yaml.SafeLoader):
         try:
             value = super().construct_object(node, deep=deep)
         except (ValueError, LookupError, OverflowError):
-            raise _refusal(f"'{_short(node)}' cannot be read as {node.tag.rpartition(':')[2]}; in quotes it is text", node) from None
+            raise _refusal(
+                f"'{_short(node)}' cannot be read as {node.tag.rpartition(':')[2]}; in quotes it is text",
+                node,
+            ) from None
         if isinstance(value, int) and value.bit_length() > _MOST_BITS:
-            raise _refusal(f"'{_short(node)}' is a whole number of more than {_MOST_BITS} bits", node)
+            raise _refusal(
+                f"'{_short(node)}' is a whole number of more than {_MOST_BITS} bits", node
+            )
         return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -107,14 +122,25 @@ def _measured(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tupl
         return found
     if node.tag not in _PLAIN and node.tag != _MERGE:
         kind = node.tag.removeprefix("tag:yaml.org,2002:")[:40]
-        raise _refusal(f"'{_short(node)}' is read as a {kind}, which no setting is: put it in quotes to have text", node)
+        raise _refusal(
+            f"'{_short(node)}' is read as a {kind}, which no setting is: put it in quotes to have text",
+            node,
+        )
     known[id(node)] = None
     below = [] if isinstance(node, yaml.ScalarNode) else node.value
-    parts = [part for pair in below for part in pair] if isinstance(node, yaml.MappingNode) else below
+    parts = (
+        [part for pair in below for part in pair] if isinstance(node, yaml.MappingNode) else below
+    )
     sizes = [_measured(part, known) for part in parts]
-    size, depth = 1 + sum(size for size, _ in sizes), 1 + max((depth for _, depth in sizes), default=0)
+    size, depth = (
+        1 + sum(size for size, _ in sizes),
+        1 + max((depth for _, depth in sizes), default=0),
+    )
     if size > _MOST_NODES or depth > _MOST_DEPTH:
-        raise _refusal(f"its aliases stand for more than {_MOST_NODES} values, or nest more than {_MOST_DEPTH} deep", node)
+        raise _refusal(
+            f"its aliases stand for more than {_MOST_NODES} values, or nest more than {_MOST_DEPTH} deep",
+            node,
+        )
     known[id(node)] = size, depth
     return size, depth
 
@@ -124,4 +150,10 @@ def _refusal(problem: str, at: Any) -> yaml.constructor.ConstructorError:
 
 
 def _short(node: yaml.Node) -> str:
-    return node.value[:40] if isinstance(node, yaml.ScalarNode) else "[...]" if isinstance(node, yaml.SequenceNode) else "{...}"
+    return (
+        node.value[:40]
+        if isinstance(node, yaml.ScalarNode)
+        else "[...]"
+        if isinstance(node, yaml.SequenceNode)
+        else "{...}"
+    )

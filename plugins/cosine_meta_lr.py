@@ -22,8 +22,14 @@ class CosineMetaLr(Plugin):
     class Config(PluginConfig):
         """Where it ends, and how finely it steps."""
 
-        final_factor: float = Field(0.01, ge=0, le=1, description="f, the factor at the end of the run.")
-        iterations_per_epoch: int = Field(1, ge=1, description="Meta-iterations between two changes; 1 anneals in every iteration.")
+        final_factor: float = Field(
+            0.01, ge=0, le=1, description="f, the factor at the end of the run."
+        )
+        iterations_per_epoch: int = Field(
+            1,
+            ge=1,
+            description="Meta-iterations between two changes; 1 anneals in every iteration.",
+        )
 
     config: Config
 
@@ -36,6 +42,9 @@ class CosineMetaLr(Plugin):
         return {"factor": self._factor(iteration, total)}
 
     def _factor(self, iteration: int, total: int) -> float:
-        begun = epoch_of(iteration, total, self.config.iterations_per_epoch) * self.config.iterations_per_epoch
+        begun = (
+            epoch_of(iteration, total, self.config.iterations_per_epoch)
+            * self.config.iterations_per_epoch
+        )
         final = self.config.final_factor
         return final + (1 - final) * (1 + math.cos(math.pi * begun / max(total, 1))) / 2

@@ -21,9 +21,13 @@ class DerivativeOrder(Plugin):
     class Config(PluginConfig):
         """When second order begins."""
 
-        switch: int | None = Field(None, ge=0, description="The epoch from which on second order is used; null: never.")
+        switch: int | None = Field(
+            None, ge=0, description="The epoch from which on second order is used; null: never."
+        )
         iterations_per_epoch: int | None = Field(
-            1, ge=1, description="Meta-iterations in an epoch; 1 counts in iterations, null makes an epoch a hundredth of the run."
+            1,
+            ge=1,
+            description="Meta-iterations in an epoch; 1 counts in iterations, null makes an epoch a hundredth of the run.",
         )
 
     config: Config
@@ -38,4 +42,9 @@ class DerivativeOrder(Plugin):
 
     def _order(self, iteration: int, total: int) -> int:
         switch = self.config.switch
-        return 2 if switch is not None and epoch_of(iteration, total, self.config.iterations_per_epoch) >= switch else 1
+        return (
+            2
+            if switch is not None
+            and epoch_of(iteration, total, self.config.iterations_per_epoch) >= switch
+            else 1
+        )

@@ -24,14 +24,22 @@ class GradientClipping(Plugin):
         """At least one of the two bounds."""
 
         max_norm: float | None = Field(
-            None, gt=0, description="c, the longest inner gradient of a task; null leaves inner gradients alone."
+            None,
+            gt=0,
+            description="c, the longest inner gradient of a task; null leaves inner gradients alone.",
         )
-        max_meta_norm: float | None = Field(None, gt=0, description="C, the longest meta-gradient; null leaves meta-gradients alone.")
+        max_meta_norm: float | None = Field(
+            None,
+            gt=0,
+            description="C, the longest meta-gradient; null leaves meta-gradients alone.",
+        )
 
         @model_validator(mode="after")
         def _clips_something(self) -> GradientClipping.Config:
             if self.max_norm is None and self.max_meta_norm is None:
-                raise ValueError("neither max_norm nor max_meta_norm is set, so that nothing would be clipped: set one")
+                raise ValueError(
+                    "neither max_norm nor max_meta_norm is set, so that nothing would be clipped: set one"
+                )
             return self
 
     config: Config
@@ -39,22 +47,36 @@ class GradientClipping(Plugin):
 
     @hookimpl
     def setup(self, context: Context) -> None:
-        self.register_buffer("clipped", torch.zeros(max(context.inner_steps, 1), device=context.device), persistent=False)
+        self.register_buffer(
+            "clipped",
+            torch.zeros(max(context.inner_steps, 1), device=context.device),
+            persistent=False,
+        )
 
     @hookimpl
     def transform_gradients(self, gradients: Gradients, step: InnerStep) -> Gradients | None:
         if self.config.max_norm is None:
             return None
-        squared = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients.values()]).sum(0)
+        squared = torch.stack(
+            [gradient.flatten(1).square().sum(1) for gradient in gradients.values()]
+        ).sum(0)
         scale = _scale(squared, self.config.max_norm)
         step.keep(f"{step.slot}", (scale < 1).to(torch.float32).mean())
-        return {name: gradient * scale.view(-1, *[1] * (gradient.dim() - 1)) for name, gradient in gradients.items()}
+        return {
+            name: gradient * scale.view(-1, *[1] * (gradient.dim() - 1))
+            for name, gradient in gradients.items()
+        }
 
     @hookimpl
-    def transform_meta_gradients(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+    def transform_meta_gradients(
+        self, gradients: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor] | None:
         if self.config.max_meta_norm is None:
             return None
-        scale = _scale(torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum(), self.config.max_meta_norm)
+        scale = _scale(
+            torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum(),
+            self.config.max_meta_norm,
+        )
         return {name: gradient * scale for name, gradient in gradients.items()}
 
     @hookimpl
@@ -65,7 +87,11 @@ class GradientClipping(Plugin):
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
         """The share of tasks whose inner gradient was clipped, by inner step."""
-        return {} if self.config.max_norm is None else {f"clipped/{slot}": float(share) for slot, share in enumerate(self.clipped)}
+        return (
+            {}
+            if self.config.max_norm is None
+            else {f"clipped/{slot}": float(share) for slot, share in enumerate(self.clipped)}
+        )
 
 
 def _scale(squared: Tensor, bound: float) -> Tensor:

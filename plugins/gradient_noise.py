@@ -23,9 +23,14 @@ class GradientNoise(Plugin):
         """How much noise, and how fast it fades."""
 
         scale: float = Field(
-            1e-6, ge=0, le=1e6, description="Variance of the noise on every entry in the first iteration, in units of the squared gradient."
+            1e-6,
+            ge=0,
+            le=1e6,
+            description="Variance of the noise on every entry in the first iteration, in units of the squared gradient.",
         )
-        decay: float = Field(0.55, ge=0, le=10, description="Exponent of its decay; 0 keeps it for good.")
+        decay: float = Field(
+            0.55, ge=0, le=10, description="Exponent of its decay; 0 keeps it for good."
+        )
 
     config: Config
 
@@ -34,7 +39,9 @@ class GradientNoise(Plugin):
         deviation = self._deviation(step.meta_iteration)
         if not step.training or deviation == 0:
             return None
-        return {name: gradient + deviation * _normal(gradient) for name, gradient in gradients.items()}
+        return {
+            name: gradient + deviation * _normal(gradient) for name, gradient in gradients.items()
+        }
 
     @hookimpl
     def end_meta_step(self, iteration: int) -> dict[str, float]:

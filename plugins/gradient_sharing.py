@@ -11,7 +11,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from metaplug import Context, Gradients, InnerStep, LearnedPluginConfig, Plugin, RequestError, checkpoint, hookimpl
+from metaplug import (
+    Context,
+    Gradients,
+    InnerStep,
+    LearnedPluginConfig,
+    Plugin,
+    RequestError,
+    checkpoint,
+    hookimpl,
+)
 
 EPSILON = 1e-12
 
@@ -48,45 +57,77 @@ class GradientSharing(Plugin):
     class Config(LearnedPluginConfig):
         """Options of gradient sharing."""
 
-        gate: float = Field(0.5, ge=0, le=1, description="Initial weight σ(λ) of the shared direction. Exactly 0 or 1 stays so for good.")
-        momentum: float = Field(0.5, ge=0, le=1, description="Initial weight σ(m) of earlier batches. Exactly 0 or 1 stays so for good.")
+        gate: float = Field(
+            0.5,
+            ge=0,
+            le=1,
+            description="Initial weight σ(λ) of the shared direction. Exactly 0 or 1 stays so for good.",
+        )
+        momentum: float = Field(
+            0.5,
+            ge=0,
+            le=1,
+            description="Initial weight σ(m) of earlier batches. Exactly 0 or 1 stays so for good.",
+        )
         learn_gate: bool = Field(True, description="Whether the gate is meta-learned.")
         learn_momentum: bool = Field(True, description="Whether the momentum is meta-learned.")
-        gate_function: Literal["sigmoid", "hard-sigmoid", "clamp"] = Field("sigmoid", description="σ, from a meta-parameter to a weight.")
+        gate_function: Literal["sigmoid", "hard-sigmoid", "clamp"] = Field(
+            "sigmoid", description="σ, from a meta-parameter to a weight."
+        )
         granularity: Literal["step", "tensor", "step-and-tensor", "one"] = Field(
             "step", description="What has a gate and a momentum of its own."
         )
         conditioning: Literal["none", "task"] = Field(
-            "none", description="task: gates and momenta depend on each task's own gradient too, its length and its agreement with r."
+            "none",
+            description="task: gates and momenta depend on each task's own gradient too, its length and its agreement with r.",
         )
         normalisation: Literal["unit", "none", "mean-unit"] = Field(
             "unit",
             description="unit: each task's gradient, then the mean; mean-unit: the mean, then its length; none: the plain mean, unscaled.",
         )
         scope: Literal["all", "tensor"] = Field(
-            "all", description="Whether a norm runs over all adapted parameters together or each tensor alone."
+            "all",
+            description="Whether a norm runs over all adapted parameters together or each tensor alone.",
         )
         statistics: Literal["accumulated", "learned", "frozen"] = Field(
             "accumulated",
             description="r: the running mean; learned: a meta-parameter, from 0; frozen: what `start` holds, never updated.",
         )
         start: Path | None = Field(
-            None, description="A checkpoint whose running mean this one begins with, read whenever the learner is made; null: with none."
+            None,
+            description="A checkpoint whose running mean this one begins with, read whenever the learner is made; null: with none.",
         )
-        streaming: bool = Field(False, description="Whether the tasks of a batch arrive one at a time, in their order.")
-        through_mean: bool = Field(True, description="Whether meta-gradients flow through the mean into all tasks.")
+        streaming: bool = Field(
+            False, description="Whether the tasks of a batch arrive one at a time, in their order."
+        )
+        through_mean: bool = Field(
+            True, description="Whether meta-gradients flow through the mean into all tasks."
+        )
         share_at_evaluation: bool = Field(
-            False, description="Share within a batch of test tasks too; results are then labelled transductive."
+            False,
+            description="Share within a batch of test tasks too; results are then labelled transductive.",
         )
-        meta_lr: float = Field(1e-2, gt=0, le=10, description="Meta learning rate of gates, momenta and learned statistics.")
+        meta_lr: float = Field(
+            1e-2,
+            gt=0,
+            le=10,
+            description="Meta learning rate of gates, momenta and learned statistics.",
+        )
 
         @model_validator(mode="after")
         def _statistics_have_a_use(self) -> GradientSharing.Config:
             if self.statistics == "frozen" and self.start is None:
-                raise ValueError("statistics = 'frozen' needs a running mean to freeze: give start, a checkpoint that has one")
-            for option, set_so in (("streaming", self.streaming), ("share_at_evaluation", self.share_at_evaluation)):
+                raise ValueError(
+                    "statistics = 'frozen' needs a running mean to freeze: give start, a checkpoint that has one"
+                )
+            for option, set_so in (
+                ("streaming", self.streaming),
+                ("share_at_evaluation", self.share_at_evaluation),
+            ):
                 if self.statistics != "accumulated" and set_so:
-                    raise ValueError(f"{option} changes how statistics accumulate, and statistics = '{self.statistics}': choose one")
+                    raise ValueError(
+                        f"{option} changes how statistics accumulate, and statistics = '{self.statistics}': choose one"
+                    )
             return self
 
     config: Config
@@ -115,20 +156,34 @@ class GradientSharing(Plugin):
             self.register_parameter("running", nn.Parameter(running))
         else:
             self.register_buffer("running", running)
-        self.register_buffer("started", torch.full((slots,), self.config.statistics == "learned", device=context.device))
-        tensor_of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes), output_size=sum(sizes))
+        self.register_buffer(
+            "started",
+            torch.full((slots,), self.config.statistics == "learned", device=context.device),
+        )
+        tensor_of = torch.repeat_interleave(
+            torch.arange(len(sizes)), torch.tensor(sizes), output_size=sum(sizes)
+        )
         self.register_buffer("tensor_of", tensor_of.to(context.device), persistent=False)
         by_step, by_tensor = "step" in self.config.granularity, "tensor" in self.config.granularity
         shape = (slots if by_step else 1, len(sizes) if by_tensor else 1)
         for name, value, learn in (
             ("gate", self.config.gate, self.config.learn_gate),
-            ("momentum", self.config.momentum, self.config.learn_momentum and self.config.statistics == "accumulated"),
+            (
+                "momentum",
+                self.config.momentum,
+                self.config.learn_momentum and self.config.statistics == "accumulated",
+            ),
         ):
             if 0 < value < 1:
                 start = UNSQUASH[self.config.gate_function](value)
-                self.register_parameter(name, nn.Parameter(zero.new_full(shape, start), requires_grad=learn))
+                self.register_parameter(
+                    name, nn.Parameter(zero.new_full(shape, start), requires_grad=learn)
+                )
                 if self.config.conditioning == "task":
-                    self.register_parameter(f"{name}_by_task", nn.Parameter(zero.new_zeros(*shape, 2), requires_grad=learn))
+                    self.register_parameter(
+                        f"{name}_by_task",
+                        nn.Parameter(zero.new_zeros(*shape, 2), requires_grad=learn),
+                    )
         if self.config.start is not None:
             self._begin_with(self.config.start)
 
@@ -138,8 +193,12 @@ class GradientSharing(Plugin):
             return None
         slot, flat = step.slot, self._flatten(gradients)
         length = self._length(flat)
-        if self.config.statistics == "accumulated" and (step.training or self.config.share_at_evaluation):
-            shared, traits, kept = (self._streamed if self.config.streaming else self._accumulated)(flat, length, step)
+        if self.config.statistics == "accumulated" and (
+            step.training or self.config.share_at_evaluation
+        ):
+            shared, traits, kept = (self._streamed if self.config.streaming else self._accumulated)(
+                flat, length, step
+            )
             gate = self._weight("gate", slot, traits)
             step.keep(f"{slot}", kept)
         else:
@@ -156,19 +215,33 @@ class GradientSharing(Plugin):
 
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
-        names, slots = ("gate", "momentum") if self.config.statistics == "accumulated" else ("gate",), len(self.started)
+        names, slots = (
+            ("gate", "momentum") if self.config.statistics == "accumulated" else ("gate",),
+            len(self.started),
+        )
         with torch.no_grad():
-            weights = [torch.stack([self._weight(name, slot).mean() for slot in range(slots)]).tolist() for name in names]
-        return {f"{name}/{slot}": weight for name, by_slot in zip(names, weights, strict=True) for slot, weight in enumerate(by_slot)}
+            weights = [
+                torch.stack([self._weight(name, slot).mean() for slot in range(slots)]).tolist()
+                for name in names
+            ]
+        return {
+            f"{name}/{slot}": weight
+            for name, by_slot in zip(names, weights, strict=True)
+            for slot, weight in enumerate(by_slot)
+        }
 
-    def _accumulated(self, flat: Tensor, length: Tensor, step: InnerStep) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _accumulated(
+        self, flat: Tensor, length: Tensor, step: InnerStep
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """r for this step, (P,), or (T, P) where each task has its own; the tasks' traits; and what of r is to be stored, (P,)."""
         old, traits = self.running[step.slot], self._traits(flat, self.running[step.slot])
         momentum = self.started[step.slot] * self._weight("momentum", step.slot, traits)
         shared = torch.lerp(self._mean(flat, length, step), old, momentum)
         return shared, traits, shared if shared.dim() == 1 else step.task_mean(shared)
 
-    def _streamed(self, flat: Tensor, length: Tensor, step: InnerStep) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _streamed(
+        self, flat: Tensor, length: Tensor, step: InnerStep
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The same for tasks that arrive one at a time: each finds what those before it have left."""
         old, started = self.running[step.slot], self.started[step.slot]
         units = flat if self.config.normalisation == "none" else flat / length
@@ -176,7 +249,9 @@ class GradientSharing(Plugin):
         for gradient, unit in zip(flat.split(1), units.split(1), strict=True):
             own = self._traits(gradient, old)
             momentum = started * self._weight("momentum", step.slot, own)
-            shared.append(torch.lerp(unit if self.config.through_mean else unit.detach(), old, momentum))
+            shared.append(
+                torch.lerp(unit if self.config.through_mean else unit.detach(), old, momentum)
+            )
             old, started = shared[-1].detach()[0], torch.ones_like(started)
             traits += [] if own is None else [own]
         return torch.cat(shared), torch.cat(traits) if traits else None, old
@@ -195,7 +270,9 @@ class GradientSharing(Plugin):
         """(rows, 1) or, by tensor, (rows, P): the norm that belongs to each column of `flat` (rows, P)."""
         if self.config.scope == "all":
             return _norm(flat)
-        squares = [torch.linalg.vecdot(part, part) for part in flat.split(list(self._sizes.values()), 1)]
+        squares = [
+            torch.linalg.vecdot(part, part) for part in flat.split(list(self._sizes.values()), 1)
+        ]
         return _root(torch.stack(squares, 1)).index_select(1, self.tensor_of)
 
     def _traits(self, flat: Tensor, old: Tensor) -> Tensor | None:
@@ -203,13 +280,18 @@ class GradientSharing(Plugin):
         if self.config.conditioning == "none":
             return None
         length = _norm(flat)
-        return torch.cat([length.log(), (flat @ old).unsqueeze(1) / length / _norm(old.unsqueeze(0))], 1)
+        return torch.cat(
+            [length.log(), (flat @ old).unsqueeze(1) / length / _norm(old.unsqueeze(0))], 1
+        )
 
     def _weight(self, name: str, slot: int, traits: Tensor | None = None) -> Tensor:
         """σ of the gate or momentum of a slot: () or (1,) or, by tensor, (P,); conditioned on the task's traits, (T, 1) or (T, P)."""
         value, by_task = self._parameters.get(name), self._parameters.get(f"{name}_by_task")
         if value is None:
-            return self.started.new_tensor(self.config.gate if name == "gate" else self.config.momentum, dtype=self.running.dtype)
+            return self.started.new_tensor(
+                self.config.gate if name == "gate" else self.config.momentum,
+                dtype=self.running.dtype,
+            )
         row = slot if len(value) > 1 else 0
         logits = value[row]
         if traits is not None and by_task is not None:
@@ -244,7 +326,8 @@ class GradientSharing(Plugin):
         """(T, P) over all adapted parameters, zero where one received no gradient."""
         tasks = len(next(iter(gradients.values())))
         parts = [
-            gradients[name].flatten(1) if name in gradients else self.running.new_zeros(tasks, size) for name, size in self._sizes.items()
+            gradients[name].flatten(1) if name in gradients else self.running.new_zeros(tasks, size)
+            for name, size in self._sizes.items()
         ]
         return torch.cat(parts, 1)
 

@@ -21,7 +21,9 @@ class LabelSmoothing(Plugin):
     class Config(PluginConfig):
         """How much is spread."""
 
-        smoothing: float = Field(0.1, ge=0, le=1, description="ε, the share of a label that is spread over all classes.")
+        smoothing: float = Field(
+            0.1, ge=0, le=1, description="ε, the share of a label that is spread over all classes."
+        )
 
     config: Config
 

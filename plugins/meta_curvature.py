@@ -23,7 +23,9 @@ class MetaCurvature(Plugin):
     class Config(LearnedPluginConfig):
         """How fast the matrices are learned, and how large they may be."""
 
-        largest: int = Field(2048, ge=1, description="The longest axis that may get a matrix, of its length squared.")
+        largest: int = Field(
+            2048, ge=1, description="The longest axis that may get a matrix, of its length squared."
+        )
 
     config: Config
 
@@ -38,7 +40,9 @@ class MetaCurvature(Plugin):
             )
         self.matrices = nn.ParameterDict(
             {
-                f"{key_of(name)}/{axis}": torch.eye(size, dtype=context.dtype, device=context.device)
+                f"{key_of(name)}/{axis}": torch.eye(
+                    size, dtype=context.dtype, device=context.device
+                )
                 for name in context.adapted
                 for axis, size in zip(("out", "in", "place"), sizes[name], strict=False)
             }
@@ -50,11 +54,18 @@ class MetaCurvature(Plugin):
 
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
-        distances = [(matrix.detach() - torch.eye(len(matrix)).to(matrix)).square().mean() for matrix in self.matrices.values()]
+        distances = [
+            (matrix.detach() - torch.eye(len(matrix)).to(matrix)).square().mean()
+            for matrix in self.matrices.values()
+        ]
         return {"distance": float(torch.stack(distances).mean().sqrt())}
 
     def _curved(self, name: str, gradient: Tensor) -> Tensor:
-        matrices = [self.matrices[key] for axis in ("out", "in", "place") if (key := f"{key_of(name)}/{axis}") in self.matrices]
+        matrices = [
+            self.matrices[key]
+            for axis in ("out", "in", "place")
+            if (key := f"{key_of(name)}/{axis}") in self.matrices
+        ]
         curved = gradient.reshape(len(gradient), *(len(matrix) for matrix in matrices))
         for axis, matrix in enumerate(matrices, 1):
             curved = (curved.movedim(axis, -1) @ matrix.T).movedim(-1, axis)

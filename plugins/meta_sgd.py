@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from metaplug import Context, LearnedPluginConfig, LearningRates, Plugin, RequestError, hookimpl, key_of
+from metaplug import (
+    Context,
+    LearnedPluginConfig,
+    LearningRates,
+    Plugin,
+    RequestError,
+    hookimpl,
+    key_of,
+)
 
 
 class MetaSgd(Plugin):
@@ -27,18 +35,28 @@ class MetaSgd(Plugin):
     @hookimpl
     def setup(self, context: Context) -> None:
         if context.inner_lr == 0:
-            raise RequestError(f"plugin '{self.name}' learns rates that start at inner_lr, which is 0: give an inner_lr above 0")
+            raise RequestError(
+                f"plugin '{self.name}' learns rates that start at inner_lr, which is 0: give an inner_lr above 0"
+            )
         self._start = context.inner_lr
         self.rates = nn.ParameterDict(
             {
-                key_of(name): torch.full(context.shapes[name], context.inner_lr, dtype=context.dtype, device=context.device)
+                key_of(name): torch.full(
+                    context.shapes[name],
+                    context.inner_lr,
+                    dtype=context.dtype,
+                    device=context.device,
+                )
                 for name in context.adapted
             }
         )
 
     @hookimpl
     def transform_learning_rates(self, learning_rates: LearningRates) -> LearningRates:
-        return {name: rate / self._start * self.rates[key_of(name)] for name, rate in learning_rates.items()}
+        return {
+            name: rate / self._start * self.rates[key_of(name)]
+            for name, rate in learning_rates.items()
+        }
 
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:

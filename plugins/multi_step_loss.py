@@ -24,23 +24,44 @@ class MultiStepLoss(Plugin):
     class Config(PluginConfig):
         """How fast the earlier steps fade."""
 
-        annealing_epochs: int = Field(10, ge=0, description="E, the epoch from which on only the last step counts; 0: from the start.")
-        floor: float = Field(0.03, ge=0, le=1, description="What is left of an earlier step's 1/N at least, before epoch E.")
+        annealing_epochs: int = Field(
+            10,
+            ge=0,
+            description="E, the epoch from which on only the last step counts; 0: from the start.",
+        )
+        floor: float = Field(
+            0.03,
+            ge=0,
+            le=1,
+            description="What is left of an earlier step's 1/N at least, before epoch E.",
+        )
         iterations_per_epoch: int | None = Field(
-            None, ge=1, description="Meta-iterations in an epoch (500 in the paper); null makes an epoch a hundredth of the run."
+            None,
+            ge=1,
+            description="Meta-iterations in an epoch (500 in the paper); null makes an epoch a hundredth of the run.",
         )
 
     config: Config
 
     @hookimpl
     def outer_step_weights(self, iteration: int, inner_steps: int, total: int) -> list[float]:
-        epoch, annealing = epoch_of(iteration, total, self.config.iterations_per_epoch), self.config.annealing_epochs
+        epoch, annealing = (
+            epoch_of(iteration, total, self.config.iterations_per_epoch),
+            self.config.annealing_epochs,
+        )
         if epoch >= annealing:
             return [0.0] * (inner_steps - 1) + [1.0]
-        earlier = max(1 / inner_steps - epoch / (inner_steps * annealing), self.config.floor / inner_steps)
+        earlier = max(
+            1 / inner_steps - epoch / (inner_steps * annealing), self.config.floor / inner_steps
+        )
         return [earlier] * (inner_steps - 1) + [1 - earlier * (inner_steps - 1)]
 
     @hookimpl
     def end_meta_step(self, iteration: int, total: int) -> dict[str, float]:
         epoch = epoch_of(iteration, total, self.config.iterations_per_epoch)
-        return {"epoch": epoch, "annealed": min(1.0, epoch / self.config.annealing_epochs) if self.config.annealing_epochs else 1.0}
+        return {
+            "epoch": epoch,
+            "annealed": min(1.0, epoch / self.config.annealing_epochs)
+            if self.config.annealing_epochs
+            else 1.0,
+        }

@@ -24,7 +24,9 @@ class PartialAdaptation(Plugin):
     class Config(PluginConfig):
         """Which part adapts, and what the head is."""
 
-        adapts: Literal["head", "body"] = Field("head", description="head: what `head` names; body: everything else.")
+        adapts: Literal["head", "body"] = Field(
+            "head", description="head: what `head` names; body: everything else."
+        )
         head: tuple[str, ...] | None = Field(
             None,
             min_length=1,
@@ -36,7 +38,9 @@ class PartialAdaptation(Plugin):
     @hookimpl
     def select_adapted(self, names: tuple[str, ...]) -> tuple[str, ...]:
         patterns = self.config.head or (_last_module(names),)
-        unmatched = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+        unmatched = [
+            pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)
+        ]
         if unmatched:
             raise RequestError(
                 f"plugin '{self.name}': the pattern '{unmatched[0]}' matches none of the parameters that may adapt "
@@ -45,7 +49,9 @@ class PartialAdaptation(Plugin):
         head = {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
         selected = tuple(name for name in names if (name in head) == (self.config.adapts == "head"))
         if not selected:
-            raise RequestError(f"plugin '{self.name}' would adapt the body, but all that may adapt is the head: correct head")
+            raise RequestError(
+                f"plugin '{self.name}' would adapt the body, but all that may adapt is the head: correct head"
+            )
         return selected
 
 

@@ -6,7 +6,16 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from metaplug import Context, InnerStep, LearnedPluginConfig, Parameters, Plugin, RequestError, hookimpl, key_of
+from metaplug import (
+    Context,
+    InnerStep,
+    LearnedPluginConfig,
+    Parameters,
+    Plugin,
+    RequestError,
+    hookimpl,
+    key_of,
+)
 
 
 class PerStepBatchNorm(Plugin):
@@ -27,7 +36,9 @@ class PerStepBatchNorm(Plugin):
     config: Config
 
     @hookimpl
-    def select_adapted(self, names: tuple[str, ...], layers: Mapping[str, type[nn.Module]]) -> tuple[str, ...]:
+    def select_adapted(
+        self, names: tuple[str, ...], layers: Mapping[str, type[nn.Module]]
+    ) -> tuple[str, ...]:
         return tuple(name for name in names if not _of_batch_norm(layers[name]))
 
     @hookimpl
@@ -39,21 +50,35 @@ class PerStepBatchNorm(Plugin):
                 "leave it out, or use a model that has them, such as conv4"
             )
         slots = max(context.inner_steps, 1)
-        self.values = nn.ParameterDict({key_of(name): context.parameters[name].expand(slots, -1).clone() for name in names})
+        self.values = nn.ParameterDict(
+            {key_of(name): context.parameters[name].expand(slots, -1).clone() for name in names}
+        )
         self._names = names
 
     @hookimpl
     def transform_parameters(self, parameters: Parameters, step: InnerStep) -> Parameters:
         slot, tasks = step.slot, len(next(iter(parameters.values())))
-        return {**parameters, **{name: self.values[key_of(name)][slot].expand(tasks, -1) for name in self._names}}
+        return {
+            **parameters,
+            **{name: self.values[key_of(name)][slot].expand(tasks, -1) for name in self._names},
+        }
 
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
-        kinds = {kind: [name for name in self._names if name.endswith(kind)] for kind in ("weight", "bias")}
-        means = {
-            kind: sum(self.values[key_of(name)].detach().mean(1) for name in names) / len(names) for kind, names in kinds.items() if names
+        kinds = {
+            kind: [name for name in self._names if name.endswith(kind)]
+            for kind in ("weight", "bias")
         }
-        return {f"{kind}/{slot}": float(value) for kind, mean in means.items() for slot, value in enumerate(mean)}
+        means = {
+            kind: sum(self.values[key_of(name)].detach().mean(1) for name in names) / len(names)
+            for kind, names in kinds.items()
+            if names
+        }
+        return {
+            f"{kind}/{slot}": float(value)
+            for kind, mean in means.items()
+            for slot, value in enumerate(mean)
+        }
 
 
 def _of_batch_norm(layer: type[nn.Module]) -> bool:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from metaplug import Context, InnerStep, LearnedPluginConfig, LearningRates, Plugin, RequestError, hookimpl
+from metaplug import (
+    Context,
+    InnerStep,
+    LearnedPluginConfig,
+    LearningRates,
+    Plugin,
+    RequestError,
+    hookimpl,
+)
 
 
 class PerStepLearningRates(Plugin):
@@ -27,17 +35,28 @@ class PerStepLearningRates(Plugin):
     @hookimpl
     def setup(self, context: Context) -> None:
         if context.inner_lr == 0:
-            raise RequestError(f"plugin '{self.name}' learns rates that start at inner_lr, which is 0: give an inner_lr above 0")
+            raise RequestError(
+                f"plugin '{self.name}' learns rates that start at inner_lr, which is 0: give an inner_lr above 0"
+            )
         self._start = context.inner_lr
         self._columns = {name: column for column, name in enumerate(context.adapted)}
         shape = (max(context.inner_steps, 1), len(context.adapted))
-        self.rates = nn.Parameter(torch.full(shape, context.inner_lr, dtype=context.dtype, device=context.device))
+        self.rates = nn.Parameter(
+            torch.full(shape, context.inner_lr, dtype=context.dtype, device=context.device)
+        )
 
     @hookimpl
-    def transform_learning_rates(self, learning_rates: LearningRates, step: InnerStep) -> LearningRates:
+    def transform_learning_rates(
+        self, learning_rates: LearningRates, step: InnerStep
+    ) -> LearningRates:
         rates = self.rates[step.slot].unbind()
-        return {name: rate / self._start * rates[self._columns[name]] for name, rate in learning_rates.items()}
+        return {
+            name: rate / self._start * rates[self._columns[name]]
+            for name, rate in learning_rates.items()
+        }
 
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
-        return {f"rate/{slot}": float(rate) for slot, rate in enumerate(self.rates.detach().mean(1))}
+        return {
+            f"rate/{slot}": float(rate) for slot, rate in enumerate(self.rates.detach().mean(1))
+        }

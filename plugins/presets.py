@@ -51,7 +51,10 @@ MAML_PLUS_PLUS = Preset(
     plugins=(
         PluginUse(plugin="per-step-batch-norm"),
         PluginUse(plugin="per-step-learning-rates"),
-        PluginUse(plugin="multi-step-loss", settings={"annealing_epochs": 10, "iterations_per_epoch": None}),
+        PluginUse(
+            plugin="multi-step-loss",
+            settings={"annealing_epochs": 10, "iterations_per_epoch": None},
+        ),
         PluginUse(plugin="derivative-order", settings={"switch": 50, "iterations_per_epoch": None}),
         PluginUse(plugin="cosine-meta-lr", settings={"final_factor": 0.01}),
     ),
@@ -64,12 +67,30 @@ MAML_PLUS_PLUS_REFERENCE = Preset(
     plugins=(
         PluginUse(plugin="per-step-batch-norm"),
         PluginUse(plugin="per-step-learning-rates"),
-        PluginUse(plugin="multi-step-loss", settings={"annealing_epochs": 10, "iterations_per_epoch": 500}),
-        PluginUse(plugin="cosine-meta-lr", settings={"final_factor": 0.01, "iterations_per_epoch": 500}),
+        PluginUse(
+            plugin="multi-step-loss", settings={"annealing_epochs": 10, "iterations_per_epoch": 500}
+        ),
+        PluginUse(
+            plugin="cosine-meta-lr", settings={"final_factor": 0.01, "iterations_per_epoch": 500}
+        ),
     ),
     defaults={
-        "model": {"name": "conv4", "settings": {"filters": 64, "pooling": "max", "leaky_slope": 0.01, "initialisation": "xavier"}},
+        "model": {
+            "name": "conv4",
+            "settings": {
+                "filters": 64,
+                "pooling": "max",
+                "leaky_slope": 0.01,
+                "initialisation": "xavier",
+            },
+        },
         "learner": {"inner_lr": 0.1, "inner_steps": 5, "meta_optimizer": "adam", "meta_lr": 0.001},
-        "training": {"iterations": 50_000, "tasks_per_batch": 8, "validate_every": 500, "validation_tasks": 600, "test_tasks": 600},
+        "training": {
+            "iterations": 50_000,
+            "tasks_per_batch": 8,
+            "validate_every": 500,
+            "validation_tasks": 600,
+            "test_tasks": 600,
+        },
     },
 )

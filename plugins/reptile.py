@@ -29,9 +29,17 @@ class Reptile(Plugin):
         self, outcome: Outcome, outer_loss: Tensor, meta_parameters: Mapping[str, nn.Parameter]
     ) -> Mapping[str, Tensor]:
         start, end = outcome.initial_parameters, outcome.adapted_parameters
-        moved = {name: (start[name] - end[name]).detach().mean(0) for name in start if end[name] is not start[name]}
-        others = {name: parameter for name, parameter in meta_parameters.items() if name not in moved}
+        moved = {
+            name: (start[name] - end[name]).detach().mean(0)
+            for name in start
+            if end[name] is not start[name]
+        }
+        others = {
+            name: parameter for name, parameter in meta_parameters.items() if name not in moved
+        }
         if not others:
             return moved
-        taken = torch.autograd.grad(outer_loss, list(others.values()), allow_unused=True, materialize_grads=True)
+        taken = torch.autograd.grad(
+            outer_loss, list(others.values()), allow_unused=True, materialize_grads=True
+        )
         return {**moved, **dict(zip(others, taken, strict=True))}

@@ -22,7 +22,12 @@ class WeightDecayToInit(Plugin):
     class Config(PluginConfig):
         """How strong the pull is."""
 
-        strength: float = Field(0.1, ge=0, le=1e6, description="Weight of half the squared distance, in units of the loss.")
+        strength: float = Field(
+            0.1,
+            ge=0,
+            le=1e6,
+            description="Weight of half the squared distance, in units of the loss.",
+        )
 
     config: Config
     distance: Tensor
@@ -30,13 +35,20 @@ class WeightDecayToInit(Plugin):
     @hookimpl
     def setup(self, context: Context) -> None:
         self._adapted = context.adapted
-        self.register_buffer("distance", torch.zeros((), dtype=context.dtype, device=context.device), persistent=False)
+        self.register_buffer(
+            "distance",
+            torch.zeros((), dtype=context.dtype, device=context.device),
+            persistent=False,
+        )
 
     @hookimpl
     def transform_inner_losses(self, losses: Tensor, step: InnerStep) -> Tensor | None:
         if self.config.strength == 0:
             return None
-        moved = [(step.parameters[name] - step.initial_parameters[name]).flatten(1) for name in self._adapted]
+        moved = [
+            (step.parameters[name] - step.initial_parameters[name]).flatten(1)
+            for name in self._adapted
+        ]
         squared = torch.stack([part.square().sum(1) for part in moved]).sum(0)
         step.keep("distance", squared.detach().sqrt().mean())
         return losses + self.config.strength / 2 * squared

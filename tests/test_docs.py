@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 import typer
 
-from metaplug import hookspecs, registry
 from metaplug.cli.main import app
 from metaplug.cli.options import SHARED, resolve_options
-from metaplug.preset import PluginUse, find_preset, parse_plugin, parse_variant
+from metaplug.contract import hookspecs, registry
+from metaplug.contract.presets import PluginUse, find_preset, parse_plugin, parse_variant
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(page for page in DOCS.rglob("*.md") if DOCS / "examples" not in page.parents)]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(page for page in DOCS.rglob("*.md") if DOCS / "examples" not in page.parents),
+]
 THEIR_OWN = {"conflict-projection"}
 """Plugins that pages name and that are not installed here."""
 
@@ -26,7 +29,9 @@ THEIR_OWN = {"conflict-projection"}
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_python_blocks_run(page: Path) -> None:
     namespace: dict[str, object] = {}
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+    for block in re.findall(
+        r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    ):
         exec(compile(block, str(page), "exec"), namespace)
 
 
@@ -34,13 +39,17 @@ def test_every_page_is_in_the_site_and_every_link_is_a_page() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in PAGES[1:]:
         assert f": {page.relative_to(DOCS).as_posix()}\n" in navigation
-    for target in re.findall(r"\]\((docs/[^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
+    for target in re.findall(
+        r"\]\((docs/[^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")
+    ):
         assert (ROOT / target).exists(), target
 
 
 @pytest.mark.parametrize("name", registry.names("plugin"))
 def test_every_installed_plugin_has_a_page_that_the_code_fills_in(name: str) -> None:
-    assert f"<!-- plugin {name} -->" in (DOCS / "plugins" / f"{name}.md").read_text(encoding="utf-8")
+    assert f"<!-- plugin {name} -->" in (DOCS / "plugins" / f"{name}.md").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -52,7 +61,11 @@ def test_metaplug_commands_parse(page: Path) -> None:
         given = commands[name].make_context(name, arguments).params
         if name not in ("train", "explain", "compare") or given.get("config") is not None:
             continue
-        options = {path: value for path in SHARED if (value := given.get(path.replace(".", "_"))) is not None}
+        options = {
+            path: value
+            for path in SHARED
+            if (value := given.get(path.replace(".", "_"))) is not None
+        }
         variants = given.get("variant") or [given.get("preset") or "maml"]
         if any(".yaml" in variant for variant in variants):
             continue
@@ -69,19 +82,29 @@ def _commands(text: str) -> list[list[str]]:
     found = []
     for block in re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True) if "$" not in line and line.count('"') % 2 == 0 else []
+            words = (
+                shlex.split(line, comments=True)
+                if "$" not in line and line.count('"') % 2 == 0
+                else []
+            )
             if words[:1] == ["metaplug"] or words[:1] == ["torchrun"]:
                 found.append(words[words.index("metaplug") + 1 :])
     return found
 
 
-def test_the_picture_of_a_meta_step_has_every_hook_that_it_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_picture_of_a_meta_step_has_every_hook_that_it_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.syspath_prepend(DOCS)
     drawn = re.findall(r"hooks/#(\w+)", importlib.import_module("meta_step").pictures())
     assert set(drawn) == hookspecs.KINDS.keys() - {"select_adapted", "setup"}
 
 
 def test_every_file_that_a_page_includes_is_there() -> None:
-    included = {path for page in PAGES for path in re.findall("<!-- include (.+?) -->", page.read_text(encoding="utf-8"))}
+    included = {
+        path
+        for page in PAGES
+        for path in re.findall("<!-- include (.+?) -->", page.read_text(encoding="utf-8"))
+    }
     assert included == {"examples/conflict-projection/conflict_projection.py"}
     assert all((DOCS / path).is_file() for path in included)

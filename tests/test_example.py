@@ -14,14 +14,42 @@ from pathlib import Path
 
 import pytest
 
-from metaplug.scaffold import write_package
+from metaplug.templates import write_package
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "conflict-projection"
 MODULE = EXAMPLE / "conflict_projection.py"
 TRAIN = (
-    *("train", "--preset", "maml++", "--with", "gradient-sharing", "--with", "conflict-projection:strength=0.5"),
-    *("--tasks", "glyphs", "--ways", "2", "--queries", "1", "--tasks-per-batch", "3", "--iterations", "2", "--inner-steps", "2"),
-    *("--set", "model.settings.filters=2", "--set", "training.validation_tasks=2", "--set", "training.test_tasks=2"),
+    *(
+        "train",
+        "--preset",
+        "maml++",
+        "--with",
+        "gradient-sharing",
+        "--with",
+        "conflict-projection:strength=0.5",
+    ),
+    *(
+        "--tasks",
+        "glyphs",
+        "--ways",
+        "2",
+        "--queries",
+        "1",
+        "--tasks-per-batch",
+        "3",
+        "--iterations",
+        "2",
+        "--inner-steps",
+        "2",
+    ),
+    *(
+        "--set",
+        "model.settings.filters=2",
+        "--set",
+        "training.validation_tasks=2",
+        "--set",
+        "training.test_tasks=2",
+    ),
     *("--set", "runtime.threads=1", "--device", "cpu", "--name", "mine"),
 )
 
@@ -44,24 +72,54 @@ def stranger(tmp_path_factory):
     venv.create(folder / "venv")
     python = folder / "venv" / "bin" / "python"
     own = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True, capture_output=True, text=True
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        check=True,
+        capture_output=True,
+        text=True,
     )
-    Path(own.stdout.strip(), "parent.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    Path(own.stdout.strip(), "parent.pth").write_text(
+        f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
+    )
     shutil.copytree(EXAMPLE, folder / "example")
-    install = ("install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check", ".")
+    install = (
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "--disable-pip-version-check",
+        ".",
+    )
 
     def run(*arguments):
         # Not what this process was started with: coverage, a path to other sources, a profile of hypothesis.
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV", "HYPOTHESIS", "PYTEST"))}
-        done = subprocess.run([python, *arguments], cwd=folder / "example", env=kept, capture_output=True, text=True, check=False)
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PYTHON", "COV", "HYPOTHESIS", "PYTEST"))
+        }
+        done = subprocess.run(
+            [python, *arguments],
+            cwd=folder / "example",
+            env=kept,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
     built = subprocess.run(
-        [sys.executable, "-m", "pip", "--python", python, *install], cwd=folder / "example", capture_output=True, text=True, check=False
+        [sys.executable, "-m", "pip", "--python", python, *install],
+        cwd=folder / "example",
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert built.returncode == 0, built.stdout + built.stderr
-    (folder / "example" / MODULE.name).unlink()  # what is imported from here on is what was installed
+    (
+        folder / "example" / MODULE.name
+    ).unlink()  # what is imported from here on is what was installed
     shutil.rmtree(folder / "example" / "build", ignore_errors=True)
     return run
 
@@ -82,7 +140,9 @@ def test_its_own_tests_pass_where_it_is_installed(stranger):
     assert "failed" not in report
 
 
-def test_it_is_listed_and_trains_behind_mamlpp_and_gradient_sharing_with_its_figures_in_the_log(stranger):
+def test_it_is_listed_and_trains_behind_mamlpp_and_gradient_sharing_with_its_figures_in_the_log(
+    stranger,
+):
     report = stranger("-c", COMMANDS, json.dumps([["plugins", "conflict-projection"], TRAIN]))
     assert "conflict-projection: a plugin of metaplug-conflict-projection 0.1.0" in report
     assert "Share that is taken out; 0: nothing." in report
@@ -92,11 +152,21 @@ def test_it_is_listed_and_trains_behind_mamlpp_and_gradient_sharing_with_its_fig
     lines = [json.loads(line) for line in shown.splitlines() if line]
     assert [line["iteration"] for line in lines] == [1, 2]
     for line in lines:
-        figures = {name: value for name, value in line["figures"].items() if name.startswith("conflict-projection.")}
+        figures = {
+            name: value
+            for name, value in line["figures"].items()
+            if name.startswith("conflict-projection.")
+        }
         assert list(figures) == ["conflict-projection.conflict/0", "conflict-projection.conflict/1"]
-        assert all(round(3 * share, 5) in (0, 1, 2, 3) for share in figures.values()), "shares of three tasks"
+        assert all(round(3 * share, 5) in (0, 1, 2, 3) for share in figures.values()), (
+            "shares of three tasks"
+        )
 
 
 def _files(folder):
     passed_over = {".ruff_cache", ".pytest_cache", ".hypothesis", "__pycache__", "build"}
-    return [path for path in folder.rglob("*") if path.is_file() and not passed_over & set(path.parts) and "egg-info" not in str(path)]
+    return [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not passed_over & set(path.parts) and "egg-info" not in str(path)
+    ]

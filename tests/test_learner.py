@@ -10,10 +10,20 @@ from metaplug_plugins.gradient_clipping import GradientClipping
 from metaplug_plugins.gradient_sharing import GradientSharing
 from torch import nn
 
-from metaplug import History, MetaLearner, Plugin, PluginUse, Record, RequestError, RunError, TaskBatch, hookimpl
+from metaplug import (
+    History,
+    MetaLearner,
+    Plugin,
+    PluginUse,
+    Record,
+    RequestError,
+    RunError,
+    TaskBatch,
+    hookimpl,
+)
 from metaplug.checkpoint import FORMAT
-from metaplug.engine import MetaStep
-from metaplug.evaluation import EvaluationResult, score
+from metaplug.evaluation.results import EvaluationResult, score
+from metaplug.execution.engine import MetaStep
 from metaplug.testing import Stream, assert_close, problem, regression
 
 TRAIN, TEST = Stream(split="train"), Stream(split="test")
@@ -68,14 +78,18 @@ def test_iterate_stops_when_the_user_does_and_fit_reports_as_it_goes():
         if len(seen) == 2:
             break
     assert (seen, learner.iteration) == ([1, 2], 2)
-    history = learner.fit(TRAIN, iterations=2, on_record=lambda record: seen.append(record.step.iteration))
+    history = learner.fit(
+        TRAIN, iterations=2, on_record=lambda record: seen.append(record.step.iteration)
+    )
     assert seen == [1, 2, 3, 4]
     assert [record.step.iteration for record in history.records] == [3, 4]
 
 
 def test_validation_comes_at_its_times_and_after_the_last():
     learner = problem().learner()
-    history = learner.fit(TRAIN, iterations=5, validation=TEST, validate_every=2, validation_tasks=3)
+    history = learner.fit(
+        TRAIN, iterations=5, validation=TEST, validate_every=2, validation_tasks=3
+    )
     assert [iteration for iteration, _ in history.validations] == [2, 4, 5]
     assert all(result.num_tasks == 3 for _, result in history.validations)
     again = learner.evaluate(TEST, num_tasks=3)
@@ -86,7 +100,11 @@ def test_best_is_the_best_validation_and_the_earlier_of_two_equal_ones():
     def history(metric, means):
         records = []
         for iteration, mean in enumerate(means, 1):
-            result = None if mean is None else EvaluationResult(metric, torch.full((2,), mean, dtype=torch.float64), 1)
+            result = (
+                None
+                if mean is None
+                else EvaluationResult(metric, torch.full((2,), mean, dtype=torch.float64), 1)
+            )
             records.append(Record(MetaStep(iteration, 0.0, 0.0, 1e-3, {}), result))
         return History(records)
 
@@ -98,9 +116,16 @@ def test_best_is_the_best_validation_and_the_earlier_of_two_equal_ones():
 
 
 def test_figures_are_named_by_plugin():
-    learner = problem().learner(plugins=[GradientSharing(), GradientSharing(name="other", gate=0.25)])
+    learner = problem().learner(
+        plugins=[GradientSharing(), GradientSharing(name="other", gate=0.25)]
+    )
     figures = learner.fit(TRAIN, iterations=1).records[0].step.figures
-    names = [f"{plugin}.{kind}/{slot}" for plugin in ("gradient-sharing", "other") for kind in ("gate", "momentum") for slot in range(2)]
+    names = [
+        f"{plugin}.{kind}/{slot}"
+        for plugin in ("gradient-sharing", "other")
+        for kind in ("gate", "momentum")
+        for slot in range(2)
+    ]
     assert list(figures) == names
     assert figures["other.gate/0"] == pytest.approx(0.25, abs=0.01)
 
@@ -113,7 +138,8 @@ def test_a_plugins_own_meta_learning_rate_and_schedule_are_used():
 
     learner = problem().learner(plugins=[GradientSharing(meta_lr=0.5), Schedule()], meta_lr=0.25)
     rates = [
-        [group["lr"] for group in learner.engine.optimizer.param_groups] for _ in learner.iterate(TRAIN, iterations=4, tasks_per_batch=2)
+        [group["lr"] for group in learner.engine.optimizer.param_groups]
+        for _ in learner.iterate(TRAIN, iterations=4, tasks_per_batch=2)
     ]
     assert rates == [[0.25 * factor, 0.5 * factor] for factor in (1, 0.75, 0.5, 0.25)]
 
@@ -127,7 +153,9 @@ def test_a_gradient_that_the_user_left_behind_is_not_used():
     assert learner.model.spare.tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("counts", [{"tasks_per_batch": 0}, {"validate_every": 0}, {"validation_tasks": 0}])
+@pytest.mark.parametrize(
+    "counts", [{"tasks_per_batch": 0}, {"validate_every": 0}, {"validation_tasks": 0}]
+)
 def test_counts_below_one_are_refused(counts):
     name = next(iter(counts))
     with pytest.raises(RequestError, match=f"^{name} = 0: give at least 1$"):
@@ -139,7 +167,10 @@ def test_counts_below_one_are_refused(counts):
 
 def test_score_is_accuracy_or_mean_squared_error_by_task():
     predictions = torch.tensor([[[2.0, 1.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]])
-    assert score("classification", predictions, torch.tensor([[0, 0], [1, 1]])).tolist() == [0.5, 0.0]
+    assert score("classification", predictions, torch.tensor([[0, 0], [1, 1]])).tolist() == [
+        0.5,
+        0.0,
+    ]
     assert score("regression", predictions, torch.zeros(2, 2, 2)).tolist() == [1.5, 0.5]
 
 
@@ -178,9 +209,15 @@ def test_evaluation_takes_as_many_steps_as_asked_and_warns_once_beyond_training(
     with pytest.warns(UserWarning) as caught:
         assert learner.evaluate(TEST, num_tasks=2, inner_steps=4).inner_steps == 4
         learner.evaluate(TEST, num_tasks=2, inner_steps=5)
-    assert [str(each.message) for each in caught] == ["adapting for 4 inner steps, trained with 2: later steps use the last step's values"]
-    problem(steps=2).learner().evaluate(TEST, num_tasks=2, inner_steps=9)  # nothing is kept by step, so nothing to warn of
-    with pytest.raises(RequestError, match=r"^inner_steps = -1: a task cannot be adapted for fewer than 0 steps$"):
+    assert [str(each.message) for each in caught] == [
+        "adapting for 4 inner steps, trained with 2: later steps use the last step's values"
+    ]
+    problem(steps=2).learner().evaluate(
+        TEST, num_tasks=2, inner_steps=9
+    )  # nothing is kept by step, so nothing to warn of
+    with pytest.raises(
+        RequestError, match=r"^inner_steps = -1: a task cannot be adapted for fewer than 0 steps$"
+    ):
         learner.evaluate(TEST, num_tasks=2, inner_steps=-1)
 
 
@@ -188,7 +225,14 @@ def test_meta_gradients_by_name_and_without_a_trace():
     learner = problem().learner(plugins=[GradientSharing(name="share")])
     before = learner.state_dict()
     gradients = learner.meta_gradients(problem().batch)
-    assert set(gradients) == {"0.weight", "0.bias", "2.weight", "2.bias", "share.gate", "share.momentum"}
+    assert set(gradients) == {
+        "0.weight",
+        "0.bias",
+        "2.weight",
+        "2.bias",
+        "share.gate",
+        "share.momentum",
+    }
     assert not any(gradient.requires_grad for gradient in gradients.values())
     assert states_equal(before, learner.state_dict())
     assert all(parameter.grad is None for parameter in learner.model.parameters())
@@ -201,7 +245,9 @@ def test_transformed_tasks_are_what_is_learned_from():
         @hookimpl
         def transform_tasks(self, batch, generator):
             sign = 2.0 * torch.randint(2, (batch.num_tasks, 1, 1), generator=generator) - 1
-            return TaskBatch(batch.support_x * sign, batch.support_y, batch.query_x * sign, batch.query_y)
+            return TaskBatch(
+                batch.support_x * sign, batch.support_y, batch.query_x * sign, batch.query_y
+            )
 
     case = problem()
     one, other = (case.learner(plugins=[Shuffle()], seed=seed) for seed in (1, 1))
@@ -211,7 +257,9 @@ def test_transformed_tasks_are_what_is_learned_from():
     assert torch.equal(states, torch.get_rng_state())
     assert not states_equal(gradients, case.learner().meta_gradients(case.batch))
     plain = case.learner()
-    assert torch.equal(one.evaluate(TEST, num_tasks=3).per_task, plain.evaluate(TEST, num_tasks=3).per_task)
+    assert torch.equal(
+        one.evaluate(TEST, num_tasks=3).per_task, plain.evaluate(TEST, num_tasks=3).per_task
+    )
 
 
 # Save and load.
@@ -251,16 +299,30 @@ class Decay(Plugin):
 
 def own(loss=None):
     """A learner of which every part is the user's own."""
-    return MetaLearner(Body(), plugins=[Decay(start=0.7), GradientSharing(name="share")], inner_lr=0.2, inner_steps=2, seed=5, loss=loss)
+    return MetaLearner(
+        Body(),
+        plugins=[Decay(start=0.7), GradientSharing(name="share")],
+        inner_lr=0.2,
+        inner_steps=2,
+        seed=5,
+        loss=loss,
+    )
 
 
 def test_a_saved_learner_goes_on_bit_for_bit(tmp_path):
     learner = own()
     learner.fit(TRAIN, iterations=2)
     learner.save(tmp_path / "learner.pt")
-    loaded = MetaLearner.load(tmp_path / "learner.pt", model=Body(), plugins=[Decay(start=0.7), GradientSharing(name="share")])
+    loaded = MetaLearner.load(
+        tmp_path / "learner.pt",
+        model=Body(),
+        plugins=[Decay(start=0.7), GradientSharing(name="share")],
+    )
     assert states_equal(learner.state_dict(), loaded.state_dict())
-    one, other = (each.fit(TRAIN, iterations=3, validation=TEST, validation_tasks=3) for each in (learner, loaded))
+    one, other = (
+        each.fit(TRAIN, iterations=3, validation=TEST, validation_tasks=3)
+        for each in (learner, loaded)
+    )
     assert states_equal(learner.state_dict(), loaded.state_dict())
     assert [record.step for record in one.records] == [record.step for record in other.records]
     assert torch.equal(one.best[1].per_task, other.best[1].per_task)
@@ -276,16 +338,25 @@ def test_installed_parts_are_rebuilt_from_the_file(tmp_path):
     }
     learner = problem().learner(
         preset="fomaml",
-        plugins=["gradient-sharing", PluginUse(plugin="gradient-clipping", name="clip", settings={"max_norm": 1})],
+        plugins=[
+            "gradient-sharing",
+            PluginUse(plugin="gradient-clipping", name="clip", settings={"max_norm": 1}),
+        ],
         **settings,
     )
     learner.fit(TRAIN, iterations=1)
     learner.save(tmp_path / "learner.pt")
     loaded = MetaLearner.load(tmp_path / "learner.pt", model=problem(seed=1).model)
-    assert [plugin.name for plugin in loaded.chain.plugins] == ["derivative-order", "gradient-sharing", "clip"]
+    assert [plugin.name for plugin in loaded.chain.plugins] == [
+        "derivative-order",
+        "gradient-sharing",
+        "clip",
+    ]
     assert loaded.chain.plugins[2].config.max_norm == 1
     assert states_equal(learner.state_dict(), loaded.state_dict())
-    assert states_equal(learner.meta_gradients(problem().batch), loaded.meta_gradients(problem().batch))
+    assert states_equal(
+        learner.meta_gradients(problem().batch), loaded.meta_gradients(problem().batch)
+    )
 
 
 def message(action, error=RunError):
@@ -323,7 +394,11 @@ def test_a_file_of_another_model_or_of_other_plugins_is_refused_and_nothing_is_l
         f"{path} belongs to another model: it lacks 'weight', 'bias' and has '0.weight', '0.bias', '2.weight' beside; "
         "build the model as it was"
     )
-    assert message(lambda: MetaLearner.load(path, model=problem().model, plugins=[GradientClipping(max_norm=1)])) == (
+    assert message(
+        lambda: MetaLearner.load(
+            path, model=problem().model, plugins=[GradientClipping(max_norm=1)]
+        )
+    ) == (
         f"{path} belongs to the plugins 'gradient-sharing', this learner has 'gradient-clipping': make it with the same list"
     )
     finer = problem(seed=2).learner(plugins=[GradientSharing(gate_function="clamp")])
@@ -341,13 +416,25 @@ def test_a_file_of_another_model_or_of_other_plugins_is_refused_and_nothing_is_l
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "learner.pt"
-    assert message(lambda: MetaLearner.load(path)) == f"there is no checkpoint {path}: train first, or give another path"
+    assert (
+        message(lambda: MetaLearner.load(path))
+        == f"there is no checkpoint {path}: train first, or give another path"
+    )
     own().save(path)
     whole = path.read_bytes()
-    for damaged in (whole[: len(whole) // 2], whole[:10], b"", b"no checkpoint at all", whole[len(whole) // 2 :]):
+    for damaged in (
+        whole[: len(whole) // 2],
+        whole[:10],
+        b"",
+        b"no checkpoint at all",
+        whole[len(whole) // 2 :],
+    ):
         path.write_bytes(damaged)
         text = message(lambda: MetaLearner.load(path))
-        assert re.fullmatch(f"{re.escape(str(path))} is not a whole metaplug checkpoint \\(.*\\): use another one of the run", text)
+        assert re.fullmatch(
+            f"{re.escape(str(path))} is not a whole metaplug checkpoint \\(.*\\): use another one of the run",
+            text,
+        )
     torch.save({"weights": torch.zeros(2)}, path)
     assert message(lambda: MetaLearner.load(path)) == (
         f"{path} is not a metaplug checkpoint: give a file that MetaLearner.save or `metaplug train` wrote"
@@ -425,12 +512,18 @@ class Spoil(Plugin):
             return None
         if isinstance(values, torch.Tensor):
             return values * math.nan
-        return {name: value * math.nan if "bias" in name else value for name, value in values.items()}
+        return {
+            name: value * math.nan if "bias" in name else value for name, value in values.items()
+        }
 
     @hookimpl
     def transform_tasks(self, batch):
         spoiled = self._spoil("transform_tasks", batch.support_x)
-        return None if spoiled is None else TaskBatch(spoiled, batch.support_y, batch.query_x, batch.query_y)
+        return (
+            None
+            if spoiled is None
+            else TaskBatch(spoiled, batch.support_y, batch.query_x, batch.query_y)
+        )
 
     @hookimpl
     def transform_parameters(self, parameters, step):
@@ -454,7 +547,9 @@ class Spoil(Plugin):
 
     @hookimpl
     def compute_meta_gradients(self, outcome):
-        means = {name: weight.detach().mean(0) for name, weight in outcome.adapted_parameters.items()}
+        means = {
+            name: weight.detach().mean(0) for name, weight in outcome.adapted_parameters.items()
+        }
         return self._spoil("compute_meta_gradients", means)
 
     @hookimpl
@@ -478,7 +573,10 @@ class Spoil(Plugin):
 def test_the_plugin_that_made_nan_is_named_and_nothing_is_updated(hook, where, what):
     """Not the plugin behind it, which only passes it on."""
     what = "'support_x'" if hook == "transform_tasks" else what
-    if hook.startswith("transform") and hook not in ("transform_learning_rates", "transform_meta_gradients"):
+    if hook.startswith("transform") and hook not in (
+        "transform_learning_rates",
+        "transform_meta_gradients",
+    ):
         what += " of all 2 tasks"
 
     class Pass(Plugin):
@@ -491,7 +589,11 @@ def test_the_plugin_that_made_nan_is_named_and_nothing_is_updated(hook, where, w
             return {name: gradient * 1 for name, gradient in gradients.items()}
 
     learner = problem().learner(plugins=[Spoil(hook=hook), Pass()])
-    link = "link 1 of 2" if hook in ("transform_gradients", "transform_meta_gradients") else "link 1 of 1"
+    link = (
+        "link 1 of 2"
+        if hook in ("transform_gradients", "transform_meta_gradients")
+        else "link 1 of 1"
+    )
     assert stopped(learner) == (
         f"iteration 0 stopped, nothing was updated: plugin 'spoil' in {hook} ({link}{where}) returned NaN or Inf in {what}; "
         "see what 'spoil' computes there, or leave it out"
@@ -515,7 +617,9 @@ def test_nan_in_the_data_is_named_before_anything_runs():
 
 def test_nan_in_the_loss_is_named_with_its_step():
     def loss(prediction, target):
-        return nn.functional.cross_entropy(prediction, target) / (prediction.detach().abs().max() < 3)
+        return nn.functional.cross_entropy(prediction, target) / (
+            prediction.detach().abs().max() < 3
+        )
 
     learner = problem(lr=50.0).learner(loss=loss)
     assert re.fullmatch(
@@ -585,7 +689,8 @@ def test_labels_that_a_plugin_puts_out_of_range_are_refused():
 
 def test_one_name_is_no_list_of_plugins():
     with pytest.raises(
-        RequestError, match=r"^plugins = 'gradient-sharing' is one name, not a list of plugins: write plugins=\['gradient-sharing'\]$"
+        RequestError,
+        match=r"^plugins = 'gradient-sharing' is one name, not a list of plugins: write plugins=\['gradient-sharing'\]$",
     ):
         MetaLearner(nn.Linear(1, 1), plugins="gradient-sharing")
 

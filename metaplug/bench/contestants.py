@@ -14,11 +14,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from metaplug.bench.meters import in_tf32
 from metaplug.bench.workloads import Workload
+from metaplug.contract.task_batch import TaskBatch
+from metaplug.core.inner_loop import Loss
 from metaplug.errors import RequestError
-from metaplug.inner import Loss
+from metaplug.execution.batching import Batching
 from metaplug.learner import LOSSES, MetaLearner
-from metaplug.runtime.batching import Batching
-from metaplug.tasks.batch import TaskBatch
 
 MetaGradient = Mapping[str, Tensor]
 
@@ -56,7 +56,9 @@ class Contestant:
     module: str | None = None
 
 
-def own_contestants(plugins: Sequence[str], *, compiled: bool = False, captured: bool = False) -> dict[str, Contestant]:
+def own_contestants(
+    plugins: Sequence[str], *, compiled: bool = False, captured: bool = False
+) -> dict[str, Contestant]:
     """By name, the plain loops and metaplug; one more for each plugin, and for each plugin compiled where that is asked for.
 
     `captured` adds steps that are replayed from a CUDA graph, which only a CUDA device has.
@@ -67,25 +69,40 @@ def own_contestants(plugins: Sequence[str], *, compiled: bool = False, captured:
         "stacked by hand": Contestant(lambda *work: by_loss(stacked, *work)),
     }
     for batching in ("vectorized", "sequential", "auto"):
-        made[f"metaplug, {batching}"] = Contestant(lambda *work, batching=batching: by_metaplug(*work, batching=batching))
+        made[f"metaplug, {batching}"] = Contestant(
+            lambda *work, batching=batching: by_metaplug(*work, batching=batching)
+        )
     for plugin in plugins:
-        made[f"metaplug + {plugin}"] = Contestant(lambda *work, plugin=plugin: by_metaplug(*work, plugins=(plugin,)), False)
-    made["metaplug without its chain"] = Contestant(lambda *work: by_metaplug(*work, chainless=True))
-    made["metaplug, first order"] = Contestant(lambda *work: by_metaplug(*work, plugins=("derivative-order",)), False)
-    made["metaplug, recomputed steps"] = Contestant(lambda *work: by_metaplug(*work, checkpoint_steps=1))
+        made[f"metaplug + {plugin}"] = Contestant(
+            lambda *work, plugin=plugin: by_metaplug(*work, plugins=(plugin,)), False
+        )
+    made["metaplug without its chain"] = Contestant(
+        lambda *work: by_metaplug(*work, chainless=True)
+    )
+    made["metaplug, first order"] = Contestant(
+        lambda *work: by_metaplug(*work, plugins=("derivative-order",)), False
+    )
+    made["metaplug, recomputed steps"] = Contestant(
+        lambda *work: by_metaplug(*work, checkpoint_steps=1)
+    )
     made["metaplug, chunks of 4"] = Contestant(lambda *work: by_metaplug(*work, chunk_size=4))
     if compiled:
         made["metaplug, compiled"] = Contestant(lambda *work: by_metaplug(*work, compile=True))
         for plugin in plugins:
             made[f"metaplug + {plugin}, compiled"] = Contestant(
-                lambda *work, plugin=plugin: by_metaplug(*work, plugins=(plugin,), compile=True), False
+                lambda *work, plugin=plugin: by_metaplug(*work, plugins=(plugin,), compile=True),
+                False,
             )
     if captured:
         made["metaplug, captured"] = Contestant(lambda *work: by_metaplug(*work, capture=True))
     if captured and compiled:
-        made["metaplug, compiled and captured"] = Contestant(lambda *work: by_metaplug(*work, compile=True, capture=True))
+        made["metaplug, compiled and captured"] = Contestant(
+            lambda *work: by_metaplug(*work, compile=True, capture=True)
+        )
     # The reference form, as the published one begins in first order and would not show what its steps cost.
-    made["metaplug, maml++-reference"] = Contestant(lambda *work: by_metaplug(*work, preset="maml++-reference"), False)
+    made["metaplug, maml++-reference"] = Contestant(
+        lambda *work: by_metaplug(*work, preset="maml++-reference"), False
+    )
     return made
 
 
@@ -102,7 +119,11 @@ def by_metaplug(
 ) -> Prepared:
     """metaplug as a user runs it; `chainless` takes the calls of hooks out, `runtime` are arguments of MetaLearner."""
     # A learner sees to its own precision, whatever is set around it.
-    rounding: dict[str, Any] = {"precision": "tf32"} if in_tf32(batch.device) and batch.support_x.dtype == torch.float32 else {}
+    rounding: dict[str, Any] = (
+        {"precision": "tf32"}
+        if in_tf32(batch.device) and batch.support_x.dtype == torch.float32
+        else {}
+    )
     learner = MetaLearner(
         model,
         preset=preset,
@@ -141,13 +162,22 @@ def by_metaplug(
         gradient=lambda: checked(learner.meta_gradients(batch)),
         graph=None
         if runtime  # which changes what is kept, and when
-        else lambda: inner.run(batch, steps=workload.inner_steps, training=True, iteration=0, query_after={workload.inner_steps}),
+        else lambda: inner.run(
+            batch,
+            steps=workload.inner_steps,
+            training=True,
+            iteration=0,
+            query_after={workload.inner_steps},
+        ),
         torch_memory=not runtime.get("capture", False),
     )
 
 
 def by_loss(
-    outer_loss: Callable[[nn.Module, TaskBatch, Workload, Loss], Tensor], model: nn.Module, batch: TaskBatch, workload: Workload
+    outer_loss: Callable[[nn.Module, TaskBatch, Workload, Loss], Tensor],
+    model: nn.Module,
+    batch: TaskBatch,
+    workload: Workload,
 ) -> Prepared:
     """For a contestant that gives the outer loss of all tasks together."""
     names = [name for name, _ in model.named_parameters()]
@@ -156,10 +186,16 @@ def by_loss(
         loss = outer_loss(model, batch, workload, LOSSES[workload.kind])
         return dict(zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True))
 
-    return by_gradient(model, gradient, graph=lambda: outer_loss(model, batch, workload, LOSSES[workload.kind]))
+    return by_gradient(
+        model, gradient, graph=lambda: outer_loss(model, batch, workload, LOSSES[workload.kind])
+    )
 
 
-def by_gradient(model: nn.Module, gradient: Callable[[], MetaGradient], graph: Callable[[], object] | None = None) -> Prepared:
+def by_gradient(
+    model: nn.Module,
+    gradient: Callable[[], MetaGradient],
+    graph: Callable[[], object] | None = None,
+) -> Prepared:
     """For a contestant that gives the meta-gradient, in the order of the model's parameters."""
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
 
@@ -171,14 +207,20 @@ def by_gradient(model: nn.Module, gradient: Callable[[], MetaGradient], graph: C
     return Prepared(step, gradient, graph)
 
 
-def task_by_task(model: nn.Module, batch: TaskBatch, query_loss: Callable[[int], Tensor]) -> Prepared:
+def task_by_task(
+    model: nn.Module, batch: TaskBatch, query_loss: Callable[[int], Tensor]
+) -> Prepared:
     """For a contestant that adapts to one task after the other and gives its query loss; a task's graph is gone before the next."""
 
     def gradient() -> MetaGradient:
         model.zero_grad()
         for task in range(batch.num_tasks):
             (query_loss(task) / batch.num_tasks).backward()
-        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        return {
+            name: parameter.grad
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
 
     return by_gradient(model, gradient)
 
@@ -189,19 +231,37 @@ def torch_loop(model: nn.Module, batch: TaskBatch, workload: Workload, loss: Los
     for task in range(batch.num_tasks):
         weights: dict[str, Tensor] = dict(model.named_parameters())
         for _ in range(workload.inner_steps):
-            support = loss(torch.func.functional_call(model, weights, (batch.support_x[task],)), batch.support_y[task])
+            support = loss(
+                torch.func.functional_call(model, weights, (batch.support_x[task],)),
+                batch.support_y[task],
+            )
             gradients = torch.autograd.grad(support, list(weights.values()), create_graph=True)
             weights = {
-                name: weight - workload.inner_lr * gradient for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
+                name: weight - workload.inner_lr * gradient
+                for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
             }
-        losses.append(loss(torch.func.functional_call(model, weights, (batch.query_x[task],)), batch.query_y[task]))
+        losses.append(
+            loss(
+                torch.func.functional_call(model, weights, (batch.query_x[task],)),
+                batch.query_y[task],
+            )
+        )
     return torch.stack(losses).mean()
 
 
-def stacked(model: nn.Module, batch: TaskBatch, workload: Workload, loss: Loss, start: Mapping[str, Tensor] | None = None) -> Tensor:
+def stacked(
+    model: nn.Module,
+    batch: TaskBatch,
+    workload: Workload,
+    loss: Loss,
+    start: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """What the engine does, without hooks or checks: the floor for what a chain of plugins may cost."""
     initial = dict(model.named_parameters()) if start is None else start
-    weights = {name: parameter.expand(batch.num_tasks, *parameter.shape) for name, parameter in initial.items()}
+    weights = {
+        name: parameter.expand(batch.num_tasks, *parameter.shape)
+        for name, parameter in initial.items()
+    }
 
     def one(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return loss(torch.func.functional_call(model, values, (x,)), y)
@@ -209,7 +269,10 @@ def stacked(model: nn.Module, batch: TaskBatch, workload: Workload, loss: Loss, 
     for _ in range(workload.inner_steps):
         support = torch.vmap(one)(weights, batch.support_x, batch.support_y)
         gradients = torch.autograd.grad(support.sum(), list(weights.values()), create_graph=True)
-        weights = {name: weight - workload.inner_lr * gradient for (name, weight), gradient in zip(weights.items(), gradients, strict=True)}
+        weights = {
+            name: weight - workload.inner_lr * gradient
+            for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
+        }
     losses: Tensor = torch.vmap(one)(weights, batch.query_x, batch.query_y)
     return losses.mean()
 
@@ -219,16 +282,30 @@ def compiled(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared
     names = [name for name, _ in model.named_parameters()]
 
     def gradients(values: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
-        loss = stacked(model, TaskBatch(*tensors), workload, LOSSES[workload.kind], dict(zip(names, values, strict=True)))
+        loss = stacked(
+            model,
+            TaskBatch(*tensors),
+            workload,
+            LOSSES[workload.kind],
+            dict(zip(names, values, strict=True)),
+        )
         return torch.autograd.grad(loss, values)
 
     tensors = (batch.support_x, batch.support_y, batch.query_x, batch.query_y)
-    graph = make_fx(gradients)([parameter.detach().requires_grad_() for parameter in model.parameters()], *tensors)
+    graph = make_fx(gradients)(
+        [parameter.detach().requires_grad_() for parameter in model.parameters()], *tensors
+    )
     function = torch.compile(graph)
 
     def gradient() -> MetaGradient:
         with torch.no_grad():
-            return dict(zip(names, function([parameter.detach() for parameter in model.parameters()], *tensors), strict=True))
+            return dict(
+                zip(
+                    names,
+                    function([parameter.detach() for parameter in model.parameters()], *tensors),
+                    strict=True,
+                )
+            )
 
     return by_gradient(model, gradient)
 
@@ -237,7 +314,10 @@ def _higher(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
     loss, inner = LOSSES[workload.kind], torch.optim.SGD(model.parameters(), lr=workload.inner_lr)
 
     def query_loss(task: int) -> Tensor:
-        with higher.innerloop_ctx(model, inner, copy_initial_weights=False) as (functional, differentiable):
+        with higher.innerloop_ctx(model, inner, copy_initial_weights=False) as (
+            functional,
+            differentiable,
+        ):
             for _ in range(workload.inner_steps):
                 differentiable.step(loss(functional(batch.support_x[task]), batch.support_y[task]))
             return loss(functional(batch.query_x[task]), batch.query_y[task])

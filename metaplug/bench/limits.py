@@ -34,7 +34,10 @@ class Speed:
 
     def or_better(self, other: Speed) -> Speed:
         """The best of both, as whatever else runs can only slow a device."""
-        flops, call = max(self.flops_per_second, other.flops_per_second), min(self.seconds_per_call, other.seconds_per_call)
+        flops, call = (
+            max(self.flops_per_second, other.flops_per_second),
+            min(self.seconds_per_call, other.seconds_per_call),
+        )
         return Speed(flops, call, self.precision)
 
 
@@ -62,7 +65,10 @@ class Limit:
 def measure_speed(meter: Meter = ON_CPU) -> Speed:
     """The best of some repeats on the meter's device; about half a second."""
     side, repeats = (CUDA_SIDE, 50) if meter.cuda else (SIDE, 200)
-    matrix, small = torch.rand(side, side, device=meter.device), torch.rand(4, device=meter.device, requires_grad=True)
+    matrix, small = (
+        torch.rand(side, side, device=meter.device),
+        torch.rand(4, device=meter.device, requires_grad=True),
+    )
     product = _best(meter, lambda: matrix @ matrix, repeats)
     calls = _best(meter, lambda: [small + small for _ in range(100)], 50)
     return Speed(2 * side**3 / product, calls / 100, meter.precision)
@@ -80,7 +86,10 @@ def limit(workload: Workload, speed: Speed, device: torch.device = CPU) -> Limit
     with _Calls() as calls:  # type: ignore[no-untyped-call]
         by_loss(stacked, model, batch, workload).gradient()
     flops = counted.get_total_flops()
-    arithmetic, overhead = 1e3 * flops / speed.flops_per_second, 1e3 * calls.count * speed.seconds_per_call
+    arithmetic, overhead = (
+        1e3 * flops / speed.flops_per_second,
+        1e3 * calls.count * speed.seconds_per_call,
+    )
     return Limit(flops, arithmetic, calls.count, overhead, overhead > arithmetic, speed)
 
 
@@ -90,7 +99,11 @@ class _Calls(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         self.count += 1
         return func(*args, **(kwargs or {}))

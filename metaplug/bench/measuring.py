@@ -15,13 +15,20 @@ from typing import Any
 
 import torch
 
-from metaplug.bench.contestants import Contestant, MetaGradient, Prepared, by_loss, own_contestants, torch_loop
+from metaplug.bench.contestants import (
+    Contestant,
+    MetaGradient,
+    Prepared,
+    by_loss,
+    own_contestants,
+    torch_loop,
+)
 from metaplug.bench.limits import Limit, Speed, limit, measure_speed
 from metaplug.bench.meters import ON_CPU, Meter
 from metaplug.bench.peers import COMPILED, peers
 from metaplug.bench.workloads import WORKLOADS, Workload
+from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import MetaplugError, RequestError, unknown
-from metaplug.tasks.batch import TaskBatch
 
 PACKAGES = ("higher", "learn2learn", "torchopt", "betty-ml", "parallel-metalearn", "jax")
 """Distributions whose versions a measurement depends on, where they are installed."""
@@ -83,8 +90,13 @@ def run(
     Raises:
         RequestError: an unknown workload or contestant; the nearest is offered.
     """
-    made = contestants(plugins, compiled=compiled or any("compiled" in name for name in only), captured=meter.cuda)
-    for kind, names, known in (("workload", workloads, list(WORKLOADS)), ("contestant", only, list(made))):
+    made = contestants(
+        plugins, compiled=compiled or any("compiled" in name for name in only), captured=meter.cuda
+    )
+    for kind, names, known in (
+        ("workload", workloads, list(WORKLOADS)),
+        ("contestant", only, list(made)),
+    ):
         for name in names:
             if name not in known:
                 raise unknown(kind, name, known)
@@ -98,9 +110,13 @@ def run(
     return rows
 
 
-def contestants(plugins: Sequence[str], *, compiled: bool = False, captured: bool = False) -> dict[str, Contestant]:
+def contestants(
+    plugins: Sequence[str], *, compiled: bool = False, captured: bool = False
+) -> dict[str, Contestant]:
     """By name, what makes a step and a meta-gradient from a model, a batch and a workload."""
-    others = {name: contestant for name, contestant in peers().items() if compiled or name != COMPILED}
+    others = {
+        name: contestant for name, contestant in peers().items() if compiled or name != COMPILED
+    }
     return {**own_contestants(plugins, compiled=compiled, captured=captured), **others}
 
 
@@ -112,7 +128,10 @@ def as_json_values(rows: Sequence[Row], repeats: int, meter: Meter = ON_CPU) -> 
 
 def surroundings(repeats: int, meter: Meter = ON_CPU) -> dict[str, Any]:
     """What a measurement depends on beside its subject."""
-    versions = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
+    versions = {
+        distribution.name: distribution.version
+        for distribution in importlib.metadata.distributions()
+    }
     return {
         "torch": torch.__version__,
         "python": sys.version.split()[0],
@@ -131,7 +150,15 @@ def spread(taken: Sequence[float]) -> float:
     return (quartiles[2] - quartiles[0]) / 2
 
 
-def _measure(workload: Workload, made: dict[str, Contestant], speed: Speed, repeats: int, *, memory: bool, meter: Meter) -> list[Row]:
+def _measure(
+    workload: Workload,
+    made: dict[str, Contestant],
+    speed: Speed,
+    repeats: int,
+    *,
+    memory: bool,
+    meter: Meter,
+) -> list[Row]:
     model, batch = workload.build(meter.device)
     exact = copy.deepcopy(model).double(), _double(batch), workload
     reference = by_loss(torch_loop, *exact).gradient()
@@ -143,12 +170,16 @@ def _measure(workload: Workload, made: dict[str, Contestant], speed: Speed, repe
             with _hushed(contestant):
                 _check_installed(contestant)
                 own = contestant.prepare(copy.deepcopy(exact[0]), *exact[1:])
-                errors[name] = _error(own.gradient(), reference) if contestant.same_algorithm else None
+                errors[name] = (
+                    _error(own.gradient(), reference) if contestant.same_algorithm else None
+                )
                 ready[name] = contestant.prepare(copy.deepcopy(model), batch, workload)
                 for _ in range(meter.warm_ups):
                     ready[name].step()
         except Exception as error:
-            full = isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, torch.OutOfMemoryError)
+            full = isinstance(error, torch.OutOfMemoryError) or isinstance(
+                error.__cause__, torch.OutOfMemoryError
+            )
             if contestant.module is None and not isinstance(error, RequestError) and not full:
                 raise
             ready.pop(name, None)
@@ -162,16 +193,33 @@ def _measure(workload: Workload, made: dict[str, Contestant], speed: Speed, repe
     rows = []
     for name, contestant in made.items():
         if name in reasons:
-            rows.append(Row(workload.name, name, None, None, None, None, None, least, reason=reasons[name]))
+            rows.append(
+                Row(workload.name, name, None, None, None, None, None, least, reason=reasons[name])
+            )
             continue
         median, one = statistics.median(times[name]), ready[name]
         with _hushed(contestant):
             graph = meter.memory(one.graph)[1] if memory and one.graph else None
             peak = meter.memory(one.step)[0] if memory and one.torch_memory else None
             working = meter.busy_milliseconds(one.step) if name.startswith("metaplug") else None
-        busy = None if working is None else min(working / median, 1.0)  # the clock beside the profiler's may run a little faster
+        busy = (
+            None if working is None else min(working / median, 1.0)
+        )  # the clock beside the profiler's may run a little faster
         share = least.milliseconds / median if contestant.same_algorithm else None
-        rows.append(Row(workload.name, name, median, spread(times[name]), errors[name], graph, peak, least, share, busy=busy))
+        rows.append(
+            Row(
+                workload.name,
+                name,
+                median,
+                spread(times[name]),
+                errors[name],
+                graph,
+                peak,
+                least,
+                share,
+                busy=busy,
+            )
+        )
     return rows
 
 
@@ -192,9 +240,14 @@ def _in_a_line(error: Exception) -> str:
 
 def _double(batch: TaskBatch) -> TaskBatch:
     tensors = (batch.support_x, batch.support_y, batch.query_x, batch.query_y)
-    return TaskBatch(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors))
+    return TaskBatch(
+        *(tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors)
+    )
 
 
 def _error(gradients: MetaGradient, reference: MetaGradient) -> float:
     scale = max(float(gradient.abs().max()) for gradient in reference.values())
-    return max(float((gradients[key].detach() - reference[key]).abs().max()) for key in reference) / scale
+    return (
+        max(float((gradients[key].detach() - reference[key]).abs().max()) for key in reference)
+        / scale
+    )

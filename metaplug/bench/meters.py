@@ -16,7 +16,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from metaplug.runtime.precision import arithmetic
+from metaplug.execution.precision import arithmetic
 
 CPU = torch.device("cpu")
 PROFILED = 3
@@ -60,7 +60,10 @@ class Meter:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside, the device is torch's current one, and products and convolutions are of its precision."""
-        with arithmetic("tf32" if self.tf32 else "float32", self.device), torch.cuda.device(self.device) if self.cuda else nullcontext():
+        with (
+            arithmetic("tf32" if self.tf32 else "float32", self.device),
+            torch.cuda.device(self.device) if self.cuda else nullcontext(),
+        ):
             yield
 
     def wait(self) -> None:
@@ -88,7 +91,10 @@ class Meter:
         torch.cuda.reset_peak_memory_stats(self.device)
         result = work()
         self.wait()
-        most, left = torch.cuda.max_memory_allocated(self.device), torch.cuda.memory_allocated(self.device)
+        most, left = (
+            torch.cuda.max_memory_allocated(self.device),
+            torch.cuda.memory_allocated(self.device),
+        )
         del result
         return (most - before) / 2**20, (left - before) / 2**20
 
@@ -121,15 +127,23 @@ def torch_memory(work: Callable[[], object]) -> tuple[float, float]:
         result = work()
     assert profiled.profiler is not None
     # The public list of events leaves out what happens inside operators.
-    events: list[Any] = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = list(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    events: list[Any] = [
+        event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    held = list(
+        accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    )
     del result
     return max(held) / 2**20, held[-1] / 2**20
 
 
 def device_spans(events: Iterable[Any]) -> list[tuple[int, int]]:
     """(start, end) in nanoseconds of every kernel and copy on a CUDA device; a range that a person named there is no work."""
-    on_device = (event for event in events if event.device_type() == DeviceType.CUDA and not event.is_user_annotation())
+    on_device = (
+        event
+        for event in events
+        if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()
+    )
     return [(event.start_ns(), event.start_ns() + event.duration_ns()) for event in on_device]
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from metaplug.bench.contestants import Contestant, MetaGradient, Prepared, compiled, task_by_task
 from metaplug.bench.meters import in_tf32
 from metaplug.bench.workloads import Workload
+from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import RequestError
 from metaplug.learner import LOSSES
-from metaplug.tasks.batch import TaskBatch
 
 COMPILED = "compiled by hand"
 
@@ -73,7 +73,9 @@ def _betty(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
     betty's own example of MAML is the implicit one, another algorithm.
     """
     if not version("betty-ml").startswith("0.1."):
-        raise RequestError(f"betty-ml unrolls in versions 0.1 only, and {version('betty-ml')} is installed")
+        raise RequestError(
+            f"betty-ml unrolls in versions 0.1 only, and {version('betty-ml')} is installed"
+        )
     from betty.configs import Config, EngineConfig
     from betty.engine import Engine
     from betty.problems import ImplicitProblem, IterativeProblem
@@ -85,7 +87,9 @@ def _betty(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
     class Task(IterativeProblem):  # type: ignore[misc]
         def on_inner_loop_start(self) -> None:
             self.params = tuple(parameter.clone() for parameter in model.parameters())
-            self.optimizer.state = [{} for _ in self.params]  # it would keep the graph of every step so far
+            self.optimizer.state = [
+                {} for _ in self.params
+            ]  # it would keep the graph of every step so far
 
         def optimizer_step(self) -> None:
             before = self.params
@@ -112,14 +116,25 @@ def _betty(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
             return None
 
         def param_callback(self, parameters: list[nn.Parameter]) -> None:
-            found.update((name, parameter.grad) for name, parameter in zip(names, parameters, strict=True) if parameter.grad is not None)
+            found.update(
+                (name, parameter.grad)
+                for name, parameter in zip(names, parameters, strict=True)
+                if parameter.grad is not None
+            )
 
     config: dict[str, Any] = {"first_order": False, "retain_graph": True}
-    place: dict[str, Any] = {"module": model, "device": batch.device}  # it would move the model to a CUDA device wherever there is one
-    outer = Outer("outer", Config(**config), optimizer=torch.optim.Adam(model.parameters(), 1e-3), **place)
+    place: dict[str, Any] = {
+        "module": model,
+        "device": batch.device,
+    }  # it would move the model to a CUDA device wherever there is one
+    outer = Outer(
+        "outer", Config(**config), optimizer=torch.optim.Adam(model.parameters(), 1e-3), **place
+    )
     unrolled = Config(unroll_steps=workload.inner_steps, **config)
     inner = torch.optim.SGD(model.parameters(), lr=workload.inner_lr)
-    tasks = [Task(f"task {task}", unrolled, optimizer=inner, **place) for task in range(batch.num_tasks)]
+    tasks = [
+        Task(f"task {task}", unrolled, optimizer=inner, **place) for task in range(batch.num_tasks)
+    ]
     engine = Engine(
         problems=[outer, *tasks],
         config=EngineConfig(train_iters=workload.inner_steps),
@@ -155,12 +170,16 @@ def _parallel_metalearn(model: nn.Module, batch: TaskBatch, workload: Workload) 
             return features
 
     class OurLoss(BaseLoss):  # type: ignore[misc]
-        def forward(self, out_dict: dict[str, Tensor], targets: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+        def forward(
+            self, out_dict: dict[str, Tensor], targets: Tensor, **_: object
+        ) -> tuple[Tensor, Tensor]:
             loss = task_loss(out_dict["logits"], targets)
             return loss, loss.detach()
 
     wrapped = MAML_Model(backbone=Body(), head=Head())
-    inner = InnerSGD(wrapped.get_fast_weights(), inner_lr=workload.inner_lr, learn_lr=False).to(batch.query_x)
+    inner = InnerSGD(wrapped.get_fast_weights(), inner_lr=workload.inner_lr, learn_lr=False).to(
+        batch.query_x
+    )
     for rate in inner.parameters():
         rate.data.fill_(workload.inner_lr)  # it was made in single precision
     algorithm = MAML(
@@ -176,7 +195,11 @@ def _parallel_metalearn(model: nn.Module, batch: TaskBatch, workload: Workload) 
 
     def gradient() -> MetaGradient:
         algorithm.step(iter([tensors]))
-        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        return {
+            name: parameter.grad
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
 
     return Prepared(gradient, gradient)
 
@@ -184,19 +207,33 @@ def _parallel_metalearn(model: nn.Module, batch: TaskBatch, workload: Workload) 
 def _jax(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
     """The sinusoid network, the loop and Adam, written out, in one compiled function."""
     if workload.model != "mlp":
-        raise RequestError(f"written by hand for the sinusoid network only, not for {workload.model}")
+        raise RequestError(
+            f"written by hand for the sinusoid network only, not for {workload.model}"
+        )
     threads = torch.get_num_threads()  # these are read when JAX is imported
     os.environ.setdefault("NPROC", str(threads))
     os.environ.setdefault("XLA_FLAGS", f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()}")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else it takes most of a GPU's memory from all others
+    os.environ.setdefault(
+        "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+    )  # else it takes most of a GPU's memory from all others
     import jax
     from jax import numpy as jnp
 
     place = jax_device(jax, batch.device)
-    jax.config.update("jax_enable_x64", True)  # else float64 is cut to float32; float32 stays what it is
-    jax.config.update("jax_default_matmul_precision", "tensorfloat32" if in_tf32(batch.device) else "highest")
-    weights = {name: jax.device_put(parameter.detach().cpu().numpy(), place) for name, parameter in model.named_parameters()}
-    tensors = [jax.device_put(tensor.cpu().numpy(), place) for tensor in (batch.support_x, batch.support_y, batch.query_x, batch.query_y)]
+    jax.config.update(
+        "jax_enable_x64", True
+    )  # else float64 is cut to float32; float32 stays what it is
+    jax.config.update(
+        "jax_default_matmul_precision", "tensorfloat32" if in_tf32(batch.device) else "highest"
+    )
+    weights = {
+        name: jax.device_put(parameter.detach().cpu().numpy(), place)
+        for name, parameter in model.named_parameters()
+    }
+    tensors = [
+        jax.device_put(tensor.cpu().numpy(), place)
+        for tensor in (batch.support_x, batch.support_y, batch.query_x, batch.query_y)
+    ]
     layers = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
 
     def loss(values: dict[str, Any], x: Any, y: Any) -> Any:
@@ -205,10 +242,14 @@ def _jax(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
             x = x if layer == layers[-1] else jax.nn.relu(x)
         return ((x - y) ** 2).mean()
 
-    def query_loss(values: dict[str, Any], support_x: Any, support_y: Any, query_x: Any, query_y: Any) -> Any:
+    def query_loss(
+        values: dict[str, Any], support_x: Any, support_y: Any, query_x: Any, query_y: Any
+    ) -> Any:
         for _ in range(workload.inner_steps):
             gradients = jax.grad(loss)(values, support_x, support_y)
-            values = jax.tree.map(lambda value, gradient: value - workload.inner_lr * gradient, values, gradients)
+            values = jax.tree.map(
+                lambda value, gradient: value - workload.inner_lr * gradient, values, gradients
+            )
         return loss(values, query_x, query_y)
 
     def outer_loss(values: dict[str, Any], *tensors: Any) -> Any:
@@ -219,11 +260,15 @@ def _jax(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
         first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, gradients)
         second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, second, gradients)
         size, root = 1e-3 / (1 - 0.9**count), jnp.sqrt(1 - 0.999**count)
-        values = jax.tree.map(lambda w, m, v: w - size * m / (jnp.sqrt(v) / root + 1e-8), values, first, second)
+        values = jax.tree.map(
+            lambda w, m, v: w - size * m / (jnp.sqrt(v) / root + 1e-8), values, first, second
+        )
         return values, first, second, count
 
     zeros = jax.tree.map(jnp.zeros_like, weights)
-    state = jax.device_put([weights, zeros, zeros, jnp.zeros((), next(iter(weights.values())).dtype)], place)
+    state = jax.device_put(
+        [weights, zeros, zeros, jnp.zeros((), next(iter(weights.values())).dtype)], place
+    )
     update: Callable[..., Any] = jax.jit(adam)
 
     def step() -> None:
@@ -231,7 +276,10 @@ def _jax(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
 
     def gradient() -> MetaGradient:
         found = jax.jit(jax.grad(outer_loss))(weights, *tensors)
-        return {name: torch.tensor(value.tolist(), dtype=torch.float64, device=batch.device) for name, value in found.items()}
+        return {
+            name: torch.tensor(value.tolist(), dtype=torch.float64, device=batch.device)
+            for name, value in found.items()
+        }
 
     return Prepared(step, gradient, torch_memory=False)
 

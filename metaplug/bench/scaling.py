@@ -18,7 +18,10 @@ Axis = Literal["tasks", "inner_steps"]
 
 GRID: Mapping[str, Mapping[Axis, Sequence[int]]] = {
     "sinusoid-25x5": {"tasks": (8, 16, 32, 64, 128, 256), "inner_steps": (0, 1, 2, 5, 10, 20)},
-    "conv4-32-stride-32x3": {"tasks": (8, 16, 32, 64, 128, 256), "inner_steps": (0, 1, 2, 5, 10, 20)},
+    "conv4-32-stride-32x3": {
+        "tasks": (8, 16, 32, 64, 128, 256),
+        "inner_steps": (0, 1, 2, 5, 10, 20),
+    },
 }
 """By workload, what grows from it, and to what; the rest stays as its name says. A step without an inner step is what the others add to."""
 
@@ -117,11 +120,25 @@ def run(
             for axis, values in axes.items():
                 for recomputed in (False, True) if axis == "inner_steps" else (False,):
                     on_series(Series(name, axis, recomputed))
-                    sizes = [value for value in values if value or not recomputed]  # no inner step, nothing to compute again
+                    sizes = [
+                        value for value in values if value or not recomputed
+                    ]  # no inner step, nothing to compute again
                     for value, following in zip(sizes, [*sizes[1:], 0], strict=True):
                         base = WORKLOADS[name]
-                        workload = replace(base, tasks=value) if axis == "tasks" else replace(base, inner_steps=value)
-                        points.append(_measure(workload, axis, max(1, round(math.sqrt(value))) if recomputed else None, repeats, meter))
+                        workload = (
+                            replace(base, tasks=value)
+                            if axis == "tasks"
+                            else replace(base, inner_steps=value)
+                        )
+                        points.append(
+                            _measure(
+                                workload,
+                                axis,
+                                max(1, round(math.sqrt(value))) if recomputed else None,
+                                repeats,
+                                meter,
+                            )
+                        )
                         if value and points[-1].peak_mib * following / value > most_mib:
                             break
     return points
@@ -129,28 +146,60 @@ def run(
 
 def growth(points: Sequence[Point]) -> list[Growth]:
     """What every series of points comes to."""
-    return [_growth(list(series), points) for _, series in groupby(points, lambda point: point.series)]
+    return [
+        _growth(list(series), points) for _, series in groupby(points, lambda point: point.series)
+    ]
 
 
 def as_json_values(points: Sequence[Point], repeats: int, meter: Meter = ON_CPU) -> dict[str, Any]:
     """The points, and what they come to, with what they were measured on."""
-    found = [{**vars(each.series), **{name: value for name, value in vars(each).items() if name != "series"}} for each in growth(points)]
-    return {**surroundings(repeats, meter), "most_mib": MOST_MIB, "points": [vars(point) for point in points], "growth": found}
+    found = [
+        {
+            **vars(each.series),
+            **{name: value for name, value in vars(each).items() if name != "series"},
+        }
+        for each in growth(points)
+    ]
+    return {
+        **surroundings(repeats, meter),
+        "most_mib": MOST_MIB,
+        "points": [vars(point) for point in points],
+        "growth": found,
+    }
 
 
 def _growth(points: Sequence[Point], every: Sequence[Point]) -> Growth:
     first, last = points[0], points[-1]
     found = Growth(first.series, first.size, last.size)
     if first.axis == "tasks":
-        time, memory = last.milliseconds_per_task / first.milliseconds_per_task, last.mib_per_task / first.mib_per_task
+        time, memory = (
+            last.milliseconds_per_task / first.milliseconds_per_task,
+            last.mib_per_task / first.mib_per_task,
+        )
         return replace(found, time_per_task=time, memory_per_task=memory)
-    kept = {point.size: point for point in every if point.series == replace(first.series, recomputed=False)}
-    both, grown = [point for point in points if point.size in kept], [point for point in points if point.size]
+    kept = {
+        point.size: point
+        for point in every
+        if point.series == replace(first.series, recomputed=False)
+    }
+    both, grown = (
+        [point for point in points if point.size in kept],
+        [point for point in points if point.size],
+    )
     return replace(
         found,
-        time_exponent=_exponent([(point.size, point.milliseconds - (kept[0].milliseconds if 0 in kept else 0)) for point in grown]),
-        memory_exponent=_exponent([(point.size, point.peak_mib - _intercept(list(kept.values()))) for point in grown]),
-        times_as_long=both[-1].milliseconds / kept[both[-1].size].milliseconds if first.series.recomputed and both else None,
+        time_exponent=_exponent(
+            [
+                (point.size, point.milliseconds - (kept[0].milliseconds if 0 in kept else 0))
+                for point in grown
+            ]
+        ),
+        memory_exponent=_exponent(
+            [(point.size, point.peak_mib - _intercept(list(kept.values()))) for point in grown]
+        ),
+        times_as_long=both[-1].milliseconds / kept[both[-1].size].milliseconds
+        if first.series.recomputed and both
+        else None,
     )
 
 
@@ -166,11 +215,17 @@ def _intercept(kept: Sequence[Point]) -> float:
     grown = [point for point in kept if point.size]
     if len(grown) < 2:
         return 0.0
-    return statistics.linear_regression([point.size for point in grown], [point.peak_mib for point in grown]).intercept
+    return statistics.linear_regression(
+        [point.size for point in grown], [point.peak_mib for point in grown]
+    ).intercept
 
 
-def _measure(workload: Workload, axis: Axis, checkpoint_steps: int | None, repeats: int, meter: Meter) -> Point:
-    step = by_metaplug(*workload.build(meter.device), workload, batching="auto", checkpoint_steps=checkpoint_steps).step
+def _measure(
+    workload: Workload, axis: Axis, checkpoint_steps: int | None, repeats: int, meter: Meter
+) -> Point:
+    step = by_metaplug(
+        *workload.build(meter.device), workload, batching="auto", checkpoint_steps=checkpoint_steps
+    ).step
     for _ in range(meter.warm_ups):
         step()
     taken = [meter.timed(step) for _ in range(repeats)]

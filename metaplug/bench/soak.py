@@ -19,9 +19,9 @@ from metaplug.bench.meters import ON_CPU, Meter
 from metaplug.bench.process import open_files, resident_mib, threads
 from metaplug.bench.soak_workloads import SOAKS
 from metaplug.errors import RequestError, unknown
-from metaplug.experiment import Experiment
-from metaplug.history import Record
-from metaplug.runs import train
+from metaplug.evaluation.history import Record
+from metaplug.experiments.experiment import Experiment
+from metaplug.experiments.runs import train
 
 WARM_UP = 0.1
 """The part of a run that is left to warm up. Schedules that change what a step computes end within half of it."""
@@ -88,14 +88,23 @@ class Soaked:
     @property
     def memory(self) -> dict[str, list[float]]:
         """By kind, the MiB after warm-up, of those that are known."""
-        kinds = {"resident memory": "resident_mib", "CUDA memory in use": "allocated_mib", "CUDA memory held": "reserved_mib"}
-        found = {what: [getattr(sample, name) for sample in self.warm] for what, name in kinds.items()}
+        kinds = {
+            "resident memory": "resident_mib",
+            "CUDA memory in use": "allocated_mib",
+            "CUDA memory held": "reserved_mib",
+        }
+        found = {
+            what: [getattr(sample, name) for sample in self.warm] for what, name in kinds.items()
+        }
         return {what: values for what, values in found.items() if None not in values}
 
     @property
     def memory_after_warm_up(self) -> dict[str, float]:
         """By kind, the median MiB of the first tenth of the samples after warm-up: one may lie just behind a validation."""
-        return {what: statistics.median(values[: max(len(values) // 10, 1)]) for what, values in self.memory.items()}
+        return {
+            what: statistics.median(values[: max(len(values) // 10, 1)])
+            for what, values in self.memory.items()
+        }
 
     @property
     def memory_change(self) -> dict[str, float]:
@@ -130,10 +139,14 @@ class Soaked:
         for what, name in (("open files", "open_files"), ("threads", "threads")):
             counts = [count for sample in self.warm if (count := getattr(sample, name)) is not None]
             if len(set(counts)) > 1:
-                found.append(f"{what} went from {counts[0]} after warm-up to {counts[-1]}, between {min(counts)} and {max(counts)}")
+                found.append(
+                    f"{what} went from {counts[0]} after warm-up to {counts[-1]}, between {min(counts)} and {max(counts)}"
+                )
         if self.slower > MOST_SLOWER and self.drift > 2 * self.drift_error:
             first, last = self.quarters
-            found.append(f"a step took {last:.2f} ms in the last quarter, {first:.2f} ms in the first: {100 * self.slower:+.1f} %")
+            found.append(
+                f"a step took {last:.2f} ms in the last quarter, {first:.2f} ms in the first: {100 * self.slower:+.1f} %"
+            )
         return tuple(found)
 
 
@@ -150,7 +163,7 @@ def run(
     Args:
         name: in SOAKS.
         steps: meta-steps, at least 50; default: the workload's own.
-        on_start, on_record: as in `metaplug.runs.train`; what they take counts.
+        on_start, on_record: as in `metaplug.experiments.runs.train`; what they take counts.
 
     Raises:
         RequestError: an unknown workload; the nearest is offered. Or too few steps.
@@ -159,7 +172,9 @@ def run(
     workload = SOAKS[name]
     steps = workload.steps if steps is None else steps
     if steps < FEWEST_STEPS:
-        raise RequestError(f"a soak of {steps} meta-steps has too few samples to tell growth from noise: give at least {FEWEST_STEPS}")
+        raise RequestError(
+            f"a soak of {steps} meta-steps has too few samples to tell growth from noise: give at least {FEWEST_STEPS}"
+        )
     watch = _Watch(steps, meter)
 
     def record(record: Record) -> None:
@@ -188,7 +203,13 @@ def as_json_values(runs: Sequence[Soaked], meter: Meter = ON_CPU) -> dict[str, A
     """The runs with what they were measured on."""
     bounds = {"warm_up": WARM_UP, "most_memory": MOST_MEMORY, "most_slower": MOST_SLOWER}
     where = {name: value for name, value in surroundings(1, meter).items() if name != "repeats"}
-    return {**where, **bounds, "runs": [{**asdict(each), **{name: getattr(each, name) for name in _FOUND}} for each in runs]}
+    return {
+        **where,
+        **bounds,
+        "runs": [
+            {**asdict(each), **{name: getattr(each, name) for name in _FOUND}} for each in runs
+        ],
+    }
 
 
 _FOUND = ("memory_change", "slower", "drift", "drift_error", "broken", "quarters")
@@ -219,27 +240,46 @@ class _Watch:
     def samples(self) -> tuple[Sample, ...]:
         found = []
         for number, row in enumerate(self._rows):
-            resident, files, running, allocated, reserved = (None if math.isnan(value) else value for value in row)
-            median = statistics.median(self._times[number * self._every : (number + 1) * self._every])
-            counts = (None if files is None else int(files), None if running is None else int(running))
-            found.append(Sample((number + 1) * self._every, resident, *counts, allocated, reserved, median))
+            resident, files, running, allocated, reserved = (
+                None if math.isnan(value) else value for value in row
+            )
+            median = statistics.median(
+                self._times[number * self._every : (number + 1) * self._every]
+            )
+            counts = (
+                None if files is None else int(files),
+                None if running is None else int(running),
+            )
+            found.append(
+                Sample((number + 1) * self._every, resident, *counts, allocated, reserved, median)
+            )
         return tuple(found)
 
     def _cuda(self) -> tuple[float | None, float | None]:
         if not self._meter.cuda:
             return None, None
-        return torch.cuda.memory_allocated(self._meter.device) / 2**20, torch.cuda.memory_reserved(self._meter.device) / 2**20
+        return torch.cuda.memory_allocated(self._meter.device) / 2**20, torch.cuda.memory_reserved(
+            self._meter.device
+        ) / 2**20
 
 
 def _largest_change(values: Sequence[float], begun: float) -> float:
-    return max(((value / begun - 1) if begun else math.copysign(math.inf, value) if value else 0.0 for value in values), key=abs)
+    return max(
+        (
+            (value / begun - 1) if begun else math.copysign(math.inf, value) if value else 0.0
+            for value in values
+        ),
+        key=abs,
+    )
 
 
 def _drift(times: Sequence[float]) -> tuple[float, float]:
     """The slope of a straight line over the whole length and its standard error, as parts of the mean."""
     count, mean = len(times), statistics.fmean(times)
     line = statistics.linear_regression(range(count), times)
-    rest = sum((value - line.intercept - line.slope * place) ** 2 for place, value in enumerate(times))
+    rest = sum(
+        (value - line.intercept - line.slope * place) ** 2 for place, value in enumerate(times)
+    )
     spread = (count**3 - count) / 12  # Σ (place − mean place)²
     length = (count - 1) / mean
     return line.slope * length, math.sqrt(rest / (count - 2) / spread) * length

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from metaplug.bench.meters import ON_CPU, Meter
-from metaplug.config import ExperimentConfig
+from metaplug.experiments.configuration import ExperimentConfig
 
 _SCHEDULE = {"iterations_per_epoch": None}  # epochs are hundredths of the run
 _CHAIN: Mapping[str, Mapping[str, Any]] = {
@@ -50,13 +50,23 @@ class SoakWorkload:
 
     def config(self, steps: int, meter: Meter = ON_CPU) -> ExperimentConfig:
         """The experiment of so many meta-steps: at most 40 validations, each with a checkpoint."""
-        training = {"iterations": steps, "validate_every": max(steps // 40, 10), "validation_tasks": 40, "test_tasks": 40}
+        training = {
+            "iterations": steps,
+            "validate_every": max(steps // 40, 10),
+            "validation_tasks": 40,
+            "test_tasks": 40,
+        }
         return ExperimentConfig.model_validate(
             {
                 **self.settings,
-                "plugins": [{"plugin": name, "settings": dict(_CHAIN[name])} for name in self.plugins],
+                "plugins": [
+                    {"plugin": name, "settings": dict(_CHAIN[name])} for name in self.plugins
+                ],
                 "training": {**training, **self.settings["training"]},
-                "runtime": {"device": str(meter.device), "precision": "tf32" if meter.precision == "TF32" else "float32"},
+                "runtime": {
+                    "device": str(meter.device),
+                    "precision": "tf32" if meter.precision == "TF32" else "float32",
+                },
             }
         )
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from metaplug.bench.meters import CPU
+from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.values import Kind
 from metaplug.models.conv4 import Conv4
 from metaplug.models.mlp import Mlp
 from metaplug.models.resnet12 import ResNet12
-from metaplug.tasks.batch import TaskBatch
-from metaplug.values import Kind
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,27 @@ class Workload:
             torch.manual_seed(0)
             model = MODELS[self.model]().to(device)
         if self.kind == "regression":
-            drawn = [torch.randn(self.tasks, n, 1, generator=generator) for n in (self.shots, self.shots, self.queries, self.queries)]
+            drawn = [
+                torch.randn(self.tasks, n, 1, generator=generator)
+                for n in (self.shots, self.shots, self.queries, self.queries)
+            ]
             return model, TaskBatch(*drawn).to(device)
-        labels = [torch.arange(5).repeat_interleave(n).repeat(self.tasks, 1) for n in (self.shots, self.queries)]
-        images = [torch.rand(self.tasks, 5 * n, 1, 28, 28, generator=generator) for n in (self.shots, self.queries)]
+        labels = [
+            torch.arange(5).repeat_interleave(n).repeat(self.tasks, 1)
+            for n in (self.shots, self.queries)
+        ]
+        images = [
+            torch.rand(self.tasks, 5 * n, 1, 28, 28, generator=generator)
+            for n in (self.shots, self.queries)
+        ]
         return model, TaskBatch(images[0], labels[0], images[1], labels[1]).to(device)
 
 
 def _layer_norm_mlp() -> nn.Module:
     """The sinusoid network with layer norm, through which differentiating inside vmap goes wrong."""
-    hidden = [layer for width in (1, 40) for layer in (nn.Linear(width, 40), nn.LayerNorm(40), nn.ReLU())]
+    hidden = [
+        layer for width in (1, 40) for layer in (nn.Linear(width, 40), nn.LayerNorm(40), nn.ReLU())
+    ]
     return nn.Sequential(*hidden, nn.Linear(40, 1))
 
 

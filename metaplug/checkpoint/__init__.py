@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from metaplug import registry
 from metaplug.checkpoint import archive
 from metaplug.checkpoint.form import check_form, fault_of, not_whole
 from metaplug.checkpoint.values import ArchiveError, TooMuchError
+from metaplug.contract import registry
+from metaplug.contract.presets import PluginUse
 from metaplug.errors import RequestError, RunError, one_line
 from metaplug.files import replacing
-from metaplug.preset import PluginUse
 
 FORMAT = 2
 """The number of the layout; a file with another is refused."""
@@ -39,14 +39,24 @@ def storable(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """
     state = {"format": FORMAT, **state}
     if fault := fault_of(state):
-        raise RunError(f"cannot write {path}: {fault}; change that in the model or plugin, as no such checkpoint can be read")
+        raise RunError(
+            f"cannot write {path}: {fault}; change that in the model or plugin, as no such checkpoint can be read"
+        )
     try:
         made: dict[str, Any] = archive.check(state)
     except ArchiveError as error:
-        mend = "fewer values, or tensors of them," if isinstance(error, TooMuchError) else "plain values and tensors"
-        raise RunError(f"cannot write {path}: {error}, which no checkpoint keeps; keep {mend} in {_holder(state)}") from None
+        mend = (
+            "fewer values, or tensors of them,"
+            if isinstance(error, TooMuchError)
+            else "plain values and tensors"
+        )
+        raise RunError(
+            f"cannot write {path}: {error}, which no checkpoint keeps; keep {mend} in {_holder(state)}"
+        ) from None
     except RuntimeError as error:  # torch has no memory for a copy of what overlaps
-        raise RunError(f"cannot write {path}: {one_line(error)}; keep smaller tensors in the model and plugins") from None
+        raise RunError(
+            f"cannot write {path}: {one_line(error)}; keep smaller tensors in the model and plugins"
+        ) from None
     return made
 
 
@@ -70,14 +80,20 @@ def read(path: Path) -> dict[str, Any]:
     try:
         state = archive.load(path)
     except FileNotFoundError:
-        raise RunError(f"there is no checkpoint {path}: train first, or give another path") from None
+        raise RunError(
+            f"there is no checkpoint {path}: train first, or give another path"
+        ) from None
     except Exception as error:  # bytes that are no checkpoint can lead the readers of zips and pickles into any error
         raise not_whole(path, str(error) or type(error).__name__) from None
     if not isinstance(state, dict) or "format" not in state:
-        raise RunError(f"{path} is not a metaplug checkpoint: give a file that MetaLearner.save or `metaplug train` wrote")
+        raise RunError(
+            f"{path} is not a metaplug checkpoint: give a file that MetaLearner.save or `metaplug train` wrote"
+        )
     if type(state["format"]) is not int or state["format"] != FORMAT:
         layout = one_line(repr(state["format"]))
-        raise RunError(f"{path} has layout {layout}, this metaplug reads {FORMAT}: use the version of metaplug that wrote it")
+        raise RunError(
+            f"{path} has layout {layout}, this metaplug reads {FORMAT}: use the version of metaplug that wrote it"
+        )
     check_form(state, str(path))
     return state
 
@@ -88,7 +104,12 @@ def model_spec(model: nn.Module) -> dict[str, Any] | None:
     if name is None:
         return None
     part: Any = model
-    return {"name": name, "input_shape": list(part.input_shape), "outputs": part.outputs, "settings": part.config.model_dump(mode="json")}
+    return {
+        "name": name,
+        "input_shape": list(part.input_shape),
+        "outputs": part.outputs,
+        "settings": part.config.model_dump(mode="json"),
+    }
 
 
 def rebuilt_model(spec: Mapping[str, Any] | None, path: str | Path) -> nn.Module:
@@ -97,7 +118,9 @@ def rebuilt_model(spec: Mapping[str, Any] | None, path: str | Path) -> nn.Module
         raise RequestError(
             f"{path} holds the weights of a model of your own, which a file cannot build: give it as MetaLearner.load(..., model=...)"
         )
-    model: nn.Module = registry.load("model", spec["name"])(tuple(spec["input_shape"]), spec["outputs"], **spec["settings"])
+    model: nn.Module = registry.load("model", spec["name"])(
+        tuple(spec["input_shape"]), spec["outputs"], **spec["settings"]
+    )
     return model
 
 

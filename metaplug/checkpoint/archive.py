@@ -16,8 +16,16 @@ import torch
 from torch import Tensor
 
 from metaplug.checkpoint.structure import MOST_STRUCTURE, PROTOCOL, check_length, describe, parse
-from metaplug.checkpoint.values import DTYPES, MOST_OVERLAP, ArchiveError, Stored, changed, check_overlap, walked
-from metaplug.runtime.free_memory import available, size_text
+from metaplug.checkpoint.values import (
+    DTYPES,
+    MOST_OVERLAP,
+    ArchiveError,
+    Stored,
+    changed,
+    check_overlap,
+    walked,
+)
+from metaplug.execution.free_memory import available, size_text
 
 
 def check(value: Any) -> Any:
@@ -37,7 +45,9 @@ def check(value: Any) -> Any:
     if crowded:
         value = changed(value, lambda part: _apart(part, crowded))
     description = parse(describe(value))  # as `load` will
-    check_overlap(description.claimed, sum(storage.nbytes for storage in description.storages.values()))
+    check_overlap(
+        description.claimed, sum(storage.nbytes for storage in description.storages.values())
+    )
     return value
 
 
@@ -58,7 +68,9 @@ def load(path: Path) -> Any:
         raise ArchiveError("it is no regular file")
     free = available(torch.device("cpu"))
     if free is not None and status.st_size > free:
-        raise ArchiveError(f"it has {size_text(status.st_size)}, more than the {size_text(free)} of memory that are free")
+        raise ArchiveError(
+            f"it has {size_text(status.st_size)}, more than the {size_text(free)} of memory that are free"
+        )
     with path.open("rb") as file:
         if not zipfile.is_zipfile(file):
             raise ArchiveError("it is no zip, as which torch saves")
@@ -70,8 +82,16 @@ def _plain(part: Any) -> Any:
     """A part as plain values: of a parameter its tensor, on which no gradient, hook or attribute hangs."""
     if not isinstance(part, Tensor):
         return part
-    if part.dtype not in DTYPES.values() or part.layout is not torch.strided or part.is_quantized or part.is_nested or part.is_meta:
-        raise ArchiveError(f"it holds a tensor of {part.dtype}, {part.layout}{' without values' if part.is_meta else ''}")
+    if (
+        part.dtype not in DTYPES.values()
+        or part.layout is not torch.strided
+        or part.is_quantized
+        or part.is_nested
+        or part.is_meta
+    ):
+        raise ArchiveError(
+            f"it holds a tensor of {part.dtype}, {part.layout}{' without values' if part.is_meta else ''}"
+        )
     plain = part.detach().resolve_conj().resolve_neg()
     if type(plain) is not Tensor:
         raise ArchiveError(f"it holds a {type(plain).__name__}")
@@ -81,8 +101,14 @@ def _plain(part: Any) -> Any:
 def _are_crowded(tensors: list[Tensor]) -> bool:
     """Whether tensors of one place use its bytes too often, or as torch.save or `load` cannot have it."""
     nbytes = min(tensor.untyped_storage().nbytes() for tensor in tensors)
-    overlapping = sum(tensor.numel() * tensor.element_size() for tensor in tensors) > MOST_OVERLAP * nbytes
-    return overlapping or len({tensor.dtype for tensor in tensors}) > 1 or nbytes % tensors[0].element_size() > 0
+    overlapping = (
+        sum(tensor.numel() * tensor.element_size() for tensor in tensors) > MOST_OVERLAP * nbytes
+    )
+    return (
+        overlapping
+        or len({tensor.dtype for tensor in tensors}) > 1
+        or nbytes % tensors[0].element_size() > 0
+    )
 
 
 def _apart(part: Any, crowded: set[int]) -> Any:
@@ -99,28 +125,50 @@ class _Reader:
         self._members = {member.filename: member for member in archive.infolist()}
         if len(self._members) != len(archive.infolist()):
             raise ArchiveError("a name stands twice in it")
-        if packed := [name for name, member in self._members.items() if member.compress_type or member.flag_bits & 1]:
+        if packed := [
+            name
+            for name, member in self._members.items()
+            if member.compress_type or member.flag_bits & 1
+        ]:
             raise ArchiveError(f"'{packed[0]}' in it is compressed, which torch never does")
         if sum(member.file_size for member in self._members.values()) > size:
             raise ArchiveError("its members lie over each other")
-        self._folder = next((name.rpartition("/")[0] for name in self._members if name.endswith("/data.pkl")), "")
+        self._folder = next(
+            (name.rpartition("/")[0] for name in self._members if name.endswith("/data.pkl")), ""
+        )
         for name in self._members:
-            if not name.startswith(f"{self._folder}/") or name.startswith((f"{self._folder}/code/", f"{self._folder}/constants.pkl")):
+            if not name.startswith(f"{self._folder}/") or name.startswith(
+                (f"{self._folder}/code/", f"{self._folder}/constants.pkl")
+            ):
                 raise ArchiveError(f"'{name}' in it is nothing that torch.save writes")
         self._storages: dict[str, Tensor] = {}
 
     def read(self) -> Any:
         if bytes(self._bytes("byteorder")).decode("ascii", "replace") != sys.byteorder:
             raise ArchiveError("it is from a machine of another byte order")
-        for name, member in self._members.items():  # what is not a tensor's is not read below, and would go unverified
+        for (
+            name,
+            member,
+        ) in (
+            self._members.items()
+        ):  # what is not a tensor's is not read below, and would go unverified
             if "/data/" not in name and member.file_size <= MOST_STRUCTURE:
                 self._bytes(name.removeprefix(f"{self._folder}/"))
         description = parse(bytes(self._bytes("data.pkl")))
-        tensors = {name.rpartition("/")[2] for name in self._members if name.startswith(f"{self._folder}/data/")}
+        tensors = {
+            name.rpartition("/")[2]
+            for name in self._members
+            if name.startswith(f"{self._folder}/data/")
+        }
         if tensors != description.storages.keys():
             raise ArchiveError("its tensors are not those that it describes")
-        check_overlap(description.claimed, sum(self._member(f"data/{key}").file_size for key in description.storages))
-        return changed(description.value, lambda part: self._tensor(part) if isinstance(part, Stored) else part)
+        check_overlap(
+            description.claimed,
+            sum(self._member(f"data/{key}").file_size for key in description.storages),
+        )
+        return changed(
+            description.value, lambda part: self._tensor(part) if isinstance(part, Stored) else part
+        )
 
     def _member(self, name: str) -> zipfile.ZipInfo:
         try:
@@ -133,7 +181,11 @@ class _Reader:
         member = self._member(name)
         if name == "data.pkl":
             check_length(member.file_size)
-        whole = bytearray(member.file_size) if "data/" not in name else torch.empty(member.file_size, dtype=torch.uint8)
+        whole = (
+            bytearray(member.file_size)
+            if "data/" not in name
+            else torch.empty(member.file_size, dtype=torch.uint8)
+        )
         view: Any = memoryview(whole) if isinstance(whole, bytearray) else whole.numpy().data
         place = 0
         with self._archive.open(member) as file:

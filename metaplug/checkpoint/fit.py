@@ -14,11 +14,21 @@ from torch.nn.modules import module as registration
 from metaplug.errors import RunError, one_line, quoted
 
 
-def check_tensors(saved: Mapping[str, Any], own: Mapping[str, Any], what: str, mend: str = "build the model as it was") -> None:
+def check_tensors(
+    saved: Mapping[str, Any],
+    own: Mapping[str, Any],
+    what: str,
+    mend: str = "build the model as it was",
+) -> None:
     """Refuse saved tensors of other names, shapes or dtypes than `own`; `what` begins the sentence."""
-    missing, extra = [name for name in own if name not in saved], [name for name in saved if name not in own]
+    missing, extra = (
+        [name for name in own if name not in saved],
+        [name for name in saved if name not in own],
+    )
     if missing or extra:
-        raise RunError(f"{what}: it lacks {quoted(missing[:3])} and has {quoted(map(one_line, extra[:3]))} beside; {mend}")
+        raise RunError(
+            f"{what}: it lacks {quoted(missing[:3])} and has {quoted(map(one_line, extra[:3]))} beside; {mend}"
+        )
     for name, value in own.items():
         if there := _difference(saved[name], value):
             raise RunError(f"{what}: '{name}' is {there}; {mend}")
@@ -38,13 +48,25 @@ def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, 
     """Refuse the state of another optimizer, or one of other parameters; `what` begins the sentence."""
     own = optimizer.state_dict()["param_groups"]
     mend = "use the meta-optimizer, model and plugins as they were"
-    if repr([group.get("params") for group in saved["param_groups"]]) != repr([group["params"] for group in own]):
+    if repr([group.get("params") for group in saved["param_groups"]]) != repr(
+        [group["params"] for group in own]
+    ):
         raise RunError(f"{what}: it has other groups of parameters; {mend}")
     for theirs, ours in zip(saved["param_groups"], own, strict=True):
-        if differing := [key for key, value in theirs.items() if not _same_setting(key, value, ours)]:
-            raise RunError(f"{what}: its setting {quoted([one_line(differing[0])])} is another one; {mend}")
-    parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
-    known = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.Adam) else {"momentum_buffer"}
+        if differing := [
+            key for key, value in theirs.items() if not _same_setting(key, value, ours)
+        ]:
+            raise RunError(
+                f"{what}: its setting {quoted([one_line(differing[0])])} is another one; {mend}"
+            )
+    parameters = dict(
+        enumerate(parameter for group in optimizer.param_groups for parameter in group["params"])
+    )
+    known = (
+        {"step", "exp_avg", "exp_avg_sq"}
+        if isinstance(optimizer, torch.optim.Adam)
+        else {"momentum_buffer"}
+    )
     for index, values in saved["state"].items():
         if index not in parameters or set(values) not in (known, set()):
             raise RunError(f"{what}: it has moments of another kind for parameter {index}; {mend}")
@@ -56,7 +78,12 @@ def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, 
 def _same_setting(key: str, value: Any, ours: Mapping[str, Any]) -> bool:
     if key == "lr":  # which a schedule changes
         return type(value) in (int, float) and 0 <= value < math.inf
-    if key in ("foreach", "fused", "capturable", "differentiable"):  # how it computes, which may differ; it is not taken over
+    if key in (
+        "foreach",
+        "fused",
+        "capturable",
+        "differentiable",
+    ):  # how it computes, which may differ; it is not taken over
         return type(value) in (bool, type(None))
     return key in ours and repr(value) == repr(ours[key])
 
@@ -83,9 +110,18 @@ def rehearsal(state: Mapping[str, Any], what: str) -> Iterator[None]:
     Raises:
         RunError: it does become larger.
     """
-    tensors = [value for part in (state["model"], *state["plugin_states"].values()) for value in part.values() if isinstance(value, Tensor)]
+    tensors = [
+        value
+        for part in (state["model"], *state["plugin_states"].values())
+        for value in part.values()
+        if isinstance(value, Tensor)
+    ]
     # What is replaced while a model is made counts too, hence some room.
-    room = {"tensors": 8 * len(tensors) + 64, "elements": 8 * sum(map(Tensor.numel, tensors)) + 2**20, "modules": 64 * len(tensors) + 1024}
+    room = {
+        "tensors": 8 * len(tensors) + 64,
+        "elements": 8 * sum(map(Tensor.numel, tensors)) + 2**20,
+        "modules": 64 * len(tensors) + 1024,
+    }
 
     def took(kind: str, count: int) -> None:
         room[kind] -= count
@@ -106,7 +142,9 @@ def rehearsal(state: Mapping[str, Any], what: str) -> Iterator[None]:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             yield
     except _TooMuchError:
-        raise RunError(f"{what}: it asks for more weights than it has; use another one of the run") from None
+        raise RunError(
+            f"{what}: it asks for more weights than it has; use another one of the run"
+        ) from None
     except Exception:  # of tensors without values, or of wrong settings: what is real comes up, in the same words, where it is built next
         pass
     finally:

@@ -11,8 +11,8 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt, StrictStr
 from torch import Tensor
 
-from metaplug.config import LearnerSettings
 from metaplug.errors import MetaplugError, RequestError, RunError, one_line, quoted
+from metaplug.experiments.configuration import LearnerSettings
 from metaplug.settings import Settings, validated
 
 
@@ -31,7 +31,9 @@ def _plain(values: Any) -> Any:
 
 
 def _digests(others: Any) -> Any:
-    if others is not None and not (isinstance(others, Tensor) and others.dtype is torch.uint8 and others.shape[1:] == (16,)):
+    if others is not None and not (
+        isinstance(others, Tensor) and others.dtype is torch.uint8 and others.shape[1:] == (16,)
+    ):
         raise ValueError("no digests of 16 bytes each")
     return others
 
@@ -110,7 +112,11 @@ def check_form(state: Mapping[str, Any], origin: str) -> None:
     Raises:
         RunError: says what is wrong; `origin` is named.
     """
-    if missing := [name for name, field in State.model_fields.items() if field.is_required() and name not in state]:
+    if missing := [
+        name
+        for name, field in State.model_fields.items()
+        if field.is_required() and name not in state
+    ]:
         raise not_whole(origin, f"as it lacks {quoted(missing)}", brackets=False)
     if fault := fault_of(state):
         raise not_whole(origin, fault)
@@ -143,4 +149,6 @@ def not_whole(origin: object, reason: str, *, brackets: bool = True) -> RunError
     """The error for a file that is damaged or forged."""
     reason = one_line(reason, 400)
     said = f" ({reason})" if brackets else f", {reason}"
-    return RunError(f"{origin} is not a whole metaplug checkpoint{said}: use another one of the run")
+    return RunError(
+        f"{origin} is not a whole metaplug checkpoint{said}: use another one of the run"
+    )

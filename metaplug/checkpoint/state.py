@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from metaplug import checkpoint, registry
+from metaplug import checkpoint
 from metaplug.checkpoint.fit import check_optimizer, check_tensors, rehearsal
 from metaplug.checkpoint.form import check_form
 from metaplug.checkpoint.values import changed
+from metaplug.contract import registry
 from metaplug.errors import RunError, one_line, quoted
 from metaplug.tasks.identities import TrainedOn
 
@@ -33,7 +34,11 @@ def state_of(learner: MetaLearner) -> dict[str, Any]:
         "model_spec": checkpoint.model_spec(learner.model),
         "model": learner.model.state_dict(),
         "plugins": [
-            {"part": registry.name_of("plugin", type(plugin)), "name": plugin.name, "settings": plugin.config.model_dump(mode="json")}
+            {
+                "part": registry.name_of("plugin", type(plugin)),
+                "name": plugin.name,
+                "settings": plugin.config.model_dump(mode="json"),
+            }
             for plugin in plugins
         ],
         "plugin_states": {plugin.name: plugin.state_dict() for plugin in plugins},
@@ -54,12 +59,19 @@ def give_state(learner: MetaLearner, state: Mapping[str, Any], origin: str) -> N
     before = changed(_parts(learner), _copy)
     optimizer: dict[str, Any] = copy.deepcopy(state["optimizer"])  # torch would share its tensors
     groups = learner.engine.optimizer.state_dict()["param_groups"]
-    groups = [{**own, "lr": saved["lr"]} for own, saved in zip(groups, optimizer["param_groups"], strict=True)]
+    groups = [
+        {**own, "lr": saved["lr"]}
+        for own, saved in zip(groups, optimizer["param_groups"], strict=True)
+    ]
     try:
-        _give_parts(learner, (state["model"], state["plugin_states"], {**optimizer, "param_groups": groups}))
+        _give_parts(
+            learner, (state["model"], state["plugin_states"], {**optimizer, "param_groups": groups})
+        )
     except Exception as error:  # of a module or plugin that loads in a way of its own
         _give_parts(learner, before)
-        raise RunError(f"{origin} is refused by the model or a plugin ({one_line(error)}): make them as they were") from error
+        raise RunError(
+            f"{origin} is refused by the model or a plugin ({one_line(error)}): make them as they were"
+        ) from error
     learner.engine.iteration, learner.engine.total = state["iteration"], state["total"]
     learner.engine.skipped, learner.engine.skipped_in_a_row = state.get("skipped", (0, 0))
     learner.trained_on = TrainedOn.from_state(state.get("trained_on"))
@@ -83,14 +95,18 @@ def _check(learner: MetaLearner, state: Mapping[str, Any], origin: str) -> None:
     names = [plugin["name"] for plugin in state["plugins"]]
     own = [plugin.name for plugin in learner.chain.plugins]
     if names != own:
-        raise RunError(f"{origin} belongs to the plugins {quoted(names)}, this learner has {quoted(own)}: make it with the same list")
+        raise RunError(
+            f"{origin} belongs to the plugins {quoted(names)}, this learner has {quoted(own)}: make it with the same list"
+        )
     changed = [
         plugin.name
         for plugin, saved in zip(learner.chain.plugins, state["plugins"], strict=True)
         if plugin.config.model_dump(mode="json") != saved["settings"]
     ]
     if changed:
-        raise RunError(f"{origin} has other settings of plugin {quoted(changed)} than this learner: make it with the same settings")
+        raise RunError(
+            f"{origin} has other settings of plugin {quoted(changed)} than this learner: make it with the same settings"
+        )
     check_tensors(state["model"], learner.model.state_dict(), f"{origin} belongs to another model")
     for plugin in learner.chain.plugins:
         check_tensors(
@@ -99,7 +115,9 @@ def _check(learner: MetaLearner, state: Mapping[str, Any], origin: str) -> None:
             f"{origin} has another form of plugin '{plugin.name}'",
             "use the plugin and the model as they were",
         )
-    check_optimizer(state["optimizer"], learner.engine.optimizer, f"{origin} belongs to another optimizer")
+    check_optimizer(
+        state["optimizer"], learner.engine.optimizer, f"{origin} belongs to another optimizer"
+    )
 
 
 def _parts(learner: MetaLearner) -> tuple[Any, Any, Any]:

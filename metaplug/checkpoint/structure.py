@@ -17,9 +17,43 @@ from metaplug.checkpoint.values import DTYPES, ArchiveError, Storage, Stored, To
 PROTOCOL, MOST_STRUCTURE = 2, 16 * 2**20
 """Of the pickle: others have codes that are refused; and the bytes that it may have."""
 _OPCODES = {
-    *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
-    *("EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
-    *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"),
+    *(
+        "PROTO",
+        "STOP",
+        "MARK",
+        "GLOBAL",
+        "REDUCE",
+        "BUILD",
+        "BINPERSID",
+        "BINPUT",
+        "LONG_BINPUT",
+        "BINGET",
+        "LONG_BINGET",
+    ),
+    *(
+        "EMPTY_DICT",
+        "SETITEM",
+        "SETITEMS",
+        "EMPTY_LIST",
+        "APPEND",
+        "APPENDS",
+        "EMPTY_TUPLE",
+        "TUPLE",
+        "TUPLE1",
+        "TUPLE2",
+        "TUPLE3",
+    ),
+    *(
+        "NONE",
+        "NEWTRUE",
+        "NEWFALSE",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG1",
+        "BINFLOAT",
+        "BINUNICODE",
+    ),
 }
 """Of a pickle, those that torch.save uses for a state."""
 
@@ -45,7 +79,10 @@ def parse(structure: bytes) -> Description:
     for part in walked(value):
         if isinstance(part, Stored):
             claimed += math.prod(part.size) * part.storage.dtype.itemsize
-            if storages.setdefault(part.storage.key, part.storage).elements != part.storage.elements:
+            if (
+                storages.setdefault(part.storage.key, part.storage).elements
+                != part.storage.elements
+            ):
                 raise ArchiveError("two tensors differ about what they share")
     return Description(value, claimed, storages)
 
@@ -74,7 +111,11 @@ class _Pickler(pickle.Pickler):
         if not isinstance(value, Tensor):
             return NotImplemented
         bytes_of = value.untyped_storage()
-        storage = Storage(value.dtype, f"{bytes_of.data_ptr()}, {bytes_of.nbytes()}", bytes_of.nbytes() // value.element_size())
+        storage = Storage(
+            value.dtype,
+            f"{bytes_of.data_ptr()}, {bytes_of.nbytes()}",
+            bytes_of.nbytes() // value.element_size(),
+        )
         place = storage, value.storage_offset(), tuple(value.size()), value.stride()
         return torch._utils._rebuild_tensor_v2, (*place, value.requires_grad, OrderedDict())
 
@@ -110,16 +151,26 @@ def _rebuilt(*described: Any) -> Stored:
     storage, offset, size, stride = place
     if not isinstance(storage, Storage):
         raise ArchiveError("a tensor in it has no storage")
-    if not (_are_counts((offset,)) and _are_counts(size) and _are_counts(stride)) or len(size) != len(stride) or len(size) > 64:
+    if (
+        not (_are_counts((offset,)) and _are_counts(size) and _are_counts(stride))
+        or len(size) != len(stride)
+        or len(size) > 64
+    ):
         raise ArchiveError("a tensor in it has no shape")
-    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True)) if math.prod(size) else -1
+    last = (
+        offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+        if math.prod(size)
+        else -1
+    )
     if last >= storage.elements or offset > storage.elements:
         raise ArchiveError("a tensor in it reaches beyond its bytes")
     return Stored(storage, offset, size, stride)
 
 
 def _are_counts(numbers: Any) -> bool:
-    return type(numbers) is tuple and all(type(number) is int and 0 <= number < 2**62 for number in numbers)
+    return type(numbers) is tuple and all(
+        type(number) is int and 0 <= number < 2**62 for number in numbers
+    )
 
 
 def _check_opcodes(structure: bytes) -> None:

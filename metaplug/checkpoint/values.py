@@ -61,7 +61,9 @@ class Stored(NamedTuple):
 def check_overlap(claimed: int, stored: int) -> None:
     """Refuse tensors that use the same bytes too often, so that a copy of them would be much larger than their file."""
     if claimed > MOST_OVERLAP * stored:
-        raise ArchiveError(f"its tensors claim more than {MOST_OVERLAP} times the bytes that are there")
+        raise ArchiveError(
+            f"its tensors claim more than {MOST_OVERLAP} times the bytes that are there"
+        )
 
 
 def walked(value: Any) -> Iterator[Any]:
@@ -86,7 +88,9 @@ def walked(value: Any) -> Iterator[Any]:
             raise ArchiveError(f"it holds a {type(part).__name__}")
         seen += len(parts)
         if seen > MOST_VALUES or depth > MOST_DEPTH:
-            raise TooMuchError(f"it holds more than {MOST_VALUES} values, or more than {MOST_DEPTH} in one another")
+            raise TooMuchError(
+                f"it holds more than {MOST_VALUES} values, or more than {MOST_DEPTH} in one another"
+            )
         waiting += [(inner, depth + 1) for inner in parts]
 
 
@@ -96,9 +100,13 @@ _LEAVES = (str, int, float, bool, type(None), Stored)
 def changed(value: Any, change: Callable[[Any], Any]) -> Any:
     """A value that `walked` passes, with `change` of every part that is not itself made of parts, but for keys."""
     if type(value) in (dict, OrderedDict):
-        made: dict[Any, Any] = type(value)((key, changed(inner, change)) for key, inner in dict.items(value))
+        made: dict[Any, Any] = type(value)(
+            (key, changed(inner, change)) for key, inner in dict.items(value)
+        )
         if metadata := _metadata(value):
-            if not isinstance(metadata, dict) or not all(isinstance(of_module, dict) for of_module in metadata.values()):
+            if not isinstance(metadata, dict) or not all(
+                isinstance(of_module, dict) for of_module in metadata.values()
+            ):
                 raise ArchiveError("the versions of modules in it have another form")
             setattr(made, "_metadata", changed(metadata, change))  # noqa: B010  # the versions of a model's modules, no field of a dict
         return made

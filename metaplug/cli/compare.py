@@ -14,8 +14,8 @@ from metaplug.errors import RequestError
 from metaplug.report.console import CONSOLE, emit, line
 
 if TYPE_CHECKING:
-    from metaplug.comparison import Comparison
-    from metaplug.experiment import Experiment
+    from metaplug.experiments.comparison import Comparison
+    from metaplug.experiments.experiment import Experiment
 
 _COMPARE_EXAMPLES = """**Examples**
 
@@ -42,7 +42,14 @@ def compare(
         ),
     ] = None,
     seeds: Annotated[
-        int, typer.Option("--seeds", min=1, max=1000, help="How many seeds, from --seed on.", rich_help_panel="Comparison")
+        int,
+        typer.Option(
+            "--seeds",
+            min=1,
+            max=1000,
+            help="How many seeds, from --seed on.",
+            rich_help_panel="Comparison",
+        ),
     ] = 1,
     given: dict[str, Any],
     sets: Set = None,
@@ -71,11 +78,14 @@ def compare(
     Acceleration: the target is the best validation value that the first variant reaches; (iterations that it needs / iterations that the
     other needs - 1) x 100 %, for each seed.
     """
-    refuse_several("compare", "start it without torchrun, or train each variant with torchrun -m metaplug train")
-    from metaplug.comparison import Variant, to_values
-    from metaplug.comparison import compare as compare_variants
-    from metaplug.experiment import to_json
-    from metaplug.preset import parse_variant
+    refuse_several(
+        "compare",
+        "start it without torchrun, or train each variant with torchrun -m metaplug train",
+    )
+    from metaplug.contract.presets import parse_variant
+    from metaplug.experiments.comparison import Variant, to_values
+    from metaplug.experiments.comparison import compare as compare_variants
+    from metaplug.experiments.experiment import to_json
     from metaplug.report.terminal import TrainingProgress, comparison_report, show_memory
 
     for text in sets or ():
@@ -86,7 +96,11 @@ def compare(
     variants = []
     for text in variant or ():
         preset, uses = parse_variant(text)
-        variants.append(Variant(text.replace(" ", ""), resolve_options(given, sets, preset=preset, uses=uses).config))
+        variants.append(
+            Variant(
+                text.replace(" ", ""), resolve_options(given, sets, preset=preset, uses=uses).config
+            )
+        )
     _check_outputs(json_to, out)
     first = variants[0].config.seed if variants else 0
     iterations = sum(one.config.training.iterations for one in variants)
@@ -101,7 +115,9 @@ def compare(
             variants,
             range(first, first + seeds),
             on_start=begin,
-            on_record=lambda one, seed, record: progress.record(record, f"{one.label}, seed {seed}"),
+            on_record=lambda one, seed, record: progress.record(
+                record, f"{one.label}, seed {seed}"
+            ),
         )
     report = comparison_report(comparison)
     CONSOLE.print(report)
@@ -118,8 +134,14 @@ def _check_outputs(json_to: str | None, out: Path | None) -> None:
     if json_to not in (None, "-"):
         target = Path(json_to)
         if target.is_dir() or not target.parent.is_dir():
-            what = "is a folder" if target.is_dir() else f"lies in a folder {target.parent} that does not exist"
-            raise RequestError(f"--json {target}: it {what}; give a file in a folder that exists, or - for standard output")
+            what = (
+                "is a folder"
+                if target.is_dir()
+                else f"lies in a folder {target.parent} that does not exist"
+            )
+            raise RequestError(
+                f"--json {target}: it {what}; give a file in a folder that exists, or - for standard output"
+            )
     if out is not None and out.exists():
         raise RequestError(f"the folder {out} already exists: give another --out")
 
@@ -127,7 +149,7 @@ def _check_outputs(json_to: str | None, out: Path | None) -> None:
 def _write_folder(comparison: Comparison, report: Any, out: Path) -> None:
     from rich.console import Console
 
-    from metaplug.comparison import to_values
+    from metaplug.experiments.comparison import to_values
     from metaplug.report.figures import comparison_figure
 
     out.mkdir(parents=True)
@@ -139,7 +161,7 @@ def _write_folder(comparison: Comparison, report: Any, out: Path) -> None:
 
 
 def _write_json(values: Any, path: Path) -> None:
-    from metaplug.experiment import to_json
+    from metaplug.experiments.experiment import to_json
     from metaplug.files import replacing
 
     with replacing(path) as file:

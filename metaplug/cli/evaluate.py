@@ -44,19 +44,40 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     *,
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or one of its checkpoints.", show_default=False)],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="The folder of a run, or one of its checkpoints.",
+            show_default=False,
+        ),
+    ],
     num_tasks: Annotated[
-        int | None, typer.Option("--num-tasks", min=2, help="How many tasks.", show_default="as the run was configured")
+        int | None,
+        typer.Option(
+            "--num-tasks", min=2, help="How many tasks.", show_default="as the run was configured"
+        ),
     ] = None,
     inner_steps: Annotated[
-        int | None, typer.Option("--inner-steps", min=0, max=1000, help="Inner steps K.", show_default="as trained")
+        int | None,
+        typer.Option(
+            "--inner-steps", min=0, max=1000, help="Inner steps K.", show_default="as trained"
+        ),
     ] = None,
     split: Annotated[Split, typer.Option("--split", help="Which tasks.")] = Split.TEST,
     interval: Annotated[
-        Interval, typer.Option("--interval", help="The 95 % interval: by Student's t, or by a bootstrap over tasks (BCa).")
+        Interval,
+        typer.Option(
+            "--interval",
+            help="The 95 % interval: by Student's t, or by a bootstrap over tasks (BCa).",
+        ),
     ] = Interval.T,
     allow_training_classes: Annotated[
-        bool, typer.Option("--allow-training-classes", help="Measure also on classes that were trained on; the result says so.")
+        bool,
+        typer.Option(
+            "--allow-training-classes",
+            help="Measure also on classes that were trained on; the result says so.",
+        ),
     ] = False,
     model: Annotated[
         str | None,
@@ -68,15 +89,18 @@ def evaluate(
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", show_default="as the run was configured")
+        str | None,
+        typer.Option(
+            "--device", help="auto, cpu, cuda or cuda:N.", show_default="as the run was configured"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a trained run on tasks that it has not seen, by the weights that validated best."""
-    from metaplug.experiment import environment, result_values, to_json
+    from metaplug.experiments.experiment import environment, result_values, to_json
+    from metaplug.experiments.runs import load
+    from metaplug.experiments.runs.layout import SUMMARY
     from metaplug.report.terminal import result_line, statements
-    from metaplug.runs import load
-    from metaplug.runs.layout import SUMMARY
 
     with ranks() as world:
         experiment = load(run, device, world, model=model)
@@ -84,16 +108,27 @@ def evaluate(
         learner, tasks = experiment.learner, experiment.tasks
         count = experiment.config.training.test_tasks if num_tasks is None else num_tasks
         result = learner.evaluate(
-            getattr(tasks, split.value), num_tasks=count, inner_steps=inner_steps, allow_training_classes=allow_training_classes
+            getattr(tasks, split.value),
+            num_tasks=count,
+            inner_steps=inner_steps,
+            allow_training_classes=allow_training_classes,
         )
     measured = result_values(result, interval.value)
-    values = {"run": str(run), "split": split.value, "iteration": learner.iteration, **measured, **environment(learner)}
+    values = {
+        "run": str(run),
+        "split": split.value,
+        "iteration": learner.iteration,
+        **measured,
+        **environment(learner),
+    }
     if as_json:
         emit(to_json(values, indent=2))
         return
     line(f"{split.value} {result_line(values)}")
     total = experiment.config.training.iterations
     if run.is_dir() and not (run / SUMMARY).exists():
-        line(f"the run is unfinished: these are its best weights so far, after iteration {learner.iteration} of {total}")
+        line(
+            f"the run is unfinished: these are its best weights so far, after iteration {learner.iteration} of {total}"
+        )
     for text in statements(values):
         line(text)

@@ -16,7 +16,9 @@ from metaplug.errors import MetaplugError
 from metaplug.report.console import line
 
 # typer has come to carry a copy of click, so that the base of its usage errors is found through one that it exports.
-_USAGE_ERROR: type[Any] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_USAGE_ERROR: type[Any] = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C."""
@@ -40,8 +42,12 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _global(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; anywhere on the line.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; anywhere on the line.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
     """`--debug` is listed here for `--help`; `main` has taken it out of the line already."""
 
@@ -67,9 +73,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     _quiet_warnings()
     ranks.silence_others()
     if "" not in sys.path:
-        sys.path.append("")  # a model's MODULE:FACTORY may lie in the current folder; at the end, where it shadows nothing
+        sys.path.append(
+            ""
+        )  # a model's MODULE:FACTORY may lie in the current folder; at the end, where it shadows nothing
     try:
-        status = app(args=[word for word in line_given if word != "--debug"], prog_name="metaplug", standalone_mode=False)
+        status = app(
+            args=[word for word in line_given if word != "--debug"],
+            prog_name="metaplug",
+            standalone_mode=False,
+        )
     except _USAGE_ERROR as error:
         _fail(error.format_message(), error.exit_code)
     except MetaplugError as error:
@@ -79,12 +91,19 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it flushes at exit
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python complains again when it flushes at exit
         sys.exit(1)
     except Exception as error:
         text = " ".join(str(error).split())
-        _fail(f"unexpected {type(error).__name__}{': ' if text else ''}{text}; `metaplug --debug ...` shows the traceback", 1)
-    if status == INTERRUPTED:  # typer answers Ctrl-C with this status, or raises: it depends on its version
+        _fail(
+            f"unexpected {type(error).__name__}{': ' if text else ''}{text}; `metaplug --debug ...` shows the traceback",
+            1,
+        )
+    if (
+        status == INTERRUPTED
+    ):  # typer answers Ctrl-C with this status, or raises: it depends on its version
         _fail("stopped", INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)
 
@@ -105,7 +124,13 @@ def _quiet_warnings() -> None:
     warnings.showwarning = _show_warning
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
+) -> None:
     """A deprecation concerns whoever wrote the line, such as the author of a plugin, and so names it."""
-    where = f" ({filename}, line {lineno})" if issubclass(category, DeprecationWarning | FutureWarning) else ""
+    where = (
+        f" ({filename}, line {lineno})"
+        if issubclass(category, DeprecationWarning | FutureWarning)
+        else ""
+    )
     line(f"metaplug: warning: {message}{where}", style="yellow")

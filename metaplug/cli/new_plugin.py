@@ -26,17 +26,28 @@ _EXAMPLES = """**Examples**
 
 
 def new_plugin(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What it will be called, in kebab-case.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="What it will be called, in kebab-case.", show_default=False
+        ),
+    ],
     kind: Annotated[Kind, typer.Option("--kind", help="What it is.")] = "gradient",
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FOLDER", help="Where it is written; default: NAME, here.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FOLDER",
+            help="Where it is written; default: NAME, here.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Write a package with a plugin of your own, its tests, README and CI: it installs, passes and can be published as it is.
 
     The small idea in it works; change it into yours.
     """
-    from metaplug.scaffold import SCAFFOLDS, write_package
+    from metaplug.templates import SCAFFOLDS, write_package
 
     folder = Path(name) if out is None else out
     written = write_package(name, kind, folder)
@@ -44,5 +55,9 @@ def new_plugin(
     for path in written:
         line(f"- {path}")
     line("next:")
-    for command in (f"cd {shlex.quote(str(folder))} && pip install -e '.[test]'", "pytest", f"{SCAFFOLDS[kind].listed} {name}"):
+    for command in (
+        f"cd {shlex.quote(str(folder))} && pip install -e '.[test]'",
+        "pytest",
+        f"{SCAFFOLDS[kind].listed} {name}",
+    ):
         line(f"- {command}")

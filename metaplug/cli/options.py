@@ -13,15 +13,17 @@ import typer
 from metaplug.errors import RequestError
 
 if TYPE_CHECKING:
-    from metaplug.config import Resolved
-    from metaplug.preset import PluginUse
+    from metaplug.contract.presets import PluginUse
+    from metaplug.experiments.configuration import Resolved
 
 TASKS, LEARNING, RUN = "Tasks and model", "Learning", "Run"
 
 
 def _option(panel: str, flag: str, kind: Any, default: object, text: str) -> Any:
     """The annotation of an option that overrides a field; its default is shown, and stays with the field."""
-    return Annotated[kind, typer.Option(flag, help=text, show_default=str(default), rich_help_panel=panel)]
+    return Annotated[
+        kind, typer.Option(flag, help=text, show_default=str(default), rich_help_panel=panel)
+    ]
 
 
 SHARED: dict[str, Any] = {
@@ -32,9 +34,23 @@ SHARED: dict[str, Any] = {
         "glyphs",
         "Task source, with its argument behind a colon: glyphs, sinusoid, folder:PATH. See: metaplug tasks.",
     ),
-    "tasks.ways": _option(TASKS, "--ways", int, 5, "Classes in a task, 2 to 1000 (classification)."),
-    "tasks.shots": _option(TASKS, "--shots", int, 1, "Support examples of each class, or of a regression task; 1 to 1000."),
-    "tasks.queries": _option(TASKS, "--queries", int, 5, "Query examples of each class, or of a regression task; 1 to 1000."),
+    "tasks.ways": _option(
+        TASKS, "--ways", int, 5, "Classes in a task, 2 to 1000 (classification)."
+    ),
+    "tasks.shots": _option(
+        TASKS,
+        "--shots",
+        int,
+        1,
+        "Support examples of each class, or of a regression task; 1 to 1000.",
+    ),
+    "tasks.queries": _option(
+        TASKS,
+        "--queries",
+        int,
+        5,
+        "Query examples of each class, or of a regression task; 1 to 1000.",
+    ),
     "model.name": _option(
         TASKS,
         "--model",
@@ -42,25 +58,58 @@ SHARED: dict[str, Any] = {
         "conv4",
         "Model: conv4, mlp, resnet12, wrn28_10, torchvision:NAME, or MODULE:FACTORY of your own. See: metaplug plugins.",
     ),
-    "learner.inner_steps": _option(LEARNING, "--inner-steps", int, 3, "Inner steps K of a task, 0 to 1000."),
-    "learner.inner_lr": _option(LEARNING, "--inner-lr", float, 0.4, "Inner learning rate, 0 to 1000."),
-    "training.tasks_per_batch": _option(LEARNING, "--tasks-per-batch", int, 8, "Tasks in a meta-batch, at least 1."),
-    "training.iterations": _option(LEARNING, "--iterations", int, 400, "Meta-iterations, at least 1."),
-    "learner.meta_lr": _option(LEARNING, "--meta-lr", float, 0.001, "Meta learning rate, in the outer loop; above 0, at most 10."),
-    "seed": _option(RUN, "--seed", int, 0, "Seed of the weights, the tasks and every other random number; at least 0."),
+    "learner.inner_steps": _option(
+        LEARNING, "--inner-steps", int, 3, "Inner steps K of a task, 0 to 1000."
+    ),
+    "learner.inner_lr": _option(
+        LEARNING, "--inner-lr", float, 0.4, "Inner learning rate, 0 to 1000."
+    ),
+    "training.tasks_per_batch": _option(
+        LEARNING, "--tasks-per-batch", int, 8, "Tasks in a meta-batch, at least 1."
+    ),
+    "training.iterations": _option(
+        LEARNING, "--iterations", int, 400, "Meta-iterations, at least 1."
+    ),
+    "learner.meta_lr": _option(
+        LEARNING,
+        "--meta-lr",
+        float,
+        0.001,
+        "Meta learning rate, in the outer loop; above 0, at most 10.",
+    ),
+    "seed": _option(
+        RUN,
+        "--seed",
+        int,
+        0,
+        "Seed of the weights, the tasks and every other random number; at least 0.",
+    ),
     "runtime.device": _option(RUN, "--device", str, "auto", "auto, cpu, cuda or cuda:N."),
 }
 """By the path of the field that it sets, every option that train, compare and explain share."""
 
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Any other field of the configuration, as YAML. Repeatable.", rich_help_panel=RUN),
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Any other field of the configuration, as YAML. Repeatable.",
+        rich_help_panel=RUN,
+    ),
 ]
-Config = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A configuration in YAML. Options override it.", show_default=False)]
+Config = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="CONFIG", help="A configuration in YAML. Options override it.", show_default=False
+    ),
+]
 PresetName = Annotated[
     str | None,
     typer.Option(
-        "--preset", help="Algorithm, or a YAML file with one. See: metaplug plugins.", show_default="maml", rich_help_panel=LEARNING
+        "--preset",
+        help="Algorithm, or a YAML file with one. See: metaplug plugins.",
+        show_default="maml",
+        rich_help_panel=LEARNING,
     ),
 ]
 With = Annotated[
@@ -78,14 +127,21 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outpu
 def shared(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of SHARED in the place of its parameter `given`; there it receives those that were set, by path."""
     paths = {path.replace(".", "_"): path for path in SHARED}
-    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=SHARED[path]) for name, path in paths.items()]
+    added = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=SHARED[path]
+        )
+        for name, path in paths.items()
+    ]
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
         parameters += added if parameter.name == "given" else [parameter]
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
-        given = {path: value for name, path in paths.items() if (value := values.pop(name)) is not None}
+        given = {
+            path: value for name, path in paths.items() if (value := values.pop(name)) is not None
+        }
         command(given=given, **values)
 
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -102,7 +158,7 @@ def resolve_options(
     uses: Sequence[PluginUse] = (),
 ) -> Resolved:
     """The configuration from a file, the shared options, a preset and plugins, and `--set`, each over what stands before."""
-    from metaplug.config import assign, resolve
+    from metaplug.experiments.configuration import assign, resolve
     from metaplug.yaml_text import read_yaml
 
     layers = [] if config is None else [(str(config), read_yaml(config))]
@@ -114,17 +170,23 @@ def resolve_options(
         values["preset"] = preset
     if uses or any(path.startswith("plugins.") for path, _ in pairs):
         listed = layers[0][1].get("plugins") if layers else None
-        values["plugins"] = [*(listed if isinstance(listed, list) else ()), *(use.model_dump() for use in uses)]
+        values["plugins"] = [
+            *(listed if isinstance(listed, list) else ()),
+            *(use.model_dump() for use in uses),
+        ]
     for path, value in pairs:
         if path.startswith("plugins."):
-            _check_not_of_preset(path, values.get("preset") or (layers[0][1].get("preset") if layers else None) or "maml")
+            _check_not_of_preset(
+                path,
+                values.get("preset") or (layers[0][1].get("preset") if layers else None) or "maml",
+            )
         values = assign(values, path, value)
     return resolve([*layers, ("option", values)])
 
 
 def _check_not_of_preset(path: str, preset: Any) -> None:
     """Refuse to change a plugin of the preset, whose settings are what its name stands for."""
-    from metaplug.preset import find_preset
+    from metaplug.contract.presets import find_preset
 
     found, name = find_preset(preset) if isinstance(preset, str) else None, path.split(".")[1]
     if found is not None and name in [use.name or use.plugin for use in found.plugins]:
@@ -136,7 +198,7 @@ def _check_not_of_preset(path: str, preset: Any) -> None:
 
 def setting(text: str) -> tuple[str, Any]:
     """A path and a value from "path.to.field=value"; the value is read as YAML."""
-    from metaplug.preset import read_scalar
+    from metaplug.contract.presets import read_scalar
 
     path, equals, value = text.partition("=")
     if not equals or not path.strip():

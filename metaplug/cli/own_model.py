@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from metaplug.report.console import line
 
 if TYPE_CHECKING:
-    from metaplug.experiment import Experiment
+    from metaplug.experiments.experiment import Experiment
 
 
 def say_model(experiment: Experiment, before: str = "") -> None:

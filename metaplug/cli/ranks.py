@@ -12,7 +12,7 @@ from metaplug.errors import RequestError
 from metaplug.report.console import CONSOLE
 
 if TYPE_CHECKING:
-    from metaplug.runtime.distributed import World
+    from metaplug.execution.ranks import World
 
 
 def count() -> str:
@@ -24,7 +24,9 @@ def silence_others() -> None:
     """Let rank 0 alone speak."""
     CONSOLE.quiet = count() != "1" and os.environ.get("RANK") != "0"
     if count() != "1":
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # that a rank was lost, the others say in a line
+        os.environ.setdefault(
+            "TORCH_CPP_LOG_LEVEL", "ERROR"
+        )  # that a rank was lost, the others say in a line
 
 
 def refuse_several(command: str, mend: str) -> None:
@@ -36,7 +38,7 @@ def refuse_several(command: str, mend: str) -> None:
 @contextmanager
 def ranks() -> Iterator[World]:
     """Inside, this process is one of those that torchrun started; the first of them to fail says why, and the others end in silence."""
-    from metaplug.runtime.distributed import joined
+    from metaplug.execution.ranks import joined
 
     with joined() as world:
 

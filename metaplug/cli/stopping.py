@@ -38,7 +38,9 @@ class Stop:
     def ask(self, number: int, _: object) -> None:
         """Take the first signal as a wish to stop in order; Ctrl-C behind it stops at once, while schedulers may repeat themselves."""
         if number == getattr(signal, "SIGHUP", None):
-            nowhere = os.open(os.devnull, os.O_WRONLY)  # the terminal is gone, and writing to it would fail
+            nowhere = os.open(
+                os.devnull, os.O_WRONLY
+            )  # the terminal is gone, and writing to it would fail
             os.dup2(nowhere, sys.stdout.fileno())
             os.dup2(nowhere, sys.stderr.fileno())
             os.close(nowhere)
@@ -46,7 +48,11 @@ class Stop:
             raise KeyboardInterrupt
         if not self.signal:
             self.signal = number
-            line("stopping after this step; Ctrl-C again stops at once" if number == signal.SIGINT else "stopping after this step")
+            line(
+                "stopping after this step; Ctrl-C again stops at once"
+                if number == signal.SIGINT
+                else "stopping after this step"
+            )
             if number == signal.SIGTERM and self._last is not None and hasattr(signal, "SIGALRM"):
                 signal.signal(signal.SIGALRM, self._last)
                 signal.alarm(_GRACE)
@@ -59,11 +65,22 @@ def stop_on_signals() -> Iterator[Stop]:
     A signal that was ignored, as SIGHUP is by nohup, stays so. Of several ranks, what had SIGTERM before, as it may mean that another rank
     is gone, has it again where there is no stopping in order.
     """
-    numbers = [signal.SIGINT, *(number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None)]
+    numbers = [
+        signal.SIGINT,
+        *(
+            number
+            for name in ("SIGTERM", "SIGHUP")
+            if (number := getattr(signal, name, None)) is not None
+        ),
+    ]
     before = {number: signal.getsignal(number) for number in numbers}
     last = before.get(signal.SIGTERM)
     stop = Stop(last if callable(last) else None)
-    previous = {number: signal.signal(number, stop.ask) for number in numbers if before[number] is not signal.SIG_IGN}
+    previous = {
+        number: signal.signal(number, stop.ask)
+        for number in numbers
+        if before[number] is not signal.SIG_IGN
+    }
     try:
         yield stop
     finally:

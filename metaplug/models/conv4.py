@@ -25,13 +25,16 @@ class Conv4Config(Settings):
         "stride",
         description="How a block halves its size: max-pooling 2 x 2, or its convolution's stride 2.",
     )
-    leaky_slope: float = Field(0.0, ge=0, le=1, description="Slope of the activation below zero; 0 is ReLU.")
+    leaky_slope: float = Field(
+        0.0, ge=0, le=1, description="Slope of the activation below zero; 0 is ReLU."
+    )
     norm: Literal["batch", "group", "layer", "none"] = Field(
         "batch",
         description="Normalisation: by the statistics of the batch, of eight groups of channels, of all channels together, or none.",
     )
     initialisation: Literal["torch", "xavier"] = Field(
-        "torch", description="First weights of convolutions and head: torch's own, or Xavier's uniform ones with biases of zero."
+        "torch",
+        description="First weights of convolutions and head: torch's own, or Xavier's uniform ones with biases of zero.",
     )
 
     @model_validator(mode="after")
@@ -71,7 +74,9 @@ class Conv4(nn.Module):
                 f"enlarge the images, or set pooling = 'stride'"
             )
         filters = self.config.filters
-        self.body = nn.Sequential(*(_Block(channels if block == 0 else filters, self.config) for block in range(_BLOCKS)))
+        self.body = nn.Sequential(
+            *(_Block(channels if block == 0 else filters, self.config) for block in range(_BLOCKS))
+        )
         # A strided convolution with padding 1 rounds up, max-pooling down.
         divide = math.floor if self.config.pooling == "max" else math.ceil
         places = math.prod(divide(side / 2**_BLOCKS) for side in size)

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from metaplug import registry
+from metaplug.contract import registry
 from metaplug.errors import RequestError, RunError, did_you_mean, one_line, said_by, unknown
 from metaplug.models.parts import check_images
 
 
-def make_model(name: str, input_shape: tuple[int, ...], outputs: int, settings: Mapping[str, Any]) -> nn.Module:
+def make_model(
+    name: str, input_shape: tuple[int, ...], outputs: int, settings: Mapping[str, Any]
+) -> nn.Module:
     """A new model from inputs (n, *input_shape) to (n, outputs); that it keeps to `outputs` is not checked here.
 
     Args:
@@ -55,18 +57,30 @@ def origin_of(name: str, settings: Mapping[str, Any]) -> str | None:
 
 def _factory(name: str, module: str, attribute: str) -> Callable[..., Any]:
     if not all(part.isidentifier() for part in (*module.split("."), attribute)):
-        raise RequestError(f"the model '{name}' is no MODULE:FACTORY: write both as Python does, such as my_package.my_module:make")
+        raise RequestError(
+            f"the model '{name}' is no MODULE:FACTORY: write both as Python does, such as my_package.my_module:make"
+        )
     try:
         found = importlib.import_module(module)
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+        if (
+            isinstance(error, ModuleNotFoundError)
+            and error.name
+            and f"{module}.".startswith(f"{error.name}.")
+        ):
             raise RequestError(
                 f"the model '{name}' asks for the module '{error.name}', which is not found: run in the folder that holds it, or install it"
             ) from None
-        raise RunError(f"the module of the model '{name}' does not load ({said_by(error)}): correct it there") from error
+        raise RunError(
+            f"the module of the model '{name}' does not load ({said_by(error)}): correct it there"
+        ) from error
     if not hasattr(found, attribute):
-        known = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
-        raise RequestError(f"the model '{name}' asks for '{attribute}', which the module does not have: {did_you_mean(attribute, known)}")
+        known = [
+            key for key, value in vars(found).items() if callable(value) and not key.startswith("_")
+        ]
+        raise RequestError(
+            f"the model '{name}' asks for '{attribute}', which the module does not have: {did_you_mean(attribute, known)}"
+        )
     factory = getattr(found, attribute)
     if not callable(factory):
         raise RequestError(
@@ -77,7 +91,9 @@ def _factory(name: str, module: str, attribute: str) -> Callable[..., Any]:
     return made
 
 
-def _classifier(name: str, wanted: str, input_shape: tuple[int, ...], outputs: int, settings: Mapping[str, Any]) -> nn.Module:
+def _classifier(
+    name: str, wanted: str, input_shape: tuple[int, ...], outputs: int, settings: Mapping[str, Any]
+) -> nn.Module:
     try:
         zoo: Any = importlib.import_module("torchvision.models")
     except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another torch
@@ -91,14 +107,21 @@ def _classifier(name: str, wanted: str, input_shape: tuple[int, ...], outputs: i
     check_images(name, input_shape, outputs)
     model = _made(name, zoo.get_model_builder(wanted), settings, weights=None, num_classes=outputs)
     # The stem is the first convolution of every one of these classifiers.
-    stem, old = next((key, layer) for key, layer in model.named_modules() if isinstance(layer, nn.Conv2d))
+    stem, old = next(
+        (key, layer) for key, layer in model.named_modules() if isinstance(layer, nn.Conv2d)
+    )
     if old.in_channels != input_shape[0]:
-        form: dict[str, Any] = {key: getattr(old, key) for key in ("out_channels", "kernel_size", "stride", "padding", "dilation")}
+        form: dict[str, Any] = {
+            key: getattr(old, key)
+            for key in ("out_channels", "kernel_size", "stride", "padding", "dilation")
+        }
         model.set_submodule(stem, nn.Conv2d(input_shape[0], **form, bias=old.bias is not None))
     return model
 
 
-def _made(name: str, factory: Callable[..., Any], settings: Mapping[str, Any], *args: Any, **kwargs: Any) -> nn.Module:
+def _made(
+    name: str, factory: Callable[..., Any], settings: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> nn.Module:
     try:
         model = factory(*args, **kwargs, **settings)
     except TypeError as error:
@@ -107,7 +130,9 @@ def _made(name: str, factory: Callable[..., Any], settings: Mapping[str, Any], *
             "correct model.settings, or what the factory takes"
         ) from error
     if not isinstance(model, nn.Module):
-        raise RequestError(f"the model '{name}' gives a {type(model).__name__}, not a torch.nn.Module: let its factory return one")
+        raise RequestError(
+            f"the model '{name}' gives a {type(model).__name__}, not a torch.nn.Module: let its factory return one"
+        )
     return model
 
 

@@ -18,8 +18,12 @@ _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 class MlpConfig(Settings):
     """What an Mlp looks like inside."""
 
-    hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field((40, 40), description="Width of every hidden layer; () is linear.")
-    activation: Literal["relu", "tanh"] = Field("relu", description="Activation behind every hidden layer.")
+    hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field(
+        (40, 40), description="Width of every hidden layer; () is linear."
+    )
+    activation: Literal["relu", "tanh"] = Field(
+        "relu", description="Activation behind every hidden layer."
+    )
 
 
 @final

@@ -27,7 +27,9 @@ class ResNet12Config(Settings):
     @model_validator(mode="after")
     def _one_for_each_block(self) -> Self:
         if len(self.filters) != _BLOCKS:
-            raise ValueError(f"filters = {self.filters}: give {_BLOCKS} numbers, one for each block")
+            raise ValueError(
+                f"filters = {self.filters}: give {_BLOCKS} numbers, one for each block"
+            )
         return self
 
 
@@ -62,7 +64,9 @@ class ResNet12(nn.Module):
                 f"resnet12 halves an image four times, but {size[0]} x {size[1]} pixels are fewer than {2**_BLOCKS} x {2**_BLOCKS}: "
                 f"enlarge the images, or choose the model conv4 or wrn28_10"
             )
-        self.body = nn.Sequential(*(_Block(before, after) for before, after in pairwise((channels, *self.config.filters))))
+        self.body = nn.Sequential(
+            *(_Block(before, after) for before, after in pairwise((channels, *self.config.filters)))
+        )
         self.head = nn.Linear(self.config.filters[-1], outputs)
 
     def forward(self, x: Tensor) -> Tensor:

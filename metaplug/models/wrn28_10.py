@@ -19,8 +19,12 @@ _GROUPS = ((16, 1), (32, 2), (64, 2))
 class WideResNetConfig(Settings):
     """What a WideResNet looks like inside."""
 
-    depth: int = Field(28, ge=10, le=1000, description="Layers, 6n + 4 for n blocks in each of the three groups.")
-    widen_factor: int = Field(10, ge=1, le=64, description="Factor k on the channels 16, 32, 64 of the groups.")
+    depth: int = Field(
+        28, ge=10, le=1000, description="Layers, 6n + 4 for n blocks in each of the three groups."
+    )
+    widen_factor: int = Field(
+        10, ge=1, le=64, description="Factor k on the channels 16, 32, 64 of the groups."
+    )
 
     @model_validator(mode="after")
     def _whole_blocks(self) -> Self:
@@ -58,7 +62,9 @@ class WideResNet(nn.Module):
         channels, blocks = _STEM, []
         for width, stride in _GROUPS:
             for block in range((self.config.depth - 4) // 6):
-                blocks.append(_Block(channels, width * self.config.widen_factor, stride if block == 0 else 1))
+                blocks.append(
+                    _Block(channels, width * self.config.widen_factor, stride if block == 0 else 1)
+                )
                 channels = width * self.config.widen_factor
         self.body = nn.Sequential(*blocks)
         self.norm = batch_norm(channels)
@@ -75,7 +81,11 @@ class _Block(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = batch_norm(channels), convolution(channels, filters, 3, stride)
         self.norm2, self.conv2 = batch_norm(filters), convolution(filters, filters, 3)
-        self.shortcut = None if (channels, stride) == (filters, 1) else convolution(channels, filters, 1, stride)
+        self.shortcut = (
+            None
+            if (channels, stride) == (filters, 1)
+            else convolution(channels, filters, 1, stride)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.norm1(x))

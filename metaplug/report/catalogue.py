@@ -13,12 +13,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from metaplug import registry
-from metaplug.config import flatten
-from metaplug.contract import implementations
-from metaplug.hookspecs import KINDS
-from metaplug.preset import Preset
-from metaplug.registry import Part
+from metaplug.contract import registry
+from metaplug.contract.hookspecs import KINDS
+from metaplug.contract.plugin_rules import implementations
+from metaplug.contract.presets import Preset
+from metaplug.contract.registry import Part
+from metaplug.experiments.configuration import flatten
 from metaplug.settings import own_first
 
 
@@ -60,7 +60,13 @@ class Entry:
         """As JSON values: a row of the list, or the whole page."""
         values = asdict(self)
         values["settings"] = values.pop("fields")
-        return values if whole else {key: value for key, value in values.items() if key not in ("documentation", "facts")}
+        return (
+            values
+            if whole
+            else {
+                key: value for key, value in values.items() if key not in ("documentation", "facts")
+            }
+        )
 
     @property
     def origin(self) -> str:
@@ -78,9 +84,14 @@ def _entry(part: Part) -> Entry:
         return _broken(part, part.error)
     try:
         return _described(part)
-    except Exception as error:  # whatever a class of others answers to being read, the other rows are shown
+    except (
+        Exception
+    ) as error:  # whatever a class of others answers to being read, the other rows are shown
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return _broken(part, f"the {part.kind} '{part.name}' of {part.origin} cannot be described: {reason}; correct it, or uninstall it")
+        return _broken(
+            part,
+            f"the {part.kind} '{part.name}' of {part.origin} cannot be described: {reason}; correct it, or uninstall it",
+        )
 
 
 def _broken(part: Part, error: str) -> Entry:
@@ -90,14 +101,18 @@ def _broken(part: Part, error: str) -> Entry:
 def _described(part: Part) -> Entry:
     if isinstance(part.value, Preset):
         return _preset_entry(part, part.value)
-    documentation = re.split(r"\n\n(?:Args|Attributes|Raises):\n", inspect.getdoc(part.value) or "")[0]
+    documentation = re.split(
+        r"\n\n(?:Args|Attributes|Raises):\n", inspect.getdoc(part.value) or ""
+    )[0]
     facts: dict[str, str] = {}
     hooks: tuple[str, ...] = ()
     if part.kind == "plugin":
         hooks = tuple(implementations(part.value))
         facts["hooks"] = ", ".join(f"{hook} ({KINDS[hook]})" for hook in hooks) or "none"
         facts |= {
-            name.replace("_", " "): ", ".join(names) for name in ("runs_after", "conflicts_with") if (names := getattr(part.value, name))
+            name.replace("_", " "): ", ".join(names)
+            for name in ("runs_after", "conflicts_with")
+            if (names := getattr(part.value, name))
         }
         facts["couples tasks"] = "yes" if part.value.couples_tasks else "no"
     config = getattr(part.value, "Config", None)
@@ -115,20 +130,40 @@ def _described(part: Part) -> Entry:
 
 
 def _preset_entry(part: Part, preset: Preset) -> Entry:
-    facts = {"plugins": ", ".join(_use_text(use.plugin, use.settings) for use in preset.plugins) or "none", "source": preset.source}
+    facts = {
+        "plugins": ", ".join(_use_text(use.plugin, use.settings) for use in preset.plugins)
+        or "none",
+        "source": preset.source,
+    }
     if preset.defaults:
-        facts["training defaults"] = ", ".join(f"{path}={plain(value)}" for path, value in flatten(preset.defaults).items())
-    return Entry("preset", part.name, part.distribution, part.version, preset.summary, preset.summary, facts=facts)
+        facts["training defaults"] = ", ".join(
+            f"{path}={plain(value)}" for path, value in flatten(preset.defaults).items()
+        )
+    return Entry(
+        "preset",
+        part.name,
+        part.distribution,
+        part.version,
+        preset.summary,
+        preset.summary,
+        facts=facts,
+    )
 
 
 def _use_text(plugin: str, settings: dict[str, Any]) -> str:
-    return plugin + (":" + ",".join(f"{name}={plain(value)}" for name, value in settings.items()) if settings else "")
+    return plugin + (
+        ":" + ",".join(f"{name}={plain(value)}" for name, value in settings.items())
+        if settings
+        else ""
+    )
 
 
 def rows(config: type[BaseModel]) -> tuple[SettingRow, ...]:
     """The fields of a pydantic model in words."""
     return tuple(
-        SettingRow(name, type_text(info.annotation), _bounds(info), _default(info), info.description or "")
+        SettingRow(
+            name, type_text(info.annotation), _bounds(info), _default(info), info.description or ""
+        )
         for name, info in ((name, config.model_fields[name]) for name in own_first(config))
     )
 
@@ -141,18 +176,29 @@ def type_text(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(type_text(argument) for argument in arguments)
     if origin in (tuple, list):
-        inner = dict.fromkeys(type_text(argument) for argument in arguments if argument is not Ellipsis)
+        inner = dict.fromkeys(
+            type_text(argument) for argument in arguments if argument is not Ellipsis
+        )
         if origin is tuple and Ellipsis not in arguments:
             return f"[{', '.join(type_text(argument) for argument in arguments)}]"
         return f"list of {', '.join(inner)}"
     if hasattr(annotation, "__metadata__"):
         return type_text(arguments[0])
-    return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation)).lower()
+    return (
+        "null"
+        if annotation is type(None)
+        else getattr(annotation, "__name__", str(annotation)).lower()
+    )
 
 
 def _bounds(info: FieldInfo) -> str:
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    found = [f"{sign} {getattr(bound, name)}" for name, sign in signs.items() for bound in info.metadata if hasattr(bound, name)]
+    found = [
+        f"{sign} {getattr(bound, name)}"
+        for name, sign in signs.items()
+        for bound in info.metadata
+        if hasattr(bound, name)
+    ]
     return ", ".join(found)
 
 

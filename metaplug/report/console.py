@@ -34,7 +34,13 @@ CONSOLE = Console(file=cast("IO[str]", _Errors()), highlight=False)
 
 def line(text: str, style: str | None = None, console: Console = CONSOLE) -> None:
     """Show text as exactly one line, whatever the width of the terminal."""
-    console.print(re.sub(r"\s*\n\s*", " ", text.strip()), style=style, soft_wrap=True, markup=False, highlight=False)
+    console.print(
+        re.sub(r"\s*\n\s*", " ", text.strip()),
+        style=style,
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
 
 
 def emit(text: str) -> None:
@@ -46,7 +52,14 @@ def emit(text: str) -> None:
 
 def new_table(title: str, *columns: str) -> Table:
     """A table without rows, in the one style that all have."""
-    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for column in columns:
         table.add_column(column, overflow="fold")
     return table

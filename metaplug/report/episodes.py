@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
+from metaplug.contract.task_batch import TaskBatch
 from metaplug.report.figures import COLOURS, DPI, INK, WIDTH, save, style
-from metaplug.tasks.batch import TaskBatch
 
 MOST_ROWS, MOST_COLUMNS = 20, 12
 """Classes, and images of one class, that a picture shows; what is left out is said."""
@@ -39,13 +39,28 @@ def _images(batch: TaskBatch) -> Figure:
     height, gap = support.shape[0], (support.shape[1] + query.shape[1]) // 12
     between = np.ones((height, gap, support.shape[2]), np.float32)
     whole = np.concatenate([support, between, query], 1)
-    figure = Figure(figsize=(WIDTH, 0.7 + WIDTH * 0.9 * height / max(whole.shape[1], height)), dpi=DPI, layout="constrained")
+    figure = Figure(
+        figsize=(WIDTH, 0.7 + WIDTH * 0.9 * height / max(whole.shape[1], height)),
+        dpi=DPI,
+        layout="constrained",
+    )
     axes = figure.subplots()
-    axes.imshow(whole if whole.shape[2] == 3 else whole[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    for left, name, y in ((0, "support", batch.support_y), (whole.shape[1] - query.shape[1], "query", batch.query_y)):
+    axes.imshow(
+        whole if whole.shape[2] == 3 else whole[..., 0],
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+    )
+    for left, name, y in (
+        (0, "support", batch.support_y),
+        (whole.shape[1] - query.shape[1], "query", batch.query_y),
+    ):
         count = int((y[0] == 0).sum())
         text = f"{name}, {MOST_COLUMNS} of {count}" if count > MOST_COLUMNS else name
-        axes.annotate(text, (left, 0), xytext=(0, 4), textcoords="offset points", fontsize=10, color=INK)
+        axes.annotate(
+            text, (left, 0), xytext=(0, 4), textcoords="offset points", fontsize=10, color=INK
+        )
     side = batch.support_x.shape[-2] + 1
     axes.set_yticks([side * (row + 0.5) for row in range(rows)], [str(row) for row in range(rows)])
     axes.set_xticks([])
@@ -58,7 +73,11 @@ def _grid(part: list[Tensor]) -> NDArray[np.float32]:
     """The images of a part in one, (height, width, 1 or 3), a row for each class, with a line of grey between."""
     channels, height, width = part[0].shape[1:]
     columns = max(len(images) for images in part)
-    grid = np.full((len(part) * (height + 1) + 1, columns * (width + 1) + 1, 3 if channels == 3 else 1), 0.6, np.float32)
+    grid = np.full(
+        (len(part) * (height + 1) + 1, columns * (width + 1) + 1, 3 if channels == 3 else 1),
+        0.6,
+        np.float32,
+    )
     for row, images in enumerate(part):
         for column, image in enumerate(images[:, : grid.shape[2]].movedim(1, -1).cpu().numpy()):
             top, left = row * (height + 1) + 1, column * (width + 1) + 1
@@ -74,8 +93,21 @@ def _points(batch: TaskBatch) -> Figure:
         (batch.query_x, batch.query_y, "query", COLOURS[1], 26),
         (batch.support_x, batch.support_y, "support", COLOURS[2], 44),
     ):
-        axes.scatter(x[0].flatten(1)[:, 0].cpu(), y[0].flatten(1)[:, 0].cpu(), s=size, color=colour, label=name, zorder=3)
-    inputs, targets = (tensor[0].flatten(1).shape[1] for tensor in (batch.support_x, batch.support_y))
-    style(axes, "input" if inputs == 1 else f"input 1 of {inputs}", "target" if targets == 1 else f"target 1 of {targets}")
+        axes.scatter(
+            x[0].flatten(1)[:, 0].cpu(),
+            y[0].flatten(1)[:, 0].cpu(),
+            s=size,
+            color=colour,
+            label=name,
+            zorder=3,
+        )
+    inputs, targets = (
+        tensor[0].flatten(1).shape[1] for tensor in (batch.support_x, batch.support_y)
+    )
+    style(
+        axes,
+        "input" if inputs == 1 else f"input 1 of {inputs}",
+        "target" if targets == 1 else f"target 1 of {targets}",
+    )
     axes.legend(frameon=False)
     return figure

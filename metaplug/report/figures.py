@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from metaplug.comparison import Comparison, Curve
-from metaplug.evaluation import Metric
+from metaplug.evaluation.results import Metric
+from metaplug.experiments.comparison import Comparison, Curve
 from metaplug.files import replacing
 
 COLOURS = ("#4D4D4D", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -35,7 +35,15 @@ def comparison_figure(comparison: Comparison, path: Path) -> None:
             for run in comparison.runs[label]:
                 _line(axes, run.curve, comparison.metric, color=colour, linewidth=0.7, alpha=0.45)
         curve = comparison.mean_curve(label)
-        _line(axes, curve, comparison.metric, color=colour, linewidth=2.2, label=_wrapped(label), zorder=3)
+        _line(
+            axes,
+            curve,
+            comparison.metric,
+            color=colour,
+            linewidth=2.2,
+            label=_wrapped(label),
+            zorder=3,
+        )
         _band(axes, curve, comparison.metric, colour)
     _target(axes, comparison)
     seeds = len(comparison.seeds)
@@ -47,7 +55,9 @@ def comparison_figure(comparison: Comparison, path: Path) -> None:
         fontsize=9,
         color="#666666",
     )
-    axes.legend(frameon=False, loc="lower right" if comparison.metric == "accuracy" else "upper right")
+    axes.legend(
+        frameon=False, loc="lower right" if comparison.metric == "accuracy" else "upper right"
+    )
     save(figure, path)
 
 
@@ -57,7 +67,9 @@ def run_figure(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     Args:
         metrics: the lines of metrics.jsonl, at least one.
     """
-    fetched = [line for line in metrics if line["figures"]]  # with runtime.metrics_every, not every line
+    fetched = [
+        line for line in metrics if line["figures"]
+    ]  # with runtime.metrics_every, not every line
     groups = _grouped(fetched[-1]["figures"] if fetched else ())
     # The last plugins of the list are those that a user put behind a preset's.
     names = {group: groups[group] for group in groups if group in list(groups)[-MOST_GROUPS:]}
@@ -65,17 +77,29 @@ def run_figure(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(WIDTH, 0.4 + 2.1 * count), dpi=DPI, layout="constrained")
     grid = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
     style(grid[0], "", "", "outer loss")
-    finite = [(line["iteration"], line["outer_loss"]) for line in metrics if line["outer_loss"] is not None]  # others were skipped
+    finite = [
+        (line["iteration"], line["outer_loss"])
+        for line in metrics
+        if line["outer_loss"] is not None
+    ]  # others were skipped
     iterations, losses = [iteration for iteration, _ in finite], [loss for _, loss in finite]
     grid[0].plot(iterations, losses, color=COLOURS[1], linewidth=0.6, alpha=0.35)
     grid[0].plot(iterations, _smoothed(losses), color=COLOURS[1], linewidth=1.8)
     validated = [line for line in metrics if line.get("validation", {}).get("mean") is not None]
     metric: Metric = validated[0]["validation"]["metric"] if validated else "accuracy"
     style(grid[1], "", "", f"validation {_unit(metric)}")
-    points = [(line["iteration"], line["validation"]["mean"], line["validation"]["interval"]) for line in validated]
+    points = [
+        (line["iteration"], line["validation"]["mean"], line["validation"]["interval"])
+        for line in validated
+    ]
     scale = _scale(metric)
     grid[1].plot(
-        [i for i, _, _ in points], [scale * mean for _, mean, _ in points], color=COLOURS[2], linewidth=1.8, marker="o", markersize=3
+        [i for i, _, _ in points],
+        [scale * mean for _, mean, _ in points],
+        color=COLOURS[2],
+        linewidth=1.8,
+        marker="o",
+        markersize=3,
     )
     grid[1].fill_between(
         [i for i, _, _ in points],
@@ -90,11 +114,20 @@ def run_figure(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
         for index, name in enumerate(members):
             having = [line for line in fetched if name in line["figures"]]
             values = [line["figures"][name] for line in having]
-            iterations, colour = [line["iteration"] for line in having], COLOURS[(index + 1) % len(COLOURS)]
-            axes.plot(iterations, values, color=colour, linewidth=1.5, label=name.rpartition("/")[2])
+            iterations, colour = (
+                [line["iteration"] for line in having],
+                COLOURS[(index + 1) % len(COLOURS)],
+            )
+            axes.plot(
+                iterations, values, color=colour, linewidth=1.5, label=name.rpartition("/")[2]
+            )
         if 1 < len(members) <= 8:
             axes.legend(frameon=False, fontsize=8, ncols=len(members), loc="best")
-    more = f" ({len(groups) - len(names)} more kinds of figures are in metrics.jsonl)" if len(groups) > len(names) else ""
+    more = (
+        f" ({len(groups) - len(names)} more kinds of figures are in metrics.jsonl)"
+        if len(groups) > len(names)
+        else ""
+    )
     grid[-1].set_xlabel(f"meta-iterations{more}", color=INK)
     save(figure, path)
 
@@ -128,7 +161,10 @@ def _wrapped(label: str, width: int = 40) -> str:
 
 def _target(axes: Axes, comparison: Comparison) -> None:
     """The baseline's best value as a line, and an arrow from where the baseline reaches it to where the fastest variant does."""
-    means = {variant.label: comparison.acceleration_of_means(variant.label) for variant in comparison.variants}
+    means = {
+        variant.label: comparison.acceleration_of_means(variant.label)
+        for variant in comparison.variants
+    }
     base = means[comparison.baseline]
     target, begin = _scale(comparison.metric) * base.targets[0], base.baseline_iterations[0]
     axes.axhline(target, color="#888888", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -189,14 +225,20 @@ def style(axes: Axes, x: str, y: str, title: str = "") -> None:
 
 
 def _line(axes: Axes, curve: Curve, metric: Metric, **style: Any) -> None:
-    axes.plot([point.iteration for point in curve], [_scale(metric) * point.mean for point in curve], **style)
+    axes.plot(
+        [point.iteration for point in curve],
+        [_scale(metric) * point.mean for point in curve],
+        **style,
+    )
 
 
 def _band(axes: Axes, curve: Curve, metric: Metric, colour: str) -> None:
     scale = _scale(metric)
     low = [scale * (point.mean - point.interval) for point in curve]
     high = [scale * (point.mean + point.interval) for point in curve]
-    axes.fill_between([point.iteration for point in curve], low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.fill_between(
+        [point.iteration for point in curve], low, high, color=colour, alpha=0.15, linewidth=0
+    )
 
 
 def _scale(metric: Metric) -> float:

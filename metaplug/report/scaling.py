@@ -15,7 +15,10 @@ from metaplug.bench.scaling import Growth, Point, growth
 from metaplug.report.figures import COLOURS, DPI, save, style
 
 _VALUES = {"milliseconds_per_task": "milliseconds per task", "mib_per_task": "peak MiB per task"}
-_AXES = {"tasks": "tasks of a meta-batch", "inner_steps": "inner steps $K$; $K^e$: what they add to the fixed cost of a step"}
+_AXES = {
+    "tasks": "tasks of a meta-batch",
+    "inner_steps": "inner steps $K$; $K^e$: what they add to the fixed cost of a step",
+}
 _SIZE, _TEXT = (10.0, 6.4), 8.5
 """Inches: 1,600 × 1,024 pixels; and points of the labels."""
 
@@ -50,11 +53,28 @@ def scaling_figure(points: Sequence[Point], path: Path) -> None:
             shown = [point for point in points if point.axis == axis and point.size]
             for series, group in groupby(shown, lambda point: point.series):
                 drawn = list(group)
-                sizes, heights = [point.size for point in drawn], [getattr(point, value) for point in drawn]
+                sizes, heights = (
+                    [point.size for point in drawn],
+                    [getattr(point, value) for point in drawn],
+                )
                 colour = COLOURS[1 + names.index(series.workload)]
-                dashes = {"linestyle": (0, (4, 2)), "markerfacecolor": "white"} if series.recomputed else {}
-                axes.plot(sizes, heights, color=colour, linewidth=1.8, marker="o", markersize=4.5, **dashes)
-                ends[axes].append((heights[-1], _label(drawn[-1], found[series], memory=bool(row)), colour))
+                dashes = (
+                    {"linestyle": (0, (4, 2)), "markerfacecolor": "white"}
+                    if series.recomputed
+                    else {}
+                )
+                axes.plot(
+                    sizes,
+                    heights,
+                    color=colour,
+                    linewidth=1.8,
+                    marker="o",
+                    markersize=4.5,
+                    **dashes,
+                )
+                ends[axes].append(
+                    (heights[-1], _label(drawn[-1], found[series], memory=bool(row)), colour)
+                )
             axes.set_xticks(sorted({point.size for point in shown}))
             axes.minorticks_off()
             grid[row, column].ends = ends
@@ -71,7 +91,9 @@ def _label(last: Point, found: Growth, *, memory: bool) -> str:
         return f"{model}, {last.inner_steps} inner steps\n{last.tasks} tasks: {ratio:.2f}× of {found.smallest}"
     exponent = found.memory_exponent if memory else found.time_exponent
     grows = "" if exponent is None else f": $K^{{{exponent:.2f}}}$"
-    longer = "" if memory or found.times_as_long is None else f", {found.times_as_long:.2f}× the time"
+    longer = (
+        "" if memory or found.times_as_long is None else f", {found.times_as_long:.2f}× the time"
+    )
     return f"{model}{', recomputed' if last.series.recomputed else ''}\n{last.tasks} tasks{grows}{longer}"
 
 

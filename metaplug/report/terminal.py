@@ -11,15 +11,22 @@ from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
-from metaplug.comparison import Acceleration, Comparison
-from metaplug.config import Resolved, flatten
-from metaplug.evaluation import EvaluationResult, training_classes_text, transductive_text
-from metaplug.experiment import Experiment, task_form
-from metaplug.history import Record
-from metaplug.hookspecs import KINDS
+from metaplug.contract.hookspecs import KINDS
+from metaplug.evaluation.history import Record
+from metaplug.evaluation.results import EvaluationResult, training_classes_text, transductive_text
+from metaplug.experiments.comparison import Acceleration, Comparison
+from metaplug.experiments.configuration import Resolved, flatten
+from metaplug.experiments.experiment import Experiment, task_form
 from metaplug.report.catalogue import Entry, plain
 from metaplug.report.console import line, new_table
 
@@ -50,7 +57,9 @@ def result_line(result: Mapping[str, Any]) -> str:
 def statements(result: Mapping[str, Any]) -> list[str]:
     """A line for each thing that a reader of an evaluation in the form of `result_values` must know beside its value."""
     seen = result.get("training_classes")
-    return [transductive_text([reason]) for reason in result["transductive"] or ("no",)] + ([training_classes_text(seen)] if seen else [])
+    return [transductive_text([reason]) for reason in result["transductive"] or ("no",)] + (
+        [training_classes_text(seen)] if seen else []
+    )
 
 
 def skipped_line(skipped: int, iterations: int) -> str:
@@ -73,9 +82,15 @@ def memory_lines(experiment: Experiment) -> tuple[str, str | None]:
     """One line on what a meta-step will take of memory, and a warning where that is more than is free, else None."""
     learner, training = experiment.learner, experiment.config.training
     try:
-        batch = experiment.tasks.train.batch(learner.iteration, range(min(2, training.tasks_per_batch)))
-        estimate = learner.estimate_memory(batch, tasks_per_batch=training.tasks_per_batch, iterations=training.iterations)
-    except Exception as error:  # a run that would go well must not end here; what would end it says so itself
+        batch = experiment.tasks.train.batch(
+            learner.iteration, range(min(2, training.tasks_per_batch))
+        )
+        estimate = learner.estimate_memory(
+            batch, tasks_per_batch=training.tasks_per_batch, iterations=training.iterations
+        )
+    except (
+        Exception
+    ) as error:  # a run that would go well must not end here; what would end it says so itself
         return f"memory: no estimate ({type(error).__name__}: {error})", None
     return estimate.text, estimate.warning
 
@@ -116,7 +131,12 @@ class TrainingProgress:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self.console.is_terminal:
             self._bar.stop()
 
@@ -126,19 +146,29 @@ class TrainingProgress:
 
     def record(self, record: Record, label: str = "training") -> None:
         """Show one iteration more, of the run that `label` names."""
-        self._done, self._skipped = self._done + 1, self._skipped + (record.step.skipped is not None)
+        self._done, self._skipped = (
+            self._done + 1,
+            self._skipped + (record.step.skipped is not None),
+        )
         if record.validation is not None:
             result = record.validation
-            self._validation = f"  validation {value_text(result.metric, result.mean, result.interval)}"
+            self._validation = (
+                f"  validation {value_text(result.metric, result.mean, result.interval)}"
+            )
         loss = f"loss {record.step.outer_loss:.4f}{f'  {self._skipped} skipped' if self._skipped else ''}"
         if self.console.is_terminal:
             self._show(label, loss)
         elif record.validation is not None:
-            line(f"{label}: iteration {record.step.iteration}  {loss}{self._validation}", console=self.console)
+            line(
+                f"{label}: iteration {record.step.iteration}  {loss}{self._validation}",
+                console=self.console,
+            )
 
     def _show(self, label: str, loss: str) -> None:
         fields: dict[str, Any] = {"loss": loss, "validation": self._validation}
-        if self._task is None:  # not earlier, as iterations of an earlier process must not count as speed
+        if (
+            self._task is None
+        ):  # not earlier, as iterations of an earlier process must not count as speed
             self._task = self._bar.add_task(label, total=self.total, completed=self._done, **fields)
         self._bar.update(self._task, description=label, completed=self._done, **fields)
 
@@ -146,13 +176,27 @@ class TrainingProgress:
 def comparison_report(comparison: Comparison) -> RenderableType:
     """The table of a comparison, each variant with its seeds below it, and in words what the columns are."""
     bases = {variant.label: comparison.base(variant.label) for variant in comparison.variants}
-    several = any(base not in (None, comparison.baseline) for base in bases.values())  # or both accelerations would be the same
+    several = any(
+        base not in (None, comparison.baseline) for base in bases.values()
+    )  # or both accelerations would be the same
     over = ["over its base"] if several else []
-    table = new_table("", "variant", "acceleration", *over, f"test {comparison.metric}", f"minus {comparison.baseline}", "seconds")
+    table = new_table(
+        "",
+        "variant",
+        "acceleration",
+        *over,
+        f"test {comparison.metric}",
+        f"minus {comparison.baseline}",
+        "seconds",
+    )
     table.columns[0].no_wrap = True
     for variant in comparison.variants:
         label, baseline = variant.label, variant.label == comparison.baseline
-        acceleration, test, difference = comparison.acceleration(label), comparison.test(label), comparison.difference(label)
+        acceleration, test, difference = (
+            comparison.acceleration(label),
+            comparison.test(label),
+            comparison.difference(label),
+        )
         base = bases[label]
         own = None if base is None else comparison.acceleration(label, base)
         table.add_row(
@@ -164,13 +208,26 @@ def comparison_report(comparison: Comparison) -> RenderableType:
             f"{fmean(run.seconds for run in comparison.runs[label]):.0f}",
         )
         for seed, run in enumerate(comparison.runs[label]):
-            speed = f"best after {acceleration.baseline_iterations[seed]}" if baseline else _seed_text(acceleration, seed)
+            speed = (
+                f"best after {acceleration.baseline_iterations[seed]}"
+                if baseline
+                else _seed_text(acceleration, seed)
+            )
             beside = [] if not several else [""] if own is None else [_seed_text(own, seed)]
             table.add_row(
-                f"  seed {run.seed}", speed, *beside, value_text(test.metric, run.test.mean), "", f"{run.seconds:.0f}", style="dim"
+                f"  seed {run.seed}",
+                speed,
+                *beside,
+                value_text(test.metric, run.test.mean),
+                "",
+                f"{run.seconds:.0f}",
+                style="dim",
             )
         table.add_section()
-    targets = ", ".join(value_text(comparison.metric, target) for target in comparison.acceleration(comparison.baseline).targets)
+    targets = ", ".join(
+        value_text(comparison.metric, target)
+        for target in comparison.acceleration(comparison.baseline).targets
+    )
     seeds = ", ".join(map(str, comparison.seeds))
     notes = [
         f"Target: the best validation {comparison.metric} that {comparison.baseline} reaches; {targets} for seed {seeds}.",
@@ -180,9 +237,12 @@ def comparison_report(comparison: Comparison) -> RenderableType:
     ]
     if several:
         notes.insert(
-            2, "Over its base: the same against the variant that this one extends by plugins, with that variant's best as the target."
+            2,
+            "Over its base: the same against the variant that this one extends by plugins, with that variant's best as the target.",
         )
-    by_label = {label: transductive_text(comparison.test(label).transductive) for label in comparison.runs}
+    by_label = {
+        label: transductive_text(comparison.test(label).transductive) for label in comparison.runs
+    }
     if len(set(by_label.values())) == 1:
         notes.append(f"T{by_label[comparison.baseline][1:]}.")
     else:
@@ -206,7 +266,11 @@ def _mean_text(acceleration: Acceleration) -> str:
 
 def _seed_text(acceleration: Acceleration, seed: int) -> str:
     before, needed = acceleration.baseline_iterations[seed], acceleration.iterations[seed]
-    return f"{_percent(acceleration.percent[seed])} ({before} → {needed})" if needed else _percent(None)
+    return (
+        f"{_percent(acceleration.percent[seed])} ({before} → {needed})"
+        if needed
+        else _percent(None)
+    )
 
 
 def _percent(value: float | None) -> str:
@@ -214,7 +278,10 @@ def _percent(value: float | None) -> str:
 
 
 def explanation(
-    resolved: Resolved, order: Mapping[str, Sequence[str]], settings: Mapping[str, Mapping[str, Any]], summary: str
+    resolved: Resolved,
+    order: Mapping[str, Sequence[str]],
+    settings: Mapping[str, Mapping[str, Any]],
+    summary: str,
 ) -> RenderableType:
     """What a configuration comes to.
 
@@ -224,23 +291,41 @@ def explanation(
         settings: by plugin, all of its settings.
         summary: what the preset is.
     """
-    hooks = new_table("Hooks, in the order in which a meta-step calls them", "hook", "kind", "plugins, in the order of application")
+    hooks = new_table(
+        "Hooks, in the order in which a meta-step calls them",
+        "hook",
+        "kind",
+        "plugins, in the order of application",
+    )
     for hook in (hook for hook in KINDS if hook in order):
         hooks.add_row(hook, KINDS[hook], " → ".join(order[hook]))
     plugins = new_table("Plugins, in the order of the list", "plugin", "setting", "value", "origin")
     for name, values in settings.items():
         for row, (field, value) in enumerate(values.items()):
-            plugins.add_row(name if row == 0 else "", field, _shown(value), _origin(resolved, f"plugins.{name}.{field}"))
+            plugins.add_row(
+                name if row == 0 else "",
+                field,
+                _shown(value),
+                _origin(resolved, f"plugins.{name}.{field}"),
+            )
         if not values:
             plugins.add_row(name, "no settings")
         plugins.add_section()
     config = new_table("Configuration", "field", "value", "origin")
     config.add_row("preset", _shown(resolved.config.algorithm), _origin(resolved, "preset"))
-    for path, value in flatten(resolved.config.model_dump(mode="json", exclude={"preset", "plugins"})).items():
+    for path, value in flatten(
+        resolved.config.model_dump(mode="json", exclude={"preset", "plugins"})
+    ).items():
         config.add_row(path, _shown(value), _origin(resolved, path))
-    algorithm = Text.assemble((resolved.config.algorithm, "bold"), f": {summary}" if summary else "", "\n")
+    algorithm = Text.assemble(
+        (resolved.config.algorithm, "bold"), f": {summary}" if summary else "", "\n"
+    )
     if not settings:
-        return Group(algorithm, Text("No plugins: plain MAML, meta-gradients through every inner step."), config)
+        return Group(
+            algorithm,
+            Text("No plugins: plain MAML, meta-gradients through every inner step."),
+            config,
+        )
     return Group(algorithm, *([hooks] if order else []), plugins, config)
 
 
@@ -253,13 +338,21 @@ def catalogue_table(entries: Sequence[Entry], title: str) -> RenderableType:
     """The list of installed parts."""
     table = new_table(title, "name", "kind", "from", "summary")
     for entry in entries:
-        table.add_row(entry.name, entry.kind, entry.origin, Text(entry.error, style="red") if entry.error else Text(entry.summary))
+        table.add_row(
+            entry.name,
+            entry.kind,
+            entry.origin,
+            Text(entry.error, style="red") if entry.error else Text(entry.summary),
+        )
     return table
 
 
 def catalogue_page(entry: Entry) -> RenderableType:
     """One installed part: what it says of itself, its hooks and its settings."""
-    parts: list[RenderableType] = [Text(f"{entry.name}: a {entry.kind} of {entry.origin}", style="bold"), Text("")]
+    parts: list[RenderableType] = [
+        Text(f"{entry.name}: a {entry.kind} of {entry.origin}", style="bold"),
+        Text(""),
+    ]
     if entry.error:
         return Group(*parts, Text(entry.error, style="red"))
     parts += [_documentation(block) for block in entry.documentation.split("\n\n")]
@@ -269,7 +362,10 @@ def catalogue_page(entry: Entry) -> RenderableType:
         parts += [Text(""), Text("Settings", style="bold")]
     for field in entry.fields:
         form = ", ".join(filter(None, (field.type, field.bounds, f"default {field.default}")))
-        parts += [Text.assemble((field.name, "cyan"), f"  {form}"), Padding(Text(field.description), (0, 0, 0, 4))]
+        parts += [
+            Text.assemble((field.name, "cyan"), f"  {form}"),
+            Padding(Text(field.description), (0, 0, 0, 4)),
+        ]
     return Group(*parts, Text(""))
 
 

@@ -1,14 +1,14 @@
 """Tasks: batches, the streams that make them, and the sources that hold the data."""
 
-from metaplug.tasks.batch import TaskBatch
+from metaplug.contract.task_batch import TaskBatch
 from metaplug.tasks.episodes import ClassImages, EpisodeOptions, ImageEpisodes, TaskStream
-from metaplug.tasks.folder import Folder
-from metaplug.tasks.glyphs import Glyphs
-from metaplug.tasks.harmonic import Harmonic
-from metaplug.tasks.labelled import LabelledTasks
-from metaplug.tasks.sinusoid import Sinusoid
+from metaplug.tasks.glyphs.source import Glyphs
+from metaplug.tasks.images.folder import Folder
+from metaplug.tasks.images.labelled import LabelledTasks
 from metaplug.tasks.sources import ArrayTasks, ImageSource, TaskSource
-from metaplug.tasks.tabular import Tabular
+from metaplug.tasks.tables.tabular import Tabular
+from metaplug.tasks.toys.harmonic import Harmonic
+from metaplug.tasks.toys.sinusoid import Sinusoid
 
 __all__ = [
     "ArrayTasks",

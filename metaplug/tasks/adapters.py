@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import RequestError
-from metaplug.runtime.seeding import stream
-from metaplug.tasks.batch import TaskBatch
+from metaplug.random_streams import stream
 from metaplug.tasks.draws import distinct, draw
 from metaplug.tasks.episodes import TaskStream
-from metaplug.tasks.torchmeta_mends import apply
+from metaplug.tasks.torchmeta.mends import apply
 
 
 def as_stream(tasks: Any, seed: int = 0) -> TaskStream:
@@ -78,7 +78,10 @@ class CombinationTasks:
         ways = self.dataset.num_classes_per_task
         words = draw(self.seed, self.split, iteration, indices, ways + 1)
         chosen = distinct(words[:, :ways], np.full(len(indices), len(self.dataset.dataset)))
-        tasks = [self._task(tuple(classes), word) for classes, word in zip(chosen.tolist(), words[:, ways].tolist(), strict=True)]
+        tasks = [
+            self._task(tuple(classes), word)
+            for classes, word in zip(chosen.tolist(), words[:, ways].tolist(), strict=True)
+        ]
         return TaskBatch.from_torchmeta(default_collate(tasks))
 
     def _task(self, classes: tuple[int, ...], seed: int) -> Any:
@@ -123,7 +126,9 @@ def _endless(loader: Any) -> Iterator[tuple[Tensor, ...]]:
         epoch = iter(loader)
         first = next(epoch, None)
         if first is None:
-            raise RequestError("the BatchMetaDataLoader gives no batch: give it more tasks, or a smaller batch_size without drop_last")
+            raise RequestError(
+                "the BatchMetaDataLoader gives no batch: give it more tasks, or a smaller batch_size without drop_last"
+            )
         yield from _tasks_of(first)
         for given in epoch:
             yield from _tasks_of(given)

@@ -12,7 +12,9 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = (1 << 64) - 1
 
 
-def draw(seed: int, split: str, iteration: int, indices: Sequence[int], count: int) -> NDArray[np.uint64]:
+def draw(
+    seed: int, split: str, iteration: int, indices: Sequence[int], count: int
+) -> NDArray[np.uint64]:
     """Uniform 64-bit words of the tasks (seed, split, iteration, index): splitmix64 over a hash of these four.
 
     Returns:

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import RequestError
 from metaplug.settings import Settings, validated
-from metaplug.tasks.batch import TaskBatch
 from metaplug.tasks.draws import distinct, draw
 from metaplug.tasks.identities import digest
 
@@ -28,15 +28,31 @@ from metaplug.tasks.identities import digest
 class EpisodeOptions(Settings):
     """How tasks are drawn from class images: the base of the Config of every source of images."""
 
-    within: bool = Field(False, description="Whether the classes of a task come from one super-class, such as an alphabet or a script.")
-    rotate: bool = Field(False, description="Training: turn every class of a task by a random multiple of 90 degrees.")
-    flip: bool = Field(False, description="Training: mirror every class of a task left to right, or not, at random.")
-    shift: int = Field(0, ge=0, le=512, description="Training: move every image by up to so many pixels, at random; zeros come in.")
+    within: bool = Field(
+        False,
+        description="Whether the classes of a task come from one super-class, such as an alphabet or a script.",
+    )
+    rotate: bool = Field(
+        False,
+        description="Training: turn every class of a task by a random multiple of 90 degrees.",
+    )
+    flip: bool = Field(
+        False,
+        description="Training: mirror every class of a task left to right, or not, at random.",
+    )
+    shift: int = Field(
+        0,
+        ge=0,
+        le=512,
+        description="Training: move every image by up to so many pixels, at random; zeros come in.",
+    )
     train_ways: tuple[int, int] | None = Field(
-        None, description="Fewest and most classes of a training task, drawn for each meta-batch; null: the ways of all tasks."
+        None,
+        description="Fewest and most classes of a training task, drawn for each meta-batch; null: the ways of all tasks.",
     )
     train_shots: tuple[int, int] | None = Field(
-        None, description="Fewest and most shots of a training task, drawn for each meta-batch; null: the shots of all tasks."
+        None,
+        description="Fewest and most shots of a training task, drawn for each meta-batch; null: the shots of all tasks.",
     )
 
     memory_mib: int = Field(
@@ -50,7 +66,9 @@ class EpisodeOptions(Settings):
         for name, least in (("train_ways", 2), ("train_shots", 1)):
             low, high = getattr(self, name) or (least, least)
             if not least <= low <= high:
-                raise ValueError(f"{name} = [{low}, {high}]: give the fewest first, at least {least}")
+                raise ValueError(
+                    f"{name} = [{low}, {high}]: give the fewest first, at least {least}"
+                )
         return self
 
     @property
@@ -77,8 +95,18 @@ class TaskStream(Protocol):
 class ExampleCounts(Settings):
     """The sizes of a task."""
 
-    shots: int = Field(1, ge=1, le=1000, description="Support examples of each class (classification) or of the task (regression).")
-    queries: int = Field(15, ge=1, le=1000, description="Query examples of each class (classification) or of the task (regression).")
+    shots: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="Support examples of each class (classification) or of the task (regression).",
+    )
+    queries: int = Field(
+        15,
+        ge=1,
+        le=1000,
+        description="Query examples of each class (classification) or of the task (regression).",
+    )
 
 
 class EpisodeForm(ExampleCounts):
@@ -116,16 +144,30 @@ class ClassImages:
                 f"images of shape {shape}: give one count a class and images (N, channels, height, width)"
             )
         if self.styles is not None and self.styles.shape != shape[:1]:
-            raise RequestError(f"class images: styles of shape {self.styles.shape} for {shape[0]} images: give one style an image")
+            raise RequestError(
+                f"class images: styles of shape {self.styles.shape} for {shape[0]} images: give one style an image"
+            )
         if self.superclasses is not None and len(self.superclasses) != len(self.names):
-            raise RequestError(f"class images: {len(self.superclasses)} super-classes for {len(self.names)} classes: give one a class")
+            raise RequestError(
+                f"class images: {len(self.superclasses)} super-classes for {len(self.names)} classes: give one a class"
+            )
         if len(set(self.names)) != len(self.names):
             twice = next(name for name in self.names if self.names.count(name) > 1)
-            raise RequestError(f"class images: the class '{twice}' stands twice in one split: join its images or rename one")
+            raise RequestError(
+                f"class images: the class '{twice}' stands twice in one split: join its images or rename one"
+            )
         if self.images.dtype not in (torch.uint8, torch.float32):
-            raise RequestError(f"class images: the dtype {self.images.dtype} is not known: give uint8 (0 to 255), or float32 (0 to 1)")
-        if self.images.dtype == torch.float32 and not bool(((self.images >= 0) & (self.images <= 1)).all()):
-            fault = "hold NaN: clean them" if bool(self.images.isnan().any()) else "go beyond 0 to 1: scale them, or give uint8 (0 to 255)"
+            raise RequestError(
+                f"class images: the dtype {self.images.dtype} is not known: give uint8 (0 to 255), or float32 (0 to 1)"
+            )
+        if self.images.dtype == torch.float32 and not bool(
+            ((self.images >= 0) & (self.images <= 1)).all()
+        ):
+            fault = (
+                "hold NaN: clean them"
+                if bool(self.images.isnan().any())
+                else "go beyond 0 to 1: scale them, or give uint8 (0 to 255)"
+            )
             raise RequestError(f"class images: float32 images {fault}")
 
     @cached_property
@@ -168,12 +210,17 @@ class ImageEpisodes:
         seed: int,
         options: EpisodeOptions | None = None,
     ) -> None:
-        self.form = validated(EpisodeForm, {"ways": ways, "shots": shots, "queries": queries}, "tasks")
+        self.form = validated(
+            EpisodeForm, {"ways": ways, "shots": shots, "queries": queries}, "tasks"
+        )
         self.options = options or EpisodeOptions()
         self.split = split
         self.seed = seed
         self.classes = classes
-        self._ways, self._shots = self.options.train_ways or (ways, ways), self.options.train_shots or (shots, shots)
+        self._ways, self._shots = (
+            self.options.train_ways or (ways, ways),
+            self.options.train_shots or (shots, shots),
+        )
         self.most_ways = ways = self._ways[1]
         shots = self._shots[1]
         counts = classes.counts
@@ -208,7 +255,10 @@ class ImageEpisodes:
         by_class, by_image = np.split(words, [2 * ways], axis=-1)
         parts = np.split(places, [shots], axis=-1)
         moves = np.split(by_image.reshape(*places.shape, -1), [shots], axis=-2)
-        inputs = [self._augmented(self._gather(part), by_class, own).flatten(1, 2) for part, own in zip(parts, moves, strict=True)]
+        inputs = [
+            self._augmented(self._gather(part), by_class, own).flatten(1, 2)
+            for part, own in zip(parts, moves, strict=True)
+        ]
         return TaskBatch(inputs[0], self._labels(parts[0]), inputs[1], self._labels(parts[1]))
 
     @cached_property
@@ -232,7 +282,10 @@ class ImageEpisodes:
     def _sizes(self, iteration: int) -> tuple[int, int]:
         """The ways and shots of one iteration's tasks."""
         words = draw(self.seed, f"{self.split} sizes", iteration, [0], 2)[0].tolist()
-        ways, shots = (low + word % (high - low + 1) for word, (low, high) in zip(words, (self._ways, self._shots), strict=True))
+        ways, shots = (
+            low + word % (high - low + 1)
+            for word, (low, high) in zip(words, (self._ways, self._shots), strict=True)
+        )
         return ways, shots
 
     def _super_classes(self, ways: int) -> list[NDArray[np.int64]]:
@@ -243,7 +296,9 @@ class ImageEpisodes:
                 "or give classes that stand in folders of their super-class"
             )
         names = np.array(self.classes.superclasses)
-        groups = {name: np.flatnonzero(names == name) for name in sorted(set(self.classes.superclasses))}
+        groups = {
+            name: np.flatnonzero(names == name) for name in sorted(set(self.classes.superclasses))
+        }
         large = [group for group in groups.values() if len(group) >= ways]
         if not large:
             largest = max(groups, key=lambda name: len(groups[name]))
@@ -262,8 +317,16 @@ class ImageEpisodes:
         # A choice by style looks at every image of a class.
         drawn = examples if styles is None else int(self._counts.max())
         used = ways * (1 + drawn)
-        more = 1 + 2 * ways + 2 * ways * examples  # what an augmentation draws, it draws behind: a task without has the same images
-        words = draw(self.seed, self.split, iteration, indices, used + (more if self.options.draws_more else 0))
+        more = (
+            1 + 2 * ways + 2 * ways * examples
+        )  # what an augmentation draws, it draws behind: a task without has the same images
+        words = draw(
+            self.seed,
+            self.split,
+            iteration,
+            indices,
+            used + (more if self.options.draws_more else 0),
+        )
         classes = self._choose_classes(words[:, :ways], words[:, used : used + 1])
         counts, offsets = self._counts[classes][..., None], self._offsets[classes][..., None]
         chosen = distinct(words[:, ways:used].reshape(len(indices), ways, drawn), counts[..., 0])
@@ -271,17 +334,23 @@ class ImageEpisodes:
             support, rest = np.split(chosen, [shots], axis=-1)
             style_of_rest = styles[offsets + np.minimum(rest, counts - 1)]
             seen = (style_of_rest[..., None] == styles[offsets + support][..., None, :]).any(-1)
-            order = np.argsort(seen + 2 * (rest >= counts), axis=-1, kind="stable")[..., : self.form.queries]
+            order = np.argsort(seen + 2 * (rest >= counts), axis=-1, kind="stable")[
+                ..., : self.form.queries
+            ]
             chosen = np.concatenate([support, np.take_along_axis(rest, order, axis=-1)], axis=-1)
         return offsets + chosen, words[:, used + 1 :]
 
-    def _choose_classes(self, words: NDArray[np.uint64], word_of_group: NDArray[np.uint64]) -> NDArray[np.int64]:
+    def _choose_classes(
+        self, words: NDArray[np.uint64], word_of_group: NDArray[np.uint64]
+    ) -> NDArray[np.int64]:
         """(T, ways) distinct classes: of all, or of one super-class for each task."""
         if self._groups is None:
             return distinct(words, np.full(len(words), len(self._counts)))
         chosen = (word_of_group[:, 0] % np.uint64(len(self._groups))).astype(np.int64)
         places = distinct(words, np.array([len(self._groups[group]) for group in chosen]))
-        return np.stack([self._groups[group][row] for group, row in zip(chosen, places, strict=True)])
+        return np.stack(
+            [self._groups[group][row] for group, row in zip(chosen, places, strict=True)]
+        )
 
     def _gather(self, places: NDArray[np.int64]) -> Tensor:
         """(T, ways, examples, channels, height, width), float32 in [0, 1]."""
@@ -292,15 +361,21 @@ class ImageEpisodes:
             found = found.float().div_(255)
         return found.reshape(*places.shape, *images.shape[1:])
 
-    def _augmented(self, images: Tensor, by_class: NDArray[np.uint64], by_image: NDArray[np.uint64]) -> Tensor:
+    def _augmented(
+        self, images: Tensor, by_class: NDArray[np.uint64], by_image: NDArray[np.uint64]
+    ) -> Tensor:
         """The images with the augmentations of the options: classes (T, 2 ways words) as a whole, shifts (..., 2 words) image by image."""
         options, ways = self.options, images.shape[1]
         if options.rotate or options.flip:
-            quarters = torch.from_numpy((by_class % np.uint64(4)).astype(np.int64)).to(images.device)
+            quarters = torch.from_numpy((by_class % np.uint64(4)).astype(np.int64)).to(
+                images.device
+            )
         if options.rotate:
             images = rotated(images, quarters[:, :ways])
         if options.flip:
-            images = torch.where(quarters[:, ways:, None, None, None, None] % 2 == 1, images.flip(-1), images)
+            images = torch.where(
+                quarters[:, ways:, None, None, None, None] % 2 == 1, images.flip(-1), images
+            )
         if options.shift:
             steps = (by_image % np.uint64(2 * options.shift + 1)).astype(np.int64) - options.shift
             images = shifted(images, torch.from_numpy(steps).to(images.device))
@@ -308,7 +383,11 @@ class ImageEpisodes:
 
     def _labels(self, places: NDArray[np.int64]) -> Tensor:
         tasks, ways, examples = places.shape
-        return torch.arange(ways, device=self.classes.images.device).repeat_interleave(examples).repeat(tasks, 1)
+        return (
+            torch.arange(ways, device=self.classes.images.device)
+            .repeat_interleave(examples)
+            .repeat(tasks, 1)
+        )
 
 
 def allocate(shape: tuple[int, ...], memory_mib: int) -> NDArray[np.uint8]:
@@ -323,7 +402,9 @@ def allocate(shape: tuple[int, ...], memory_mib: int) -> NDArray[np.uint8]:
     with tempfile.TemporaryFile() as file:
         try:
             # Without its blocks reserved, a full disk would end the process in the middle of a copy (SIGBUS).
-            os.posix_fallocate(file.fileno(), 0, size) if hasattr(os, "posix_fallocate") else file.truncate(size)
+            os.posix_fallocate(file.fileno(), 0, size) if hasattr(
+                os, "posix_fallocate"
+            ) else file.truncate(size)
         except OSError as error:
             raise RequestError(
                 f"{shape[0]} images need {size // 2**20} MiB, more than memory_mib = {memory_mib}, and a file of that size in "
@@ -335,7 +416,11 @@ def allocate(shape: tuple[int, ...], memory_mib: int) -> NDArray[np.uint8]:
 def rotated(images: Tensor, quarters: Tensor) -> Tensor:
     """Every class turned as a whole: images (T, ways, examples, channels, side, side) by quarters (T, ways) times 90 degrees."""
     turned, chosen = images, quarters[..., None, None, None, None]
-    for quarter in (1, 2, 3):  # all of them everywhere: choosing by a mask would wait for the device
+    for quarter in (
+        1,
+        2,
+        3,
+    ):  # all of them everywhere: choosing by a mask would wait for the device
         turned = torch.where(chosen == quarter, torch.rot90(images, quarter, (-2, -1)), turned)
     return turned
 
@@ -343,8 +428,18 @@ def rotated(images: Tensor, quarters: Tensor) -> Tensor:
 def shifted(images: Tensor, steps: Tensor) -> Tensor:
     """Every image (..., channels, height, width) moved by its own steps (..., 2), down and to the right; zeros come in."""
     flat, moves = images.flatten(0, -4), steps.flatten(0, -2)
-    rows, columns = (torch.arange(size, device=images.device) - moves[:, axis, None] for axis, size in enumerate(images.shape[-2:]))
-    inside = ((rows >= 0) & (rows < images.shape[-2]))[:, :, None] & ((columns >= 0) & (columns < images.shape[-1]))[:, None, :]
+    rows, columns = (
+        torch.arange(size, device=images.device) - moves[:, axis, None]
+        for axis, size in enumerate(images.shape[-2:])
+    )
+    inside = ((rows >= 0) & (rows < images.shape[-2]))[:, :, None] & (
+        (columns >= 0) & (columns < images.shape[-1])
+    )[:, None, :]
     which = torch.arange(len(flat), device=images.device)[:, None, None]
-    taken = flat[which, :, rows.clamp(0, images.shape[-2] - 1)[:, :, None], columns.clamp(0, images.shape[-1] - 1)[:, None, :]]
+    taken = flat[
+        which,
+        :,
+        rows.clamp(0, images.shape[-2] - 1)[:, :, None],
+        columns.clamp(0, images.shape[-1] - 1)[:, None, :],
+    ]
     return (taken.movedim(-1, 1) * inside[:, None]).reshape(images.shape)

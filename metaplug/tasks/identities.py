@@ -42,7 +42,9 @@ def identities_of(stream: TaskStream) -> Mapping[str, str] | None:
     given = getattr(stream, "identities", None)
     if given is None:
         return None
-    if not isinstance(given, Mapping) or not all(isinstance(part, str) for pair in given.items() for part in pair):
+    if not isinstance(given, Mapping) or not all(
+        isinstance(part, str) for pair in given.items() for part in pair
+    ):
         raise RequestError(
             f"the identities of {type(stream).__name__} are no mapping from names to digests, both of them text: "
             "give {name: metaplug.tasks.identities.digest(data)}, or None where it is not known"
@@ -79,14 +81,18 @@ class TrainedOn:
         given = identities_of(stream)
         if given is None:
             return TrainedOn(self.classes, complete=False)
-        return TrainedOn({digest: name for name, digest in given.items()} | dict(self.classes), self.complete)
+        return TrainedOn(
+            {digest: name for name, digest in given.items()} | dict(self.classes), self.complete
+        )
 
     def shared(self, stream: TaskStream) -> int | None:
         """How many classes of the stream are among these; None where that is not known."""
         given = identities_of(stream)
         if given is None:
             return None
-        return sum(digest in self.classes for digest in given.values()) or (0 if self.complete else None)
+        return sum(digest in self.classes for digest in given.values()) or (
+            0 if self.complete else None
+        )
 
     def refuse(self, stream: TaskStream, noun: str, mend: str) -> None:
         """Refuse a stream that shares a class with these.
@@ -127,7 +133,11 @@ class TrainedOn:
         others = state.get("others")
         text = "" if others is None else others[:MOST_KNOWN].numpy().tobytes().hex()
         unnamed = (text[start : start + 32] for start in range(0, len(text), 32))
-        return cls({_standard(text): name for text, name in state["classes"].items()} | {text: text for text in unnamed}, state["complete"])
+        return cls(
+            {_standard(text): name for text, name in state["classes"].items()}
+            | {text: text for text in unnamed},
+            state["complete"],
+        )
 
 
 def _cut(name: str) -> str:

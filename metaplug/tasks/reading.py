@@ -20,7 +20,9 @@ def open_regular(path: Path) -> BinaryIO:
         OSError: it cannot be opened, or it is no regular file: a pipe would wait for ever, a device never end.
     """
     # Without O_NONBLOCK, opening a pipe waits for somebody to write into it. Windows has no such pipes.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    descriptor = os.open(
+        path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    )
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
@@ -36,7 +38,9 @@ def read_regular(path: Path, most: int) -> bytes:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
-            raise OSError(errno.EFBIG, f"it has {size} bytes, more than the {most} that are read", str(path))
+            raise OSError(
+                errno.EFBIG, f"it has {size} bytes, more than the {most} that are read", str(path)
+            )
         data = file.read(size + 1)
     if len(data) != size:
         raise OSError(errno.EIO, "it changes while it is read", str(path))

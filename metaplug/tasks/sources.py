@@ -32,7 +32,8 @@ class SplitFractions(Settings):
     """How classes, or tasks, are split where nothing else says so."""
 
     fractions: tuple[float, float, float] = Field(
-        (0.64, 0.16, 0.20), description="Shares for train, val and test, where neither a file nor names split them."
+        (0.64, 0.16, 0.20),
+        description="Shares for train, val and test, where neither a file nor names split them.",
     )
 
     @model_validator(mode="after")
@@ -42,11 +43,20 @@ class SplitFractions(Settings):
         return self
 
 
-def by_fractions(names: Sequence[str], fractions: tuple[float, float, float]) -> dict[str, list[str]]:
+def by_fractions(
+    names: Sequence[str], fractions: tuple[float, float, float]
+) -> dict[str, list[str]]:
     """Names divided into train, val and test by shares, in the order of a hash of each: no seed and no other name changes a name's rank."""
     ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
-    first, second = round(fractions[0] * len(ranked)), round((fractions[0] + fractions[1]) * len(ranked))
-    return {"train": sorted(ranked[:first]), "val": sorted(ranked[first:second]), "test": sorted(ranked[second:])}
+    first, second = (
+        round(fractions[0] * len(ranked)),
+        round((fractions[0] + fractions[1]) * len(ranked)),
+    )
+    return {
+        "train": sorted(ranked[:first]),
+        "val": sorted(ranked[first:second]),
+        "test": sorted(ranked[second:]),
+    }
 
 
 def read_splits(path: Path, of: str) -> dict[str, list[Any]]:
@@ -59,17 +69,32 @@ def read_splits(path: Path, of: str) -> dict[str, list[Any]]:
         RequestError: the file cannot be read, is not JSON, or has not that form; it is named.
     """
     try:
-        given = json.loads(read_regular(path, _MOST_BYTES_OF_SPLITS), object_pairs_hook=_once, parse_constant=no_number)
+        given = json.loads(
+            read_regular(path, _MOST_BYTES_OF_SPLITS),
+            object_pairs_hook=_once,
+            parse_constant=no_number,
+        )
     except OSError as error:
-        raise RequestError(f"cannot read the splits {path}: {reason(error)}; give a JSON file {SPLITS_FORM}") from None
+        raise RequestError(
+            f"cannot read the splits {path}: {reason(error)}; give a JSON file {SPLITS_FORM}"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"the splits {path} are not JSON ({reason(error)}): write {SPLITS_FORM}") from None
+        raise RequestError(
+            f"the splits {path} are not JSON ({reason(error)}): write {SPLITS_FORM}"
+        ) from None
     lists = list(given.values()) if isinstance(given, dict) else [None]
-    if not all(isinstance(names, list) and all(isinstance(name, str | int | float) for name in names) for names in lists):
-        raise RequestError(f"the splits {path} are not lists of {of} names by split: write {SPLITS_FORM}")
+    if not all(
+        isinstance(names, list) and all(isinstance(name, str | int | float) for name in names)
+        for names in lists
+    ):
+        raise RequestError(
+            f"the splits {path} are not lists of {of} names by split: write {SPLITS_FORM}"
+        )
     for split in given:
         if split not in SPLITS:
-            raise RequestError(f"the splits {path}: {unknown('split', one_line(split, 80), SPLITS)}")
+            raise RequestError(
+                f"the splits {path}: {unknown('split', one_line(split, 80), SPLITS)}"
+            )
     return dict(given)
 
 
@@ -78,7 +103,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     given = dict(pairs)
     if len(given) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key '{one_line(next(key for key in keys if keys.count(key) > 1), 80)}' stands twice")
+        raise ValueError(
+            f"the key '{one_line(next(key for key in keys if keys.count(key) > 1), 80)}' stands twice"
+        )
     return given
 
 
@@ -119,7 +146,9 @@ class TaskSource(ABC):
         moved = copy(self)
         for split in SPLITS:
             stream = getattr(self, split)
-            setattr(moved, split, stream.to(device) if isinstance(stream, ImageEpisodes) else stream)
+            setattr(
+                moved, split, stream.to(device) if isinstance(stream, ImageEpisodes) else stream
+            )
         return moved
 
     @abstractmethod
@@ -204,7 +233,13 @@ class ImageSource(TaskSource):
             "outputs": self.outputs,
             "origin": self._origin,
             "licence": self._licence,
-            "splits": {stream.split: {"classes": len(stream.classes.names), "images": sum(stream.classes.counts)} for stream in streams},
+            "splits": {
+                stream.split: {
+                    "classes": len(stream.classes.names),
+                    "images": sum(stream.classes.counts),
+                }
+                for stream in streams
+            },
         }
 
 
@@ -236,15 +271,32 @@ class ArrayTasks(ImageSource):
         **settings: Any,
     ) -> None:
         config = validated(EpisodeOptions, settings, "array tasks")
-        splits = {split: _stack(classes, split) for split, classes in zip(SPLITS, (train, val, test), strict=True)}
+        splits = {
+            split: _stack(classes, split)
+            for split, classes in zip(SPLITS, (train, val, test), strict=True)
+        }
         origin, licence = "arrays given in Python", "not stated"
-        super().__init__(splits, config=config, origin=origin, licence=licence, ways=ways, shots=shots, queries=queries, seed=seed)
+        super().__init__(
+            splits,
+            config=config,
+            origin=origin,
+            licence=licence,
+            ways=ways,
+            shots=shots,
+            queries=queries,
+            seed=seed,
+        )
 
 
 def _stack(classes: Mapping[str, Tensor | NDArray[Any]], split: str) -> ClassImages:
     if not classes:
-        raise RequestError(f"the {split} split has no class: give at least as many as the ways of a task")
-    arrays = {name: torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x) for name, x in classes.items()}
+        raise RequestError(
+            f"the {split} split has no class: give at least as many as the ways of a task"
+        )
+    arrays = {
+        name: torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x)
+        for name, x in classes.items()
+    }
     first_name, first = next(iter(arrays.items()))
     for name, array in arrays.items():
         if array.ndim != 4 or array.shape[1:] != first.shape[1:] or array.dtype != first.dtype:
@@ -252,4 +304,8 @@ def _stack(classes: Mapping[str, Tensor | NDArray[Any]], split: str) -> ClassIma
                 f"the class '{name}' of the {split} split has {array.dtype} images of shape {tuple(array.shape)}, the class '{first_name}' "
                 f"{first.dtype} images of {tuple(first.shape)}: give every class (n, channels, height, width) of one size and dtype"
             )
-    return ClassImages(tuple(arrays), torch.cat(list(arrays.values())), tuple(len(array) for array in arrays.values()))
+    return ClassImages(
+        tuple(arrays),
+        torch.cat(list(arrays.values())),
+        tuple(len(array) for array in arrays.values()),
+    )

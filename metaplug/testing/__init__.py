@@ -16,7 +16,15 @@ from metaplug.testing import reference, strategies
 from metaplug.testing.clauses import Clause, ConformanceError
 from metaplug.testing.comparing import adapted, assert_close, found
 from metaplug.testing.first_party import FIRST_PARTY
-from metaplug.testing.problems import CLASSIFIERS, MODELS, SMOOTH, Problem, Stream, problem, regression
+from metaplug.testing.problems import (
+    CLASSIFIERS,
+    MODELS,
+    SMOOTH,
+    Problem,
+    Stream,
+    problem,
+    regression,
+)
 from metaplug.testing.suite import CLAUSES, PluginConformance, check
 
 __all__ = [

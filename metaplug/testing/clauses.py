@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import FlakyFailure
 
-from metaplug import registry
-from metaplug.chain import Chain
+from metaplug.contract import registry
+from metaplug.contract.chain import Chain
+from metaplug.contract.plugin import Plugin
+from metaplug.contract.presets import make_plugins
+from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import MetaplugError, RequestError, unknown
 from metaplug.learner import MetaLearner
-from metaplug.plugin import Plugin
-from metaplug.preset import make_plugins
-from metaplug.tasks.batch import TaskBatch
 from metaplug.testing.problems import KINKED, MODELS, Problem, Stream, problem
 
 DEFAULT_MODELS = ("mlp", "batch-norm", "conv4")
@@ -73,7 +73,9 @@ class Subject:
 
     def __post_init__(self) -> None:
         if not self.models:
-            raise RequestError("models = (): a plugin that fits no model cannot be tried; give names of metaplug.testing.MODELS")
+            raise RequestError(
+                "models = (): a plugin that fits no model cannot be tried; give names of metaplug.testing.MODELS"
+            )
         for name in self.models:
             if name not in MODELS:
                 raise unknown("model of metaplug.testing", name, MODELS)
@@ -91,9 +93,15 @@ class Subject:
         given = self.settings if given is None else given
         if not isinstance(self._part, type):
             return make_plugins(None, [self._part])[0]
-        made = self._part(name=self.source, **given) if isinstance(self.source, str) else self._part(**given)
+        made = (
+            self._part(name=self.source, **given)
+            if isinstance(self.source, str)
+            else self._part(**given)
+        )
         if not isinstance(made, Plugin):
-            raise RequestError(f"{self._part.__name__} is not a plugin: give a subclass of metaplug.Plugin")
+            raise RequestError(
+                f"{self._part.__name__} is not a plugin: give a subclass of metaplug.Plugin"
+            )
         return made
 
     @cached_property
@@ -123,7 +131,9 @@ class Subject:
         """One example that is not drawn, on the first of its models, or of `names`."""
         return Example(problem((names or self.models)[0], lr=0.1, **given))
 
-    def learner(self, example: Example, given: Mapping[str, Any] | None = None, **options: Any) -> MetaLearner:
+    def learner(
+        self, example: Example, given: Mapping[str, Any] | None = None, **options: Any
+    ) -> MetaLearner:
         """A learner with a new instance, after the example's iterations; random numbers of `setup` are always the same.
 
         Args:
@@ -132,7 +142,9 @@ class Subject:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(example.problem.seed)
-            learner = example.problem.learner(**{"plugins": [self.make(given)], "task_batching": "vectorized", **options})
+            learner = example.problem.learner(
+                **{"plugins": [self.make(given)], "task_batching": "vectorized", **options}
+            )
         fit(learner, example, example.done)
         return learner
 
@@ -147,20 +159,33 @@ def stream(example: Example, split: str = "train") -> Stream:
     """Tasks for the example's model, of its form and dtype."""
     case = example.problem
     support, query = case.batch.support_x.shape[1], case.batch.query_x.shape[1]
-    return _Kept(case.name, split=split, support=support, query=query, dtype=case.batch.support_x.dtype)
+    return _Kept(
+        case.name, split=split, support=support, query=query, dtype=case.batch.support_x.dtype
+    )
 
 
 class _Kept(Stream):
     """The same tasks, drawn once: most clauses ask for the same."""
 
     def batch(self, iteration: int, indices: Sequence[int]) -> TaskBatch:
-        return TaskBatch.stack([_drawn(self.name, self.split, self.support, self.query, self.dtype, iteration, index) for index in indices])
+        return TaskBatch.stack(
+            [
+                _drawn(
+                    self.name, self.split, self.support, self.query, self.dtype, iteration, index
+                )
+                for index in indices
+            ]
+        )
 
 
 @lru_cache(maxsize=256)
-def _drawn(name: str, split: str, support: int, query: int, dtype: torch.dtype, *place: int) -> TaskBatch:
+def _drawn(
+    name: str, split: str, support: int, query: int, dtype: torch.dtype, *place: int
+) -> TaskBatch:
     iteration, index = place
-    return Stream(name, split=split, support=support, query=query, dtype=dtype).batch(iteration, [index])
+    return Stream(name, split=split, support=support, query=query, dtype=dtype).batch(
+        iteration, [index]
+    )
 
 
 @dataclass(frozen=True)
@@ -193,7 +218,9 @@ class Clause:
 
         def once(example: Example | None) -> None:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "adapting for .* inner steps, trained with", UserWarning)
+                warnings.filterwarnings(
+                    "ignore", "adapting for .* inner steps, trained with", UserWarning
+                )
                 try:
                     self._check(subject, *(() if example is None else (example,)))
                 except BreachError as breach:
@@ -208,7 +235,9 @@ class Clause:
             if self._draws is None:
                 once(None)
             else:
-                _settings(max(subject.examples // self._cost, 1))(given(_examples(subject, **self._draws))(once))()
+                _settings(max(subject.examples // self._cost, 1))(
+                    given(_examples(subject, **self._draws))(once)
+                )()
         except BreachError as breach:
             raise self._error(subject, breach) from breach.__cause__
         except FlakyFailure as flaky:  # what the plugin remembers from one example decides the next
@@ -219,7 +248,9 @@ class Clause:
 
     def _error(self, subject: Subject, breach: BreachError) -> ConformanceError:
         example = f"\nsmallest example: {breach.example}" if breach.example else ""
-        return ConformanceError(f"plugin '{subject.name}' breaks {self.name}: {breach}{example}\nsee {self.link}")
+        return ConformanceError(
+            f"plugin '{subject.name}' breaks {self.name}: {breach}{example}\nsee {self.link}"
+        )
 
 
 def clause(name: str, statement: str) -> Callable[[Callable[[Subject], None]], Clause]:
@@ -227,7 +258,9 @@ def clause(name: str, statement: str) -> Callable[[Callable[[Subject], None]], C
     return lambda check: Clause(name, statement, check)
 
 
-def clause_on(name: str, statement: str, *, cost: int = 1, **draws: Any) -> Callable[[Callable[[Subject, Example], None]], Clause]:
+def clause_on(
+    name: str, statement: str, *, cost: int = 1, **draws: Any
+) -> Callable[[Callable[[Subject, Example], None]], Clause]:
     """Marks a check that is tried on examples.
 
     Args:
@@ -239,7 +272,11 @@ def clause_on(name: str, statement: str, *, cost: int = 1, **draws: Any) -> Call
 
 def in_words(error: Exception) -> str:
     """An error that should not have come."""
-    return str(error) if isinstance(error, MetaplugError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return (
+        str(error)
+        if isinstance(error, MetaplugError)
+        else f"{type(error).__name__}: {' '.join(str(error).split())}"
+    )
 
 
 def _settings(examples: int) -> settings:

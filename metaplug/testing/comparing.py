@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaplug.engine import MetaGradients
+from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.values import Outcome
+from metaplug.execution.engine import MetaGradients
 from metaplug.learner import MetaLearner
-from metaplug.tasks.batch import TaskBatch
-from metaplug.values import Outcome
 
 ROUNDING = (1e-6, 1e-7)
 """Relative and absolute tolerance, in float64, of what is equal but for the order of sums: batch norm over three examples amplifies it."""
@@ -23,7 +23,9 @@ SAME_SUMS = (1e-7, 1e-9)
 
 def found(learner: MetaLearner, batch: TaskBatch) -> MetaGradients:
     """The engine's own account of one meta-iteration on `batch`: meta-gradients, outer loss and outcome; nothing is updated."""
-    return learner.engine.meta_gradients(learner.intake(batch), learner.iteration, learner.engine.total)
+    return learner.engine.meta_gradients(
+        learner.intake(batch), learner.iteration, learner.engine.total
+    )
 
 
 def outcome_of(given: MetaGradients) -> Outcome:
@@ -34,7 +36,10 @@ def outcome_of(given: MetaGradients) -> Outcome:
 
 def adapted(learner: MetaLearner, batch: TaskBatch) -> dict[str, Tensor]:
     """The adapted weights of one meta-iteration, detached, (T, *shape) by name."""
-    return {name: weight.detach() for name, weight in outcome_of(found(learner, batch)).adapted_parameters.items()}
+    return {
+        name: weight.detach()
+        for name, weight in outcome_of(found(learner, batch)).adapted_parameters.items()
+    }
 
 
 def assert_close(actual: Any, expected: Any, *, rtol: float = 1e-10, atol: float = 1e-11) -> None:
@@ -42,7 +47,13 @@ def assert_close(actual: Any, expected: Any, *, rtol: float = 1e-10, atol: float
     if isinstance(expected, dict):
         assert dict(actual).keys() == expected.keys()
         for name in expected:
-            torch.testing.assert_close(actual[name], expected[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")  # type: ignore[misc]
+            torch.testing.assert_close(
+                actual[name],
+                expected[name],
+                rtol=rtol,
+                atol=atol,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )  # type: ignore[misc]
     else:
         torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
@@ -81,11 +92,27 @@ def training(learner: MetaLearner, batch: TaskBatch, *, order: int | None = None
     """
     taken = found(learner, batch) if order is None else _of_order(learner, batch, order)
     outcome = outcome_of(taken)
-    by_task = {f"the adapted weight '{name}'": weight for name, weight in outcome.adapted_parameters.items()}
-    by_task |= {f"the support loss of inner step {step}": losses for step, losses in enumerate(outcome.support_losses)}
-    by_task |= {f"the query loss after update {after}": losses for after, losses in outcome.query_losses.items()}
-    whole = {"the outer loss": taken.outer_loss, **{f"the meta-gradient of '{name}'": value for name, value in taken.gradients.items()}}
-    whole |= {f"the statistic '{name}' of {plugin}": value for plugin, kept in taken.statistics.items() for name, value in kept.items()}
+    by_task = {
+        f"the adapted weight '{name}'": weight
+        for name, weight in outcome.adapted_parameters.items()
+    }
+    by_task |= {
+        f"the support loss of inner step {step}": losses
+        for step, losses in enumerate(outcome.support_losses)
+    }
+    by_task |= {
+        f"the query loss after update {after}": losses
+        for after, losses in outcome.query_losses.items()
+    }
+    whole = {
+        "the outer loss": taken.outer_loss,
+        **{f"the meta-gradient of '{name}'": value for name, value in taken.gradients.items()},
+    }
+    whole |= {
+        f"the statistic '{name}' of {plugin}": value
+        for plugin, kept in taken.statistics.items()
+        for name, value in kept.items()
+    }
     return Findings(_detached(by_task), _detached(whole))
 
 
@@ -93,9 +120,19 @@ def evaluation(learner: MetaLearner, batch: TaskBatch, *, steps: int | None = No
     """How the tasks of `batch` are adapted as test tasks."""
     steps = learner.settings.inner_steps if steps is None else steps
     outcome = learner.engine.evaluate(learner.intake(batch), steps)
-    by_task = {f"the adapted weight '{name}'": weight for name, weight in outcome.adapted_parameters.items()}
+    by_task = {
+        f"the adapted weight '{name}'": weight
+        for name, weight in outcome.adapted_parameters.items()
+    }
     return Findings(
-        _detached({**by_task, "the query prediction": outcome.query_predictions, "the query loss": outcome.query_losses[steps]}), {}
+        _detached(
+            {
+                **by_task,
+                "the query prediction": outcome.query_predictions,
+                "the query loss": outcome.query_losses[steps],
+            }
+        ),
+        {},
     )
 
 
@@ -113,13 +150,18 @@ def difference(
         exact: bit for bit; else to `tolerance`, relative and absolute.
         only: the tasks that are compared, and nothing without a task axis; default: all of it.
     """
-    for task_axis, one, other in ((True, ours.by_task, theirs.by_task), (False, ours.whole, theirs.whole)):
+    for task_axis, one, other in (
+        (True, ours.by_task, theirs.by_task),
+        (False, ours.whole, theirs.whole),
+    ):
         if only is not None and not task_axis:
             continue
         for name in {**one, **other}:
             if name not in one or name not in other:
                 return f"{name} is found in one of the two only"
-            first, second = (found[name] if only is None else found[name][only] for found in (one, other))
+            first, second = (
+                found[name] if only is None else found[name][only] for found in (one, other)
+            )
             if text := _unlike(first, second, None if exact else tolerance):
                 place, values = text
                 task = f" of task {place if only is None else only[place]}" if task_axis else ""
@@ -127,11 +169,17 @@ def difference(
     return None
 
 
-def _unlike(one: Tensor, other: Tensor, tolerance: tuple[float, float] | None) -> tuple[int, str] | None:
+def _unlike(
+    one: Tensor, other: Tensor, tolerance: tuple[float, float] | None
+) -> tuple[int, str] | None:
     """The index on axis 0, and the two numbers in words, where two tensors differ most; None where they do not."""
     if one.shape != other.shape:
         return 0, f"of shape {tuple(one.shape)} in one and {tuple(other.shape)} in the other"
-    same = torch.equal(one, other) if tolerance is None else torch.allclose(one, other, *tolerance, equal_nan=True)
+    same = (
+        torch.equal(one, other)
+        if tolerance is None
+        else torch.allclose(one, other, *tolerance, equal_nan=True)
+    )
     if same:
         return None
     gap = torch.nan_to_num((one.double() - other.double()).abs(), nan=torch.inf).flatten()
@@ -144,8 +192,14 @@ def _unlike(one: Tensor, other: Tensor, tolerance: tuple[float, float] | None) -
 def _of_order(learner: MetaLearner, batch: TaskBatch, order: int) -> MetaGradients:
     engine, taken = learner.engine, list[MetaGradients]()
 
-    def derive(batch: TaskBatch, iteration: int, total: int, weights: Mapping[int, float]) -> MetaGradients:
-        taken.append(engine.derive(batch, iteration, total, weights, orders=[order] * engine.inner.inner_steps))
+    def derive(
+        batch: TaskBatch, iteration: int, total: int, weights: Mapping[int, float]
+    ) -> MetaGradients:
+        taken.append(
+            engine.derive(
+                batch, iteration, total, weights, orders=[order] * engine.inner.inner_steps
+            )
+        )
         return taken[0]
 
     usual, engine.derivation = engine.derivation, derive

@@ -6,8 +6,8 @@ import copy
 
 import torch
 
+from metaplug.contract.plugin import Plugin
 from metaplug.errors import MetaplugError, RequestError
-from metaplug.plugin import Plugin
 from metaplug.testing.clauses import BreachError, Example, Subject, clause, clause_on, fit, in_words
 from metaplug.testing.comparing import Findings, difference, evaluation, training
 from metaplug.testing.first_party import FIRST_PARTY
@@ -21,14 +21,20 @@ def more_steps(subject: Subject, example: Example) -> None:
     learner, steps = subject.learner(example), example.problem.steps + 3
     try:
         found = evaluation(learner, example.problem.batch, steps=steps)
-        learner.adapt(example.problem.batch.support_x[0], example.problem.batch.support_y[0], inner_steps=steps)
+        learner.adapt(
+            example.problem.batch.support_x[0],
+            example.problem.batch.support_y[0],
+            inner_steps=steps,
+        )
     except Exception as error:
         raise BreachError(
             f"{in_words(error)}, adapting for {steps} inner steps after training with {example.problem.steps}: "
             "take the place of a per-step value from step.slot, which stays in range, not from step.index"
         ) from error
     if wrong := found.non_finite():
-        raise BreachError(f"{wrong}, adapting for {steps} inner steps after training with {example.problem.steps}")
+        raise BreachError(
+            f"{wrong}, adapting for {steps} inner steps after training with {example.problem.steps}"
+        )
 
 
 @clause_on("off-is-baseline", "with its off settings everything is as without it, bit for bit")
@@ -36,20 +42,31 @@ def off_is_baseline(subject: Subject, example: Example) -> None:
     """A comparison needs a baseline."""
     if subject.off is None:
         return
-    off, without = subject.learner(example, subject.off), example.problem.learner(task_batching="vectorized")
+    off, without = (
+        subject.learner(example, subject.off),
+        example.problem.learner(task_batching="vectorized"),
+    )
     fit(without, example, example.done)
     mend = "return None where there is nothing to do, as even a product with 1 or a sum with 0 can round"
     for _ in range(2):
         for when, found in (("in training", training), ("at evaluation", evaluation)):
             ours, theirs = found(off, example.problem.batch), found(without, example.problem.batch)
-            known = Findings(ours.by_task, {name: value for name, value in ours.whole.items() if name in theirs.whole})
+            known = Findings(
+                ours.by_task,
+                {name: value for name, value in ours.whole.items() if name in theirs.whole},
+            )
             if text := difference(known, theirs, exact=True):
-                raise BreachError(f"{text} {when}, with the plugin off ({_settings(subject)}) and without it: {mend}")
+                raise BreachError(
+                    f"{text} {when}, with the plugin off ({_settings(subject)}) and without it: {mend}"
+                )
         for learner in (off, without):
             fit(learner, example, 1)
 
 
-@clause("does-something", "with its settings something is other than without it, so that the other clauses say something")
+@clause(
+    "does-something",
+    "with its settings something is other than without it, so that the other clauses say something",
+)
 def does_something(subject: Subject) -> None:
     """A suite that holds nothing would pass."""
     example = subject.example(steps=3)
@@ -57,7 +74,9 @@ def does_something(subject: Subject) -> None:
     for learner in learners:
         fit(learner, example, 3)
     watches = not set(subject.hooks) - {"setup", "commit", "end_meta_step"}
-    if watches or difference(*(evaluation(learner, example.problem.batch) for learner in learners), exact=True):
+    if watches or difference(
+        *(evaluation(learner, example.problem.batch) for learner in learners), exact=True
+    ):
         return
     raise BreachError(
         f"with settings = {dict(subject.settings)} weights and predictions are the same as without it, after 3 iterations: "
@@ -65,7 +84,10 @@ def does_something(subject: Subject) -> None:
     )
 
 
-@clause("composes", "it goes together with every first-party plugin in both orders, or says that it does not")
+@clause(
+    "composes",
+    "it goes together with every first-party plugin in both orders, or says that it does not",
+)
 def composes(subject: Subject) -> None:
     """Every part of a chain is somebody's."""
     with_batch_norm = tuple(name for name in subject.models if name in WITH_BATCH_NORM)
@@ -79,10 +101,19 @@ def composes(subject: Subject) -> None:
         for first in (True, False):
             plugins = [subject.make(), other.make()] if first else [other.make(), subject.make()]
             _compose(plugins, example, f"{'before' if first else 'behind'} {name}")
-    if not all(torch.equal(one, other) for one, other in zip(model.parameters(), example.problem.model.parameters(), strict=True)):
-        raise BreachError("a learner's plugins changed a model that is not theirs: write into no parameter")
-    if text := difference(training(example.problem.learner(), example.problem.batch), before, exact=True):
-        raise BreachError(f"{text}, of a learner without plugins before and after others were made: keep no state outside the plugin")
+    if not all(
+        torch.equal(one, other)
+        for one, other in zip(model.parameters(), example.problem.model.parameters(), strict=True)
+    ):
+        raise BreachError(
+            "a learner's plugins changed a model that is not theirs: write into no parameter"
+        )
+    if text := difference(
+        training(example.problem.learner(), example.problem.batch), before, exact=True
+    ):
+        raise BreachError(
+            f"{text}, of a learner without plugins before and after others were made: keep no state outside the plugin"
+        )
 
 
 def _fits(other: Subject, example: Example) -> bool:
@@ -105,12 +136,16 @@ def _compose(plugins: list[Plugin], example: Example, where: str) -> None:
     except MetaplugError as error:
         if not allowed and isinstance(error, RequestError):
             return
-        raise BreachError(f"{where}: {error}; declare conflicts_with or runs_after, where it cannot be") from error
+        raise BreachError(
+            f"{where}: {error}; declare conflicts_with or runs_after, where it cannot be"
+        ) from error
     if wrong := ours.non_finite() or tests.non_finite():
         raise BreachError(f"{where} {wrong}: bound what you divide by, or declare conflicts_with")
     for name in learner.chain.named_parameters():
         if f"the meta-gradient of '{name}'" not in ours.whole:
-            raise BreachError(f"{where} no meta-gradient reaches {name}, which would never learn: declare conflicts_with")
+            raise BreachError(
+                f"{where} no meta-gradient reaches {name}, which would never learn: declare conflicts_with"
+            )
 
 
 def _settings(subject: Subject) -> str:

@@ -10,34 +10,48 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from metaplug.chain import Chain, Link
-from metaplug.checks import form
+from metaplug.contract.answers import form
+from metaplug.contract.chain import Chain, Link
+from metaplug.contract.plugin import PluginConfig
+from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import MetaplugError
-from metaplug.plugin import PluginConfig
-from metaplug.tasks.batch import TaskBatch
 from metaplug.testing.clauses import BreachError, Example, Subject, clause, clause_on, fit
 from metaplug.testing.comparing import difference, evaluation, training
 
 _UNKNOWN = "no_such_setting"
 
 
-@clause("strict-config", "Config refuses fields that it does not know, cannot be changed once made, and describes every field")
+@clause(
+    "strict-config",
+    "Config refuses fields that it does not know, cannot be changed once made, and describes every field",
+)
 def strict_config(subject: Subject) -> None:
     """Settings that are misspelt would be passed over in silence."""
     config = subject.make().config
     kind = type(config)
-    if accepted := [name for name in (_UNKNOWN, *_misspelt(kind)) if _accepts(kind, {**config.model_dump(), name: 1})]:
+    if accepted := [
+        name
+        for name in (_UNKNOWN, *_misspelt(kind))
+        if _accepts(kind, {**config.model_dump(), name: 1})
+    ]:
         raise BreachError(
             f"Config accepts the unknown field '{accepted[0]}', so that a misspelt setting would pass unseen: "
             "extend PluginConfig, keep extra='forbid', and take no field out in a validator"
         )
     if not kind.model_config.get("frozen"):
-        raise BreachError("Config can be changed after it was made, which no checkpoint would tell: extend PluginConfig and keep it frozen")
+        raise BreachError(
+            "Config can be changed after it was made, which no checkpoint would tell: extend PluginConfig and keep it frozen"
+        )
     if bare := [name for name, field in kind.model_fields.items() if not field.description]:
-        raise BreachError(f"the field '{bare[0]}' says nothing of itself, and `metaplug plugins` shows it: give Field(description=...)")
+        raise BreachError(
+            f"the field '{bare[0]}' says nothing of itself, and `metaplug plugins` shows it: give Field(description=...)"
+        )
 
 
-@clause("config-round-trip", "its settings come back the same from YAML, where experiments and checkpoints keep them")
+@clause(
+    "config-round-trip",
+    "its settings come back the same from YAML, where experiments and checkpoints keep them",
+)
 def config_round_trip(subject: Subject) -> None:
     """What is read back may not differ from what was written."""
     for given in (subject.settings, *(() if subject.off is None else (subject.off,))):
@@ -59,7 +73,10 @@ def config_round_trip(subject: Subject) -> None:
                 )
 
 
-@clause("future-arguments", "its hooks are marked, exist, and name the arguments that they take, so that one more changes nothing")
+@clause(
+    "future-arguments",
+    "its hooks are marked, exist, and name the arguments that they take, so that one more changes nothing",
+)
 def future_arguments(subject: Subject) -> None:
     """The contract grows by arguments."""
     Chain([subject.make()])
@@ -88,7 +105,11 @@ class _Grown(Chain):
         return super().choose(hook, default, **arguments, future_argument=None)
 
 
-@clause_on("names-and-shapes", "what its hooks return keeps names, shapes, dtypes and device", dtype=torch.float32)
+@clause_on(
+    "names-and-shapes",
+    "what its hooks return keeps names, shapes, dtypes and device",
+    dtype=torch.float32,
+)
 def names_and_shapes(subject: Subject, example: Example) -> None:
     """The chain checks every link; this runs all of them, on every device that there is."""
     for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
@@ -98,12 +119,17 @@ def names_and_shapes(subject: Subject, example: Example) -> None:
             case.model.to(device)
             learner = subject.learner(Example(case))
         learner.chain.wrap(_same_tasks)
-        if training(learner, case.batch).non_finite() or evaluation(learner, case.batch).non_finite():
+        if (
+            training(learner, case.batch).non_finite()
+            or evaluation(learner, case.batch).non_finite()
+        ):
             return  # which other clauses say
         fit(learner, example, 1)
         for name, parameter in learner.chain.named_parameters().items():
             if parameter.device != next(learner.model.parameters()).device:
-                raise BreachError(f"the meta-parameter {name} is on {parameter.device}, away from the model: create it on context.device")
+                raise BreachError(
+                    f"the meta-parameter {name} is on {parameter.device}, away from the model: create it on context.device"
+                )
 
 
 def _same_tasks(link: Link) -> Link:
@@ -118,7 +144,11 @@ def _same_tasks(link: Link) -> Link:
         if isinstance(result, TaskBatch) and isinstance(batch, TaskBatch):
             for name in ("support_x", "query_x"):
                 before, after = getattr(batch, name), getattr(result, name)
-                if (before.dtype, before.device, before.shape[2:]) != (after.dtype, after.device, after.shape[2:]):
+                if (before.dtype, before.device, before.shape[2:]) != (
+                    after.dtype,
+                    after.device,
+                    after.shape[2:],
+                ):
                     raise BreachError(
                         f"transform_tasks made {form(after)} of {name}, {form(before)}: keep the examples' shape, dtype and device"
                     )

@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from metaplug.checks.watch import Watch
+from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import MetaplugError, quoted
 from metaplug.learner import LOSSES, MetaLearner
-from metaplug.tasks.batch import TaskBatch
 from metaplug.testing.clauses import BreachError, Example, Subject, clause, clause_on, fit, in_words
 from metaplug.testing.comparing import SAME_SUMS, difference, evaluation, training
-from metaplug.watch import Watch
 
 STEP, ACCURACY = 1e-5, 1e-5
 """Of central differences in float64: the step, and how far they may be off, relative to the gradient's norm."""
@@ -31,21 +31,32 @@ def finite(subject: Subject, example: Example) -> None:
         except BreachError:
             raise
         except Exception as error:
-            raise BreachError(f"in {_short(dtype)}: {in_words(error)}; create what you need in setup with context.dtype") from error
+            raise BreachError(
+                f"in {_short(dtype)}: {in_words(error)}; create what you need in setup with context.dtype"
+            ) from error
         for name, parameter in learner.chain.named_parameters().items():
             if parameter.dtype != dtype:
                 raise BreachError(
                     f"the meta-parameter {name} is {_short(parameter.dtype)} beside a model in {_short(dtype)}: use context.dtype"
                 )
-        if wrong := [name for name, value in learner.chain.figures().items() if not math.isfinite(value)]:
-            raise BreachError(f"the figure {wrong[0]} is NaN or Inf in {_short(dtype)}: log finite numbers")
+        if wrong := [
+            name for name, value in learner.chain.figures().items() if not math.isfinite(value)
+        ]:
+            raise BreachError(
+                f"the figure {wrong[0]} is NaN or Inf in {_short(dtype)}: log finite numbers"
+            )
 
 
-@clause_on("finite-at-zero", "where losses and gradients are exactly zero, of all tasks or of one, nothing becomes NaN or Inf")
+@clause_on(
+    "finite-at-zero",
+    "where losses and gradients are exactly zero, of all tasks or of one, nothing becomes NaN or Inf",
+)
 def finite_at_zero(subject: Subject, example: Example) -> None:
     """A task that is learned has no gradient."""
     base, batch = LOSSES[example.problem.kind], example.problem.batch
-    quiet = TaskBatch(batch.support_x, _targets(batch.support_y), batch.query_x, _targets(batch.query_y))
+    quiet = TaskBatch(
+        batch.support_x, _targets(batch.support_y), batch.query_x, _targets(batch.query_y)
+    )
 
     def none(prediction: Tensor, target: Tensor) -> Tensor:
         return 0.0 * base(prediction, target)
@@ -53,8 +64,15 @@ def finite_at_zero(subject: Subject, example: Example) -> None:
     def none_of_zeros(prediction: Tensor, target: Tensor) -> Tensor:
         return (target != 0).any().to(prediction.dtype) * base(prediction, target)
 
-    everywhere, once = ("every loss is 0", none, batch), ("the losses of task 0 are 0", none_of_zeros, quiet)
-    for (where, loss, tasks), dtype in ((everywhere, torch.float32), (everywhere, torch.float64), (once, torch.float32)):
+    everywhere, once = (
+        ("every loss is 0", none, batch),
+        ("the losses of task 0 are 0", none_of_zeros, quiet),
+    )
+    for (where, loss, tasks), dtype in (
+        (everywhere, torch.float32),
+        (everywhere, torch.float64),
+        (once, torch.float32),
+    ):
         case = replace(example.problem, batch=tasks).to(dtype)
         learner = subject.learner(Example(case), loss=loss)
         try:
@@ -66,20 +84,36 @@ def finite_at_zero(subject: Subject, example: Example) -> None:
             ) from None
 
 
-@clause_on("first-order", "with derivatives of first order it runs, and the values on the way are those of second order")
+@clause_on(
+    "first-order",
+    "with derivatives of first order it runs, and the values on the way are those of second order",
+)
 def first_order(subject: Subject, example: Example) -> None:
     """Inner gradients are constants then, without a graph."""
     learner, batch = subject.learner(example), example.problem.batch
     first, second = (training(learner, batch, order=order) for order in (1, 2))
     if wrong := first.non_finite():
         raise BreachError(f"{wrong} in first order")
-    values = {name: value for name, value in first.whole.items() if not name.startswith("the meta-gradient")}
-    others = {name: value for name, value in second.whole.items() if not name.startswith("the meta-gradient")}
+    values = {
+        name: value
+        for name, value in first.whole.items()
+        if not name.startswith("the meta-gradient")
+    }
+    others = {
+        name: value
+        for name, value in second.whole.items()
+        if not name.startswith("the meta-gradient")
+    }
     if text := difference(type(first)(first.by_task, values), type(first)(second.by_task, others)):
-        raise BreachError(f"{text}, in first and in second order, though only derivatives may differ: let no value depend on requires_grad")
+        raise BreachError(
+            f"{text}, in first and in second order, though only derivatives may differ: let no value depend on requires_grad"
+        )
 
 
-@clause_on("recomputed", "steps that are taken again in the backward pass (checkpoint_steps) give the same numbers")
+@clause_on(
+    "recomputed",
+    "steps that are taken again in the backward pass (checkpoint_steps) give the same numbers",
+)
 def recomputed(subject: Subject, example: Example) -> None:
     """The first time no graph is kept, and the second time no statistics."""
     plain, batch = subject.learner(example), example.problem.batch
@@ -94,7 +128,9 @@ def recomputed(subject: Subject, example: Example) -> None:
             raise BreachError(f"{text}, with checkpoint_steps={kept} and without: {mend}")
 
 
-@clause("meta-parameters-learn", "every one of its meta-parameters receives a gradient that is not zero")
+@clause(
+    "meta-parameters-learn", "every one of its meta-parameters receives a gradient that is not zero"
+)
 def meta_parameters_learn(subject: Subject) -> None:
     """One that receives none stays as it was made, in silence."""
     idle: set[str] = set()
@@ -103,7 +139,11 @@ def meta_parameters_learn(subject: Subject) -> None:
         learner = subject.learner(example)
         fit(learner, example, 2)
         gradients = learner.meta_gradients(example.problem.batch)
-        zero = {name for name in learner.chain.named_parameters() if name not in gradients or not bool(gradients[name].any())}
+        zero = {
+            name
+            for name in learner.chain.named_parameters()
+            if name not in gradients or not bool(gradients[name].any())
+        }
         idle = zero if seed == 0 else idle & zero
         if not idle:
             return
@@ -114,7 +154,10 @@ def meta_parameters_learn(subject: Subject) -> None:
 
 
 @clause_on(
-    "meta-gradients", "meta-gradients are the derivative of the outer loss, its own meta-parameters included", smooth=True, tasks=(1, 3)
+    "meta-gradients",
+    "meta-gradients are the derivative of the outer loss, its own meta-parameters included",
+    smooth=True,
+    tasks=(1, 3),
 )
 def meta_gradients(subject: Subject, example: Example) -> None:
     """Central differences along a random direction of each meta-parameter, as gradcheck's fast mode does."""
@@ -126,7 +169,10 @@ def meta_gradients(subject: Subject, example: Example) -> None:
         gradient = found.get(f"the meta-gradient of '{name}'", torch.zeros_like(parameter))
         direction = torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator)
         direction = direction / direction.norm()
-        analytic, numeric = float((gradient * direction).sum()), _slope(learner, batch, parameter, direction)
+        analytic, numeric = (
+            float((gradient * direction).sum()),
+            _slope(learner, batch, parameter, direction),
+        )
         if abs(analytic - numeric) > ACCURACY * max(float(gradient.norm()), 1.0):
             raise BreachError(
                 f"along a random direction of '{name}' the outer loss rises by {numeric:.6g}, but the meta-gradient says {analytic:.6g}: "
@@ -154,7 +200,9 @@ def _check_finite(learner: MetaLearner, batch: TaskBatch) -> None:
             continue
         learner.chain.watch = watch = Watch(learner.settings.inner_lr)
         found(learner, batch)
-        raise BreachError(wrong if watch.fault is None else watch.fault.text.partition("; ")[0])  # the clause has its own advice
+        raise BreachError(
+            wrong if watch.fault is None else watch.fault.text.partition("; ")[0]
+        )  # the clause has its own advice
 
 
 def _targets(like: Tensor) -> Tensor:

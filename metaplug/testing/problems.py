@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.values import Kind
 from metaplug.errors import unknown
 from metaplug.learner import MetaLearner
-from metaplug.tasks.batch import TaskBatch
-from metaplug.values import Kind
 
 CLASSES = 3
 FEATURES = 4
@@ -47,16 +47,28 @@ def _conv4() -> nn.Module:
     """conv4 as few-shot papers have it, with 4 filters: convolution, batch norm, ReLU, stride 2."""
     layers: list[nn.Module] = []
     for index in range(4):
-        layers += [nn.Conv2d(1 if index == 0 else 4, 4, 3, stride=2 if index < 2 else 1, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
+        layers += [
+            nn.Conv2d(1 if index == 0 else 4, 4, 3, stride=2 if index < 2 else 1, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+        ]
     return _conv(layers, 4, 4)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: nn.Sequential(nn.Linear(FEATURES, 6), nn.Tanh(), nn.Linear(6, CLASSES)),
-    "softplus": lambda: nn.Sequential(nn.Linear(FEATURES, 5), nn.Softplus(), nn.Linear(5, 5), nn.Softplus(), nn.Linear(5, CLASSES)),
-    "batch-norm": lambda: nn.Sequential(nn.Linear(FEATURES, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, CLASSES)),
-    "layer-norm": lambda: nn.Sequential(nn.Linear(FEATURES, 6), nn.LayerNorm(6), nn.Softplus(), nn.Linear(6, CLASSES)),
-    "group-norm": lambda: nn.Sequential(nn.Linear(FEATURES, 6), nn.GroupNorm(2, 6), nn.Tanh(), nn.Linear(6, CLASSES)),
+    "softplus": lambda: nn.Sequential(
+        nn.Linear(FEATURES, 5), nn.Softplus(), nn.Linear(5, 5), nn.Softplus(), nn.Linear(5, CLASSES)
+    ),
+    "batch-norm": lambda: nn.Sequential(
+        nn.Linear(FEATURES, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, CLASSES)
+    ),
+    "layer-norm": lambda: nn.Sequential(
+        nn.Linear(FEATURES, 6), nn.LayerNorm(6), nn.Softplus(), nn.Linear(6, CLASSES)
+    ),
+    "group-norm": lambda: nn.Sequential(
+        nn.Linear(FEATURES, 6), nn.GroupNorm(2, 6), nn.Tanh(), nn.Linear(6, CLASSES)
+    ),
     "tied": Tied,
     "max-pool": lambda: _conv([nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)], 3, 16),
     "conv4": _conv4,
@@ -106,12 +118,15 @@ class Problem:
     def to(self, dtype: torch.dtype) -> Problem:
         """The same in another floating dtype."""
         return replace(
-            self, model=copy.deepcopy(self.model).to(dtype), batch=TaskBatch(*(_cast(each, dtype) for each in _tensors(self.batch)))
+            self,
+            model=copy.deepcopy(self.model).to(dtype),
+            batch=TaskBatch(*(_cast(each, dtype) for each in _tensors(self.batch))),
         )
 
     def __str__(self) -> str:
         tasks, steps = (
-            f"{count} {word}{'s' * (count != 1)}" for count, word in ((self.batch.num_tasks, "task"), (self.steps, "inner step"))
+            f"{count} {word}{'s' * (count != 1)}"
+            for count, word in ((self.batch.num_tasks, "task"), (self.steps, "inner step"))
         )
         support, query = self.batch.support_x.shape[1], self.batch.query_x.shape[1]
         return (
@@ -144,7 +159,9 @@ def problem(
         RequestError: no model of that name.
     """
     if name == "regression":
-        return regression(tasks=tasks, support=support, query=query, lr=lr, steps=steps, seed=seed, dtype=dtype)
+        return regression(
+            tasks=tasks, support=support, query=query, lr=lr, steps=steps, seed=seed, dtype=dtype
+        )
     if name not in MODELS:
         raise unknown("model of metaplug.testing", name, MODELS)
     with torch.random.fork_rng(devices=[]):
@@ -153,7 +170,9 @@ def problem(
         shape = IMAGE if name in _IMAGES else (FEATURES,)
         x = [torch.randn(tasks, count, *shape, dtype=dtype) for count in (support, query)]
         y = [torch.randint(CLASSES, (tasks, count)) for count in (support, query)]
-    return Problem(model, TaskBatch(x[0], y[0], x[1], y[1]), lr, steps, "classification", name, seed)
+    return Problem(
+        model, TaskBatch(x[0], y[0], x[1], y[1]), lr, steps, "classification", name, seed
+    )
 
 
 def regression(
@@ -172,7 +191,11 @@ def regression(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(features, 5), nn.Tanh(), nn.Linear(5, outputs)).to(dtype)
-        tensors = [torch.randn(tasks, count, width).to(dtype) for count in (support, query) for width in (features, outputs)]
+        tensors = [
+            torch.randn(tasks, count, width).to(dtype)
+            for count in (support, query)
+            for width in (features, outputs)
+        ]
     return Problem(model, TaskBatch(*tensors), lr, steps, "regression", "regression", seed)
 
 
@@ -186,15 +209,29 @@ class Stream:
     """
 
     def __init__(
-        self, name: str = "mlp", *, split: str = "train", support: int = 5, query: int = 4, dtype: torch.dtype = torch.float64
+        self,
+        name: str = "mlp",
+        *,
+        split: str = "train",
+        support: int = 5,
+        query: int = 4,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
-        self.name, self.split, self.support, self.query, self.dtype = name, split, support, query, dtype
+        self.name, self.split, self.support, self.query, self.dtype = (
+            name,
+            split,
+            support,
+            query,
+            dtype,
+        )
 
     def batch(self, iteration: int, indices: Sequence[int]) -> TaskBatch:
         """The tasks of these indices."""
         seeds = [1000 * iteration + index + len(self.split) for index in indices]
         given = {"tasks": 1, "support": self.support, "query": self.query}
-        return TaskBatch.stack([problem(self.name, **given, seed=seed, dtype=self.dtype).batch for seed in seeds])
+        return TaskBatch.stack(
+            [problem(self.name, **given, seed=seed, dtype=self.dtype).batch for seed in seeds]
+        )
 
 
 def _tensors(batch: TaskBatch) -> tuple[Tensor, ...]:

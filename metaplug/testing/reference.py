@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metaplug.tasks.batch import TaskBatch
+from metaplug.contract.task_batch import TaskBatch
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(prediction, target) of one task → ()."""
@@ -32,7 +32,9 @@ class Reference:
 
 def predict(model: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """The model's output with these weights, in the mode that the model is in; its buffers stay as they are."""
-    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    names = {
+        id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
     given = {**{name: buffer.clone() for name, buffer in model.named_buffers()}, **weights}
     # Every place once: where torch ties weights itself, it leaves a module that stands at two places without its parameters.
     places = {
@@ -48,15 +50,30 @@ def predict(model: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> Tenso
 class Sgd:
     """θ ← θ − α b, with b the momentum buffer over g + weight_decay θ: torch.optim.SGD's rule."""
 
-    def __init__(self, momentum: float = 0.0, dampening: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False) -> None:
-        self.momentum, self.dampening, self.weight_decay, self.nesterov = momentum, dampening, weight_decay, nesterov
+    def __init__(
+        self,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
+        self.momentum, self.dampening, self.weight_decay, self.nesterov = (
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+        )
         self.buffer: Tensor | None = None
 
     def __call__(self, weight: Tensor, gradient: Tensor, lr: float | Tensor) -> Tensor:
         """The weight after one step, differentiable."""
         gradient = gradient + self.weight_decay * weight
         if self.momentum:
-            self.buffer = gradient if self.buffer is None else self.momentum * self.buffer + (1 - self.dampening) * gradient
+            self.buffer = (
+                gradient
+                if self.buffer is None
+                else self.momentum * self.buffer + (1 - self.dampening) * gradient
+            )
             gradient = gradient + self.momentum * self.buffer if self.nesterov else self.buffer
         return weight - lr * gradient
 
@@ -64,7 +81,12 @@ class Sgd:
 class Adam:
     """Kingma and Ba 2015, algorithm 1."""
 
-    def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.steps, self.first, self.second = 0, torch.zeros(()), torch.zeros(())
 
@@ -82,7 +104,9 @@ class Adam:
 class RmsProp:
     """θ ← θ − α g / (√v + ε), v a running mean of g²; centred: of the variance; with momentum: the buffer of these steps."""
 
-    def __init__(self, alpha: float = 0.99, eps: float = 1e-8, momentum: float = 0.0, centered: bool = False) -> None:
+    def __init__(
+        self, alpha: float = 0.99, eps: float = 1e-8, momentum: float = 0.0, centered: bool = False
+    ) -> None:
         self.alpha, self.eps, self.momentum, self.centered = alpha, eps, momentum, centered
         self.second, self.first, self.buffer = torch.zeros(()), torch.zeros(()), torch.zeros(())
 
@@ -124,15 +148,26 @@ def maml(
         rules = {name: rule() for name in adapted}
         for _ in range(steps):
             objective = loss(predict(model, weights, batch.support_x[task]), batch.support_y[task])
-            gradients = torch.autograd.grad(objective, [weights[name] for name in adapted], create_graph=order == 2, allow_unused=True)
+            gradients = torch.autograd.grad(
+                objective,
+                [weights[name] for name in adapted],
+                create_graph=order == 2,
+                allow_unused=True,
+            )
             for name, gradient in zip(adapted, gradients, strict=True):
                 if gradient is not None:
                     weights[name] = rules[name](weights[name], gradient, lr)
         losses.append(loss(predict(model, weights, batch.query_x[task]), batch.query_y[task]))
         results.append({name: weight.detach() for name, weight in weights.items()})
     outer_loss = torch.stack(losses).mean()
-    gradients = torch.autograd.grad(outer_loss, [parameters[name] for name in trainable], allow_unused=True)
-    named = {name: gradient for name, gradient in zip(trainable, gradients, strict=True) if gradient is not None}
+    gradients = torch.autograd.grad(
+        outer_loss, [parameters[name] for name in trainable], allow_unused=True
+    )
+    named = {
+        name: gradient
+        for name, gradient in zip(trainable, gradients, strict=True)
+        if gradient is not None
+    }
     return Reference(named, outer_loss.detach(), results)
 
 
@@ -162,7 +197,9 @@ def loop(
         extra: leaf tensors by name, whose meta-gradients are wanted too.
     """
     parameters = dict(model.named_parameters())
-    adapted = list(parameters) if adapted is None else [name for name in parameters if name in adapted]
+    adapted = (
+        list(parameters) if adapted is None else [name for name in parameters if name in adapted]
+    )
     outer_weights = [0.0] * (steps - 1) + [1.0] if outer_weights is None else outer_weights
     outer_losses, results = [], []
     for task in range(batch.num_tasks):
@@ -174,17 +211,27 @@ def loop(
             objective = loss(prediction, batch.support_y[task])
             if inner is not None:
                 objective = inner(objective, weights, parameters, prediction, batch.support_y[task])
-            gradients = torch.autograd.grad(objective, [weights[name] for name in adapted], create_graph=order == 2)
+            gradients = torch.autograd.grad(
+                objective, [weights[name] for name in adapted], create_graph=order == 2
+            )
             for name, gradient in zip(adapted, gradients, strict=True):
-                weights[name] = weights[name] - rate(k, name) * (gradient if transform is None else transform(k, name, gradient))
+                weights[name] = weights[name] - rate(k, name) * (
+                    gradient if transform is None else transform(k, name, gradient)
+                )
             if outer_weights[k]:
-                outer = outer + outer_weights[k] * loss(predict(model, {**weights, **own}, batch.query_x[task]), batch.query_y[task])
+                outer = outer + outer_weights[k] * loss(
+                    predict(model, {**weights, **own}, batch.query_x[task]), batch.query_y[task]
+                )
         outer_losses.append(outer)
         results.append({name: weight.detach() for name, weight in weights.items()})
     outer_loss = torch.stack(outer_losses).mean()
     wanted: dict[str, Tensor] = {**parameters, **(extra or {})}
     gradients = torch.autograd.grad(outer_loss, list(wanted.values()), allow_unused=True)
-    named = {name: gradient for name, gradient in zip(wanted, gradients, strict=True) if gradient is not None}
+    named = {
+        name: gradient
+        for name, gradient in zip(wanted, gradients, strict=True)
+        if gradient is not None
+    }
     return Reference(named, outer_loss.detach(), results)
 
 
@@ -214,22 +261,40 @@ def gradient_sharing(
         flat = []
         for task, weights in enumerate(fast):
             objective = loss(predict(model, weights, batch.support_x[task]), batch.support_y[task])
-            gradients = torch.autograd.grad(objective, list(weights.values()), create_graph=order == 2)
+            gradients = torch.autograd.grad(
+                objective, list(weights.values()), create_graph=order == 2
+            )
             flat.append(torch.cat([gradient.flatten() for gradient in gradients]))
         lengths = [torch.linalg.vector_norm(gradient) for gradient in flat]
-        mean = torch.stack([gradient / length for gradient, length in zip(flat, lengths, strict=True)]).sum(0) / len(flat)
+        mean = torch.stack(
+            [gradient / length for gradient, length in zip(flat, lengths, strict=True)]
+        ).sum(0) / len(flat)
         m, weight = 1 / (1 + torch.exp(-momentum[k])), 1 / (1 + torch.exp(-gate[k]))
         shared = mean if running is None else m * running[k] + (1 - m) * mean
         stored.append(shared.detach())
         for task, (gradient, length) in enumerate(zip(flat, lengths, strict=True)):
             direction = (1 - weight) * gradient + weight * length * shared
             pieces = direction.split([parameters[name].numel() for name in names])
-            fast[task] = {name: fast[task][name] - lr * piece.view_as(parameters[name]) for name, piece in zip(names, pieces, strict=True)}
-    losses = [loss(predict(model, weights, batch.query_x[task]), batch.query_y[task]) for task, weights in enumerate(fast)]
+            fast[task] = {
+                name: fast[task][name] - lr * piece.view_as(parameters[name])
+                for name, piece in zip(names, pieces, strict=True)
+            }
+    losses = [
+        loss(predict(model, weights, batch.query_x[task]), batch.query_y[task])
+        for task, weights in enumerate(fast)
+    ]
     outer_loss = torch.stack(losses).mean()
-    wanted: dict[str, Tensor] = {**parameters, "gradient-sharing.gate": gate, "gradient-sharing.momentum": momentum}
+    wanted: dict[str, Tensor] = {
+        **parameters,
+        "gradient-sharing.gate": gate,
+        "gradient-sharing.momentum": momentum,
+    }
     gradients = torch.autograd.grad(outer_loss, list(wanted.values()), allow_unused=True)
-    named = {name: gradient for name, gradient in zip(wanted, gradients, strict=True) if gradient is not None}
+    named = {
+        name: gradient
+        for name, gradient in zip(wanted, gradients, strict=True)
+        if gradient is not None
+    }
     adapted = [{name: weight.detach() for name, weight in weights.items()} for weights in fast]
     return Reference(named, outer_loss.detach(), adapted, {"running": stored})
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from hypothesis import strategies as st
 from torch import nn
 
-from metaplug.plugin import Plugin
-from metaplug.preset import PluginUse
-from metaplug.tasks.batch import TaskBatch
+from metaplug.contract.plugin import Plugin
+from metaplug.contract.presets import PluginUse
+from metaplug.contract.task_batch import TaskBatch
 from metaplug.testing.first_party import FIRST_PARTY
 from metaplug.testing.problems import CLASSIFIERS, WITH_BATCH_NORM, Problem, problem
 
@@ -37,7 +37,9 @@ def problems(
     return problem(
         draw(st.sampled_from(list(names))),
         tasks=draw(st.integers(*tasks)),
-        support=draw(st.integers(3, 6)),  # over two examples batch norm is a step function, which rounding decides
+        support=draw(
+            st.integers(3, 6)
+        ),  # over two examples batch norm is a step function, which rounding decides
         query=draw(st.integers(3, 5)),
         steps=draw(st.integers(*steps)),
         lr=draw(st.floats(*lrs)),
@@ -72,4 +74,7 @@ def chains(draw: st.DrawFn, *, least: int = 2, most: int = 6) -> tuple[list[Plug
 
 def compatible(plugins: Sequence[Plugin]) -> bool:
     """Whether no plugin of these refuses to be beside another."""
-    return all(other.kind() not in plugin.conflicts_with for plugin, other in itertools.permutations(plugins, 2))
+    return all(
+        other.kind() not in plugin.conflicts_with
+        for plugin, other in itertools.permutations(plugins, 2)
+    )

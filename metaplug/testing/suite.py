@@ -73,7 +73,9 @@ class PluginConformance:
         source = inspect.getattr_static(type(self), "plugin")  # a function would become a method
         source = source.__func__ if isinstance(source, staticmethod) else source
         if source is None:
-            raise RequestError(f"{type(self).__name__} names no plugin: set plugin = MyPlugin in it")
+            raise RequestError(
+                f"{type(self).__name__} names no plugin: set plugin = MyPlugin in it"
+            )
         subject = Subject(source, dict(self.settings), self.off, tuple(self.models), self.examples)
         CLAUSES[clause].hold(subject)
 
@@ -93,7 +95,10 @@ def check(
         ConformanceError: of the first clause that it breaks.
         RequestError: a clause or model is unknown, or a setting is wrong.
     """
-    subject, excepted = Subject(plugin, dict(settings or {}), off, tuple(models), examples), _checked(exceptions or {})
+    subject, excepted = (
+        Subject(plugin, dict(settings or {}), off, tuple(models), examples),
+        _checked(exceptions or {}),
+    )
     for name, clause in CLAUSES.items():
         if name not in excepted:
             clause.hold(subject)
@@ -104,5 +109,7 @@ def _checked(exceptions: Mapping[str, str]) -> Mapping[str, str]:
         if name not in CLAUSES:
             raise unknown("clause", name, CLAUSES)
         if not isinstance(reason, str) or not reason.strip():
-            raise RequestError(f"exceptions: the clause '{name}' is left out without a reason: say why it does not hold")
+            raise RequestError(
+                f"exceptions: the clause '{name}' is left out without a reason: say why it does not hold"
+            )
     return exceptions

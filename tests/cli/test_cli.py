@@ -18,15 +18,45 @@ import pytest
 import torch
 import yaml
 
-from metaplug import MetaLearner, checkpoint, hookspecs, registry
+from metaplug import MetaLearner, checkpoint
 from metaplug.cli.main import main
 from metaplug.cli.options import SHARED
-from metaplug.config import ExperimentConfig, flatten
+from metaplug.contract import hookspecs, registry
+from metaplug.experiments.configuration import ExperimentConfig, flatten
 
 TINY = [
-    *("--tasks", "sinusoid", "--model", "mlp", "--shots", "3", "--queries", "3", "--inner-steps", "1", "--inner-lr", "0.01"),
-    *("--tasks-per-batch", "2", "--iterations", "4", "--device", "cpu", "--set", "training.validate_every=2"),
-    *("--set", "training.test_tasks=5", "--set", "model.settings.hidden=[4]", "--set", "runtime.threads=1"),
+    *(
+        "--tasks",
+        "sinusoid",
+        "--model",
+        "mlp",
+        "--shots",
+        "3",
+        "--queries",
+        "3",
+        "--inner-steps",
+        "1",
+        "--inner-lr",
+        "0.01",
+    ),
+    *(
+        "--tasks-per-batch",
+        "2",
+        "--iterations",
+        "4",
+        "--device",
+        "cpu",
+        "--set",
+        "training.validate_every=2",
+    ),
+    *(
+        "--set",
+        "training.test_tasks=5",
+        "--set",
+        "model.settings.hidden=[4]",
+        "--set",
+        "runtime.threads=1",
+    ),
 ]
 
 
@@ -80,9 +110,21 @@ def test_help_is_quick_as_it_imports_no_torch() -> None:
 @pytest.mark.parametrize(
     ("command", "purpose", "options"),
     [
-        ("train", "Meta-train a model, and test it on tasks that it has not seen.", "--preset --with --set --name --out --resume"),
-        ("evaluate", "Measure a trained run on tasks that it has not seen", "--num-tasks --inner-steps --split --device --json"),
-        ("compare", "Meta-train several algorithms at an equal budget", "--variant --seeds --json --out --set"),
+        (
+            "train",
+            "Meta-train a model, and test it on tasks that it has not seen.",
+            "--preset --with --set --name --out --resume",
+        ),
+        (
+            "evaluate",
+            "Measure a trained run on tasks that it has not seen",
+            "--num-tasks --inner-steps --split --device --json",
+        ),
+        (
+            "compare",
+            "Meta-train several algorithms at an equal budget",
+            "--variant --seeds --json --out --set",
+        ),
         ("explain", "Show what a configuration comes to", "--preset --with --set"),
         ("plugins", "List what is installed", "--json"),
         ("tasks", "List the task sources", "--json"),
@@ -94,7 +136,10 @@ def test_help_teaches_a_command(metaplug: Any, command: str, purpose: str, optio
     answer = metaplug(command, "--help")
     assert answer.status == 0
     assert purpose in answer.out
-    for option in [*options.split(), *(shared.split() if command in ("train", "compare", "explain") else [])]:
+    for option in [
+        *options.split(),
+        *(shared.split() if command in ("train", "compare", "explain") else []),
+    ]:
         assert re.search(rf"│ {option}\s", answer.out), option
     assert len(re.findall(rf"• metaplug {command}", answer.out)) in (2, 3)
 
@@ -119,23 +164,47 @@ def test_version(metaplug: Any) -> None:
 ERRORS: list[tuple[str, str]] = [
     ("trian", "No such command 'trian'. Did you mean 'train'?"),
     ("train --iteration 4", "No such option: --iteration (Possible options: --iterations)"),
-    ("train --ways five", "Invalid value for '--ways': Input should be a valid integer, unable to parse string as an integer"),
+    (
+        "train --ways five",
+        "Invalid value for '--ways': Input should be a valid integer, unable to parse string as an integer",
+    ),
     ("train --preset mamll", "unknown preset 'mamll': did you mean 'maml'?"),
-    ("train --with gradient-shering", "unknown plugin 'gradient-shering': did you mean 'gradient-sharing'?"),
-    ("train --with gradient-sharing:gat=1", "plugin 'gradient-sharing': unknown field 'gat': did you mean 'gate'?"),
-    ("train --with gradient-sharing:gate=2", "plugin 'gradient-sharing': gate = 2: input should be less than or equal to 1"),
-    ("train --with gradient-sharing:gate", "'gate' is no setting of plugin 'gradient-sharing': write field=value"),
+    (
+        "train --with gradient-shering",
+        "unknown plugin 'gradient-shering': did you mean 'gradient-sharing'?",
+    ),
+    (
+        "train --with gradient-sharing:gat=1",
+        "plugin 'gradient-sharing': unknown field 'gat': did you mean 'gate'?",
+    ),
+    (
+        "train --with gradient-sharing:gate=2",
+        "plugin 'gradient-sharing': gate = 2: input should be less than or equal to 1",
+    ),
+    (
+        "train --with gradient-sharing:gate",
+        "'gate' is no setting of plugin 'gradient-sharing': write field=value",
+    ),
     (
         "train --with gradient-sharing --with gradient-sharing",
         "plugin 'gradient-sharing' stands twice in the list: give one of them a name of its own, or leave it out",
     ),
     ("train --tasks glyph", "unknown task source 'glyph': did you mean 'glyphs'?"),
-    ("train --tasks folder", "the task source 'folder' needs a path behind a colon: write folder:PATH"),
+    (
+        "train --tasks folder",
+        "the task source 'folder' needs a path behind a colon: write folder:PATH",
+    ),
     ("train --tasks sinusoid --model conv5", "unknown model 'conv5': did you mean 'conv4'?"),
     ("train --ways 1", "option: tasks.ways = 1: input should be greater than or equal to 2"),
     ("train --seed=-1", "option: seed = -1: input should be greater than or equal to 0"),
-    ("train --set trainin.iterations=5", "option: unknown field 'trainin': did you mean 'training'?"),
-    ("train --set training.iteration=5", "option: unknown field 'training.iteration': did you mean 'iterations'?"),
+    (
+        "train --set trainin.iterations=5",
+        "option: unknown field 'trainin': did you mean 'training'?",
+    ),
+    (
+        "train --set training.iteration=5",
+        "option: unknown field 'training.iteration': did you mean 'iterations'?",
+    ),
     ("train --set seed", "--set seed: no value is given; write --set path.to.field=value"),
     (
         "train --set plugins.gradient-sharing.gate=0.5",
@@ -145,14 +214,32 @@ ERRORS: list[tuple[str, str]] = [
     ("train --device meta", "device 'meta' is not supported: metaplug runs on cpu and cuda"),
     ("train nope.yaml", "cannot read nope.yaml: No such file or directory; give a YAML file"),
     ("explain --preset mamll", "unknown preset 'mamll': did you mean 'maml'?"),
-    ("evaluate nope", "there is no run nope: give the folder of a run that `metaplug train` has validated at least once"),
+    (
+        "evaluate nope",
+        "there is no run nope: give the folder of a run that `metaplug train` has validated at least once",
+    ),
     ("evaluate", "Missing argument 'RUN'."),
-    ("evaluate nope --num-tasks 1", "Invalid value for '--num-tasks': Input should be greater than or equal to 2"),
-    ("compare", "a comparison needs at least two variants, not 0: give the baseline first, then another"),
-    ("compare --variant maml", "a comparison needs at least two variants, not 1: give the baseline first, then another"),
-    ("compare --variant maml --variant maml", "the variant 'maml' stands twice, and would be compared with itself: leave one out"),
+    (
+        "evaluate nope --num-tasks 1",
+        "Invalid value for '--num-tasks': Input should be greater than or equal to 2",
+    ),
+    (
+        "compare",
+        "a comparison needs at least two variants, not 0: give the baseline first, then another",
+    ),
+    (
+        "compare --variant maml",
+        "a comparison needs at least two variants, not 1: give the baseline first, then another",
+    ),
+    (
+        "compare --variant maml --variant maml",
+        "the variant 'maml' stands twice, and would be compared with itself: leave one out",
+    ),
     ("compare --variant mamll", "unknown preset at the start of 'mamll': did you mean 'maml'?"),
-    ("compare --variant maml --variant maml+", "'' names no plugin: write plugin or plugin:field=value,field=value"),
+    (
+        "compare --variant maml --variant maml+",
+        "'' names no plugin: write plugin or plugin:field=value,field=value",
+    ),
     (
         "compare --variant maml --variant fomaml --set preset=maml",
         "--set preset=maml: in a comparison every variant has its own; write it into --variant, as PRESET+PLUGIN:FIELD=VALUE",
@@ -161,18 +248,26 @@ ERRORS: list[tuple[str, str]] = [
         "compare --variant maml --variant fomaml --json nope/out.json",
         "--json nope/out.json: it lies in a folder nope that does not exist; give a file in a folder that exists, or - for standard output",
     ),
-    ("compare --variant maml --variant fomaml --out .", "the folder . already exists: give another --out"),
+    (
+        "compare --variant maml --variant fomaml --out .",
+        "the folder . already exists: give another --out",
+    ),
     (
         "compare --variant maml --variant fomaml --set training.validation_tasks=100",
         "training.validation_tasks = 100: too few to compare by, as the target would be mostly noise; use at least 200",
     ),
     ("tasks glyph", "unknown task source 'glyph': did you mean 'glyphs'?"),
-    ("plugins gradient-shering", "unknown plugin, preset or model 'gradient-shering': did you mean 'gradient-sharing'?"),
+    (
+        "plugins gradient-shering",
+        "unknown plugin, preset or model 'gradient-shering': did you mean 'gradient-sharing'?",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("command", "message"), ERRORS, ids=[command for command, _ in ERRORS])
-def test_a_wrong_request_is_one_line_and_exit_status_2(metaplug: Any, command: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_request_is_one_line_and_exit_status_2(
+    metaplug: Any, command: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delattr(MetaLearner, "iterate")  # nothing is trained before it is refused
     answer = metaplug(*command.split())
     assert (answer.err, answer.out, answer.status) == (f"metaplug: {message}\n", "", 2)
@@ -181,9 +276,15 @@ def test_a_wrong_request_is_one_line_and_exit_status_2(metaplug: Any, command: s
 
 def test_a_mistake_in_a_file_is_named_with_the_file(metaplug: Any) -> None:
     Path("e.yaml").write_text("training:\n  iterations: 0\n")
-    assert metaplug("train", "e.yaml").err == "metaplug: e.yaml: training.iterations = 0: input should be greater than or equal to 1\n"
+    assert (
+        metaplug("train", "e.yaml").err
+        == "metaplug: e.yaml: training.iterations = 0: input should be greater than or equal to 1\n"
+    )
     Path("e.yaml").write_text("seed: 1\nseed: 2\n")
-    assert metaplug("train", "e.yaml").err == "metaplug: e.yaml, line 2 is not valid YAML: the key 'seed' stands twice; correct it there\n"
+    assert (
+        metaplug("train", "e.yaml").err
+        == "metaplug: e.yaml, line 2 is not valid YAML: the key 'seed' stands twice; correct it there\n"
+    )
     Path("e.yaml").write_text("plugins: gradient-sharing\n")
     answer = metaplug("train", "e.yaml", "--with", "gradient-clipping:max_norm=1")
     assert (answer.err, answer.status) == (
@@ -208,24 +309,34 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_status_1(metaplug: Any) -> No
     Path("broken.pt").write_bytes(b"not a checkpoint")
     answer = metaplug("evaluate", "broken.pt")
     assert answer.status == 1
-    assert re.fullmatch(r"metaplug: broken\.pt is not a whole metaplug checkpoint \(.*\): use another one of the run\n", answer.err)
+    assert re.fullmatch(
+        r"metaplug: broken\.pt is not a whole metaplug checkpoint \(.*\): use another one of the run\n",
+        answer.err,
+    )
 
 
 def test_debug_shows_the_traceback(metaplug: Any) -> None:
     answer = metaplug("--debug", "train", "--ways", "1")
     assert answer.status == 2
     assert "Traceback (most recent call last)" in answer.err
-    assert answer.err.endswith("metaplug: option: tasks.ways = 1: input should be greater than or equal to 2\n")
+    assert answer.err.endswith(
+        "metaplug: option: tasks.ways = 1: input should be greater than or equal to 2\n"
+    )
 
 
-def test_what_nobody_foresaw_is_one_line_too(metaplug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_nobody_foresaw_is_one_line_too(
+    metaplug: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def burst(*_: object) -> None:
         raise KeyError("lost\nand gone")
 
     monkeypatch.setattr(registry, "parts", burst)
     answer = metaplug("plugins")
     assert answer.status == 1
-    assert answer.err == "metaplug: unexpected KeyError: 'lost\\nand gone'; `metaplug --debug ...` shows the traceback\n"
+    assert (
+        answer.err
+        == "metaplug: unexpected KeyError: 'lost\\nand gone'; `metaplug --debug ...` shows the traceback\n"
+    )
 
 
 def test_train_writes_a_run(metaplug: Any) -> None:
@@ -237,11 +348,26 @@ def test_train_writes_a_run(metaplug: Any) -> None:
     assert lines.pop(1).startswith("memory: about ")
     assert lines[1] == f"a new run in {folder}"
     for iteration, line in zip((2, 4), lines[2:4], strict=True):
-        assert re.fullmatch(rf"training: iteration {iteration}  loss \d+\.\d{{4}}  validation \d+\.\d{{4}} ± \d+\.\d{{4}}", line)
-    assert re.fullmatch(r"test mean squared error \d+\.\d{4} ± \d+\.\d{4} \(95 % interval over 5 tasks, 1 inner step\)", lines[4])
+        assert re.fullmatch(
+            rf"training: iteration {iteration}  loss \d+\.\d{{4}}  validation \d+\.\d{{4}} ± \d+\.\d{{4}}",
+            line,
+        )
+    assert re.fullmatch(
+        r"test mean squared error \d+\.\d{4} ± \d+\.\d{4} \(95 % interval over 5 tasks, 1 inner step\)",
+        lines[4],
+    )
     assert lines[5].endswith(f"which validated best; all of it is in {folder}")
     assert sorted(path.name for path in folder.iterdir()) == [
-        *(".lock", "best.pt", "config.yaml", "curves.png", "last.pt", "metrics.jsonl", "run.json", "summary.json")
+        *(
+            ".lock",
+            "best.pt",
+            "config.yaml",
+            "curves.png",
+            "last.pt",
+            "metrics.jsonl",
+            "run.json",
+            "summary.json",
+        )
     ]
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -250,14 +376,19 @@ def test_train_writes_a_run(metaplug: Any) -> None:
     assert (again.status, again.err) == (2, refusal)
     (folder / "curves.png").write_bytes(b"mine")
     finished = metaplug("train", *TINY, "--with", "gradient-sharing", "--resume")
-    assert (finished.status, finished.err.splitlines()) == (0, [f"{folder} is finished already", *lines[4:]])
+    assert (finished.status, finished.err.splitlines()) == (
+        0,
+        [f"{folder} is finished already", *lines[4:]],
+    )
     assert (folder / "curves.png").read_bytes() == b"mine"
     (folder / "curves.png").unlink()
     assert metaplug("train", *TINY, "--with", "gradient-sharing", "--resume").status == 0
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     other = metaplug("train", *TINY, "--with", "gradient-sharing", "--resume", "--iterations", "5")
     assert other.status == 2
-    assert other.err.startswith(f"metaplug: {folder} was begun with training.iterations = 4, which cannot become 5: ")
+    assert other.err.startswith(
+        f"metaplug: {folder} was begun with training.iterations = 4, which cannot become 5: "
+    )
 
 
 def test_train_takes_a_file_and_options_over_it(metaplug: Any) -> None:
@@ -267,13 +398,25 @@ def test_train_takes_a_file_and_options_over_it(metaplug: Any) -> None:
                 "plugins": ["gradient-sharing"],
                 "model": {"name": "mlp", "settings": {"hidden": [4]}},
                 "tasks": {"source": "sinusoid", "shots": 3},
-                "training": {"iterations": 2, "tasks_per_batch": 2, "validation_tasks": 4, "test_tasks": 4},
+                "training": {
+                    "iterations": 2,
+                    "tasks_per_batch": 2,
+                    "validation_tasks": 4,
+                    "test_tasks": 4,
+                },
                 "learner": {"inner_lr": 0.01, "inner_steps": 1},
             }
         )
     )
     answer = metaplug(
-        *("train", "mine.yaml", "--with", "gradient-clipping:max_norm=1", "--set", "plugins.gradient-sharing.gate=0.25"),
+        *(
+            "train",
+            "mine.yaml",
+            "--with",
+            "gradient-clipping:max_norm=1",
+            "--set",
+            "plugins.gradient-sharing.gate=0.25",
+        ),
         *("--seed", "3", "--out", "out"),
     )
     assert answer.status == 0, answer.err
@@ -289,7 +432,9 @@ def test_train_takes_a_file_and_options_over_it(metaplug: Any) -> None:
 
 def test_explain_shows_the_order_the_settings_and_every_origin(metaplug: Any) -> None:
     Path("mine.yaml").write_text("preset: fomaml\ntraining: {iterations: 7}\n")
-    answer = metaplug("explain", "mine.yaml", "--with", "gradient-sharing:gate=0.25", "--inner-lr", "1")
+    answer = metaplug(
+        "explain", "mine.yaml", "--with", "gradient-sharing:gate=0.25", "--inner-lr", "1"
+    )
     assert (answer.status, answer.out) == (0, "")
     squeezed = [" ".join(line.split()) for line in answer.err.splitlines()]
     assert "derivative_order choose derivative-order" in squeezed
@@ -299,21 +444,37 @@ def test_explain_shows_the_order_the_settings_and_every_origin(metaplug: Any) ->
     assert "training.iterations 7 mine.yaml" in squeezed
     assert "learner.inner_lr 1.0 option" in squeezed
     assert "learner.inner_steps 3 default" in squeezed
-    order = metaplug("explain", "--with", "gradient-clipping:max_norm=1", "--with", "gradient-sharing")
-    assert "transform_gradients fold gradient-clipping → gradient-sharing" in " ".join(order.err.split())
+    order = metaplug(
+        "explain", "--with", "gradient-clipping:max_norm=1", "--with", "gradient-sharing"
+    )
+    assert "transform_gradients fold gradient-clipping → gradient-sharing" in " ".join(
+        order.err.split()
+    )
 
 
 def test_evaluate(metaplug: Any, trained: Path) -> None:
     summary = json.loads((trained / "summary.json").read_text())
     answer = metaplug("evaluate", str(trained), "--json")
     assert (answer.status, answer.err) == (0, "")
-    assert (answer.json["mean"], answer.json["interval"]) == (summary["test"]["mean"], summary["test"]["interval"])
+    assert (answer.json["mean"], answer.json["interval"]) == (
+        summary["test"]["mean"],
+        summary["test"]["interval"],
+    )
     assert (answer.json["split"], answer.json["num_tasks"], answer.json["iteration"]) == (
         "test",
         5,
         summary["best_validation"]["iteration"],
     )
-    other = metaplug("evaluate", str(trained / "last.pt"), "--split", "val", "--num-tasks", "7", "--inner-steps", "0")
+    other = metaplug(
+        "evaluate",
+        str(trained / "last.pt"),
+        "--split",
+        "val",
+        "--num-tasks",
+        "7",
+        "--inner-steps",
+        "0",
+    )
     assert (other.status, other.out) == (0, "")
     value = r"val mean squared error \d+\.\d{4} ± \d+\.\d{4} \(95 % interval over 7 tasks, 0 inner steps\)\n"
     assert re.fullmatch(value + r"transductive: no\n", other.err)
@@ -339,9 +500,13 @@ def test_evaluate_on_training_tasks_is_on_purpose(metaplug: Any, trained: Path) 
     assert refused.err.startswith(
         "metaplug: the train tasks draw on 1 of 1 groups of tasks that this learner is trained on, the first being "
     )
-    allowed = metaplug("evaluate", str(trained), "--split", "train", "--allow-training-classes", "--json")
+    allowed = metaplug(
+        "evaluate", str(trained), "--split", "train", "--allow-training-classes", "--json"
+    )
     assert (allowed.status, allowed.json["training_classes"]) == (0, 1)
-    said = metaplug("evaluate", str(trained), "--split", "train", "--allow-training-classes").err.splitlines()
+    said = metaplug(
+        "evaluate", str(trained), "--split", "train", "--allow-training-classes"
+    ).err.splitlines()
     assert said[1:] == ["transductive: no", "not of unseen classes: 1 of them was trained on"]
 
 
@@ -351,27 +516,50 @@ def test_a_warning_is_one_line(metaplug: Any, trained: Path) -> None:
         answer = metaplug("evaluate", str(trained), "--inner-steps", "2", "--json")
     assert answer.status == 0
     assert answer.json["inner_steps"] == 2
-    assert answer.err == "metaplug: warning: adapting for 2 inner steps, trained with 1: later steps use the last step's values\n"
+    assert (
+        answer.err
+        == "metaplug: warning: adapting for 2 inner steps, trained with 1: later steps use the last step's values\n"
+    )
 
 
 def test_compare(metaplug: Any) -> None:
     answer = metaplug(
-        *("compare", *TINY, "--variant", "maml", "--variant", "maml + gradient-sharing:gate=0.25", "--seeds", "2", "--seed", "5"),
+        *(
+            "compare",
+            *TINY,
+            "--variant",
+            "maml",
+            "--variant",
+            "maml + gradient-sharing:gate=0.25",
+            "--seeds",
+            "2",
+            "--seed",
+            "5",
+        ),
         *("--json", "-", "--out", "compared"),
     )
     assert answer.status == 0, answer.err
     assert (answer.json["baseline"], answer.json["seeds"]) == ("maml", [5, 6])
-    assert [variant["label"] for variant in answer.json["variants"]] == ["maml", "maml+gradient-sharing:gate=0.25"]
+    assert [variant["label"] for variant in answer.json["variants"]] == [
+        "maml",
+        "maml+gradient-sharing:gate=0.25",
+    ]
     assert answer.json["variants"][1]["config"]["plugins"][0]["settings"] == {"gate": 0.25}
     assert [point[0] for point in answer.json["variants"][1]["runs"][1]["curve"]] == [2, 4]
-    assert sorted(path.name for path in Path("compared").iterdir()) == ["comparison.json", "curves.png", "report.txt"]
+    assert sorted(path.name for path in Path("compared").iterdir()) == [
+        "comparison.json",
+        "curves.png",
+        "report.txt",
+    ]
     assert json.loads(Path("compared/comparison.json").read_text()) == answer.json
     assert Path("compared/report.txt").read_text().split()[:2] == ["variant", "acceleration"]
     assert "maml, seed 6: iteration 4  loss " in answer.err
 
 
 def test_compare_writes_json_to_a_file(metaplug: Any) -> None:
-    answer = metaplug("compare", *TINY, "--variant", "maml", "--variant", "fomaml", "--json", "out.json")
+    answer = metaplug(
+        "compare", *TINY, "--variant", "maml", "--variant", "fomaml", "--json", "out.json"
+    )
     assert (answer.status, answer.out) == (0, "")
     assert json.loads(Path("out.json").read_text())["metric"] == "mean squared error"
 
@@ -400,12 +588,17 @@ def test_plugins_lists_parts(metaplug: Any) -> None:
     }
     people = metaplug("plugins")
     assert (people.status, people.out) == (0, "")
-    assert people.err.endswith("metaplug plugins NAME shows one with its settings; metaplug tasks lists task sources\n")
+    assert people.err.endswith(
+        "metaplug plugins NAME shows one with its settings; metaplug tasks lists task sources\n"
+    )
 
 
 def test_plugins_shows_one_part(metaplug: Any) -> None:
     (page,) = metaplug("plugins", "gradient-sharing", "--json").json
-    assert page["facts"]["hooks"] == "setup (notify), transform_gradients (fold), commit (notify), end_meta_step (collect)"
+    assert (
+        page["facts"]["hooks"]
+        == "setup (notify), transform_gradients (fold), commit (notify), end_meta_step (collect)"
+    )
     assert page["settings"][0] == {
         "name": "gate",
         "type": "float",
@@ -415,7 +608,9 @@ def test_plugins_shows_one_part(metaplug: Any) -> None:
     }
     people = metaplug("plugins", "gradient-sharing")
     assert people.out == ""
-    assert people.err.startswith("gradient-sharing: a plugin of metaplug 0.1.0\n\nBlend every task's gradient")
+    assert people.err.startswith(
+        "gradient-sharing: a plugin of metaplug 0.1.0\n\nBlend every task's gradient"
+    )
     assert "gate_function  sigmoid | hard-sigmoid | clamp, default sigmoid\n" in people.err
 
 
@@ -507,15 +702,24 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Any:
         Path("broken_part.py").write_text(source)
         monkeypatch.syspath_prepend(str(Path.cwd()))
         monkeypatch.delitem(sys.modules, "broken_part", raising=False)
-        real, entry = registry.entry_points, EntryPoint(name, "broken_part:Part", registry.GROUPS[kind])
-        monkeypatch.setattr(registry, "entry_points", lambda group: [*real(group=group), *([entry] if group == entry.group else [])])
+        real, entry = (
+            registry.entry_points,
+            EntryPoint(name, "broken_part:Part", registry.GROUPS[kind]),
+        )
+        monkeypatch.setattr(
+            registry,
+            "entry_points",
+            lambda group: [*real(group=group), *([entry] if group == entry.group else [])],
+        )
 
     yield install
     sys.modules.pop("broken_part", None)
 
 
 @pytest.mark.parametrize("part", BROKEN, ids=[name for _, name, _, _ in BROKEN])
-def test_a_broken_part_is_a_row_with_the_reason_and_no_crash(metaplug: Any, broken: Any, part: tuple[str, str, str, str]) -> None:
+def test_a_broken_part_is_a_row_with_the_reason_and_no_crash(
+    metaplug: Any, broken: Any, part: tuple[str, str, str, str]
+) -> None:
     kind, name, source, error = part
     command = "tasks" if kind == "task source" else "plugins"
     others = {row["name"]: row["error"] for row in metaplug(command, "--json").json}
@@ -539,11 +743,18 @@ def test_only_a_run_that_names_a_broken_plugin_fails(metaplug: Any, broken: Any)
     )
     broken("plugin", "broken", BROKEN[6][2])
     answer = metaplug("explain", "--with", "broken")
-    assert (answer.status, answer.err) == (2, f"metaplug: {BROKEN[6][3].replace('misspelt', 'broken')}\n")
+    assert (answer.status, answer.err) == (
+        2,
+        f"metaplug: {BROKEN[6][3].replace('misspelt', 'broken')}\n",
+    )
 
 
-def test_a_deprecation_names_the_plugins_line(metaplug: Any, broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(hookspecs.transform_gradients.metaplug_spec, "warn_on_impl", FutureWarning("gone soon"))  # type: ignore[attr-defined]
+def test_a_deprecation_names_the_plugins_line(
+    metaplug: Any, broken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        hookspecs.transform_gradients.metaplug_spec, "warn_on_impl", FutureWarning("gone soon")
+    )  # type: ignore[attr-defined]
     broken(
         "plugin",
         "old",
@@ -553,7 +764,10 @@ def test_a_deprecation_names_the_plugins_line(metaplug: Any, broken: Any, monkey
         warnings.simplefilter("default")
         answer = metaplug("explain", "--with", "old")
     assert answer.status == 0
-    assert answer.err.splitlines()[0] == f"metaplug: warning: gone soon ({Path.cwd() / 'broken_part.py'}, line 3)"
+    assert (
+        answer.err.splitlines()[0]
+        == f"metaplug: warning: gone soon ({Path.cwd() / 'broken_part.py'}, line 3)"
+    )
 
 
 def test_tasks(metaplug: Any) -> None:
@@ -583,14 +797,20 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(metaplug: Any) -> None:
             os._exit(int(stopped.code or 0))
         finally:
             os._exit(99)
-    while not ((folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text().count("\n") >= 3):
+    while not (
+        (folder / "metrics.jsonl").exists()
+        and (folder / "metrics.jsonl").read_text().count("\n") >= 3
+    ):
         time.sleep(0.01)
     os.kill(pid, signal.SIGINT)
     _, status = os.waitpid(pid, 0)
     assert os.WEXITSTATUS(status) == 130
     lines = Path("stderr.txt").read_text().splitlines()
     assert "stopping after this step; Ctrl-C again stops at once" in lines
-    assert lines[-1] == f"metaplug: stopped, with a checkpoint in {folder}: the same command with --resume goes on"
+    assert (
+        lines[-1]
+        == f"metaplug: stopped, with a checkpoint in {folder}: the same command with --resume goes on"
+    )
     done = MetaLearner.load(folder / "last.pt").iteration
     assert done == (folder / "metrics.jsonl").read_text().count("\n")
 
@@ -599,7 +819,9 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(metaplug: Any) -> None:
     assert f"going on in {folder} after iteration {done}" in again.err
     assert metaplug(*options, "--name", "whole").status == 0
     assert (folder / "metrics.jsonl").read_bytes() == Path("runs/whole/metrics.jsonl").read_bytes()
-    one, other = (checkpoint.read(Path("runs") / name / "last.pt")["model"] for name in ("stopped", "whole"))
+    one, other = (
+        checkpoint.read(Path("runs") / name / "last.pt")["model"] for name in ("stopped", "whole")
+    )
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -608,7 +830,7 @@ def test_ctrl_c_twice_stops_at_once(metaplug: Any, monkeypatch: pytest.MonkeyPat
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("metaplug.runs.training.build", twice)
+    monkeypatch.setattr("metaplug.experiments.runs.training.build", twice)
     answer = metaplug("train", *TINY)
     assert answer.status == 130
     assert answer.err.splitlines()[-1] == "metaplug: stopped"
@@ -616,16 +838,23 @@ def test_ctrl_c_twice_stops_at_once(metaplug: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_preset_of_ones_own_on_the_command_line(metaplug: Any) -> None:
-    Path("own.yaml").write_text("plugins: [{plugin: gradient-sharing, settings: {gate: 0.25}}]\nsummary: sharing, and nothing else\n")
+    Path("own.yaml").write_text(
+        "plugins: [{plugin: gradient-sharing, settings: {gate: 0.25}}]\nsummary: sharing, and nothing else\n"
+    )
     answer = metaplug("explain", "--preset", "own.yaml", "--with", "meta-sgd:meta_lr=0.01")
     squeezed = [" ".join(line.split()) for line in answer.err.splitlines()]
     assert squeezed[0] == "own: sharing, and nothing else"
     assert "gradient-sharing gate 0.25 preset own" in squeezed
     assert "meta-sgd meta_lr 0.01 option" in squeezed
     assert "preset own option" in squeezed
-    compared = metaplug("compare", *TINY, "--variant", "maml", "--variant", "own.yaml + meta-sgd", "--json", "-")
+    compared = metaplug(
+        "compare", *TINY, "--variant", "maml", "--variant", "own.yaml + meta-sgd", "--json", "-"
+    )
     assert compared.status == 0, compared.err
-    assert [variant["label"] for variant in compared.json["variants"]] == ["maml", "own.yaml+meta-sgd"]
+    assert [variant["label"] for variant in compared.json["variants"]] == [
+        "maml",
+        "own.yaml+meta-sgd",
+    ]
     assert compared.json["variants"][1]["config"]["preset"]["name"] == "own"
     missing = metaplug("train", "--preset", "none.yaml")
     assert (missing.status, missing.err) == (
@@ -634,7 +863,10 @@ def test_a_preset_of_ones_own_on_the_command_line(metaplug: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("preset", ["maml", "fomaml", "anil", "boil", "reptile", "meta-sgd", "maml++", "maml++-reference"])
+@pytest.mark.parametrize(
+    "preset",
+    ["maml", "fomaml", "anil", "boil", "reptile", "meta-sgd", "maml++", "maml++-reference"],
+)
 def test_explain_shows_every_preset(metaplug: Any, preset: str) -> None:
     answer = metaplug("explain", "--preset", preset)
     assert (answer.status, answer.out) == (0, "")
@@ -644,7 +876,10 @@ def test_explain_shows_every_preset(metaplug: Any, preset: str) -> None:
 
 def test_plugins_that_conflict_are_refused_before_training(metaplug: Any) -> None:
     answer = metaplug("train", *TINY, "--preset", "reptile", "--with", "multi-step-loss")
-    assert (answer.status, answer.err) == (2, "metaplug: plugin 'reptile' conflicts with 'multi-step-loss': leave one of them out\n")
+    assert (answer.status, answer.err) == (
+        2,
+        "metaplug: plugin 'reptile' conflicts with 'multi-step-loss': leave one of them out\n",
+    )
     answer = metaplug("train", *TINY, "--preset", "maml++", "--set", "training.iterations=1")
     assert answer.status == 2
     assert "plugin 'per-step-batch-norm' needs batch norm layers" in answer.err
@@ -656,7 +891,20 @@ def test_plugins_that_conflict_are_refused_before_training(metaplug: Any) -> Non
 
 
 def test_a_task_is_drawn(metaplug: Any) -> None:
-    answer = metaplug("tasks", "glyphs", "--draw", "task.png", "--ways", "3", "--set", "within=true", "--set", "rotate=true", "--seed", "4")
+    answer = metaplug(
+        "tasks",
+        "glyphs",
+        "--draw",
+        "task.png",
+        "--ways",
+        "3",
+        "--set",
+        "within=true",
+        "--set",
+        "rotate=true",
+        "--seed",
+        "4",
+    )
     assert answer.status == 0
     assert answer.err.endswith("one train task is drawn in task.png\n")
     assert Path("task.png").read_bytes().startswith(b"\x89PNG")
@@ -685,13 +933,21 @@ def test_what_a_preset_prints_can_be_typed_again(metaplug: Any) -> None:
     plugins = answer.json[0]["facts"]["plugins"]
     assert "derivative-order:switch=50,iterations_per_epoch=null" in plugins
     variant = "maml+" + plugins.replace(", ", "+")
-    assert metaplug("explain", *(word for part in variant.split("+")[1:] for word in ("--with", part))).status == 0
+    assert (
+        metaplug(
+            "explain", *(word for part in variant.split("+")[1:] for word in ("--with", part))
+        ).status
+        == 0
+    )
 
 
 def test_every_variant_is_tried_before_the_first_is_trained(metaplug: Any) -> None:
     for variant, text in (
         ("maml++", "variant 'maml++': plugin 'per-step-batch-norm' needs batch norm layers"),
-        ("maml+meta-sdg", "variant 'maml+meta-sdg': unknown plugin 'meta-sdg': did you mean 'meta-sgd'?"),
+        (
+            "maml+meta-sdg",
+            "variant 'maml+meta-sdg': unknown plugin 'meta-sdg': did you mean 'meta-sgd'?",
+        ),
     ):
         answer = metaplug("compare", *TINY, "--variant", "maml", "--variant", variant)
         assert answer.status == 2

@@ -18,7 +18,13 @@ METER = Meter(torch.device("cuda"))
 
 def test_every_contestant_of_ours_gives_the_same_meta_gradient_and_is_busy_or_waits():
     names = [name for name in contestants(["gradient-sharing"], captured=True) if name not in PEERS]
-    rows = [row for row in run(["sinusoid-25x1"], ["gradient-sharing"], repeats=2, memory=True, only=names, meter=METER) if not row.reason]
+    rows = [
+        row
+        for row in run(
+            ["sinusoid-25x1"], ["gradient-sharing"], repeats=2, memory=True, only=names, meter=METER
+        )
+        if not row.reason
+    ]
     assert "metaplug, captured" in [row.contestant for row in rows]
     assert len(rows) == 12
     for row in rows:
@@ -77,13 +83,22 @@ def test_tf32_is_off_unless_it_is_asked_for():
     assert errors[False] < 1e-2
     if torch.cuda.get_device_capability() >= (8, 0):
         assert errors[True] > errors[False]
-    (row,) = run(["sinusoid-25x1"], [], repeats=1, memory=False, only=["metaplug, auto"], meter=Meter(torch.device("cuda"), tf32=True))
+    (row,) = run(
+        ["sinusoid-25x1"],
+        [],
+        repeats=1,
+        memory=False,
+        only=["metaplug, auto"],
+        meter=Meter(torch.device("cuda"), tf32=True),
+    )
     assert row.limit.speed.precision == "TF32"
     assert row.gradient_error <= 1e-9  # in float64
 
 
 def test_scaling_on_the_device():
-    points = scaling.run(repeats=1, grid={"sinusoid-25x5": {"tasks": (2, 4), "inner_steps": (0, 1, 4)}}, meter=METER)
+    points = scaling.run(
+        repeats=1, grid={"sinusoid-25x5": {"tasks": (2, 4), "inner_steps": (0, 1, 4)}}, meter=METER
+    )
     assert [point.size for point in points] == [2, 4, 0, 1, 4, 1, 4]
     assert all(point.milliseconds > 0 and point.peak_mib > 0 for point in points)
 
@@ -92,4 +107,7 @@ def test_models_and_tasks_are_the_cpus():
     model, batch = WORKLOADS["conv4-64-max-32x5"].build(torch.device("cuda"))
     other, same = WORKLOADS["conv4-64-max-32x5"].build()
     assert torch.equal(batch.query_x.cpu(), same.query_x)
-    assert all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(ours.cpu(), theirs)
+        for ours, theirs in zip(model.parameters(), other.parameters(), strict=True)
+    )

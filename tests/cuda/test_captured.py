@@ -8,7 +8,7 @@ from support import plugins
 from torch import nn
 
 from metaplug import MetaLearner
-from metaplug.runtime.captured import PATIENCE, CudaGraphs
+from metaplug.execution.cuda_graphs import PATIENCE, CudaGraphs
 from metaplug.testing import Stream, assert_close, problem
 
 pytestmark = pytest.mark.cuda
@@ -18,7 +18,9 @@ DETERMINISTIC = [name for name in plugins.NAMES if name != "gradient-noise"]
 
 
 def learner_on_cuda(case, **settings):
-    return MetaLearner(copy.deepcopy(case.model).cuda(), inner_lr=case.lr, inner_steps=case.steps, **settings)
+    return MetaLearner(
+        copy.deepcopy(case.model).cuda(), inner_lr=case.lr, inner_steps=case.steps, **settings
+    )
 
 
 def refusals(learner):
@@ -30,8 +32,15 @@ def refusals(learner):
 @pytest.mark.parametrize("model", ["conv4", "batch-norm"])
 def test_a_replay_gives_the_meta_gradients_of_the_engine(model, name):
     case, other = problem(model), problem(model, seed=1)
-    plain, ours = (learner_on_cuda(case, plugins=[plugins.make(name)] if name else [], capture=capture) for capture in (False, True))
-    for batch in (case.batch, other.batch, case.batch):  # the first is recorded, and what it read is overwritten after
+    plain, ours = (
+        learner_on_cuda(case, plugins=[plugins.make(name)] if name else [], capture=capture)
+        for capture in (False, True)
+    )
+    for batch in (
+        case.batch,
+        other.batch,
+        case.batch,
+    ):  # the first is recorded, and what it read is overwritten after
         assert_close(ours.meta_gradients(batch), plain.meta_gradients(batch))
     assert refusals(ours) == (None, None)
 
@@ -40,7 +49,9 @@ def test_a_replay_gives_the_meta_gradients_of_the_engine(model, name):
 def test_other_layers_and_inner_optimizers_are_captured_too(model):
     case = problem(model, lr=0.01)
     for settings in ({}, {"inner_optimizer": "adam"}, {"task_batching": "sequential"}):
-        plain, ours = (learner_on_cuda(case, capture=capture, **settings) for capture in (False, True))
+        plain, ours = (
+            learner_on_cuda(case, capture=capture, **settings) for capture in (False, True)
+        )
         for _ in range(2):
             assert_close(ours.meta_gradients(case.batch), plain.meta_gradients(case.batch))
         assert refusals(ours) == (None, None)
@@ -50,11 +61,16 @@ def test_other_layers_and_inner_optimizers_are_captured_too(model):
 def test_a_captured_run_is_the_uncaptured_run(preset):
     """Weights go in anew at every step, and what gradient sharing commits is not overwritten by the replays that follow."""
     case = problem("conv4")
-    plain, ours = (learner_on_cuda(case, preset=preset, plugins=["gradient-sharing"], capture=capture) for capture in (False, True))
+    plain, ours = (
+        learner_on_cuda(case, preset=preset, plugins=["gradient-sharing"], capture=capture)
+        for capture in (False, True)
+    )
     for learner in (plain, ours):
         learner.fit(Stream("conv4"), iterations=6, tasks_per_batch=3)
     assert refusals(ours) == (None, None)
-    assert_close(dict(ours.model.state_dict()), dict(plain.model.state_dict()), rtol=1e-6, atol=1e-8)  # Adam magnifies rounding
+    assert_close(
+        dict(ours.model.state_dict()), dict(plain.model.state_dict()), rtol=1e-6, atol=1e-8
+    )  # Adam magnifies rounding
     for one, other in zip(ours.chain.plugins, plain.chain.plugins, strict=True):
         assert_close(dict(one.state_dict()), dict(other.state_dict()), rtol=1e-6, atol=1e-8)
 
@@ -62,9 +78,14 @@ def test_a_captured_run_is_the_uncaptured_run(preset):
 def test_batches_of_other_shapes_share_a_pool_and_do_not_disturb_each_other():
     case = problem("conv4")
     batches = [problem("conv4", tasks=tasks, seed=tasks).batch for tasks in (2, 5, 3)]
-    plain, ours = (learner_on_cuda(case, plugins=["gradient-sharing"], capture=capture) for capture in (False, True))
+    plain, ours = (
+        learner_on_cuda(case, plugins=["gradient-sharing"], capture=capture)
+        for capture in (False, True)
+    )
     expected = [plain.meta_gradients(batch) for batch in batches]
-    rounds = [[ours.meta_gradients(batch) for batch in batches] for _ in range(2)]  # all kept, beyond the replays that follow
+    rounds = [
+        [ours.meta_gradients(batch) for batch in batches] for _ in range(2)
+    ]  # all kept, beyond the replays that follow
     assert refusals(ours) == (None, None)
     for actual in rounds:
         for one, other in zip(actual, expected, strict=True):
@@ -79,7 +100,9 @@ def test_auto_captures_after_its_patience():
     ours.fit(Stream(), iterations=3, tasks_per_batch=2)
     assert len(ours.engine.derivation._traces) == 1
     plain.fit(Stream(), iterations=PATIENCE + 3, tasks_per_batch=2)
-    assert_close(dict(ours.model.state_dict()), dict(plain.model.state_dict()), rtol=1e-6, atol=1e-8)
+    assert_close(
+        dict(ours.model.state_dict()), dict(plain.model.state_dict()), rtol=1e-6, atol=1e-8
+    )
 
 
 def test_random_numbers_are_refused_and_training_goes_on():
@@ -87,15 +110,21 @@ def test_random_numbers_are_refused_and_training_goes_on():
     case.model.insert(2, nn.Dropout(0.5))
     plain, ours = (learner_on_cuda(case, capture=capture) for capture in (False, True))
     with pytest.warns(
-        UserWarning, match="^steps are not captured, and the run goes on uncaptured: RuntimeError: the step draws random numb"
+        UserWarning,
+        match="^steps are not captured, and the run goes on uncaptured: RuntimeError: the step draws random numb",
     ):
         ours.fit(Stream(), iterations=2, tasks_per_batch=2)
     plain.fit(Stream(), iterations=2, tasks_per_batch=2)
-    assert_close(dict(ours.model.state_dict()), dict(plain.model.state_dict()), rtol=1e-6, atol=1e-8)
+    assert_close(
+        dict(ours.model.state_dict()), dict(plain.model.state_dict()), rtol=1e-6, atol=1e-8
+    )
 
 
 def test_what_waits_for_the_device_is_refused_before_it_is_recorded():
-    record, x = CudaGraphs(torch.device("cuda", torch.cuda.current_device())), torch.ones(3, device="cuda")
+    record, x = (
+        CudaGraphs(torch.device("cuda", torch.cuda.current_device())),
+        torch.ones(3, device="cuda"),
+    )
     with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
         record(lambda x: [x * x.sum().item()], [x])
     assert torch.cuda.get_sync_debug_mode() == 0
@@ -110,7 +139,12 @@ def test_what_waits_for_the_device_is_refused_before_it_is_recorded():
 @pytest.mark.slow
 def test_compiled_steps_are_captured_too():
     case = problem("batch-norm")
-    plain, ours = (learner_on_cuda(case, plugins=["gradient-sharing"], compile=both, capture=both) for both in (False, True))
+    plain, ours = (
+        learner_on_cuda(case, plugins=["gradient-sharing"], compile=both, capture=both)
+        for both in (False, True)
+    )
     for _ in range(2):
-        assert_close(ours.meta_gradients(case.batch), plain.meta_gradients(case.batch), rtol=1e-9, atol=1e-10)
+        assert_close(
+            ours.meta_gradients(case.batch), plain.meta_gradients(case.batch), rtol=1e-9, atol=1e-10
+        )
     assert refusals(ours) == (None, None)

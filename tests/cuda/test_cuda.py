@@ -13,7 +13,9 @@ pytestmark = pytest.mark.cuda
 
 
 def learner_on(case, device, **settings):
-    return MetaLearner(copy.deepcopy(case.model).to(device), inner_lr=case.lr, inner_steps=case.steps, **settings)
+    return MetaLearner(
+        copy.deepcopy(case.model).to(device), inner_lr=case.lr, inner_steps=case.steps, **settings
+    )
 
 
 def on_cpu(tensors):
@@ -27,14 +29,18 @@ def test_float64_agrees_with_the_cpu(name, batching, preset):
     case = problem(name)
     settings = {"preset": preset, "task_batching": batching}
     ours, theirs = (
-        learner_on(case, device, plugins=[GradientSharing()], **settings).meta_gradients(case.batch) for device in ("cuda", "cpu")
+        learner_on(case, device, plugins=[GradientSharing()], **settings).meta_gradients(case.batch)
+        for device in ("cuda", "cpu")
     )
     assert_close(on_cpu(ours), theirs, rtol=1e-9, atol=1e-9)
 
 
 def test_float32_agrees_with_the_cpu_on_conv4():
     case = problem("conv4", dtype=torch.float32)
-    ours, theirs = (learner_on(case, device, plugins=[GradientSharing()]).meta_gradients(case.batch) for device in ("cuda", "cpu"))
+    ours, theirs = (
+        learner_on(case, device, plugins=[GradientSharing()]).meta_gradients(case.batch)
+        for device in ("cuda", "cpu")
+    )
     assert_close(on_cpu(ours), theirs, rtol=1e-3, atol=1e-3)
 
 
@@ -45,7 +51,9 @@ def test_tasks_are_moved_to_the_device_of_the_model_and_training_agrees():
         learner.fit(Stream(), iterations=3)
     assert learners[0].batching.reason == "tasks are stacked on cuda"
     # Adam divides by the size of the gradient, which magnifies rounding.
-    assert_close(on_cpu(learners[0].model.state_dict()), learners[1].model.state_dict(), rtol=1e-6, atol=1e-7)
+    assert_close(
+        on_cpu(learners[0].model.state_dict()), learners[1].model.state_dict(), rtol=1e-6, atol=1e-7
+    )
     results = [learner.evaluate(Stream(split="test"), num_tasks=5).per_task for learner in learners]
     assert torch.equal(*results)
     assert results[0].device.type == "cpu"
@@ -67,4 +75,9 @@ def test_a_file_from_the_device_is_read_without_it(tmp_path):
     learner.fit(Stream(), iterations=1)
     learner.save(tmp_path / "learner.pt")
     loaded = MetaLearner.load(tmp_path / "learner.pt", model=problem().model)
-    assert_close(loaded.meta_gradients(problem().batch), on_cpu(learner.meta_gradients(problem().batch)), rtol=1e-9, atol=1e-9)
+    assert_close(
+        loaded.meta_gradients(problem().batch),
+        on_cpu(learner.meta_gradients(problem().batch)),
+        rtol=1e-9,
+        atol=1e-9,
+    )

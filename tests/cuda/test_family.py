@@ -8,7 +8,8 @@ import torch
 from metaplug_plugins.gradient_sharing import GradientSharing
 from support import plugins
 
-from metaplug import MetaLearner, registry
+from metaplug import MetaLearner
+from metaplug.contract import registry
 from metaplug.models import Conv4
 from metaplug.testing import Stream, assert_close, problem
 
@@ -35,7 +36,10 @@ def meta_gradients(case, device, **settings):
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_every_plugin_in_float64_agrees_with_the_cpu(name, batching):
     case = problem("conv4")
-    ours, theirs = (meta_gradients(case, device, plugins=[plugins.make(name)], task_batching=batching) for device in ("cuda", "cpu"))
+    ours, theirs = (
+        meta_gradients(case, device, plugins=[plugins.make(name)], task_batching=batching)
+        for device in ("cuda", "cpu")
+    )
     assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
@@ -44,7 +48,8 @@ def test_every_plugin_in_float64_agrees_with_the_cpu(name, batching):
 def test_every_preset_in_float64_agrees_with_the_cpu(preset, sharing):
     case = problem("conv4", tasks=4, steps=3)
     ours, theirs = (
-        meta_gradients(case, device, preset=preset, plugins=["gradient-sharing"] if sharing else []) for device in ("cuda", "cpu")
+        meta_gradients(case, device, preset=preset, plugins=["gradient-sharing"] if sharing else [])
+        for device in ("cuda", "cpu")
     )
     assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
@@ -52,7 +57,10 @@ def test_every_preset_in_float64_agrees_with_the_cpu(preset, sharing):
 @pytest.mark.parametrize("options", SHARING, ids=str)
 def test_the_options_of_gradient_sharing_agree_with_the_cpu(options):
     case = problem("conv4")
-    ours, theirs = (meta_gradients(case, device, plugins=[GradientSharing(**options)]) for device in ("cuda", "cpu"))
+    ours, theirs = (
+        meta_gradients(case, device, plugins=[GradientSharing(**options)])
+        for device in ("cuda", "cpu")
+    )
     assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
@@ -63,7 +71,10 @@ def test_every_preset_in_float32_agrees_with_the_cpu_on_conv4(preset):
     torch.manual_seed(0)
     case.model = Conv4((1, 28, 28), 3)
     batch = case.batch
-    grown = [torch.nn.functional.interpolate(x.flatten(0, 1), (28, 28)).unflatten(0, x.shape[:2]) for x in (batch.support_x, batch.query_x)]
+    grown = [
+        torch.nn.functional.interpolate(x.flatten(0, 1), (28, 28)).unflatten(0, x.shape[:2])
+        for x in (batch.support_x, batch.query_x)
+    ]
     case.batch = type(batch)(grown[0], batch.support_y, grown[1], batch.query_y)
     ours, theirs = (meta_gradients(case, device, preset=preset) for device in ("cuda", "cpu"))
     scale = max(float(gradient.abs().max()) for gradient in theirs.values())
@@ -73,14 +84,26 @@ def test_every_preset_in_float32_agrees_with_the_cpu_on_conv4(preset):
 @pytest.mark.parametrize("name", plugins.NAMES)
 def test_every_plugin_trains_saves_and_takes_more_steps_on_the_device(name, tmp_path):
     case = problem("conv4")
-    learner = MetaLearner(copy.deepcopy(case.model).cuda(), plugins=[plugins.make(name)], inner_lr=case.lr, inner_steps=case.steps)
+    learner = MetaLearner(
+        copy.deepcopy(case.model).cuda(),
+        plugins=[plugins.make(name)],
+        inner_lr=case.lr,
+        inner_steps=case.steps,
+    )
     learner.fit(Stream("conv4"), iterations=2, tasks_per_batch=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        result = learner.evaluate(Stream("conv4", split="test"), num_tasks=3, inner_steps=case.steps + 2)
+        result = learner.evaluate(
+            Stream("conv4", split="test"), num_tasks=3, inner_steps=case.steps + 2
+        )
     assert bool(torch.isfinite(result.per_task).all())
     learner.save(tmp_path / "learner.pt")
     loaded = MetaLearner.load(tmp_path / "learner.pt", model=copy.deepcopy(case.model))
     assert next(loaded.model.parameters()).device.type == "cpu"
     for plugin, other in zip(learner.chain.plugins, loaded.chain.plugins, strict=True):
-        assert_close({k: v.cpu() for k, v in plugin.state_dict().items()}, dict(other.state_dict()), rtol=0, atol=0)
+        assert_close(
+            {k: v.cpu() for k, v in plugin.state_dict().items()},
+            dict(other.state_dict()),
+            rtol=0,
+            atol=0,
+        )

@@ -21,7 +21,9 @@ def test_the_estimate_is_near_what_the_allocator_holds(settings):
     learner = MetaLearner(model.cuda(), inner_steps=5, inner_lr=0.01, **settings)
     learner.estimate_memory(batch)
     learner.engine.meta_step(batch, 1)
-    measured = Meter(torch.device("cuda")).memory(lambda: learner.engine.meta_step(batch, 2))[0] * 2**20
+    measured = (
+        Meter(torch.device("cuda")).memory(lambda: learner.engine.meta_step(batch, 2))[0] * 2**20
+    )
     assert 0.7 < learner.estimate_memory(batch).bytes / measured < 1.5
 
 
@@ -32,10 +34,14 @@ def test_memory_that_runs_out_has_a_mend():
     before = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
     torch.cuda.empty_cache()
     most = 2**20 + torch.cuda.memory_reserved()
-    torch.cuda.set_per_process_memory_fraction(most / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.set_per_process_memory_fraction(
+        most / torch.cuda.get_device_properties(0).total_memory
+    )
     try:
         batch = learner.intake(case.batch)
-        many = type(batch)(*(getattr(batch, field).repeat_interleave(20_000, 0).cpu() for field in batch.__slots__))
+        many = type(batch)(
+            *(getattr(batch, field).repeat_interleave(20_000, 0).cpu() for field in batch.__slots__)
+        )
 
         class Many:
             split = "train"
@@ -51,4 +57,6 @@ def test_memory_that_runs_out_has_a_mend():
         r"iteration 1 ran out of memory on cuda.*, asking for .* more, with 60000 tasks of 2 inner steps; it updated nothing",
         str(raised.value),
     )
-    assert all(torch.equal(tensor, before[name]) for name, tensor in learner.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in learner.model.state_dict().items()
+    )

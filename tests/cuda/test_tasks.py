@@ -11,14 +11,20 @@ from metaplug.tasks import Glyphs, Sinusoid
 pytestmark = pytest.mark.cuda
 
 
-@pytest.mark.parametrize("options", [{}, {"within": True}, {"rotate": True, "flip": True, "shift": 2}, {"train_ways": (2, 5)}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"within": True}, {"rotate": True, "flip": True, "shift": 2}, {"train_ways": (2, 5)}],
+)
 def test_episodes_on_the_device_are_those_of_the_cpu(options: dict[str, Any]) -> None:
     source = Glyphs(ways=5, shots=1, queries=3, **options)
     moved = source.to("cuda")
     for split in ("train", "val", "test"):
         ours, theirs = (getattr(each, split).batch(3, range(6)) for each in (moved, source))
         assert ours.device.type == "cuda"
-        assert all(torch.equal(getattr(ours, name).cpu(), getattr(theirs, name)) for name in TaskBatch.__slots__)
+        assert all(
+            torch.equal(getattr(ours, name).cpu(), getattr(theirs, name))
+            for name in TaskBatch.__slots__
+        )
 
 
 def test_computed_tasks_stay_where_they_are() -> None:

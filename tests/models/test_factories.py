@@ -16,12 +16,12 @@ from torch import nn
 
 from metaplug import MetaLearner, TaskBatch
 from metaplug.cli.main import main
-from metaplug.config import ExperimentConfig
 from metaplug.errors import RequestError, RunError
-from metaplug.experiment import build
+from metaplug.experiments.configuration import ExperimentConfig
+from metaplug.experiments.experiment import build
+from metaplug.experiments.runs import load, train
 from metaplug.models import Conv4
 from metaplug.models.factories import make_model
-from metaplug.runs import load, train
 from metaplug.testing import Problem, assert_close, reference
 
 SOURCE = """
@@ -82,8 +82,14 @@ def test_a_plain_name_is_an_installed_model() -> None:
     model = make_model("conv4", (1, 28, 28), 5, {"filters": 4})
     assert type(model) is Conv4
     assert model.config.filters == 4
-    assert refusal(lambda: make_model("conv5", (1, 28, 28), 5, {})) == "unknown model 'conv5': did you mean 'conv4'?"
-    assert refusal(lambda: make_model("conv4", (1, 28, 28), 5, {"filter": 4})) == "conv4: unknown field 'filter': did you mean 'filters'?"
+    assert (
+        refusal(lambda: make_model("conv5", (1, 28, 28), 5, {}))
+        == "unknown model 'conv5': did you mean 'conv4'?"
+    )
+    assert (
+        refusal(lambda: make_model("conv4", (1, 28, 28), 5, {"filter": 4}))
+        == "conv4: unknown field 'filter': did you mean 'filters'?"
+    )
 
 
 def test_a_factory_is_called_with_shape_outputs_and_settings(mine: str) -> None:
@@ -140,10 +146,16 @@ def test_a_factory_is_called_with_shape_outputs_and_settings(mine: str) -> None:
             {},
             "the model './my_models.py:make' is no MODULE:FACTORY: write both as Python does, such as my_package.my_module:make",
         ),
-        ("my_models:", {}, "the model 'my_models:' is no MODULE:FACTORY: write both as Python does, such as my_package.my_module:make"),
+        (
+            "my_models:",
+            {},
+            "the model 'my_models:' is no MODULE:FACTORY: write both as Python does, such as my_package.my_module:make",
+        ),
     ],
 )
-def test_what_leads_to_no_model_is_refused(mine: str, name: str, settings: dict[str, Any], message: str) -> None:
+def test_what_leads_to_no_model_is_refused(
+    mine: str, name: str, settings: dict[str, Any], message: str
+) -> None:
     assert refusal(lambda: make_model(name, (3,), 2, settings)) == message
 
 
@@ -163,7 +175,13 @@ def sinusoid(name: str, **settings: Any) -> ExperimentConfig:
             "model": {"name": name, "settings": settings},
             "tasks": {"source": "sinusoid", "shots": 1, "queries": 2},
             "learner": {"inner_lr": 0.01, "inner_steps": 1},
-            "training": {"iterations": 2, "tasks_per_batch": 2, "validate_every": 1, "validation_tasks": 2, "test_tasks": 2},
+            "training": {
+                "iterations": 2,
+                "tasks_per_batch": 2,
+                "validate_every": 1,
+                "validation_tasks": 2,
+                "test_tasks": 2,
+            },
             "runtime": {"threads": 1, "device": "cpu"},
         }
     )
@@ -178,12 +196,19 @@ def images(folder: Path, name: str, **settings: Any) -> ExperimentConfig:
             for index in range(3):
                 pixels = noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / split / f"{split}-{label}" / f"{index}.png")
-    tasks = {"source": f"folder:{folder}", "ways": 2, "queries": 1, "settings": {"mode": "colour", "size": 32}}
+    tasks = {
+        "source": f"folder:{folder}",
+        "ways": 2,
+        "queries": 1,
+        "settings": {"mode": "colour", "size": 32},
+    }
     values = sinusoid(name, **settings).model_dump()
     return ExperimentConfig.model_validate({**values, "tasks": tasks})
 
 
-def test_an_output_that_is_too_wide_or_too_narrow_is_refused_when_the_experiment_is_built(mine: str) -> None:
+def test_an_output_that_is_too_wide_or_too_narrow_is_refused_when_the_experiment_is_built(
+    mine: str,
+) -> None:
     assert build(sinusoid("my_models:make")).learner.batching is None
     assert refusal(lambda: build(sinusoid("my_models:make_wide"))) == (
         "the model answers n examples with (n, 2), but the tasks need (n, 1): give its head that form"
@@ -197,7 +222,10 @@ def test_an_output_that_is_too_wide_or_too_narrow_is_refused_when_the_experiment
 def test_so_it_is_for_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     config = images(tmp_path, "conv4", filters=4)
     build(config)
-    monkeypatch.setattr("metaplug.experiment.make_model", lambda *_: Conv4((3, 32, 32), width, filters=4))
+    monkeypatch.setattr(
+        "metaplug.experiments.experiment.make_model",
+        lambda *_: Conv4((3, 32, 32), width, filters=4),
+    )
     assert refusal(lambda: build(config)) == (
         f"the model answers n examples with (n, {width}), but the tasks need (n, 2): give its head that form"
     )
@@ -220,7 +248,7 @@ def test_the_trial_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     model.eval().drop.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     stream = torch.random.get_rng_state()
-    monkeypatch.setattr("metaplug.experiment.make_model", lambda *_: model)
+    monkeypatch.setattr("metaplug.experiments.experiment.make_model", lambda *_: model)
     build(sinusoid("any:thing"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), stream)
@@ -231,12 +259,35 @@ def test_the_trial_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 # Runs.
 
 
-def test_a_run_of_a_factory_is_trained_and_evaluated_from_the_command_line(mine: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_a_factory_is_trained_and_evaluated_from_the_command_line(
+    mine: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     sys.path.remove("")
-    options = ["--tasks", "sinusoid", "--iterations", "2", "--tasks-per-batch", "2", "--inner-lr", "0.01", "--device", "cpu"]
-    options += ["--set", "training.test_tasks=4", "--set", "training.validation_tasks=2", "--set", "model.settings.hidden=3"]
+    options = [
+        "--tasks",
+        "sinusoid",
+        "--iterations",
+        "2",
+        "--tasks-per-batch",
+        "2",
+        "--inner-lr",
+        "0.01",
+        "--device",
+        "cpu",
+    ]
+    options += [
+        "--set",
+        "training.test_tasks=4",
+        "--set",
+        "training.validation_tasks=2",
+        "--set",
+        "model.settings.hidden=3",
+    ]
     named = ["--model", "my_models:make"]
-    for command in (["train", *named, *options, "--name", "own"], ["evaluate", "runs/own", *named, "--json"]):
+    for command in (
+        ["train", *named, *options, "--name", "own"],
+        ["evaluate", "runs/own", *named, "--json"],
+    ):
         capfd.readouterr()
         with pytest.raises(SystemExit) as stopped:
             main(command)
@@ -273,9 +324,13 @@ def test_a_learner_of_a_factory_asks_for_its_model(mine: str, tmp_path: Path) ->
         ("mobilenet_v3_small", "features.0.0", "classifier.3"),
     ],
 )
-def test_a_classifier_gets_the_head_and_the_channels_of_the_tasks(name: str, stem: str, head: str) -> None:
+def test_a_classifier_gets_the_head_and_the_channels_of_the_tasks(
+    name: str, stem: str, head: str
+) -> None:
     pytest.importorskip("torchvision")
-    colour, grey = (make_model(f"torchvision:{name}", (channels, 32, 32), 7, {}) for channels in (3, 1))
+    colour, grey = (
+        make_model(f"torchvision:{name}", (channels, 32, 32), 7, {}) for channels in (3, 1)
+    )
     for model, channels in ((colour, 3), (grey, 1)):
         assert model(torch.rand(2, channels, 32, 32)).shape == (2, 7)
         last: Any = model.get_submodule(head)
@@ -283,7 +338,11 @@ def test_a_classifier_gets_the_head_and_the_channels_of_the_tasks(name: str, ste
         assert last.weight.shape[0] == 7
     kept, changed = (str(model.get_submodule(stem)) for model in (colour, grey))
     assert changed == kept.replace("(3,", "(1,", 1)
-    differ = {key for key, value in colour.state_dict().items() if value.shape != grey.state_dict()[key].shape}
+    differ = {
+        key
+        for key, value in colour.state_dict().items()
+        if value.shape != grey.state_dict()[key].shape
+    }
     assert differ == {f"{stem}.weight"}
 
 
@@ -296,7 +355,12 @@ def test_settings_reach_the_classifier() -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "settings", "message"),
     [
-        ("resnet81", (3, 32, 32), {}, "unknown torchvision model 'resnet81': did you mean 'resnet18'?"),
+        (
+            "resnet81",
+            (3, 32, 32),
+            {},
+            "unknown torchvision model 'resnet81': did you mean 'resnet18'?",
+        ),
         (
             "resnet18",
             (1,),
@@ -313,7 +377,9 @@ def test_settings_reach_the_classifier() -> None:
         ),
     ],
 )
-def test_what_torchvision_cannot_make_is_refused(name: str, shape: tuple[int, ...], settings: dict[str, Any], message: str) -> None:
+def test_what_torchvision_cannot_make_is_refused(
+    name: str, shape: tuple[int, ...], settings: dict[str, Any], message: str
+) -> None:
     pytest.importorskip("torchvision")
     assert refusal(lambda: make_model(f"torchvision:{name}", shape, 2, settings)) == message
 
@@ -338,7 +404,12 @@ def test_meta_gradients_through_torchvision_equal_a_plain_loop(batching: str) ->
     expected = reference.maml(case.model, case.batch, steps=1, lr=0.1).gradients
     # The gradients are as large as the scale, and some are zero up to rounding at that scale.
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
-    assert_close(case.learner(task_batching=batching).meta_gradients(case.batch), expected, rtol=1e-8, atol=1e-10 * scale)
+    assert_close(
+        case.learner(task_batching=batching).meta_gradients(case.batch),
+        expected,
+        rtol=1e-8,
+        atol=1e-10 * scale,
+    )
 
 
 def test_resnet18_is_trained_with_all_tasks_stacked(tmp_path: Path) -> None:
@@ -350,9 +421,16 @@ def test_resnet18_is_trained_with_all_tasks_stacked(tmp_path: Path) -> None:
     assert learner.batching is not None
     assert learner.batching.batching == "vectorized"
     assert [record.step.iteration for record in history.records] == [1, 2]
-    for name, value in learner.model.state_dict().items():  # stored statistics are not touched, weights are
-        assert torch.equal(value, before[name]) == name.endswith(("running_mean", "running_var", "num_batches_tracked")), name
-    assert learner.evaluate(tasks.test, num_tasks=2).transductive == ("batch norm uses the statistics of each task's own batch",)
+    for (
+        name,
+        value,
+    ) in learner.model.state_dict().items():  # stored statistics are not touched, weights are
+        assert torch.equal(value, before[name]) == name.endswith(
+            ("running_mean", "running_var", "num_batches_tracked")
+        ), name
+    assert learner.evaluate(tasks.test, num_tasks=2).transductive == (
+        "batch norm uses the statistics of each task's own batch",
+    )
 
 
 def test_a_run_of_torchvision_is_evaluated_later(tmp_path: Path) -> None:
@@ -361,7 +439,10 @@ def test_a_run_of_torchvision_is_evaluated_later(tmp_path: Path) -> None:
     loaded = load(tmp_path / "run")
     assert summary is not None
     assert loaded.learner.evaluate(loaded.tasks.test, num_tasks=2).mean == summary["test"]["mean"]
-    with pytest.raises(RequestError, match=r"^.*best\.pt holds the weights of a model of your own, which a file cannot build"):
+    with pytest.raises(
+        RequestError,
+        match=r"^.*best\.pt holds the weights of a model of your own, which a file cannot build",
+    ):
         MetaLearner.load(tmp_path / "run" / "best.pt")
     model = make_model("torchvision:shufflenet_v2_x0_5", (3, 32, 32), 2, {})
     again = MetaLearner.load(tmp_path / "run" / "best.pt", model=model)
@@ -371,10 +452,14 @@ def test_a_run_of_torchvision_is_evaluated_later(tmp_path: Path) -> None:
 def test_auto_falls_back_where_vmap_refuses_a_classifier_and_names_the_operation() -> None:
     """Stochastic depth draws noise in place, into a tensor that all tasks share."""
     pytest.importorskip("torchvision")
-    learner = MetaLearner(make_model("torchvision:efficientnet_b0", (3, 32, 32), 2, {}), inner_steps=0)
+    learner = MetaLearner(
+        make_model("torchvision:efficientnet_b0", (3, 32, 32), 2, {}), inner_steps=0
+    )
     x, y = torch.rand(1, 2, 3, 32, 32), torch.arange(2).expand(1, 2)
     learner.meta_gradients(TaskBatch(x, y, x, y))
     assert learner.batching is not None
     assert learner.batching.batching == "sequential"
-    assert learner.batching.reason.startswith("torch.vmap refuses the model: vmap: Cannot ask for different inplace randomness")
+    assert learner.batching.reason.startswith(
+        "torch.vmap refuses the model: vmap: Cannot ask for different inplace randomness"
+    )
     assert learner.batching.reason.endswith(" (in bernoulli_)")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metaplug import MetaLearner, TaskBatch, registry
+from metaplug import MetaLearner, TaskBatch
+from metaplug.contract import registry
 from metaplug.errors import RequestError
 from metaplug.models import ResNet12, WideResNet
 from metaplug.testing import Problem, assert_close, reference
@@ -44,16 +45,32 @@ def test_a_wide_resnet_takes_the_smallest_images() -> None:
 
 
 def test_parameters_have_readable_names() -> None:
-    block = [f"{layer}{index}.{name}" for index in (1, 2, 3) for layer in ("conv", "norm") for name in ("weight", "bias")]
+    block = [
+        f"{layer}{index}.{name}"
+        for index in (1, 2, 3)
+        for layer in ("conv", "norm")
+        for name in ("weight", "bias")
+    ]
     block = [name for name in block if not name.startswith("conv") or name.endswith("weight")]
     block += ["shortcut.weight", "shortcut_norm.weight", "shortcut_norm.bias"]
     model = ResNet12((3, 32, 32), 5, filters=(4, 4, 4, 4))
-    assert [name for name, _ in model.named_parameters()] == [f"body.{index}.{name}" for index in range(4) for name in block] + [
+    assert [name for name, _ in model.named_parameters()] == [
+        f"body.{index}.{name}" for index in range(4) for name in block
+    ] + [
         "head.weight",
         "head.bias",
     ]
-    wide = [name for name, _ in WideResNet((3, 32, 32), 5, depth=10, widen_factor=1).named_parameters()]
-    block = ["norm1.weight", "norm1.bias", "conv1.weight", "norm2.weight", "norm2.bias", "conv2.weight"]
+    wide = [
+        name for name, _ in WideResNet((3, 32, 32), 5, depth=10, widen_factor=1).named_parameters()
+    ]
+    block = [
+        "norm1.weight",
+        "norm1.bias",
+        "conv1.weight",
+        "norm2.weight",
+        "norm2.bias",
+        "conv2.weight",
+    ]
     assert wide == [
         "stem.weight",
         *(f"body.0.{name}" for name in block),  # keeps its form, so that its shortcut has no weight
@@ -77,24 +94,38 @@ def test_wrn28_10_has_the_size_of_its_paper() -> None:
     for width in (160, 320, 640):
         for block in range(4):
             a = before if block == 0 else width
-            total += 2 * a + 9 * a * width + 2 * width + 9 * width * width + (a * width if block == 0 else 0)
+            total += (
+                2 * a
+                + 9 * a * width
+                + 2 * width
+                + 9 * width * width
+                + (a * width if block == 0 else 0)
+            )
         before = width
     assert size(WideResNet((3, 32, 32), 10)) == total + 2 * 640 + 640 * 10 + 10 == 36_479_194
 
 
 def test_convolutions_begin_as_he_says() -> None:
     for model in (ResNet12((3, 16, 16), 2), WideResNet((3, 16, 16), 2, depth=10, widen_factor=4)):
-        layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d) and layer.weight.numel() > 10_000]
+        layers = [
+            layer
+            for layer in model.modules()
+            if isinstance(layer, nn.Conv2d) and layer.weight.numel() > 10_000
+        ]
         assert layers
         for layer in layers:
             assert layer.bias is None
             fan_out = layer.out_channels * layer.kernel_size[0] ** 2
-            assert float(layer.weight.detach().std()) == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+            assert float(layer.weight.detach().std()) == pytest.approx(
+                (2 / fan_out) ** 0.5, rel=0.05
+            )
 
 
 def normal(x: Tensor) -> Tensor:
     """Batch norm as it begins, by its formula."""
-    return (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
+    return (x - x.mean((0, 2, 3), keepdim=True)) / (
+        x.var((0, 2, 3), keepdim=True, correction=0) + 1e-5
+    ).sqrt()
 
 
 def test_resnet12_is_the_network_it_says() -> None:
@@ -119,9 +150,13 @@ def test_a_wide_resnet_is_the_network_it_says() -> None:
         active = normal(x).relu()
         y = F.conv2d(active, block.conv1.weight, stride=stride, padding=1)
         y = F.conv2d(normal(y).relu(), block.conv2.weight, padding=1)
-        x = y + (F.conv2d(active, block.shortcut.weight, stride=stride) if index in (0, 2, 4) else x)
+        x = y + (
+            F.conv2d(active, block.shortcut.weight, stride=stride) if index in (0, 2, 4) else x
+        )
     assert len(model.body) == 6
-    torch.testing.assert_close(model(given), normal(x).relu().mean((2, 3)) @ model.head.weight.T + model.head.bias)
+    torch.testing.assert_close(
+        model(given), normal(x).relu().mean((2, 3)) @ model.head.weight.T + model.head.bias
+    )
 
 
 @pytest.mark.parametrize("batching", ["vectorized", "sequential"])
@@ -131,9 +166,16 @@ def test_meta_gradients_equal_a_plain_loop(name: str, batching: str) -> None:
     make, settings = TINY[name]
     x = torch.randn(2, 2, 5, 2, 16, 16, dtype=torch.float64)
     y = torch.randint(3, (2, 2, 5))
-    case = Problem(make((2, 16, 16), 3, **settings).double(), TaskBatch(x[0], y[0], x[1], y[1]), lr=0.1, steps=2)
+    case = Problem(
+        make((2, 16, 16), 3, **settings).double(),
+        TaskBatch(x[0], y[0], x[1], y[1]),
+        lr=0.1,
+        steps=2,
+    )
     expected = reference.maml(case.model, case.batch, steps=2, lr=0.1)
-    assert_close(case.learner(task_batching=batching).meta_gradients(case.batch), expected.gradients)
+    assert_close(
+        case.learner(task_batching=batching).meta_gradients(case.batch), expected.gradients
+    )
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -166,12 +208,30 @@ def test_an_installed_model_comes_back_from_a_file(name: str, tmp_path: Path) ->
             "wrn28_10 takes images (channels, height, width) to at least one output, but the tasks have inputs (3, 32, 32) and 0 outputs: "
             "choose other tasks, or the model mlp",
         ),
-        (lambda: ResNet12((3, 84, 84), 5, filters=(4, 4, 4)), "resnet12: filters = (4, 4, 4): give 4 numbers, one for each block"),
-        (lambda: ResNet12((3, 84, 84), 5, filters=(4, 4, 4, 0)), "resnet12: filters.3 = 0: input should be greater than or equal to 1"),
-        (lambda: ResNet12((3, 84, 84), 5, filter=4), "resnet12: unknown field 'filter': did you mean 'filters'?"),
-        (lambda: WideResNet((3, 84, 84), 5, depth=27), "wrn28_10: depth = 27: it must be 6n + 4, such as 10, 16, 22 or 28"),
-        (lambda: WideResNet((3, 84, 84), 5, depth=4), "wrn28_10: depth = 4: input should be greater than or equal to 10"),
-        (lambda: WideResNet((3, 84, 84), 5, widen_faktor=2), "wrn28_10: unknown field 'widen_faktor': did you mean 'widen_factor'?"),
+        (
+            lambda: ResNet12((3, 84, 84), 5, filters=(4, 4, 4)),
+            "resnet12: filters = (4, 4, 4): give 4 numbers, one for each block",
+        ),
+        (
+            lambda: ResNet12((3, 84, 84), 5, filters=(4, 4, 4, 0)),
+            "resnet12: filters.3 = 0: input should be greater than or equal to 1",
+        ),
+        (
+            lambda: ResNet12((3, 84, 84), 5, filter=4),
+            "resnet12: unknown field 'filter': did you mean 'filters'?",
+        ),
+        (
+            lambda: WideResNet((3, 84, 84), 5, depth=27),
+            "wrn28_10: depth = 27: it must be 6n + 4, such as 10, 16, 22 or 28",
+        ),
+        (
+            lambda: WideResNet((3, 84, 84), 5, depth=4),
+            "wrn28_10: depth = 4: input should be greater than or equal to 10",
+        ),
+        (
+            lambda: WideResNet((3, 84, 84), 5, widen_faktor=2),
+            "wrn28_10: unknown field 'widen_faktor': did you mean 'widen_factor'?",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_refused(make: Any, message: str) -> None:

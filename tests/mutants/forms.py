@@ -92,7 +92,9 @@ class ForgetsAName(Plugin):
 
     @hookimpl
     def transform_gradients(self, gradients):
-        return {name: gradient * 2 for name, gradient in gradients.items() if name.endswith("weight")}
+        return {
+            name: gradient * 2 for name, gradient in gradients.items() if name.endswith("weight")
+        }
 
 
 class ChangesTheDtype(Plugin):
@@ -125,4 +127,9 @@ class MakesOtherExamples(Plugin):
 
     @hookimpl
     def transform_tasks(self, batch):
-        return type(batch)(batch.support_x.to(torch.float16), batch.support_y, batch.query_x.to(torch.float16), batch.query_y)
+        return type(batch)(
+            batch.support_x.to(torch.float16),
+            batch.support_y,
+            batch.query_x.to(torch.float16),
+            batch.query_y,
+        )

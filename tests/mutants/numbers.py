@@ -14,7 +14,10 @@ class WorksInFloat32Only(Plugin):
 
     @hookimpl
     def transform_gradients(self, gradients):
-        return {name: (gradient.flatten(1) @ torch.eye(gradient[0].numel())).view_as(gradient) for name, gradient in gradients.items()}
+        return {
+            name: (gradient.flatten(1) @ torch.eye(gradient[0].numel())).view_as(gradient)
+            for name, gradient in gradients.items()
+        }
 
 
 class OverflowsInFloat32(Plugin):
@@ -36,7 +39,10 @@ class DividesByANorm(Plugin):
 
     @hookimpl
     def transform_gradients(self, gradients):
-        norms = {name: gradient.flatten(1).norm(dim=1).view(-1, *[1] * (gradient.dim() - 1)) for name, gradient in gradients.items()}
+        norms = {
+            name: gradient.flatten(1).norm(dim=1).view(-1, *[1] * (gradient.dim() - 1))
+            for name, gradient in gradients.items()
+        }
         return {name: gradient / norms[name] for name, gradient in gradients.items()}
 
 
@@ -51,7 +57,10 @@ class TakesARoot(Plugin):
 
     @hookimpl
     def transform_inner_losses(self, losses, step):
-        moved = sum((step.parameters[name] - start).flatten(1).square().sum(1) for name, start in step.initial_parameters.items())
+        moved = sum(
+            (step.parameters[name] - start).flatten(1).square().sum(1)
+            for name, start in step.initial_parameters.items()
+        )
         return losses + 0.1 * moved.sqrt() if step.index else None
 
 
@@ -63,7 +72,10 @@ class LooksForAGraph(Plugin):
 
     @hookimpl
     def transform_gradients(self, gradients):
-        return {name: gradient * (2 if gradient.requires_grad else 1) for name, gradient in gradients.items()}
+        return {
+            name: gradient * (2 if gradient.requires_grad else 1)
+            for name, gradient in gradients.items()
+        }
 
 
 class ReadsBackItsStatistics(Plugin):
@@ -76,7 +88,14 @@ class ReadsBackItsStatistics(Plugin):
     def transform_gradients(self, gradients, step):
         earlier = step.statistics.get(self.name, {})
         step.keep("done", torch.tensor(1.0))
-        return {name: gradient / 2 if earlier else gradient * 1 for name, gradient in gradients.items()} if step.training else None
+        return (
+            {
+                name: gradient / 2 if earlier else gradient * 1
+                for name, gradient in gradients.items()
+            }
+            if step.training
+            else None
+        )
 
 
 class NeverLearns(Plugin):
@@ -117,4 +136,7 @@ class DetachesAFactor(Plugin):
 
     @hookimpl
     def transform_gradients(self, gradients):
-        return {name: gradient * self.scale * self.scale.detach() for name, gradient in gradients.items()}
+        return {
+            name: gradient * self.scale * self.scale.detach()
+            for name, gradient in gradients.items()
+        }

@@ -25,7 +25,11 @@ class FollowsTheFirstTask(Plugin):
 
     @hookimpl
     def transform_gradients(self, gradients, step):
-        return {name: (gradient + gradient[:1]) / 2 for name, gradient in gradients.items()} if step.training else None
+        return (
+            {name: (gradient + gradient[:1]) / 2 for name, gradient in gradients.items()}
+            if step.training
+            else None
+        )
 
 
 class SharesUndeclared(Plugin):
@@ -36,7 +40,11 @@ class SharesUndeclared(Plugin):
 
     @hookimpl
     def transform_gradients(self, gradients, step):
-        return {name: (gradient + gradient.mean(0)) / 2 for name, gradient in gradients.items()} if step.training else None
+        return (
+            {name: (gradient + gradient.mean(0)) / 2 for name, gradient in gradients.items()}
+            if step.training
+            else None
+        )
 
 
 class NormalisesOverTasks(Plugin):
@@ -47,7 +55,10 @@ class NormalisesOverTasks(Plugin):
 
     @hookimpl
     def transform_gradients(self, gradients):
-        return {name: gradient / gradient.norm(dim=0, keepdim=True).clamp_min(1e-6) for name, gradient in gradients.items()}
+        return {
+            name: gradient / gradient.norm(dim=0, keepdim=True).clamp_min(1e-6)
+            for name, gradient in gradients.items()
+        }
 
 
 class DecidesForAllTasks(Plugin):
@@ -93,4 +104,11 @@ class DrawsByStrides(Plugin):
 
     @hookimpl
     def transform_gradients(self, gradients, step):
-        return {name: gradient + 0.1 * torch.randn_like(gradient) for name, gradient in gradients.items()} if step.training else None
+        return (
+            {
+                name: gradient + 0.1 * torch.randn_like(gradient)
+                for name, gradient in gradients.items()
+            }
+            if step.training
+            else None
+        )

@@ -15,7 +15,12 @@ class RunsPastItsSteps(Plugin):
 
     @hookimpl
     def setup(self, context):
-        self.rates = nn.ParameterList([torch.tensor(0.1, dtype=context.dtype, device=context.device) for _ in range(context.inner_steps)])
+        self.rates = nn.ParameterList(
+            [
+                torch.tensor(0.1, dtype=context.dtype, device=context.device)
+                for _ in range(context.inner_steps)
+            ]
+        )
 
     @hookimpl
     def transform_learning_rates(self, learning_rates, step):
@@ -34,7 +39,10 @@ class IsNeverQuiteOff(Plugin):
 
     @hookimpl
     def transform_gradients(self, gradients):
-        return {name: gradient * (1 + self.config.strength) * 7 / 7.0 / 3 * 3 for name, gradient in gradients.items()}
+        return {
+            name: gradient * (1 + self.config.strength) * 7 / 7.0 / 3 * 3
+            for name, gradient in gradients.items()
+        }
 
 
 class DoesNothing(Plugin):

@@ -12,7 +12,7 @@ from support import plugins
 from torch import nn
 
 from metaplug import InnerStep, MetaLearner, RequestError, TaskBatch
-from metaplug.chain import Chain
+from metaplug.contract.chain import Chain
 from metaplug.testing import Stream, adapted, assert_close, found, problem
 from metaplug.testing.strategies import chains, problems
 
@@ -38,7 +38,12 @@ def test_any_chain_trains_evaluates_and_goes_on_from_its_state(chain, vectorized
     results = []
     for learner in learners:
         learner.fit(Stream(model), iterations=1, tasks_per_batch=2)
-        results.append((learner.meta_gradients(case.batch), learner.evaluate(Stream(model, split="test"), num_tasks=2).per_task))
+        results.append(
+            (
+                learner.meta_gradients(case.batch),
+                learner.evaluate(Stream(model, split="test"), num_tasks=2).per_task,
+            )
+        )
     assert finite(results[0][0])
     assert all(torch.equal(results[0][0][name], results[1][0][name]) for name in results[0][0])
     assert torch.equal(results[0][1], results[1][1])
@@ -57,7 +62,9 @@ def test_more_inner_steps_than_trained_repeat_the_last_slot(name, extra):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         result = learner.evaluate(stream, num_tasks=3, inner_steps=2 + extra)
-    longer = MetaLearner(learner.model, plugins=[plugins.make(name)], inner_lr=case.lr, inner_steps=2 + extra)
+    longer = MetaLearner(
+        learner.model, plugins=[plugins.make(name)], inner_lr=case.lr, inner_steps=2 + extra
+    )
     state = learner.chain.plugins[0].state_dict()
     own = longer.chain.plugins[0].state_dict()
     repeated = {key: _repeated(value, own[key]) for key, value in state.items()}
@@ -74,7 +81,10 @@ def _repeated(value, like):
 
 def test_more_inner_steps_warn_once():
     learner = problem("conv4").learner(plugins=["gradient-sharing"])
-    with pytest.warns(UserWarning, match=r"^adapting for 3 inner steps, trained with 2: later steps use the last step's values$"):
+    with pytest.warns(
+        UserWarning,
+        match=r"^adapting for 3 inner steps, trained with 2: later steps use the last step's values$",
+    ):
         learner.evaluate(Stream("conv4", split="test"), num_tasks=2, inner_steps=3)
     learner.evaluate(Stream("conv4", split="test"), num_tasks=2, inner_steps=3)
 
@@ -82,12 +92,19 @@ def test_more_inner_steps_warn_once():
 # 12. Order matters where plugins share a fold, and nowhere else.
 
 
-DISJOINT = [pair for pair in PAIRS if plugins.compatible(pair) and not plugins.hooks(pair[0]) & plugins.hooks(pair[1])]
+DISJOINT = [
+    pair
+    for pair in PAIRS
+    if plugins.compatible(pair) and not plugins.hooks(pair[0]) & plugins.hooks(pair[1])
+]
 
 
 @given(st.sampled_from(DISJOINT), problems(("batch-norm", "conv4"), steps=(1, 3), lrs=(0.05, 0.3)))
 def test_plugins_with_disjoint_hooks_commute(pair, case):
-    results = [case.learner(plugins=[plugins.make(name) for name in order]).meta_gradients(case.batch) for order in (pair, pair[::-1])]
+    results = [
+        case.learner(plugins=[plugins.make(name) for name in order]).meta_gradients(case.batch)
+        for order in (pair, pair[::-1])
+    ]
     # Clipping sums the squares of the meta-gradients in the order of the plugins' parameters.
     assert_close(results[0], results[1], rtol=1e-9, atol=1e-12)
 
@@ -124,10 +141,17 @@ def moved(chain, gradients, matrix=None):
     nothing = torch.zeros(len(gradients), 1, 1)
     batch = TaskBatch(nothing, targets, nothing, torch.zeros_like(targets))
     learner = MetaLearner(
-        Point(), plugins=chain, inner_lr=1.0, inner_steps=1, kind="regression", loss=lambda p, y: (p - y).square().sum(1).mean() / 2
+        Point(),
+        plugins=chain,
+        inner_lr=1.0,
+        inner_steps=1,
+        kind="regression",
+        loss=lambda p, y: (p - y).square().sum(1).mean() / 2,
     )
     if matrix is not None:
-        learner.engine.meta_parameters["meta-curvature.matrices.weight/out"].data = torch.tensor(matrix, dtype=torch.float64)
+        learner.engine.meta_parameters["meta-curvature.matrices.weight/out"].data = torch.tensor(
+            matrix, dtype=torch.float64
+        )
     return -adapted(learner, batch)["weight"]
 
 
@@ -166,7 +190,10 @@ def test_sharing_and_curvature_by_hand():
     """
     root = 52**0.5
     assert_close(moved([sharing(), curvature()], TWO, SWAP), rows([1.75, 4.5], [-5.5, 3.0]))
-    assert_close(moved([curvature(), sharing()], TWO, SWAP), rows([3 - root / 4, 4.5], [-7.5 + 10 / root, 15 / root]))
+    assert_close(
+        moved([curvature(), sharing()], TWO, SWAP),
+        rows([3 - root / 4, 4.5], [-7.5 + 10 / root, 15 / root]),
+    )
 
 
 @pytest.mark.parametrize("other", [clipping, sharing, curvature])
@@ -187,7 +214,9 @@ def test_smoothing_and_decay_by_hand():
 
     Smoothing first: 0.9·2 + 0.1·3 + 10 = 12.1. Decay first: 0.9·(2 + 10) + 0.1·3 = 11.1.
     """
-    logits = torch.tensor([[[0.0, 0.0]]], dtype=torch.float64) + torch.tensor([1.0, 0.0], dtype=torch.float64)
+    logits = torch.tensor([[[0.0, 0.0]]], dtype=torch.float64) + torch.tensor(
+        [1.0, 0.0], dtype=torch.float64
+    )
     spread = -float(logits.log_softmax(2).mean())
     makers = {
         "smoothing": lambda: plugins.make("label-smoothing", smoothing=0.1),
@@ -205,14 +234,21 @@ def test_smoothing_and_decay_by_hand():
             initial_parameters={"w": rows([1.0, 1.0])},
             support_predictions=logits,
         )
-        results[order] = float(chain.fold("transform_inner_losses", torch.tensor([2.0], dtype=torch.float64), step=step))
+        results[order] = float(
+            chain.fold(
+                "transform_inner_losses", torch.tensor([2.0], dtype=torch.float64), step=step
+            )
+        )
     assert results["smoothing", "decay"] == pytest.approx(0.9 * 2 + 0.1 * spread + 10, abs=1e-12)
     assert results["decay", "smoothing"] == pytest.approx(0.9 * (2 + 10) + 0.1 * spread, abs=1e-12)
 
 
 def test_batch_norm_by_step_and_patterns_select_what_both_leave():
     case = problem("conv4")
-    for order in (["per-step-batch-norm", "partial-adaptation"], ["partial-adaptation", "per-step-batch-norm"]):
+    for order in (
+        ["per-step-batch-norm", "partial-adaptation"],
+        ["partial-adaptation", "per-step-batch-norm"],
+    ):
         assert case.learner(plugins=order).engine.inner.adapted == ("13.weight", "13.bias")
 
 
@@ -243,7 +279,10 @@ REFUSED = {
         "plugin 'partial-adaptation' would adapt the body, but all that may adapt is the head: correct head",
     ),
     "nothing left": (
-        lambda: [plugins.make("partial-adaptation", adapts="head"), plugins.make("partial-adaptation", adapts="body", name="other")],
+        lambda: [
+            plugins.make("partial-adaptation", adapts="head"),
+            plugins.make("partial-adaptation", adapts="body", name="other"),
+        ],
         "plugin 'other' would adapt the body, but all that may adapt is the head: correct head",
     ),
     "too large a matrix": (
@@ -266,17 +305,28 @@ def test_what_cannot_be_composed_is_refused_with_the_mend(fault):
 def test_learned_rates_need_a_rate_to_start_from(name):
     with pytest.raises(RequestError) as error:
         problem(lr=0.0).learner(plugins=[name])
-    assert str(error.value) == f"plugin '{name}' learns rates that start at inner_lr, which is 0: give an inner_lr above 0"
+    assert (
+        str(error.value)
+        == f"plugin '{name}' learns rates that start at inner_lr, which is 0: give an inner_lr above 0"
+    )
 
 
 def test_label_smoothing_needs_classes():
     with pytest.raises(RequestError) as error:
         MetaLearner(Point(), plugins=["label-smoothing"], kind="regression")
-    assert str(error.value) == "plugin 'label-smoothing' smooths class labels, and regression has none: leave it out, or use classification"
+    assert (
+        str(error.value)
+        == "plugin 'label-smoothing' smooths class labels, and regression has none: leave it out, or use classification"
+    )
 
 
 def test_a_name_of_its_own_lets_a_plugin_stand_twice():
     case = problem()
-    learner = case.learner(plugins=[plugins.make("meta-sgd"), plugins.make("meta-sgd", name="second")])
-    assert {name.split(".")[0] for name in learner.chain.named_parameters()} == {"meta-sgd", "second"}
+    learner = case.learner(
+        plugins=[plugins.make("meta-sgd"), plugins.make("meta-sgd", name="second")]
+    )
+    assert {name.split(".")[0] for name in learner.chain.named_parameters()} == {
+        "meta-sgd",
+        "second",
+    }
     assert finite(found(learner, case.batch).gradients)

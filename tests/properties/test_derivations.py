@@ -9,7 +9,7 @@ from torch import nn
 
 from metaplug import Plugin, RequestError, RunError, hookimpl
 from metaplug.bench.meters import torch_memory
-from metaplug.runtime.compiled import MOST_TRACES, CompiledDerivation
+from metaplug.execution.traced import MOST_TRACES, CompiledDerivation
 from metaplug.testing import Stream, assert_close, found, problem
 from metaplug.testing.strategies import problems
 
@@ -22,12 +22,23 @@ APART = [name for name in plugins.NAMES if name not in ("gradient-sharing", "gra
 
 @pytest.mark.parametrize("name", [None, *APART])
 @settings(max_examples=5)
-@given(problems(("batch-norm", "conv4", "max-pool"), tasks=(1, 6), steps=(0, 3), lrs=(0.01, 0.3)), st.integers(1, 7))
+@given(
+    problems(("batch-norm", "conv4", "max-pool"), tasks=(1, 6), steps=(0, 3), lrs=(0.01, 0.3)),
+    st.integers(1, 7),
+)
 def test_chunks_give_the_meta_gradients_of_the_whole_batch(name, case, size):
-    if name == "per-step-batch-norm" and (case.steps == 0 or not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in case.model)):
+    if name == "per-step-batch-norm" and (
+        case.steps == 0
+        or not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in case.model)
+    ):
         return
     whole, parts = (
-        case.learner(plugins=[plugins.make(name)] if name else [], chunk_size=chunk, task_batching="vectorized") for chunk in (None, size)
+        case.learner(
+            plugins=[plugins.make(name)] if name else [],
+            chunk_size=chunk,
+            task_batching="vectorized",
+        )
+        for chunk in (None, size)
     )
     ours, theirs = found(parts, case.batch), found(whole, case.batch)
     assert_close(ours.gradients, dict(theirs.gradients), rtol=1e-7, atol=1e-9)
@@ -52,7 +63,12 @@ def test_training_in_chunks_goes_on_as_in_one():
     learners = [case.learner(preset="maml++", chunk_size=size) for size in (None, 2)]
     for learner in learners:
         learner.fit(Stream("conv4"), iterations=3, tasks_per_batch=5)
-    assert_close(dict(learners[1].model.state_dict()), dict(learners[0].model.state_dict()), rtol=1e-6, atol=1e-7)
+    assert_close(
+        dict(learners[1].model.state_dict()),
+        dict(learners[0].model.state_dict()),
+        rtol=1e-6,
+        atol=1e-7,
+    )
 
 
 def test_chunks_are_refused_where_a_plugin_couples_tasks():
@@ -62,7 +78,10 @@ def test_chunks_are_refused_where_a_plugin_couples_tasks():
         "chunk_size = 2 takes a few tasks at a time, but plugin 'gradient-sharing' couples all tasks of a batch: "
         "leave one of the two out, or use checkpoint_steps, which saves memory with every plugin"
     )
-    with pytest.raises(RequestError, match=r"^chunk_size = 0: give at least 1, or None to take all tasks of a batch at once$"):
+    with pytest.raises(
+        RequestError,
+        match=r"^chunk_size = 0: give at least 1, or None to take all tasks of a batch at once$",
+    ):
         problem().learner(chunk_size=0)
 
 
@@ -79,11 +98,19 @@ def traced(learner):
     return learner
 
 
-@pytest.mark.parametrize("name", [None, *(name for name in plugins.NAMES if name != "gradient-noise")])
+@pytest.mark.parametrize(
+    "name", [None, *(name for name in plugins.NAMES if name != "gradient-noise")]
+)
 @settings(max_examples=2)  # a trace takes a second
-@given(problems(("batch-norm", "conv4", "layer-norm", "tied"), tasks=(1, 3), steps=(1, 2), lrs=(0.01, 0.3)))
+@given(
+    problems(
+        ("batch-norm", "conv4", "layer-norm", "tied"), tasks=(1, 3), steps=(1, 2), lrs=(0.01, 0.3)
+    )
+)
 def test_a_trace_gives_the_meta_gradients_of_the_engine(name, case):
-    if name == "per-step-batch-norm" and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in case.model.modules()):
+    if name == "per-step-batch-norm" and not any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in case.model.modules()
+    ):
         return
     chain = [[plugins.make(name)] if name else [] for _ in range(2)]
     plain, ours = case.learner(plugins=chain[0]), traced(case.learner(plugins=chain[1]))
@@ -103,7 +130,9 @@ def test_a_traced_run_is_the_untraced_run(preset):
     for learner in (plain, traced(ours)):
         learner.fit(Stream("conv4"), iterations=5, tasks_per_batch=3)
     assert ours.engine.derivation.refusal is None
-    assert_close(dict(ours.model.state_dict()), dict(plain.model.state_dict()), rtol=1e-6, atol=1e-8)
+    assert_close(
+        dict(ours.model.state_dict()), dict(plain.model.state_dict()), rtol=1e-6, atol=1e-8
+    )
     for one, other in zip(ours.chain.plugins, plain.chain.plugins, strict=True):
         assert_close(dict(one.state_dict()), dict(other.state_dict()), rtol=1e-6, atol=1e-8)
 
@@ -113,28 +142,48 @@ def test_after_a_trace_the_engine_has_its_own_tensors_again():
     learner = traced(case.learner(plugins=["gradient-sharing", "meta-sgd"]))
     before = {name: id(parameter) for name, parameter in learner.engine.meta_parameters.items()}
     learner.meta_gradients(case.batch)
-    assert {name: id(parameter) for name, parameter in learner.engine.meta_parameters.items()} == before
-    assert all(isinstance(parameter, nn.Parameter) for plugin in learner.chain.plugins for parameter in plugin.parameters())
+    assert {
+        name: id(parameter) for name, parameter in learner.engine.meta_parameters.items()
+    } == before
+    assert all(
+        isinstance(parameter, nn.Parameter)
+        for plugin in learner.chain.plugins
+        for parameter in plugin.parameters()
+    )
     assert learner.evaluate(Stream("batch-norm", split="test"), num_tasks=2).num_tasks == 2
 
 
 def test_a_plugin_that_computes_with_the_iteration_is_named_and_training_goes_on():
     case = problem()
-    plain, ours = case.learner(plugins=["gradient-noise"]), traced(case.learner(plugins=["gradient-noise"]))
+    plain, ours = (
+        case.learner(plugins=["gradient-noise"]),
+        traced(case.learner(plugins=["gradient-noise"])),
+    )
     with pytest.warns(
-        UserWarning, match=r"^steps are not compiled, and the run goes on uncompiled: .*plugin 'gradient-noise' in transform_g"
+        UserWarning,
+        match=r"^steps are not compiled, and the run goes on uncompiled: .*plugin 'gradient-noise' in transform_g",
     ):
         ours.fit(Stream(), iterations=2, tasks_per_batch=2)
     plain.fit(Stream(), iterations=2, tasks_per_batch=2)
-    assert "which a compiled or captured step would freeze at its first value" in ours.engine.derivation.refusal
-    assert all(torch.equal(one, other) for one, other in zip(ours.model.parameters(), plain.model.parameters(), strict=True))
+    assert (
+        "which a compiled or captured step would freeze at its first value"
+        in ours.engine.derivation.refusal
+    )
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(ours.model.parameters(), plain.model.parameters(), strict=True)
+    )
 
 
 def test_a_plugin_that_branches_on_state_is_named():
     class Branches(Plugin):
         @hookimpl
         def transform_gradients(self, gradients):
-            return {name: gradient * 2 for name, gradient in gradients.items()} if bool(next(iter(gradients.values())).sum() > 0) else None
+            return (
+                {name: gradient * 2 for name, gradient in gradients.items()}
+                if bool(next(iter(gradients.values())).sum() > 0)
+                else None
+            )
 
     case = problem()
     learner = traced(case.learner(plugins=[Branches()]))
@@ -162,7 +211,9 @@ def test_a_divergence_is_named_as_without_a_trace():
     texts = []
     for wrap in (lambda learner: learner, traced):
         with pytest.raises(RunError) as error:
-            wrap(problem().learner(plugins=[MakesNan()])).fit(Stream(), iterations=1, tasks_per_batch=2)
+            wrap(problem().learner(plugins=[MakesNan()])).fit(
+                Stream(), iterations=1, tasks_per_batch=2
+            )
         texts.append(str(error.value))
     assert texts[0] == texts[1]
     assert "plugin 'makes-nan' in transform_inner_losses" in texts[0]
@@ -170,7 +221,10 @@ def test_a_divergence_is_named_as_without_a_trace():
 
 def test_compile_goes_with_neither_chunks_nor_checkpoints():
     for options in ({"chunk_size": 2}, {"checkpoint_steps": 1}):
-        with pytest.raises(RequestError, match=r"^a compiled step decides itself what it keeps: leave compile out, or"):
+        with pytest.raises(
+            RequestError,
+            match=r"^a compiled step decides itself what it keeps: leave compile out, or",
+        ):
             problem().learner(compile=True, **options)
 
 
@@ -179,7 +233,9 @@ def test_compile_goes_with_neither_chunks_nor_checkpoints():
 def test_inductor_gives_the_meta_gradients_of_the_engine_in_float64(name):
     case = problem(name, steps=2)
     chain = ["gradient-sharing", "per-step-learning-rates"]
-    plain, ours = (case.learner(plugins=list(chain), compile=compiles) for compiles in (False, True))
+    plain, ours = (
+        case.learner(plugins=list(chain), compile=compiles) for compiles in (False, True)
+    )
     expected, actual = found(plain, case.batch), found(ours, case.batch)
     assert ours.engine.derivation.refusal is None
     assert_close(actual.gradients, dict(expected.gradients), rtol=1e-10, atol=1e-11)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from metaplug_plugins.gradient_sharing import GradientSharing
 from torch import nn
 
-from metaplug import MetaLearner, Plugin, PluginUse, RequestError, TaskBatch, hookimpl, registry
+from metaplug import MetaLearner, Plugin, PluginUse, RequestError, TaskBatch, hookimpl
+from metaplug.contract import registry
 from metaplug.testing import FIRST_PARTY, Stream, assert_close, problem, reference
 from metaplug.testing.strategies import problems
 
@@ -31,7 +32,10 @@ def snapshot(learner):
         "state": copy.deepcopy(learner.state_dict()),
         "modes": [module.training for module in model.modules()],
         "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
-        "grad": [None if parameter.grad is None else parameter.grad.clone() for parameter in model.parameters()],
+        "grad": [
+            None if parameter.grad is None else parameter.grad.clone()
+            for parameter in model.parameters()
+        ],
         "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
         "rng": torch.get_rng_state(),
     }
@@ -76,19 +80,28 @@ def test_the_first_call_of_all_draws_no_random_number_of_the_caller():
         assert_same(before, snapshot(learner))
 
 
-@given(problems(VECTORS, steps=(1, 3), lrs=(0.05, 0.3)), st.integers(1, 5), st.permutations(range(5)))
+@given(
+    problems(VECTORS, steps=(1, 3), lrs=(0.05, 0.3)), st.integers(1, 5), st.permutations(range(5))
+)
 def test_a_task_does_not_depend_on_its_batch_mates(case, together, order):
     learner = trained(case)
     learner.evaluate(TEST, num_tasks=1)
-    alone = [learner.engine.evaluate(TEST.batch(0, [index]), case.steps).query_predictions[0] for index in range(5)]
+    alone = [
+        learner.engine.evaluate(TEST.batch(0, [index]), case.steps).query_predictions[0]
+        for index in range(5)
+    ]
     for start in range(0, 5, together):
         indices = order[start : start + together]
         predictions = learner.engine.evaluate(TEST.batch(0, indices), case.steps).query_predictions
         # The same sums in another order, which batch norm amplifies.
-        assert_close(predictions, torch.stack([alone[index] for index in indices]), rtol=1e-8, atol=1e-8)
+        assert_close(
+            predictions, torch.stack([alone[index] for index in indices]), rtol=1e-8, atol=1e-8
+        )
 
 
-ALGORITHMS = [f"plugin {name}" for name in registry.names("plugin")] + [f"preset {name}" for name in registry.names("preset")]
+ALGORITHMS = [f"plugin {name}" for name in registry.names("plugin")] + [
+    f"preset {name}" for name in registry.names("preset")
+]
 
 
 def algorithm(which, **settings):
@@ -96,7 +109,11 @@ def algorithm(which, **settings):
     what, name = which.split()
     norm = name == "per-step-batch-norm" or name.startswith("maml++")
     model = "batch-norm" if norm else "layer-norm"
-    used = {"preset": name} if what == "preset" else {"plugins": [PluginUse(plugin=name, settings=FIRST_PARTY[name])]}
+    used = (
+        {"preset": name}
+        if what == "preset"
+        else {"plugins": [PluginUse(plugin=name, settings=FIRST_PARTY[name])]}
+    )
     learner = problem(model).learner(**used, meta_lr=1e-2, **settings)
     learner.fit(Stream(model), iterations=2, tasks_per_batch=2)
     return learner, Stream(model, split="test")
@@ -111,7 +128,10 @@ def test_a_task_of_any_algorithm_is_alone(which, batching, together, order, brok
     learner, test = algorithm(which, task_batching=batching)
     assert learner.batching.batching == batching
     steps = learner.settings.inner_steps
-    alone = [learner.engine.evaluate(test.batch(0, [index]), steps).query_predictions[0] for index in range(4)]
+    alone = [
+        learner.engine.evaluate(test.batch(0, [index]), steps).query_predictions[0]
+        for index in range(4)
+    ]
     for start in range(0, 4, together):
         indices = order[start : start + together]
         batch = test.batch(0, indices)
@@ -135,13 +155,20 @@ def test_an_evaluation_between_two_steps_changes_no_later_step(which):
         learner, test = algorithm(which)
         records = []
         for record in learner.iterate(
-            Stream(test.name), iterations=3, tasks_per_batch=2, validation=test if evaluates else None, validate_every=1, validation_tasks=3
+            Stream(test.name),
+            iterations=3,
+            tasks_per_batch=2,
+            validation=test if evaluates else None,
+            validate_every=1,
+            validation_tasks=3,
         ):
             records.append(record.step)
             if evaluates:
                 with torch.inference_mode():
                     learner.evaluate(test, num_tasks=3, tasks_per_batch=2)
-        states.append((learner.state_dict(), torch.get_rng_state(), [vars(step) for step in records]))
+        states.append(
+            (learner.state_dict(), torch.get_rng_state(), [vars(step) for step in records])
+        )
     assert_same(*states)
 
 
@@ -152,7 +179,10 @@ def test_a_learner_in_chunks_evaluates_as_one_without(which):
     whole, test = algorithm(which)
     chunked, _ = algorithm(which, chunk_size=1)
     chunked.load_state_dict(whole.state_dict())
-    expected, found = (learner.evaluate(test, num_tasks=5, tasks_per_batch=each) for learner, each in ((whole, 5), (chunked, None)))
+    expected, found = (
+        learner.evaluate(test, num_tasks=5, tasks_per_batch=each)
+        for learner, each in ((whole, 5), (chunked, None))
+    )
     assert_close(found.per_task, expected.per_task, rtol=0, atol=1e-12)
 
 
@@ -194,25 +224,34 @@ def test_the_result_does_not_depend_on_how_many_are_computed_together(case, toge
 def test_evaluation_adapts_as_a_plain_loop_does(case, batching):
     """Batch norm by the statistics of the task's own batch, in evaluation mode too."""
     expected = reference.maml(case.model, case.batch, steps=case.steps, lr=case.lr, order=1)
-    predictions = [reference.predict(case.model, expected.adapted[task], x) for task, x in enumerate(case.batch.query_x)]
+    predictions = [
+        reference.predict(case.model, expected.adapted[task], x)
+        for task, x in enumerate(case.batch.query_x)
+    ]
     learner = case.learner(task_batching=batching)
     learner.meta_gradients(case.batch)
     outcome = learner.engine.evaluate(case.batch, case.steps)
     assert_close(outcome.query_predictions, torch.stack(predictions).detach(), rtol=1e-8, atol=1e-9)
     for name, weight in outcome.adapted_parameters.items():
-        assert_close(weight, torch.stack([task[name] for task in expected.adapted]), rtol=1e-8, atol=1e-9)
+        assert_close(
+            weight, torch.stack([task[name] for task in expected.adapted]), rtol=1e-8, atol=1e-9
+        )
 
 
 def test_a_plugin_that_draws_at_evaluation_draws_the_same_every_time():
     class Noise(Plugin):
         @hookimpl
         def transform_gradients(self, gradients):
-            return {name: gradient + torch.randn_like(gradient) for name, gradient in gradients.items()}
+            return {
+                name: gradient + torch.randn_like(gradient) for name, gradient in gradients.items()
+            }
 
     learner = problem().learner(plugins=[Noise()])
     learner.evaluate(TEST, num_tasks=1)
     before = torch.get_rng_state()
-    first, again = (learner.engine.evaluate(TEST.batch(0, [0]), 2).query_predictions for _ in range(2))
+    first, again = (
+        learner.engine.evaluate(TEST.batch(0, [0]), 2).query_predictions for _ in range(2)
+    )
     assert torch.equal(first, again)
     assert torch.equal(before, torch.get_rng_state())
 
@@ -228,7 +267,9 @@ def test_the_running_mean_is_used_as_stored():
     for task in range(3):
         model = copy.deepcopy(learner.model)
         loss = nn.functional.cross_entropy(model(batch.support_x[task]), batch.support_y[task])
-        flat = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(model.parameters()))])
+        flat = torch.cat(
+            [gradient.flatten() for gradient in torch.autograd.grad(loss, list(model.parameters()))]
+        )
         direction = (1 - gate) * flat + gate * flat.norm() * plugin.running[0]
         expected = nn.utils.parameters_to_vector(model.parameters()).detach() - case.lr * direction
         assert_close(torch.cat([weight[task].flatten() for weight in adapted.values()]), expected)
@@ -237,8 +278,14 @@ def test_the_running_mean_is_used_as_stored():
 def test_sharing_before_training_is_the_identity_at_evaluation():
     case = problem("batch-norm")
     for steps in (1, 2, 5):
-        plain, shared = case.learner(inner_steps=5), case.learner(inner_steps=5, plugins=[GradientSharing(gate=1.0)])
-        results = [learner.evaluate(TEST, num_tasks=4, inner_steps=steps).per_task for learner in (plain, shared)]
+        plain, shared = (
+            case.learner(inner_steps=5),
+            case.learner(inner_steps=5, plugins=[GradientSharing(gate=1.0)]),
+        )
+        results = [
+            learner.evaluate(TEST, num_tasks=4, inner_steps=steps).per_task
+            for learner in (plain, shared)
+        ]
         assert torch.equal(*results)
 
 
@@ -247,17 +294,25 @@ def test_sharing_before_training_is_the_identity_at_evaluation():
 def test_surroundings_do_not_reach_in(surroundings, batching):
     """Not even on a learner's first call, and with tasks that were made inside."""
     case = problem("batch-norm")
-    learner, other = (case.learner(plugins=[GradientSharing()], task_batching=batching) for _ in range(2))
+    learner, other = (
+        case.learner(plugins=[GradientSharing()], task_batching=batching) for _ in range(2)
+    )
     expected = learner.evaluate(TEST, num_tasks=4), learner.meta_gradients(case.batch)
     with surroundings():
-        result = other.evaluate(Stream(split="test"), num_tasks=4), other.meta_gradients(problem("batch-norm").batch)
+        result = (
+            other.evaluate(Stream(split="test"), num_tasks=4),
+            other.meta_gradients(problem("batch-norm").batch),
+        )
     assert other.batching == learner.batching
     assert torch.equal(result[0].per_task, expected[0].per_task)
     assert_same(dict(result[1]), dict(expected[1]))
     mixed = problem("batch-norm").batch
     with torch.inference_mode():
         labels = mixed.support_y.clone()
-    assert_same(other.meta_gradients(TaskBatch(mixed.support_x, labels, mixed.query_x, mixed.query_y)), dict(expected[1]))
+    assert_same(
+        other.meta_gradients(TaskBatch(mixed.support_x, labels, mixed.query_x, mixed.query_y)),
+        dict(expected[1]),
+    )
 
 
 def test_training_inside_inference_mode_can_go_on_outside():
@@ -272,7 +327,11 @@ def test_training_inside_inference_mode_can_go_on_outside():
 def test_evaluation_takes_no_graph():
     learner = trained(problem())
     outcome = learner.engine.evaluate(TEST.batch(0, range(2)), 2)
-    values = [*outcome.adapted_parameters.values(), *outcome.query_losses.values(), outcome.query_predictions]
+    values = [
+        *outcome.adapted_parameters.values(),
+        *outcome.query_losses.values(),
+        outcome.query_predictions,
+    ]
     assert all(value.grad_fn is None for value in values)
 
 
@@ -282,7 +341,10 @@ def test_a_mean_over_test_tasks_is_refused():
 
         @hookimpl
         def transform_gradients(self, gradients, step):
-            return {name: step.task_mean(gradient).expand_as(gradient) for name, gradient in gradients.items()}
+            return {
+                name: step.task_mean(gradient).expand_as(gradient)
+                for name, gradient in gradients.items()
+            }
 
     learner = problem().learner(plugins=[Leaky()])
     learner.fit(Stream(), iterations=1)
@@ -296,7 +358,12 @@ def test_a_mean_over_test_tasks_is_refused():
 
 def test_what_lets_test_examples_see_each_other_is_named():
     def reasons(name, **options):
-        return problem(name).learner(plugins=[GradientSharing(**options)]).evaluate(TEST, num_tasks=2).transductive
+        return (
+            problem(name)
+            .learner(plugins=[GradientSharing(**options)])
+            .evaluate(TEST, num_tasks=2)
+            .transductive
+        )
 
     sharing = "plugin gradient-sharing shares between test tasks"
     batch_norm = "batch norm uses the statistics of each task's own batch"
@@ -319,7 +386,9 @@ def test_a_plugin_of_others_is_named_where_it_lets_test_tasks_share():
 
         @hookimpl
         def transform_gradients(self, gradients, step):
-            return {name: gradient - step.task_mean(gradient) for name, gradient in gradients.items()}
+            return {
+                name: gradient - step.task_mean(gradient) for name, gradient in gradients.items()
+            }
 
     class Apart(Plugin):
         @hookimpl
@@ -328,12 +397,18 @@ def test_a_plugin_of_others_is_named_where_it_lets_test_tasks_share():
 
     result = problem().learner(plugins=[Apart(), Centred()]).evaluate(TEST, num_tasks=3)
     assert result.transductive == ("plugin centred shares between test tasks",)
-    assert str(result).endswith("(95 % interval over 3 tasks; transductive: plugin centred shares between test tasks)")
-    assert str(problem().learner(plugins=[Apart()]).evaluate(TEST, num_tasks=3)).endswith("transductive: no)")
+    assert str(result).endswith(
+        "(95 % interval over 3 tasks; transductive: plugin centred shares between test tasks)"
+    )
+    assert str(problem().learner(plugins=[Apart()]).evaluate(TEST, num_tasks=3)).endswith(
+        "transductive: no)"
+    )
 
 
 def test_batch_norm_without_stored_statistics_is_transductive_even_when_frozen():
-    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Linear(6, 3)).double()
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Linear(6, 3)
+    ).double()
     learner = MetaLearner(model, batch_norm="batch")
     assert learner.transductive == ("batch norm uses the statistics of each task's own batch",)
     assert MetaLearner(nn.Linear(4, 3)).transductive == ()
@@ -341,7 +416,10 @@ def test_batch_norm_without_stored_statistics_is_transductive_even_when_frozen()
 
 def test_sharing_at_evaluation_does_couple_the_test_tasks():
     learner = trained(problem(), share_at_evaluation=True, gate=0.9)
-    alone, together = (learner.engine.evaluate(TEST.batch(0, range(count)), 2).query_predictions[0] for count in (1, 4))
+    alone, together = (
+        learner.engine.evaluate(TEST.batch(0, range(count)), 2).query_predictions[0]
+        for count in (1, 4)
+    )
     assert not torch.allclose(alone, together, rtol=1e-3)
 
 

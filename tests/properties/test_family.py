@@ -10,11 +10,24 @@ from support import plugins
 from torch import nn
 from torch.nn import functional as F
 
-from metaplug import MetaLearner, PluginUse, Preset, TaskBatch, epoch_of, registry
-from metaplug.testing import MODELS, Problem, Stream, adapted, assert_close, found, problem, reference
+from metaplug import MetaLearner, PluginUse, Preset, TaskBatch, epoch_of
+from metaplug.contract import registry
+from metaplug.testing import (
+    MODELS,
+    Problem,
+    Stream,
+    adapted,
+    assert_close,
+    found,
+    problem,
+    reference,
+)
 from metaplug.testing.strategies import problems, seeds
 
-LOOSE = {"rtol": 1e-8, "atol": 1e-9}  # over drawn models: a feature that hardly varies makes batch norm amplify rounding
+LOOSE = {
+    "rtol": 1e-8,
+    "atol": 1e-9,
+}  # over drawn models: a feature that hardly varies makes batch norm amplify rounding
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 WITH_NORM = ("batch-norm", "conv4")
 
@@ -67,7 +80,11 @@ def test_off_is_maml_bit_for_bit(name, case):
     """LSLR with all rates equal, Meta-SGD with α constant, MSL with all weight on the last step, identity curvature, …"""
     plain, ours = case.learner(), case.learner(plugins=[plugins.make(name, **OFF[name])])
     assert bits_equal(adapted(ours, case.batch), adapted(plain, case.batch))
-    found_here = {key: gradient for key, gradient in ours.meta_gradients(case.batch).items() if not key.startswith(name)}
+    found_here = {
+        key: gradient
+        for key, gradient in ours.meta_gradients(case.batch).items()
+        if not key.startswith(name)
+    }
     assert bits_equal(found_here, plain.meta_gradients(case.batch))
 
 
@@ -80,10 +97,14 @@ def test_per_step_batch_norm_begins_as_maml_that_does_not_adapt_batch_norm(case)
         for part in ("weight", "bias")
     ]
     rest = [name for name, _ in case.model.named_parameters() if name not in norms]
-    plain = case.learner(plugins=[plugins.make("partial-adaptation", adapts="body", head=tuple(norms))])
+    plain = case.learner(
+        plugins=[plugins.make("partial-adaptation", adapts="body", head=tuple(norms))]
+    )
     ours = case.learner(plugins=[plugins.make("per-step-batch-norm")])
     gradients, expected = ours.meta_gradients(case.batch), plain.meta_gradients(case.batch)
-    assert_close({name: gradients[name] for name in rest}, {name: expected[name] for name in rest}, **LOOSE)
+    assert_close(
+        {name: gradients[name] for name in rest}, {name: expected[name] for name in rest}, **LOOSE
+    )
     for name in norms:
         assert name not in gradients, "the model's own values are no longer used"
         key = f"per-step-batch-norm.values.{name.replace('.', '/')}"
@@ -95,19 +116,28 @@ def test_per_step_batch_norm_begins_as_maml_that_does_not_adapt_batch_norm(case)
 
 @given(problems(steps=(1, 3), lrs=(0.05, 0.5)), seeds, st.sampled_from([1, 2]))
 def test_per_step_learning_rates_equal_a_plain_loop(case, seed, order):
-    learner = case.learner(preset="maml" if order == 2 else "fomaml", plugins=["per-step-learning-rates"])
+    learner = case.learner(
+        preset="maml" if order == 2 else "fomaml", plugins=["per-step-learning-rates"]
+    )
     names = list(learner.engine.inner.adapted)
     rates = drawn(torch.full((case.steps, len(names)), 0.2, dtype=torch.float64), seed, 0.1)
     key = "per-step-learning-rates.rates"
     set_values(learner, {key: rates})
     assert learner.engine.meta_parameters[key].shape == (case.steps, len(names))
     expected = reference.loop(
-        case.model, case.batch, steps=case.steps, rate=lambda k, name: rates[k, names.index(name)], order=order, extra={key: rates}
+        case.model,
+        case.batch,
+        steps=case.steps,
+        rate=lambda k, name: rates[k, names.index(name)],
+        order=order,
+        extra={key: rates},
     )
     ours = found(learner, case.batch)
     assert_close(ours.gradients, expected.gradients, **LOOSE)
     for name, weight in ours.outcome.adapted_parameters.items():
-        assert_close(weight.detach(), torch.stack([task[name] for task in expected.adapted]), **LOOSE)
+        assert_close(
+            weight.detach(), torch.stack([task[name] for task in expected.adapted]), **LOOSE
+        )
 
 
 # Meta-SGD.
@@ -122,7 +152,14 @@ def test_meta_sgd_equals_a_plain_loop_negative_rates_included(case, seed, order)
     }
     extra = {f"meta-sgd.rates.{name.replace('.', '/')}": rate for name, rate in rates.items()}
     set_values(learner, extra)
-    expected = reference.loop(case.model, case.batch, steps=case.steps, rate=lambda k, name: rates[name], order=order, extra=extra)
+    expected = reference.loop(
+        case.model,
+        case.batch,
+        steps=case.steps,
+        rate=lambda k, name: rates[name],
+        order=order,
+        extra=extra,
+    )
     assert_close(learner.meta_gradients(case.batch), expected.gradients, **LOOSE)
 
 
@@ -163,15 +200,25 @@ def test_weights_of_the_multi_step_loss_at_chosen_epochs(steps, annealing, epoch
         answered = plugin.outer_step_weights(iteration=iteration, inner_steps=steps, total=50_000)
         assert answered == pytest.approx(weights, abs=1e-12)
     by_hundredths = plugins.make("multi-step-loss", annealing_epochs=annealing)
-    assert by_hundredths.outer_step_weights(iteration=4 * epoch, inner_steps=steps, total=400) == pytest.approx(weights, abs=1e-12)
+    assert by_hundredths.outer_step_weights(
+        iteration=4 * epoch, inner_steps=steps, total=400
+    ) == pytest.approx(weights, abs=1e-12)
 
 
 @given(st.integers(1, 20), st.integers(0, 30), st.integers(0, 60_000), st.floats(0, 1))
-def test_weights_of_the_multi_step_loss_sum_to_one_and_are_not_negative(steps, annealing, iteration, floor):
-    plugin = plugins.make("multi-step-loss", annealing_epochs=annealing, floor=floor, iterations_per_epoch=500)
+def test_weights_of_the_multi_step_loss_sum_to_one_and_are_not_negative(
+    steps, annealing, iteration, floor
+):
+    plugin = plugins.make(
+        "multi-step-loss", annealing_epochs=annealing, floor=floor, iterations_per_epoch=500
+    )
     weights = plugin.outer_step_weights(iteration=iteration, inner_steps=steps, total=60_000)
     epoch = iteration // 500
-    expected = [max(1 / steps - epoch / (steps * annealing), floor / steps)] * (steps - 1) if epoch < annealing else [0] * (steps - 1)
+    expected = (
+        [max(1 / steps - epoch / (steps * annealing), floor / steps)] * (steps - 1)
+        if epoch < annealing
+        else [0] * (steps - 1)
+    )
     assert weights == pytest.approx([*expected, 1 - sum(expected)], abs=1e-12)
     assert min(weights) >= -1e-15
     assert math.fsum(weights) == pytest.approx(1, abs=1e-12)
@@ -183,13 +230,20 @@ def test_the_multi_step_loss_equals_a_plain_loop(case, epoch, order):
     learner = case.learner(preset="maml" if order == 2 else "fomaml", plugins=[plugin])
     found(learner, case.batch)
     weights = plugin.outer_step_weights(iteration=epoch, inner_steps=case.steps, total=100)
-    expected = reference.loop(case.model, case.batch, steps=case.steps, rate=lambda k, name: case.lr, outer_weights=weights, order=order)
+    expected = reference.loop(
+        case.model,
+        case.batch,
+        steps=case.steps,
+        rate=lambda k, name: case.lr,
+        outer_weights=weights,
+        order=order,
+    )
     ours = learner.engine.meta_gradients(case.batch, epoch, 100)
     assert_close(ours.gradients, expected.gradients, **LOOSE)
     assert_close(ours.outer_loss, expected.outer_loss, **LOOSE)
-    assert set(ours.outcome.query_losses) == {after for after, weight in enumerate(weights, 1) if weight}, (
-        "no loss without weight is computed"
-    )
+    assert set(ours.outcome.query_losses) == {
+        after for after, weight in enumerate(weights, 1) if weight
+    }, "no loss without weight is computed"
 
 
 # Derivative-order annealing.
@@ -197,8 +251,13 @@ def test_the_multi_step_loss_equals_a_plain_loop(case, epoch, order):
 
 @given(problems(steps=(1, 3)), st.integers(0, 5), st.sampled_from([None, 1, 3]))
 def test_second_order_begins_at_the_epoch_of_the_switch(case, switch, length):
-    learner = case.learner(plugins=[plugins.make("derivative-order", switch=switch, iterations_per_epoch=length)])
-    orders = {1: case.learner(preset="fomaml").meta_gradients(case.batch), 2: case.learner().meta_gradients(case.batch)}
+    learner = case.learner(
+        plugins=[plugins.make("derivative-order", switch=switch, iterations_per_epoch=length)]
+    )
+    orders = {
+        1: case.learner(preset="fomaml").meta_gradients(case.batch),
+        2: case.learner().meta_gradients(case.batch),
+    }
     found(learner, case.batch)
     for iteration in range(0, 40, 7):
         epoch = 100 * iteration // 400 if length is None else iteration // length
@@ -218,8 +277,14 @@ def test_per_step_batch_norm_equals_a_plain_loop(case, seed):
         if name.startswith("per-step-batch-norm")
     }
     set_values(learner, extra)
-    by_name = {name.removeprefix("per-step-batch-norm.values.").replace("/", "."): value for name, value in extra.items()}
-    assert all(value.shape == (case.steps, *dict(case.model.named_parameters())[name].shape) for name, value in by_name.items())
+    by_name = {
+        name.removeprefix("per-step-batch-norm.values.").replace("/", "."): value
+        for name, value in extra.items()
+    }
+    assert all(
+        value.shape == (case.steps, *dict(case.model.named_parameters())[name].shape)
+        for name, value in by_name.items()
+    )
     expected = reference.loop(
         case.model,
         case.batch,
@@ -243,7 +308,11 @@ def test_the_whole_of_maml_plus_plus_equals_a_straight_line(preset, iteration, n
     case = problem(name, steps=3, tasks=2)
     uses = [
         PluginUse(
-            plugin=use.plugin, settings={**use.settings, **({"iterations_per_epoch": 1} if "iterations_per_epoch" in use.settings else {})}
+            plugin=use.plugin,
+            settings={
+                **use.settings,
+                **({"iterations_per_epoch": 1} if "iterations_per_epoch" in use.settings else {}),
+            },
         )
         for use in registry.load("preset", preset).plugins
     ]
@@ -266,24 +335,37 @@ def test_the_whole_of_maml_plus_plus_equals_a_straight_line(preset, iteration, n
         order=1 if preset == "maml++" and iteration < 50 else 2,
         adapted=names,
         values=lambda k: {
-            each.removeprefix(prefix).replace("/", "."): value[k] for each, value in extra.items() if each.startswith(prefix)
+            each.removeprefix(prefix).replace("/", "."): value[k]
+            for each, value in extra.items()
+            if each.startswith(prefix)
         },
         extra=extra,
     )
     found(learner, case.batch)
-    assert_close(learner.engine.meta_gradients(case.batch, iteration, 100).gradients, expected.gradients, **EXACT)
+    assert_close(
+        learner.engine.meta_gradients(case.batch, iteration, 100).gradients,
+        expected.gradients,
+        **EXACT,
+    )
     factor = learner.chain.fold("scale_meta_learning_rate", 1.0, iteration=iteration, total=100)
-    assert 1e-3 * factor == pytest.approx(1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * iteration / 100)) / 2, rel=1e-12)
+    assert 1e-3 * factor == pytest.approx(
+        1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * iteration / 100)) / 2, rel=1e-12
+    )
 
 
 def test_the_cosine_steps_by_epoch_and_ends_at_its_final_factor():
     plugin = plugins.make("cosine-meta-lr", final_factor=0.2, iterations_per_epoch=10)
-    factors = [plugin.scale_meta_learning_rate(factor=2.0, iteration=iteration, total=100) for iteration in range(101)]
+    factors = [
+        plugin.scale_meta_learning_rate(factor=2.0, iteration=iteration, total=100)
+        for iteration in range(101)
+    ]
     assert factors[0] == 2.0
     assert factors[:10] == [2.0] * 10
     assert factors[50:60] == [pytest.approx(2 * 0.6)] * 10
     assert factors[100] == pytest.approx(0.4)
-    learner = problem().learner(plugins=[plugins.make("cosine-meta-lr", final_factor=0.0)], meta_lr=0.5)
+    learner = problem().learner(
+        plugins=[plugins.make("cosine-meta-lr", final_factor=0.0)], meta_lr=0.5
+    )
     rates = [record.step.meta_lr for record in learner.iterate(Stream(), iterations=4)]
     assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)])
 
@@ -307,7 +389,13 @@ def test_anil_and_boil_partition_the_parameters_and_equal_a_plain_loop(case):
         for name, weight in ours.outcome.adapted_parameters.items():
             moved = not torch.equal(weight, ours.outcome.initial_parameters[name])
             assert not moved or name in parts[preset]
-        expected = reference.loop(case.model, case.batch, steps=case.steps, rate=lambda k, name: case.lr, adapted=parts[preset])
+        expected = reference.loop(
+            case.model,
+            case.batch,
+            steps=case.steps,
+            rate=lambda k, name: case.lr,
+            adapted=parts[preset],
+        )
         assert_close(ours.gradients, expected.gradients, **LOOSE)
     names = [name for name, _ in case.model.named_parameters()]
     last = names[-1].rpartition(".")[0]
@@ -316,13 +404,30 @@ def test_anil_and_boil_partition_the_parameters_and_equal_a_plain_loop(case):
     assert not parts["anil"] & parts["boil"]
 
 
-@given(problems(("softplus",)), st.lists(st.sampled_from(["0.*", "*.bias", "2.weight", "4.?eight"]), min_size=1, max_size=3, unique=True))
+@given(
+    problems(("softplus",)),
+    st.lists(
+        st.sampled_from(["0.*", "*.bias", "2.weight", "4.?eight"]),
+        min_size=1,
+        max_size=3,
+        unique=True,
+    ),
+)
 def test_patterns_choose_and_their_complement_is_the_body(case, patterns):
     parts = [
-        set(case.learner(plugins=[plugins.make("partial-adaptation", adapts=adapts, head=tuple(patterns))]).engine.inner.adapted)
+        set(
+            case.learner(
+                plugins=[plugins.make("partial-adaptation", adapts=adapts, head=tuple(patterns))]
+            ).engine.inner.adapted
+        )
         for adapts in ("head", "body")
     ]
-    matching = {"0.*": {"0.weight", "0.bias"}, "*.bias": {"0.bias", "2.bias", "4.bias"}, "2.weight": {"2.weight"}, "4.?eight": {"4.weight"}}
+    matching = {
+        "0.*": {"0.weight", "0.bias"},
+        "*.bias": {"0.bias", "2.bias", "4.bias"},
+        "2.weight": {"2.weight"},
+        "4.?eight": {"4.weight"},
+    }
     assert parts[0] == set.union(*(matching[pattern] for pattern in patterns))
     assert parts[0] | parts[1] == {name for name, _ in case.model.named_parameters()}
     assert not parts[0] & parts[1]
@@ -331,7 +436,11 @@ def test_patterns_choose_and_their_complement_is_the_body(case, patterns):
 # Reptile.
 
 
-@given(problems(steps=(1, 3), lrs=(0.05, 0.5)), st.floats(0.1, 1), st.sampled_from([[], ["derivative-order"]]))
+@given(
+    problems(steps=(1, 3), lrs=(0.05, 0.5)),
+    st.floats(0.1, 1),
+    st.sampled_from([[], ["derivative-order"]]),
+)
 def test_reptile_moves_the_weights_towards_the_tasks(case, epsilon, beside):
     """θ ← θ + ε · mean(θ[t,K] − θ), whatever the query examples."""
     plain = reference.loop(case.model, case.batch, steps=case.steps, rate=lambda k, name: case.lr)
@@ -346,7 +455,11 @@ def test_reptile_moves_the_weights_towards_the_tasks(case, epsilon, beside):
     learner.fit(Once(), iterations=1)
     for name, start in case.model.named_parameters():
         end = torch.stack([task[name] for task in plain.adapted]).mean(0)
-        assert_close(dict(learner.model.named_parameters())[name].detach(), (start + epsilon * (end - start)).detach(), **LOOSE)
+        assert_close(
+            dict(learner.model.named_parameters())[name].detach(),
+            (start + epsilon * (end - start)).detach(),
+            **LOOSE,
+        )
 
 
 @given(problems(steps=(1, 3), lrs=(0.05, 0.5)))
@@ -369,9 +482,13 @@ def test_reptile_leaves_to_the_outer_loss_what_the_inner_loop_does_not_move(case
 @given(problems(steps=(1, 3), lrs=(0.05, 0.3)), st.floats(0, 2))
 def test_weight_decay_to_init_equals_a_plain_loop(case, strength):
     def inner(objective, weights, start, prediction, target):
-        return objective + strength / 2 * sum((weights[name] - start[name]).square().sum() for name in start)
+        return objective + strength / 2 * sum(
+            (weights[name] - start[name]).square().sum() for name in start
+        )
 
-    expected = reference.loop(case.model, case.batch, steps=case.steps, rate=lambda k, name: case.lr, inner=inner)
+    expected = reference.loop(
+        case.model, case.batch, steps=case.steps, rate=lambda k, name: case.lr, inner=inner
+    )
     learner = case.learner(plugins=[plugins.make("weight-decay-to-init", strength=strength)])
     assert_close(learner.meta_gradients(case.batch), expected.gradients, **LOOSE)
 
@@ -381,8 +498,18 @@ def test_label_smoothing_is_cross_entropy_against_the_smoothed_label(case, smoot
     def inner(objective, weights, start, prediction, target):
         return F.cross_entropy(prediction, target, label_smoothing=smoothing)
 
-    expected = reference.loop(case.model, case.batch, steps=case.steps, rate=lambda k, name: case.lr, inner=inner, order=order)
-    learner = case.learner(preset="maml" if order == 2 else "fomaml", plugins=[plugins.make("label-smoothing", smoothing=smoothing)])
+    expected = reference.loop(
+        case.model,
+        case.batch,
+        steps=case.steps,
+        rate=lambda k, name: case.lr,
+        inner=inner,
+        order=order,
+    )
+    learner = case.learner(
+        preset="maml" if order == 2 else "fomaml",
+        plugins=[plugins.make("label-smoothing", smoothing=smoothing)],
+    )
     assert_close(learner.meta_gradients(case.batch), expected.gradients, **LOOSE)
 
 
@@ -400,28 +527,57 @@ def test_meta_curvature_is_a_kronecker_product(case, seed):
     set_values(learner, extra)
 
     def transform(k, name, gradient):
-        keys = [f"meta-curvature.matrices.{name.replace('.', '/')}/{axis}" for axis in ("out", "in", "place")]
+        keys = [
+            f"meta-curvature.matrices.{name.replace('.', '/')}/{axis}"
+            for axis in ("out", "in", "place")
+        ]
         product = torch.ones(1, 1, dtype=gradient.dtype)
         for key in keys:
             product = torch.kron(product, extra[key]) if key in extra else product
         return (product @ gradient.flatten()).view_as(gradient)
 
-    expected = reference.loop(case.model, case.batch, steps=case.steps, rate=lambda k, name: case.lr, transform=transform, extra=extra)
+    expected = reference.loop(
+        case.model,
+        case.batch,
+        steps=case.steps,
+        rate=lambda k, name: case.lr,
+        transform=transform,
+        extra=extra,
+    )
     assert_close(learner.meta_gradients(case.batch), expected.gradients, **LOOSE)
 
 
 # Gradient noise.
 
 
-@given(problems(("mlp", "conv4"), steps=(1, 1)), st.integers(0, 50), st.floats(0.01, 4), st.floats(0, 2))
-def test_gradient_noise_follows_from_the_iteration_and_has_its_deviation(case, iteration, scale, decay):
-    learner = case.learner(plugins=[plugins.make("gradient-noise", scale=scale, decay=decay)], inner_lr=1.0)
+@given(
+    problems(("mlp", "conv4"), steps=(1, 1)),
+    st.integers(0, 50),
+    st.floats(0.01, 4),
+    st.floats(0, 2),
+)
+def test_gradient_noise_follows_from_the_iteration_and_has_its_deviation(
+    case, iteration, scale, decay
+):
+    learner = case.learner(
+        plugins=[plugins.make("gradient-noise", scale=scale, decay=decay)], inner_lr=1.0
+    )
     found(learner, case.batch)
     clean, one, again, other = (
         torch.cat(
-            [weight.detach().flatten() for weight in each.engine.meta_gradients(case.batch, i, 0).outcome.adapted_parameters.values()]
+            [
+                weight.detach().flatten()
+                for weight in each.engine.meta_gradients(
+                    case.batch, i, 0
+                ).outcome.adapted_parameters.values()
+            ]
         )
-        for each, i in ((case.learner(inner_lr=1.0), 0), (learner, iteration), (learner, iteration), (learner, iteration + 1))
+        for each, i in (
+            (case.learner(inner_lr=1.0), 0),
+            (learner, iteration),
+            (learner, iteration),
+            (learner, iteration + 1),
+        )
     )
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
@@ -432,7 +588,10 @@ def test_gradient_noise_follows_from_the_iteration_and_has_its_deviation(case, i
 
 def test_gradient_noise_leaves_evaluation_alone():
     case = problem()
-    results = [case.learner(plugins=chain).evaluate(Stream(split="test"), num_tasks=3).per_task for chain in ([], ["gradient-noise"])]
+    results = [
+        case.learner(plugins=chain).evaluate(Stream(split="test"), num_tasks=3).per_task
+        for chain in ([], ["gradient-noise"])
+    ]
     assert torch.equal(*results)
 
 
@@ -444,10 +603,21 @@ def test_second_order_presets_equal_finite_differences(preset):
     case = problem("batch-norm", steps=2)
     learner = case.learner(preset=preset)
     gradients = learner.meta_gradients(case.batch)
-    parameters = {name: parameter for name, parameter in learner.engine.meta_parameters.items() if name in gradients}
-    direction = {name: torch.randn(parameter.shape, dtype=torch.float64, generator=generator(1)) for name, parameter in parameters.items()}
+    parameters = {
+        name: parameter
+        for name, parameter in learner.engine.meta_parameters.items()
+        if name in gradients
+    }
+    direction = {
+        name: torch.randn(parameter.shape, dtype=torch.float64, generator=generator(1))
+        for name, parameter in parameters.items()
+    }
     slope = sum(float((gradients[name] * direction[name]).sum()) for name in parameters)
-    start, losses, h = {name: parameter.detach().clone() for name, parameter in parameters.items()}, [], 1e-5
+    start, losses, h = (
+        {name: parameter.detach().clone() for name, parameter in parameters.items()},
+        [],
+        1e-5,
+    )
     for sign in (1, -1):
         for name, parameter in parameters.items():
             parameter.data = start[name] + sign * h * direction[name]
@@ -460,14 +630,27 @@ def test_defaults_of_a_preset_reach_a_learner_in_python_under_what_is_given():
     assert isinstance(learner.engine.optimizer, torch.optim.SGD)
     assert learner.settings.meta_optimizer == "sgd"
     reference_settings = MetaLearner(MODELS["conv4"](), preset="maml++-reference").settings
-    assert (reference_settings.inner_lr, reference_settings.inner_steps, reference_settings.meta_lr) == (0.1, 5, 1e-3)
+    assert (
+        reference_settings.inner_lr,
+        reference_settings.inner_steps,
+        reference_settings.meta_lr,
+    ) == (0.1, 5, 1e-3)
     given = MetaLearner(MODELS["conv4"](), preset="maml++-reference", inner_steps=2).settings
     assert (given.inner_lr, given.inner_steps) == (0.1, 2)
 
 
 def test_a_regression_problem_goes_through_reptile_and_meta_sgd():
-    batch = TaskBatch(*(torch.randn(2, 4, 1, generator=generator(index), dtype=torch.float64) for index in range(4)))
+    batch = TaskBatch(
+        *(
+            torch.randn(2, 4, 1, generator=generator(index), dtype=torch.float64)
+            for index in range(4)
+        )
+    )
     model = nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)).double()
     for preset in ("reptile", "meta-sgd"):
-        gradients = Problem(model, batch, 0.1, 2).learner(preset=preset, kind="regression").meta_gradients(batch)
+        gradients = (
+            Problem(model, batch, 0.1, 2)
+            .learner(preset=preset, kind="regression")
+            .meta_gradients(batch)
+        )
         assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())

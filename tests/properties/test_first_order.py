@@ -16,7 +16,8 @@ def same(one, other):
 @given(problems())
 def test_switch_zero_is_maml_and_null_is_fomaml_bit_for_bit(case):
     gradients = {
-        switch: case.learner(plugins=[DerivativeOrder(switch=switch)]).meta_gradients(case.batch) for switch in (0, None, 1_000_000)
+        switch: case.learner(plugins=[DerivativeOrder(switch=switch)]).meta_gradients(case.batch)
+        for switch in (0, None, 1_000_000)
     }
     assert same(gradients[0], case.learner(preset="maml").meta_gradients(case.batch))
     assert same(gradients[None], case.learner(preset="fomaml").meta_gradients(case.batch))
@@ -41,12 +42,19 @@ def test_first_order_is_the_query_gradient_at_the_adapted_weights(case):
     """dL/dθ = mean over t of ∂ℓ(query t; θ[t,K])/∂θ[t,K]: the Jacobian of the inner loop counts as the identity."""
     learner = case.learner(preset="fomaml")
     outcome = found(learner, case.batch).outcome
-    expected = {name: torch.zeros_like(parameter) for name, parameter in case.model.named_parameters()}
+    expected = {
+        name: torch.zeros_like(parameter) for name, parameter in case.model.named_parameters()
+    }
     for task in range(case.batch.num_tasks):
-        weights = {name: weight[task].detach().requires_grad_() for name, weight in outcome.adapted_parameters.items()}
+        weights = {
+            name: weight[task].detach().requires_grad_()
+            for name, weight in outcome.adapted_parameters.items()
+        }
         prediction = reference.predict(case.model, weights, case.batch.query_x[task])
         loss = torch.nn.functional.cross_entropy(prediction, case.batch.query_y[task])
-        for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+        for name, gradient in zip(
+            weights, torch.autograd.grad(loss, list(weights.values())), strict=True
+        ):
             expected[name] += gradient / case.batch.num_tasks
     assert_close(learner.meta_gradients(case.batch), expected, rtol=1e-9, atol=1e-10)
 

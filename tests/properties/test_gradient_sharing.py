@@ -20,7 +20,12 @@ def spied(case, **options):
 
 
 def repeated(batch, times):
-    return TaskBatch(*(getattr(batch, field)[:1].expand(times, *[-1] * (getattr(batch, field).dim() - 1)) for field in batch.__slots__))
+    return TaskBatch(
+        *(
+            getattr(batch, field)[:1].expand(times, *[-1] * (getattr(batch, field).dim() - 1))
+            for field in batch.__slots__
+        )
+    )
 
 
 def rows(batch, indices):
@@ -33,8 +38,14 @@ def rows(batch, indices):
 @given(problems(), st.booleans())
 def test_gate_zero_is_maml_bit_for_bit(case, vectorized):
     batching = "vectorized" if vectorized else "sequential"
-    plain, shared = case.learner(task_batching=batching), case.learner(plugins=[GradientSharing(gate=0.0)], task_batching=batching)
-    ours, theirs = ({"adapted": adapted(each, case.batch), "meta": each.meta_gradients(case.batch)} for each in (shared, plain))
+    plain, shared = (
+        case.learner(task_batching=batching),
+        case.learner(plugins=[GradientSharing(gate=0.0)], task_batching=batching),
+    )
+    ours, theirs = (
+        {"adapted": adapted(each, case.batch), "meta": each.meta_gradients(case.batch)}
+        for each in (shared, plain)
+    )
     for part in ours:
         assert ours[part].keys() == theirs[part].keys()
         assert all(torch.equal(ours[part][name], theirs[part][name]) for name in ours[part])
@@ -48,7 +59,9 @@ def test_difference_to_maml_falls_linearly_with_the_gate(case):
     for gate in (1e-6, 1e-7):
         learner = case.learner(plugins=[GradientSharing(gate=gate, learn_gate=False)])
         end = {**adapted(learner, case.batch), **learner.meta_gradients(case.batch)}
-        distance.append(sum(float((end[name] - start[name]).square().sum()) for name in start) ** 0.5)
+        distance.append(
+            sum(float((end[name] - start[name]).square().sum()) for name in start) ** 0.5
+        )
     # The quadratic term is of the order of the gate, times a curvature that batch norm makes large.
     assert abs(distance[0] / distance[1] - 10) < 0.1
 
@@ -57,12 +70,18 @@ def test_difference_to_maml_falls_linearly_with_the_gate(case):
 
 
 @given(
-    problems(tasks=(1, 1)), weights, st.sampled_from(["unit", "none", "mean-unit"]), st.sampled_from(["all", "tensor"]), st.integers(1, 4)
+    problems(tasks=(1, 1)),
+    weights,
+    st.sampled_from(["unit", "none", "mean-unit"]),
+    st.sampled_from(["all", "tensor"]),
+    st.integers(1, 4),
 )
 def test_a_task_among_its_equals_is_maml(case, gate, normalisation, scope, copies):
     batch = repeated(case.batch, copies)
     plain = case.learner()
-    learner = case.learner(plugins=[GradientSharing(gate=gate, momentum=0.0, normalisation=normalisation, scope=scope)])
+    learner = case.learner(
+        plugins=[GradientSharing(gate=gate, momentum=0.0, normalisation=normalisation, scope=scope)]
+    )
     # Batch norm amplifies rounding where a feature hardly varies.
     assert_close(adapted(learner, batch), adapted(plain, batch), rtol=1e-8, atol=1e-9)
     gradients = learner.meta_gradients(batch)
@@ -88,7 +107,8 @@ def test_gate_one_with_mean_unit_moves_each_task_by_the_length_of_its_own_gradie
     for gradients, directions in spied(case, gate=1.0, momentum=0.0, normalisation="mean-unit"):
         assert_close(directions.norm(dim=1), gradients.norm(dim=1))
         assert_close(
-            directions / directions.norm(dim=1, keepdim=True), (gradients.mean(0) / gradients.mean(0).norm()).expand_as(directions)
+            directions / directions.norm(dim=1, keepdim=True),
+            (gradients.mean(0) / gradients.mean(0).norm()).expand_as(directions),
         )
 
 
@@ -110,7 +130,9 @@ def test_permuting_the_tasks_permutes_the_adapted_parameters(case, random, gate)
     expected = {name: weight[order] for name, weight in adapted(learner, case.batch).items()}
     # The mean over tasks is summed in another order, which batch norm amplifies.
     assert_close(adapted(learner, permuted), expected, rtol=1e-8, atol=1e-9)
-    assert_close(learner.meta_gradients(permuted), learner.meta_gradients(case.batch), rtol=1e-7, atol=1e-8)
+    assert_close(
+        learner.meta_gradients(permuted), learner.meta_gradients(case.batch), rtol=1e-7, atol=1e-8
+    )
 
 
 # 5. Nothing grows, and no task shouts the others down.
@@ -159,14 +181,19 @@ def stored(learner, batch, times=1):
 
 @given(problems(tasks=(1, 5), steps=(1, 1)), weights, st.integers(2, 5))
 def test_running_mean_stays_under_constant_input(case, momentum, times):
-    once, often = (stored(case.learner(plugins=[GradientSharing(momentum=momentum)]), case.batch, n) for n in (1, times))
+    once, often = (
+        stored(case.learner(plugins=[GradientSharing(momentum=momentum)]), case.batch, n)
+        for n in (1, times)
+    )
     assert_close(often, once)
 
 
 @given(problems(tasks=(2, 4), steps=(1, 1)), weights)
 def test_running_mean_weighs_the_past_by_the_momentum(case, momentum):
     first, second = rows(case.batch, [0]), rows(case.batch, [1])
-    one, other = (stored(case.learner(plugins=[GradientSharing()]), batch) for batch in (first, second))
+    one, other = (
+        stored(case.learner(plugins=[GradientSharing()]), batch) for batch in (first, second)
+    )
     learner = case.learner(plugins=[GradientSharing(momentum=momentum)])
     stored(learner, first)
     assert_close(stored(learner, second), momentum * one + (1 - momentum) * other)
@@ -178,7 +205,9 @@ def test_momentum_zero_forgets_and_momentum_one_remembers_for_good(case):
     for momentum, kept in ((0.0, second), (1.0, first)):
         learner = case.learner(plugins=[GradientSharing(momentum=momentum)])
         stored(learner, first)
-        assert torch.equal(stored(learner, second), stored(case.learner(plugins=[GradientSharing()]), kept))
+        assert torch.equal(
+            stored(learner, second), stored(case.learner(plugins=[GradientSharing()]), kept)
+        )
 
 
 @given(problems(tasks=(2, 4), steps=(1, 3)))
@@ -199,26 +228,51 @@ def test_everything_equals_a_plain_loop(case, gate, momentum, remembers):
     running = None
     if remembers:
         running = list(
-            torch.randn(case.steps, sum(p.numel() for p in case.model.parameters()), dtype=torch.float64, generator=generator(1))
+            torch.randn(
+                case.steps,
+                sum(p.numel() for p in case.model.parameters()),
+                dtype=torch.float64,
+                generator=generator(1),
+            )
         )
         learner.chain.commit({"gradient-sharing": {str(k): mean for k, mean in enumerate(running)}})
     gate_logits, momentum_logits = (
-        torch.full((case.steps,), reference.logit(weight), dtype=torch.float64, requires_grad=True) for weight in (gate, momentum)
+        torch.full((case.steps,), reference.logit(weight), dtype=torch.float64, requires_grad=True)
+        for weight in (gate, momentum)
     )
     expected = reference.gradient_sharing(
-        case.model, case.batch, steps=case.steps, lr=case.lr, gate=gate_logits, momentum=momentum_logits, running=running
+        case.model,
+        case.batch,
+        steps=case.steps,
+        lr=case.lr,
+        gate=gate_logits,
+        momentum=momentum_logits,
+        running=running,
     )
     ours = found(learner, case.batch)
     # Both run through three second-order steps; batch norm amplifies what rounding differs.
     for name, weight in ours.outcome.adapted_parameters.items():
-        assert_close(weight.detach(), torch.stack([task[name] for task in expected.adapted]), rtol=1e-8, atol=1e-9)
-    gradients = {name: gradient.flatten() if "sharing" in name else gradient for name, gradient in ours.gradients.items()}
+        assert_close(
+            weight.detach(),
+            torch.stack([task[name] for task in expected.adapted]),
+            rtol=1e-8,
+            atol=1e-9,
+        )
+    gradients = {
+        name: gradient.flatten() if "sharing" in name else gradient
+        for name, gradient in ours.gradients.items()
+    }
     if not remembers:
         # Without a past, the momentum weighs nothing.
         assert float(gradients.pop("gradient-sharing.momentum").abs().max()) == 0
     assert_close(gradients, expected.gradients, rtol=1e-8, atol=1e-9)
     kept = ours.outcome.statistics["gradient-sharing"]
-    assert_close({str(k): mean for k, mean in enumerate(expected.extra["running"])}, dict(kept), rtol=1e-8, atol=1e-9)
+    assert_close(
+        {str(k): mean for k, mean in enumerate(expected.extra["running"])},
+        dict(kept),
+        rtol=1e-8,
+        atol=1e-9,
+    )
 
 
 def generator(seed):
@@ -229,12 +283,22 @@ def generator(seed):
 def test_regression_equals_a_plain_loop(seed, gate):
     case = regression(seed=seed)
     learner = case.learner(plugins=[GradientSharing(gate=gate)], kind="regression")
-    logits = [torch.full((case.steps,), reference.logit(weight), dtype=torch.float64, requires_grad=True) for weight in (gate, 0.5)]
+    logits = [
+        torch.full((case.steps,), reference.logit(weight), dtype=torch.float64, requires_grad=True)
+        for weight in (gate, 0.5)
+    ]
     expected = reference.gradient_sharing(
-        case.model, case.batch, steps=case.steps, lr=case.lr, gate=logits[0], momentum=logits[1], loss=torch.nn.functional.mse_loss
+        case.model,
+        case.batch,
+        steps=case.steps,
+        lr=case.lr,
+        gate=logits[0],
+        momentum=logits[1],
+        loss=torch.nn.functional.mse_loss,
     )
     gradients = {
-        name: gradient.flatten() if "sharing" in name else gradient for name, gradient in learner.meta_gradients(case.batch).items()
+        name: gradient.flatten() if "sharing" in name else gradient
+        for name, gradient in learner.meta_gradients(case.batch).items()
     }
     gradients.pop("gradient-sharing.momentum")
     assert_close(gradients, expected.gradients)
@@ -243,6 +307,8 @@ def test_regression_equals_a_plain_loop(seed, gate):
 def test_a_gate_learns_within_every_granularity():
     case = problem(steps=3)
     for granularity, shape in (("step", (3, 1)), ("step-and-tensor", (3, 4)), ("one", (1, 1))):
-        gradients = case.learner(plugins=[GradientSharing(granularity=granularity)]).meta_gradients(case.batch)
+        gradients = case.learner(plugins=[GradientSharing(granularity=granularity)]).meta_gradients(
+            case.batch
+        )
         assert gradients["gradient-sharing.gate"].shape == shape
         assert bool((gradients["gradient-sharing.gate"] != 0).all())

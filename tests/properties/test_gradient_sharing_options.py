@@ -28,28 +28,47 @@ def sharing_between_spies(case, **options):
 def remember(learner, seed):
     """Give gradient sharing a random past, of the length that a mean of unit vectors may have."""
     plugin = next(plugin for plugin in learner.chain.plugins if isinstance(plugin, GradientSharing))
-    past = torch.randn(plugin.running.shape, dtype=plugin.running.dtype, generator=torch.Generator().manual_seed(seed))
+    past = torch.randn(
+        plugin.running.shape,
+        dtype=plugin.running.dtype,
+        generator=torch.Generator().manual_seed(seed),
+    )
     past = past / past.norm(dim=1, keepdim=True) * 0.7
     plugin.commit(kept={str(k): row for k, row in enumerate(past)})
     return past
 
 
 def one(batch, task):
-    return TaskBatch(*(getattr(batch, field)[task : task + 1] for field in ("support_x", "support_y", "query_x", "query_y")))
+    return TaskBatch(
+        *(
+            getattr(batch, field)[task : task + 1]
+            for field in ("support_x", "support_y", "query_x", "query_y")
+        )
+    )
 
 
 # Conditioned on the task.
 
 
-@given(problems(tasks=(1, 4), steps=(1, 3)), weights, weights, st.sampled_from(["step", "tensor", "step-and-tensor", "one"]))
+@given(
+    problems(tasks=(1, 4), steps=(1, 3)),
+    weights,
+    weights,
+    st.sampled_from(["step", "tensor", "step-and-tensor", "one"]),
+)
 def test_conditioning_begins_as_no_conditioning(case, gate, momentum, granularity):
     """The weights of a task's traits start at 0: the same numbers, and the weights themselves have a gradient to learn from."""
     options = {"gate": gate, "momentum": momentum, "granularity": granularity}
-    plain, ours = (case.learner(plugins=[GradientSharing(**options, conditioning=each)]) for each in ("none", "task"))
+    plain, ours = (
+        case.learner(plugins=[GradientSharing(**options, conditioning=each)])
+        for each in ("none", "task")
+    )
     for learner in (plain, ours):
         remember(learner, 1)
     gradients = ours.meta_gradients(case.batch)
-    by_task = {name: gradients.pop(f"gradient-sharing.{name}_by_task") for name in ("gate", "momentum")}
+    by_task = {
+        name: gradients.pop(f"gradient-sharing.{name}_by_task") for name in ("gate", "momentum")
+    }
     assert_close(gradients, plain.meta_gradients(case.batch), **LOOSE)
     shape = ours.engine.meta_parameters["gradient-sharing.gate"].shape
     assert all(gradient.shape == (*shape, 2) for gradient in by_task.values())
@@ -61,12 +80,20 @@ def test_conditioned_gates_and_momenta_are_their_equation(case, gate, momentum, 
     """λ[t,k] = λ[k] + w[k] · (log ‖g‖, cos(g, r_old)), m alike; d from r[t,k]; what is stored is the mean over tasks."""
     learner = sharing_between_spies(case, gate=gate, momentum=momentum, conditioning="task")
     plugin, past = learner.chain.plugins[1], remember(learner, seed)
-    by_task = torch.randn(2, case.steps, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    by_task = torch.randn(
+        2, case.steps, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     plugin.gate_by_task.data, plugin.momentum_by_task.data = by_task.unbind(0)
     passed, kept = spied(learner, case.batch)
     for k, (gradients, directions) in enumerate(passed):
         length = gradients.norm(dim=1, keepdim=True)
-        traits = torch.cat([length.log(), (gradients @ past[k] / (gradients.norm(dim=1) * past[k].norm())).unsqueeze(1)], 1)
+        traits = torch.cat(
+            [
+                length.log(),
+                (gradients @ past[k] / (gradients.norm(dim=1) * past[k].norm())).unsqueeze(1),
+            ],
+            1,
+        )
         own_gate, own_momentum = (
             torch.sigmoid(reference.logit(start) + traits @ w[k, 0]).unsqueeze(1)
             for start, w in zip((gate, momentum), by_task, strict=True)
@@ -82,7 +109,9 @@ def test_a_conditioned_task_does_not_depend_on_its_batch_at_evaluation(case, siz
     remember(learner, 3)
     learner.chain.plugins[0].gate_by_task.data.fill_(0.7)
     stream = Stream(split="test")
-    together, apart = (learner.evaluate(stream, num_tasks=4, tasks_per_batch=each).per_task for each in (4, size))
+    together, apart = (
+        learner.evaluate(stream, num_tasks=4, tasks_per_batch=each).per_task for each in (4, size)
+    )
     assert torch.equal(together, apart)
 
 
@@ -105,7 +134,10 @@ def test_a_conditioned_task_does_not_depend_on_its_batch_at_evaluation(case, siz
 )
 def test_a_streamed_batch_is_as_many_batches_of_one(case, options, remembers):
     """Directions, statistics and meta-gradients: those of single tasks that arrive one after the other, from the same weights."""
-    streamed, single = sharing_between_spies(case, **options, streaming=True), sharing_between_spies(case, **options)
+    streamed, single = (
+        sharing_between_spies(case, **options, streaming=True),
+        sharing_between_spies(case, **options),
+    )
     if remembers:
         remember(streamed, 5)
         remember(single, 5)
@@ -119,14 +151,22 @@ def test_a_streamed_batch_is_as_many_batches_of_one(case, options, remembers):
     for k, (_, direction) in enumerate(passed):
         assert_close(direction, torch.cat([each[k] for each in directions]), **LOOSE)
         assert_close(kept[str(k)], single.chain.plugins[1].running[k], **LOOSE)
-    mean = {name: torch.stack([each[name] for each in meta_gradients]).mean(0) for name in meta_gradients[0]}
+    mean = {
+        name: torch.stack([each[name] for each in meta_gradients]).mean(0)
+        for name in meta_gradients[0]
+    }
     assert_close(streamed.meta_gradients(case.batch), mean, **LOOSE)
 
 
 def test_streaming_depends_on_the_order_of_the_tasks():
     case = problem(tasks=3)
     learner = sharing_between_spies(case, streaming=True)
-    reverse = TaskBatch(*(getattr(case.batch, field).flip(0) for field in ("support_x", "support_y", "query_x", "query_y")))
+    reverse = TaskBatch(
+        *(
+            getattr(case.batch, field).flip(0)
+            for field in ("support_x", "support_y", "query_x", "query_y")
+        )
+    )
     forward, backward = (spied(learner, batch)[0][0][1] for batch in (case.batch, reverse))
     assert not torch.allclose(forward, backward.flip(0))
 
@@ -138,14 +178,25 @@ def test_streaming_depends_on_the_order_of_the_tasks():
 def test_learned_statistics_are_a_meta_parameter_like_any_other(case, gate, seed):
     """d = (1 − σ) g + σ ‖g‖ ρ[k], ρ of shape (K, P), with the meta-gradients of a plain loop."""
     learner = case.learner(plugins=[GradientSharing(gate=gate, statistics="learned")])
-    parameters = {name: parameter for name, parameter in learner.engine.meta_parameters.items() if name.startswith("gradient-sharing")}
+    parameters = {
+        name: parameter
+        for name, parameter in learner.engine.meta_parameters.items()
+        if name.startswith("gradient-sharing")
+    }
     assert set(parameters) == {"gradient-sharing.running", "gradient-sharing.gate"}
     assert not bool(parameters["gradient-sharing.running"].any()), "it begins at 0"
     size = sum(parameter.numel() for parameter in case.model.parameters())
     assert parameters["gradient-sharing.running"].shape == (case.steps, size)
-    drawn = torch.randn(case.steps, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) / size**0.5
+    drawn = (
+        torch.randn(
+            case.steps, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
+        / size**0.5
+    )
     parameters["gradient-sharing.running"].data = drawn
-    logits = torch.full((case.steps,), reference.logit(gate), dtype=torch.float64, requires_grad=True)
+    logits = torch.full(
+        (case.steps,), reference.logit(gate), dtype=torch.float64, requires_grad=True
+    )
     rows = drawn.clone().requires_grad_()
     expected = _learned(case, logits, rows)
     ours = learner.meta_gradients(case.batch)
@@ -162,17 +213,31 @@ def _learned(case, gate, rows):
         for k in range(case.steps):
             prediction = reference.predict(case.model, weights_of_task, case.batch.support_x[task])
             objective = torch.nn.functional.cross_entropy(prediction, case.batch.support_y[task])
-            flat = torch.cat([g.flatten() for g in torch.autograd.grad(objective, list(weights_of_task.values()), create_graph=True)])
+            flat = torch.cat(
+                [
+                    g.flatten()
+                    for g in torch.autograd.grad(
+                        objective, list(weights_of_task.values()), create_graph=True
+                    )
+                ]
+            )
             weight = torch.sigmoid(gate[k])
             direction = (1 - weight) * flat + weight * flat.norm() * rows[k]
             pieces = direction.split([parameter.numel() for parameter in parameters.values()])
             weights_of_task = {
-                name: old - case.lr * piece.view_as(old) for (name, old), piece in zip(weights_of_task.items(), pieces, strict=True)
+                name: old - case.lr * piece.view_as(old)
+                for (name, old), piece in zip(weights_of_task.items(), pieces, strict=True)
             }
         prediction = reference.predict(case.model, weights_of_task, case.batch.query_x[task])
         losses.append(torch.nn.functional.cross_entropy(prediction, case.batch.query_y[task]))
     wanted = {**parameters, "gradient-sharing.running": rows, "gradient-sharing.gate": gate}
-    return dict(zip(wanted, torch.autograd.grad(torch.stack(losses).mean(), list(wanted.values())), strict=True))
+    return dict(
+        zip(
+            wanted,
+            torch.autograd.grad(torch.stack(losses).mean(), list(wanted.values())),
+            strict=True,
+        )
+    )
 
 
 def test_learned_statistics_learn_and_are_used_at_evaluation():
@@ -220,7 +285,9 @@ def test_a_frozen_mean_is_used_and_never_changes(earlier):
     learner = sharing_between_spies(case, start=path, statistics="frozen")
     passed, kept = spied(learner, case.batch)
     for k, (gradients, directions) in enumerate(passed):
-        assert_close(directions, 0.5 * gradients + 0.5 * gradients.norm(dim=1, keepdim=True) * past[k])
+        assert_close(
+            directions, 0.5 * gradients + 0.5 * gradients.norm(dim=1, keepdim=True) * past[k]
+        )
     assert kept == {}
     learner.fit(Stream("mlp", split="other"), iterations=3, tasks_per_batch=2)
     assert torch.equal(learner.chain.plugins[1].running, past)
@@ -285,7 +352,12 @@ def test_options_without_a_meaning_together_are_refused(options, text):
 
 def test_a_saved_learner_with_every_option_is_read_back(tmp_path, earlier):
     path, _ = earlier
-    for options in ({"conditioning": "task"}, {"streaming": True}, {"statistics": "learned"}, {"start": path, "statistics": "frozen"}):
+    for options in (
+        {"conditioning": "task"},
+        {"streaming": True},
+        {"statistics": "learned"},
+        {"start": path, "statistics": "frozen"},
+    ):
         learner = problem().learner(plugins=[GradientSharing(**options)])
         learner.fit(Stream(), iterations=2, tasks_per_batch=2)
         learner.save(tmp_path / "whole.pt")
@@ -303,11 +375,15 @@ def test_a_gate_by_tensor_is_the_same_in_every_step():
     plugin = learner.chain.plugins[1]
     assert plugin.gate.shape == (1, 4)
     plugin.gate.data = torch.tensor([[-1.0, 0.5, 2.0, -3.0]], dtype=torch.float64)
-    columns = torch.repeat_interleave(torch.arange(4), torch.tensor([parameter.numel() for parameter in case.model.parameters()]))
+    columns = torch.repeat_interleave(
+        torch.arange(4), torch.tensor([parameter.numel() for parameter in case.model.parameters()])
+    )
     gate = torch.sigmoid(plugin.gate.data[0])[columns]
     for gradients, directions in spied(learner, case.batch)[0]:
         length = gradients.norm(dim=1, keepdim=True)
-        assert_close(directions, (1 - gate) * gradients + gate * length * (gradients / length).mean(0))
+        assert_close(
+            directions, (1 - gate) * gradients + gate * length * (gradients / length).mean(0)
+        )
 
 
 @given(problems(tasks=(1, 4), steps=(1, 3)), weights, weights)
@@ -315,9 +391,22 @@ def test_first_order_sharing_equals_a_plain_loop(case, gate, momentum):
     """Gradients are constants, and gates and momenta still learn."""
     learner = case.learner(preset="fomaml", plugins=[GradientSharing(gate=gate, momentum=momentum)])
     past = remember(learner, 2)
-    logits = [torch.full((case.steps,), reference.logit(each), dtype=torch.float64, requires_grad=True) for each in (gate, momentum)]
+    logits = [
+        torch.full((case.steps,), reference.logit(each), dtype=torch.float64, requires_grad=True)
+        for each in (gate, momentum)
+    ]
     expected = reference.gradient_sharing(
-        case.model, case.batch, steps=case.steps, lr=case.lr, gate=logits[0], momentum=logits[1], running=list(past), order=1
+        case.model,
+        case.batch,
+        steps=case.steps,
+        lr=case.lr,
+        gate=logits[0],
+        momentum=logits[1],
+        running=list(past),
+        order=1,
     )
-    ours = {name: gradient.flatten() if "sharing" in name else gradient for name, gradient in learner.meta_gradients(case.batch).items()}
+    ours = {
+        name: gradient.flatten() if "sharing" in name else gradient
+        for name, gradient in learner.meta_gradients(case.batch).items()
+    }
     assert_close(ours, expected.gradients, **LOOSE)

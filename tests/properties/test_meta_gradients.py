@@ -11,7 +11,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from metaplug import MetaLearner, Plugin, RequestError, TaskBatch, hookimpl
-from metaplug.testing import CLASSIFIERS, MODELS, SMOOTH, Problem, adapted, assert_close, found, problem, reference
+from metaplug.testing import (
+    CLASSIFIERS,
+    MODELS,
+    SMOOTH,
+    Problem,
+    adapted,
+    assert_close,
+    found,
+    problem,
+    reference,
+)
 from metaplug.testing.strategies import problems, seeds
 
 BATCHINGS = ("vectorized", "sequential")
@@ -33,7 +43,9 @@ def test_maml_equals_a_plain_loop(name, steps, order, batching):
     assert_close(ours.gradients, expected.gradients, **ROUNDING)
     assert_close(ours.outer_loss, expected.outer_loss, **ROUNDING)
     for key, weight in ours.outcome.adapted_parameters.items():
-        assert_close(weight.detach(), torch.stack([task[key] for task in expected.adapted]), **ROUNDING)
+        assert_close(
+            weight.detach(), torch.stack([task[key] for task in expected.adapted]), **ROUNDING
+        )
 
 
 @given(problems(), st.sampled_from([1, 2]))
@@ -52,10 +64,14 @@ def test_no_steps_and_no_rate_are_the_multi_task_gradient(case):
     losses = torch.func.vmap(F.cross_entropy)
     model = copy.deepcopy(case.model)
     predictions = torch.stack([reference.predict(model, {}, x) for x in case.batch.query_x])
-    expected = torch.autograd.grad(losses(predictions, case.batch.query_y).mean(), list(model.parameters()))
+    expected = torch.autograd.grad(
+        losses(predictions, case.batch.query_y).mean(), list(model.parameters())
+    )
     named = dict(zip(dict(model.named_parameters()), expected, strict=True))
     for settings in ({"inner_steps": 0}, {"inner_lr": 0.0}, {"inner_lr": 0.0, "preset": "fomaml"}):
-        assert_close(case.learner(**settings).meta_gradients(case.batch), named, rtol=1e-9, atol=1e-10)
+        assert_close(
+            case.learner(**settings).meta_gradients(case.batch), named, rtol=1e-9, atol=1e-10
+        )
 
 
 class Only(Plugin):
@@ -69,7 +85,9 @@ class Only(Plugin):
         return tuple(name for name in names if name.startswith("0") == self.config.first)
 
 
-@given(problems(("mlp", "softplus", "max-pool", "batch-norm", "conv4"), steps=(1, 3), lrs=(0.1, 0.5)))
+@given(
+    problems(("mlp", "softplus", "max-pool", "batch-norm", "conv4"), steps=(1, 3), lrs=(0.1, 0.5))
+)
 def test_adapted_sets_partition_the_parameters(case):
     """ANIL and BOIL in small: each moves its own part for every task, and meta-learns all of it as a plain loop does."""
     names = {name for name, _ in case.model.named_parameters()}
@@ -85,7 +103,11 @@ def test_adapted_sets_partition_the_parameters(case):
         }
         assert set(learner.engine.inner.adapted) == set(part) >= moved
         expected = reference.maml(
-            case.model, case.batch, steps=case.steps, lr=case.lr, adapted=[n for n, _ in case.model.named_parameters() if n in part]
+            case.model,
+            case.batch,
+            steps=case.steps,
+            lr=case.lr,
+            adapted=[n for n, _ in case.model.named_parameters() if n in part],
         )
         assert_close(ours.gradients, expected.gradients, rtol=1e-8, atol=1e-9)
         parts.append(set(part))
@@ -101,12 +123,24 @@ def test_directional_derivative_equals_finite_differences(case, seed, sharing):
     learner = case.learner(plugins=[GradientSharing(gate=0.4, momentum=0.3)] if sharing else [])
     if sharing:
         size = sum(parameter.numel() for parameter in case.model.parameters())
-        past = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) / size**0.5
-        learner.chain.commit({"gradient-sharing": {str(k): past for k in range(max(case.steps, 1))}})
+        past = (
+            torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            / size**0.5
+        )
+        learner.chain.commit(
+            {"gradient-sharing": {str(k): past for k in range(max(case.steps, 1))}}
+        )
     gradients = learner.meta_gradients(case.batch)
-    parameters = {name: parameter for name, parameter in learner.engine.meta_parameters.items() if name in gradients}
+    parameters = {
+        name: parameter
+        for name, parameter in learner.engine.meta_parameters.items()
+        if name in gradients
+    }
     generator = torch.Generator().manual_seed(seed)
-    direction = {name: torch.randn(p.shape, dtype=p.dtype, generator=generator) for name, p in parameters.items()}
+    direction = {
+        name: torch.randn(p.shape, dtype=p.dtype, generator=generator)
+        for name, p in parameters.items()
+    }
     slope = sum(float((gradients[name] * direction[name]).sum()) for name in parameters)
     numeric = _slope(learner, case.batch, parameters, direction)
     # A fourth-order difference at 1e-3: its own error is about 1e-9 of the scale of the gradient; batch norm's curvature adds to it.
@@ -145,12 +179,18 @@ def test_quadratic_has_a_closed_form(steps, lr, tasks, seed, order):
     """θ[K] = s + (1 − α)^K (θ − s) with s the support mean; dL/dθ = (1 − α)^K (θ[K] − q), without the factor in first order."""
     generator = torch.Generator().manual_seed(seed)
     support, query, weight = (
-        torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((tasks, 4, 3), (tasks, 5, 3), (3,))
+        torch.randn(*shape, dtype=torch.float64, generator=generator)
+        for shape in ((tasks, 4, 3), (tasks, 5, 3), (3,))
     )
     model = Point(3)
     model.weight.data = weight
     learner = MetaLearner(
-        model, preset="maml" if order == 2 else "fomaml", inner_lr=lr, inner_steps=steps, kind="regression", loss=half_square
+        model,
+        preset="maml" if order == 2 else "fomaml",
+        inner_lr=lr,
+        inner_steps=steps,
+        kind="regression",
+        loss=half_square,
     )
     batch = TaskBatch(torch.zeros(tasks, 4, 1), support, torch.zeros(tasks, 5, 1), query)
     shrink = (1 - lr) ** steps
@@ -167,20 +207,37 @@ def test_quadratic_has_a_closed_form(steps, lr, tasks, seed, order):
 def test_vectorized_equals_sequential(case, sharing, preset):
     results = []
     for batching in BATCHINGS:
-        learner = case.learner(preset=preset, plugins=[GradientSharing(gate=0.3)] if sharing else [], task_batching=batching)
+        learner = case.learner(
+            preset=preset,
+            plugins=[GradientSharing(gate=0.3)] if sharing else [],
+            task_batching=batching,
+        )
         results.append((adapted(learner, case.batch), learner.meta_gradients(case.batch)))
         assert learner.batching.batching == batching
     for vectorized, sequential in zip(*results, strict=True):
         assert_close(vectorized, sequential, rtol=1e-8, atol=1e-9)
 
 
-@given(problems(steps=(1, 2)), st.sampled_from(["sgd", "adam", "rmsprop", "adagrad", "adadelta", "adamax"]))
+@given(
+    problems(steps=(1, 2)),
+    st.sampled_from(["sgd", "adam", "rmsprop", "adagrad", "adadelta", "adamax"]),
+)
 def test_vectorized_equals_sequential_under_every_optimizer(case, optimizer):
     # A bias before batch norm has a gradient of zero up to rounding, by whose size these optimizers divide.
     if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in case.model.modules()):
-        case = Problem(MODELS["mlp"]().double(), problem("mlp", tasks=case.batch.num_tasks).batch, 0.05, case.steps)
-    learners = [case.learner(inner_lr=0.05, inner_optimizer=optimizer, task_batching=batching) for batching in BATCHINGS]
-    assert_close(adapted(learners[0], case.batch), adapted(learners[1], case.batch), rtol=1e-7, atol=1e-8)
+        case = Problem(
+            MODELS["mlp"]().double(),
+            problem("mlp", tasks=case.batch.num_tasks).batch,
+            0.05,
+            case.steps,
+        )
+    learners = [
+        case.learner(inner_lr=0.05, inner_optimizer=optimizer, task_batching=batching)
+        for batching in BATCHINGS
+    ]
+    assert_close(
+        adapted(learners[0], case.batch), adapted(learners[1], case.batch), rtol=1e-7, atol=1e-8
+    )
 
 
 class WithIndices(nn.Module):
@@ -209,9 +266,13 @@ def test_layers_that_take_the_tasks_as_channels_equal_a_plain_loop(name, adapts_
     body = [nn.Conv2d(1, 3, 3, padding=1), *LAYERS[name](), nn.Flatten()]
     width = nn.Sequential(*body)(batch.support_x[0].float()).shape[1]
     case = Problem(nn.Sequential(*body, nn.Linear(width, 3)).double(), batch, 0.3, 2)
-    adapted_names = [each for each, _ in case.model.named_parameters() if adapts_all or each.startswith("0")]
+    adapted_names = [
+        each for each, _ in case.model.named_parameters() if adapts_all or each.startswith("0")
+    ]
     expected = reference.maml(case.model, batch, steps=2, lr=0.3, adapted=adapted_names)
-    learner = case.learner(plugins=[] if adapts_all else [Only(first=True)], task_batching="vectorized")
+    learner = case.learner(
+        plugins=[] if adapts_all else [Only(first=True)], task_batching="vectorized"
+    )
     assert_close(learner.meta_gradients(batch), expected.gradients, **ROUNDING)
 
 
@@ -223,7 +284,9 @@ def test_frozen_parameters_are_neither_adapted_nor_meta_learned():
         expected = reference.maml(case.model, case.batch, steps=case.steps, lr=case.lr)
         assert_close(learner.meta_gradients(case.batch), expected.gradients, **ROUNDING)
         assert "0.weight" not in expected.gradients
-        assert torch.equal(adapted(learner, case.batch)["0.weight"], case.model[0].weight.expand(3, -1, -1))
+        assert torch.equal(
+            adapted(learner, case.batch)["0.weight"], case.model[0].weight.expand(3, -1, -1)
+        )
 
 
 def test_attention_and_parameter_lists_and_parametrizations_equal_a_plain_loop():
@@ -244,7 +307,11 @@ def test_attention_and_parameter_lists_and_parametrizations_equal_a_plain_loop()
     case = Problem(Attention().double(), problem().batch, 0.3, 2)
     expected = reference.maml(case.model, case.batch, steps=2, lr=0.3)
     for batching in ("auto", "sequential"):
-        assert_close(case.learner(task_batching=batching).meta_gradients(case.batch), expected.gradients, **ROUNDING)
+        assert_close(
+            case.learner(task_batching=batching).meta_gradients(case.batch),
+            expected.gradients,
+            **ROUNDING,
+        )
 
 
 def test_a_parameter_that_the_loss_does_not_use_is_left_out():
@@ -261,5 +328,7 @@ def test_selecting_nothing_is_refused():
         def select_adapted(self):
             return ()
 
-    with pytest.raises(RequestError, match=r"^the plugins select no parameter to adapt: leave at least one$"):
+    with pytest.raises(
+        RequestError, match=r"^the plugins select no parameter to adapt: leave at least one$"
+    ):
         problem().learner(plugins=[Nothing()])

@@ -10,21 +10,30 @@ from torch import nn
 
 from metaplug import MetaLearner, RequestError, TaskBatch
 from metaplug.bench.meters import torch_memory as _memory
+from metaplug.core.rematerialize import recomputed
 from metaplug.models import Conv4
-from metaplug.recompute import recomputed
 from metaplug.testing import Stream, assert_close, found, problem
 from metaplug.testing.strategies import problems
 
 
-@given(problems(("batch-norm", "conv4"), steps=(1, 5), lrs=(0.01, 0.3)), st.integers(1, 6), st.sampled_from(["maml", "fomaml"]))
+@given(
+    problems(("batch-norm", "conv4"), steps=(1, 5), lrs=(0.01, 0.3)),
+    st.integers(1, 6),
+    st.sampled_from(["maml", "fomaml"]),
+)
 def test_it_gives_the_same_meta_gradients(case, steps, preset):
     """Every plugin alike: tests/test_conformance.py."""
-    plain, again = (case.learner(preset=preset, checkpoint_steps=checkpoint, task_batching="vectorized") for checkpoint in (None, steps))
+    plain, again = (
+        case.learner(preset=preset, checkpoint_steps=checkpoint, task_batching="vectorized")
+        for checkpoint in (None, steps)
+    )
     ours, theirs = found(again, case.batch), found(plain, case.batch)
     # Batch norm amplifies what rounding differs; gradients of a tensor that stands in two places are added in another order.
     assert_close(ours.gradients, dict(theirs.gradients), rtol=1e-7, atol=1e-9)
     assert_close(ours.outer_loss, theirs.outer_loss, rtol=1e-12, atol=1e-14)
-    assert_close(ours.outcome.query_predictions, theirs.outcome.query_predictions, rtol=1e-12, atol=1e-14)
+    assert_close(
+        ours.outcome.query_predictions, theirs.outcome.query_predictions, rtol=1e-12, atol=1e-14
+    )
     for one, other in zip(ours.outcome.support_losses, theirs.outcome.support_losses, strict=True):
         assert_close(one, other, rtol=1e-12, atol=1e-14)
     for plugin, kept in theirs.outcome.statistics.items():
@@ -47,7 +56,10 @@ def test_it_gives_the_same_meta_gradients(case, steps, preset):
 def test_the_state_of_the_optimizer_goes_on_from_piece_to_piece(optimizer, settings, steps):
     case = problem("mlp", steps=5, lr=0.05)
     given = {"inner_optimizer": optimizer, "inner_optimizer_settings": settings}
-    plain, again = (case.learner(checkpoint_steps=checkpoint, **given).meta_gradients(case.batch) for checkpoint in (None, steps))
+    plain, again = (
+        case.learner(checkpoint_steps=checkpoint, **given).meta_gradients(case.batch)
+        for checkpoint in (None, steps)
+    )
     assert_close(again, plain, rtol=1e-9, atol=1e-11)
 
 
@@ -55,28 +67,46 @@ def test_the_state_of_the_optimizer_goes_on_from_piece_to_piece(optimizer, setti
 def test_random_numbers_are_the_same_the_second_time(batching):
     torch.manual_seed(0)
     case = problem(steps=4)
-    case.model = nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Dropout(0.4), nn.Linear(12, 3)).double()
+    case.model = nn.Sequential(
+        nn.Linear(4, 12), nn.Tanh(), nn.Dropout(0.4), nn.Linear(12, 3)
+    ).double()
     settings = {"plugins": ["gradient-noise"], "task_batching": batching}
     before = torch.get_rng_state()
     plain = case.learner(**settings).meta_gradients(case.batch)
-    again = case.learner(**{**settings, "plugins": ["gradient-noise"]}, checkpoint_steps=2).meta_gradients(case.batch)
+    again = case.learner(
+        **{**settings, "plugins": ["gradient-noise"]}, checkpoint_steps=2
+    ).meta_gradients(case.batch)
     assert_close(again, plain, rtol=1e-10, atol=1e-12)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_training_is_the_same_to_rounding():
     learners = [
-        problem("conv4", steps=3).learner(preset="maml++", plugins=["gradient-sharing"], checkpoint_steps=each) for each in (None, 1)
+        problem("conv4", steps=3).learner(
+            preset="maml++", plugins=["gradient-sharing"], checkpoint_steps=each
+        )
+        for each in (None, 1)
     ]
     for learner in learners:
         learner.fit(Stream("conv4"), iterations=3, tasks_per_batch=3)
-    assert_close(dict(learners[1].model.state_dict()), dict(learners[0].model.state_dict()), rtol=1e-6, atol=1e-7)
+    assert_close(
+        dict(learners[1].model.state_dict()),
+        dict(learners[0].model.state_dict()),
+        rtol=1e-6,
+        atol=1e-7,
+    )
 
 
 def batch_of(tasks):
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(5).repeat(tasks, 1)
-    return TaskBatch(*(value for _ in range(2) for value in (torch.rand(tasks, 5, 1, 28, 28, generator=generator), labels)))
+    return TaskBatch(
+        *(
+            value
+            for _ in range(2)
+            for value in (torch.rand(tasks, 5, 1, 28, 28, generator=generator), labels)
+        )
+    )
 
 
 def test_memory_hardly_grows_with_the_inner_steps():
@@ -85,11 +115,17 @@ def test_memory_hardly_grows_with_the_inner_steps():
     for steps in (4, 16):
         for checkpoint in (None, 1):
             learner = MetaLearner(
-                Conv4((1, 28, 28), 5, filters=16), inner_steps=steps, inner_lr=0.1, task_batching="vectorized", checkpoint_steps=checkpoint
+                Conv4((1, 28, 28), 5, filters=16),
+                inner_steps=steps,
+                inner_lr=0.1,
+                task_batching="vectorized",
+                checkpoint_steps=checkpoint,
             )
             batch = batch_of(8)
             learner.meta_gradients(batch)
-            peaks[steps, checkpoint] = _memory(lambda learner=learner, batch=batch: learner.meta_gradients(batch))[0]
+            peaks[steps, checkpoint] = _memory(
+                lambda learner=learner, batch=batch: learner.meta_gradients(batch)
+            )[0]
     assert peaks[16, None] > 3 * peaks[4, None]
     assert peaks[16, 1] < 2 * peaks[4, 1]
     assert peaks[16, 1] < 0.4 * peaks[16, None]
@@ -136,7 +172,9 @@ def test_a_tensor_that_stands_in_two_places_stays_one():
 
     def piece(inputs, graph):
         moved, start = inputs
-        (slope,) = torch.autograd.grad(((moved - start) ** 2).sum() + (moved**3).sum(), moved, create_graph=graph)
+        (slope,) = torch.autograd.grad(
+            ((moved - start) ** 2).sum() + (moved**3).sum(), moved, create_graph=graph
+        )
         return slope
 
     plain, again = piece((x, x), graph=True), recomputed(piece, (x, x), [])

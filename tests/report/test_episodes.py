@@ -35,12 +35,16 @@ def test_colour_and_other_channels(tmp_path: Path) -> None:
     labels = torch.arange(2).repeat(1, 1)
     for channels in (2, 3):
         images = torch.rand(1, 2, channels, 6, 8)
-        episode_figure(TaskBatch(images, labels, images, labels), tmp_path / f"{channels}.png", "one task")
+        episode_figure(
+            TaskBatch(images, labels, images, labels), tmp_path / f"{channels}.png", "one task"
+        )
         assert (tmp_path / f"{channels}.png").exists()
 
 
 def test_a_task_of_points(tmp_path: Path) -> None:
-    episode_figure(Sinusoid(shots=5, queries=20).train.batch(0, [0]), tmp_path / "points.png", "one task")
+    episode_figure(
+        Sinusoid(shots=5, queries=20).train.batch(0, [0]), tmp_path / "points.png", "one task"
+    )
     several: Any = [torch.rand(1, 4, width) for width in (3, 2, 3, 2)]
     episode_figure(TaskBatch(*several), tmp_path / "several.png", "three features, two targets")
     for name in ("points", "several"):

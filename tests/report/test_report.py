@@ -16,10 +16,10 @@ from pydantic import BaseModel, Field
 from rich.console import Console, RenderableType
 
 from metaplug import EvaluationResult, Record
-from metaplug.comparison import Comparison, Curve, Point, SeedRun, Variant
-from metaplug.config import ExperimentConfig
-from metaplug.engine import MetaStep
-from metaplug.evaluation import Metric
+from metaplug.evaluation.results import Metric
+from metaplug.execution.engine import MetaStep
+from metaplug.experiments.comparison import Comparison, Curve, Point, SeedRun, Variant
+from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.report import figures
 from metaplug.report.catalogue import SettingRow, rows
 from metaplug.report.console import line
@@ -40,7 +40,14 @@ def curve(*means: float) -> Curve:
 def comparison(metric: Metric = "accuracy", seeds: int = 2) -> Comparison:
     def run(seed: int, line: Curve, shift: float) -> SeedRun:
         per_task = torch.tensor([0.4, 0.6]).double() + shift + seed / 10
-        return SeedRun(seed, line, EvaluationResult(metric, per_task, 3, ("batch norm sees the batch",)), {}, 1.0, {})
+        return SeedRun(
+            seed,
+            line,
+            EvaluationResult(metric, per_task, 3, ("batch norm sees the batch",)),
+            {},
+            1.0,
+            {},
+        )
 
     lines = {
         "maml": [curve(0.3, 0.4, 0.5, 0.6), curve(0.3, 0.4, 0.6, 0.5)],
@@ -51,7 +58,12 @@ def comparison(metric: Metric = "accuracy", seeds: int = 2) -> Comparison:
         label: tuple(run(seed, line, 0.1 * index) for seed, line in enumerate(given[:seeds]))
         for index, (label, given) in enumerate(lines.items())
     }
-    return Comparison(metric, tuple(Variant(label, ExperimentConfig()) for label in lines), tuple(range(seeds)), runs)
+    return Comparison(
+        metric,
+        tuple(Variant(label, ExperimentConfig()) for label in lines),
+        tuple(range(seeds)),
+        runs,
+    )
 
 
 def test_values_in_words() -> None:
@@ -59,8 +71,17 @@ def test_values_in_words() -> None:
     assert value_text("accuracy", 0.767) == "76.70 %"
     assert value_text("mean squared error", 0.12345, 0.01) == "0.1235 ± 0.0100"
     assert value_text("accuracy", None) == "not finite"
-    result = {"metric": "accuracy", "mean": 0.5, "interval": 0.1, "num_tasks": 600, "inner_steps": 3}
-    assert result_line(result) == "accuracy 50.00 ± 10.00 % (95 % interval over 600 tasks, 3 inner steps)"
+    result = {
+        "metric": "accuracy",
+        "mean": 0.5,
+        "interval": 0.1,
+        "num_tasks": 600,
+        "inner_steps": 3,
+    }
+    assert (
+        result_line(result)
+        == "accuracy 50.00 ± 10.00 % (95 % interval over 600 tasks, 3 inner steps)"
+    )
 
 
 def test_the_comparison_table() -> None:
@@ -96,7 +117,10 @@ Transductive: batch norm sees the batch."""
 
 def test_the_comparison_says_of_each_variant_whether_it_is_transductive() -> None:
     made = comparison()
-    apart = {label: tuple(replace(run, test=replace(run.test, transductive=())) for run in own) for label, own in made.runs.items()}
+    apart = {
+        label: tuple(replace(run, test=replace(run.test, transductive=())) for run in own)
+        for label, own in made.runs.items()
+    }
     assert shown(comparison_report(replace(made, runs=apart))).endswith("\nTransductive: no.")
     mixed = replace(made, runs={**apart, "slow": made.runs["slow"]})
     assert shown(comparison_report(mixed)).endswith(
@@ -114,7 +138,8 @@ def test_the_comparison_figure(tmp_path: Path, metric: Metric, seeds: int) -> No
 
 def metrics(figures: dict[str, float], validated: bool) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = [
-        {"iteration": i, "outer_loss": math.exp(-i), "meta_gradient_norm": 1.0, "figures": figures} for i in range(1, 9)
+        {"iteration": i, "outer_loss": math.exp(-i), "meta_gradient_norm": 1.0, "figures": figures}
+        for i in range(1, 9)
     ]
     if validated:
         lines[3]["validation"] = {"metric": "accuracy", "mean": 0.5, "interval": 0.1}
@@ -131,14 +156,20 @@ def metrics(figures: dict[str, float], validated: bool) -> list[dict[str, Any]]:
         ({f"rates.{name}/0": 0.5 for name in "abcdefgh"}, True, 2752),
     ],
 )
-def test_the_figure_of_a_run(tmp_path: Path, figures: dict[str, float], validated: bool, height: int) -> None:
+def test_the_figure_of_a_run(
+    tmp_path: Path, figures: dict[str, float], validated: bool, height: int
+) -> None:
     run_figure(metrics(figures, validated), tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert (picture.format, picture.size) == ("PNG", (1200, height))
 
 
-def test_the_figure_of_a_run_whose_figures_were_fetched_now_and_then_shows_the_last_plugins(tmp_path: Path) -> None:
-    lines = metrics({f"{plugin}.figure/{step}": 0.5 for plugin in "abcdefghij" for step in range(2)}, True)
+def test_the_figure_of_a_run_whose_figures_were_fetched_now_and_then_shows_the_last_plugins(
+    tmp_path: Path,
+) -> None:
+    lines = metrics(
+        {f"{plugin}.figure/{step}": 0.5 for plugin in "abcdefghij" for step in range(2)}, True
+    )
     for place, values in enumerate(lines):
         values["figures"] = values["figures"] if place % 3 == 2 else {}
     titles: list[str] = []
@@ -156,15 +187,24 @@ def test_progress_off_a_terminal_is_a_plain_line_for_each_validation() -> None:
     file = io.StringIO()
     with TrainingProgress(Console(file=file, width=40), 2) as progress:
         progress.record(record(1), "maml, seed 0")
-        progress.record(record(2, EvaluationResult("accuracy", torch.tensor([0.5, 0.7]).double(), 3)), "maml, seed 0")
-    assert file.getvalue() == "maml, seed 0: iteration 2  loss 1.5000  validation 60.00 ± 127.06 %\n"
+        progress.record(
+            record(2, EvaluationResult("accuracy", torch.tensor([0.5, 0.7]).double(), 3)),
+            "maml, seed 0",
+        )
+    assert (
+        file.getvalue() == "maml, seed 0: iteration 2  loss 1.5000  validation 60.00 ± 127.06 %\n"
+    )
 
 
 def test_progress_on_a_terminal_is_a_bar() -> None:
     file = io.StringIO()
-    with TrainingProgress(Console(file=file, width=120, force_terminal=True, color_system=None), 12) as progress:
+    with TrainingProgress(
+        Console(file=file, width=120, force_terminal=True, color_system=None), 12
+    ) as progress:
         progress.begin(10)
-        progress.record(record(11, EvaluationResult("accuracy", torch.tensor([0.5, 0.5]).double(), 3)))
+        progress.record(
+            record(11, EvaluationResult("accuracy", torch.tensor([0.5, 0.5]).double(), 3))
+        )
         progress.record(record(12))
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
     assert re.search(r"training ━+ +12/12 0:00:00 loss 1\.5000  validation 50\.00 ± 0\.00 %", text)
@@ -202,18 +242,32 @@ def test_settings_in_words() -> None:
 
 def test_the_comparison_table_has_a_column_over_the_base_where_it_says_something_else() -> None:
     two_bases = comparison()
-    configs = (ExperimentConfig(), ExperimentConfig(preset="meta-sgd"), ExperimentConfig(preset="meta-sgd", plugins=("gradient-sharing",)))
-    variants = tuple(Variant(variant.label, config) for variant, config in zip(two_bases.variants, configs, strict=True))
+    configs = (
+        ExperimentConfig(),
+        ExperimentConfig(preset="meta-sgd"),
+        ExperimentConfig(preset="meta-sgd", plugins=("gradient-sharing",)),
+    )
+    variants = tuple(
+        Variant(variant.label, config)
+        for variant, config in zip(two_bases.variants, configs, strict=True)
+    )
     lines = shown(comparison_report(replace(two_bases, variants=variants)), width=140).splitlines()
     assert lines[0].split("  ")[0].strip() == "variant"
     assert "over its base" in lines[0]
-    assert [line.split("  ") for line in lines if line.startswith("   seed 0")][2].count("not reached") == 2
-    assert any(line.startswith("Over its base: the same against the variant that this one extends by plugins") for line in lines)
+    assert [line.split("  ") for line in lines if line.startswith("   seed 0")][2].count(
+        "not reached"
+    ) == 2
+    assert any(
+        line.startswith(
+            "Over its base: the same against the variant that this one extends by plugins"
+        )
+        for line in lines
+    )
     assert "over its base" not in shown(comparison_report(two_bases))
 
 
 def test_long_variants_are_broken_before_their_plugins() -> None:
     assert _wrapped("maml+++gradient-sharing") == "maml+++gradient-sharing"
-    assert _wrapped("maml+per-step-learning-rates+multi-step-loss:floor=0.1+cosine-meta-lr", 40) == (
-        "maml+per-step-learning-rates\n  +multi-step-loss:floor=0.1\n  +cosine-meta-lr"
-    )
+    assert _wrapped(
+        "maml+per-step-learning-rates+multi-step-loss:floor=0.1+cosine-meta-lr", 40
+    ) == ("maml+per-step-learning-rates\n  +multi-step-loss:floor=0.1\n  +cosine-meta-lr")

@@ -25,9 +25,40 @@ from pathlib import Path
 
 from metaplug.errors import RequestError, RunError
 
-_NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF, 2**40, 2**63 - 1, 2**64 - 1)
+_NUMBERS = (
+    0,
+    1,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFF,
+    0xFFFF,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFE,
+    0xFFFFFFFF,
+    2**40,
+    2**63 - 1,
+    2**64 - 1,
+)
 _WORDS = (
-    *("nan", "-inf", "Infinity", "1_000", "1e999", "-0", "0x10", "0b_", "٣", "null", "true", "~", "2001-99-99", "\\u0000", "\\ud800"),
+    *(
+        "nan",
+        "-inf",
+        "Infinity",
+        "1_000",
+        "1e999",
+        "-0",
+        "0x10",
+        "0b_",
+        "٣",
+        "null",
+        "true",
+        "~",
+        "2001-99-99",
+        "\\u0000",
+        "\\ud800",
+    ),
     *(
         "!!python/object/apply:os.system [id]",
         "&a [*a]",
@@ -44,7 +75,17 @@ _WORDS = (
     ),
 )
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_STARTERS = {"os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn", "subprocess.Popen"}
+_STARTERS = {
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.forkpty",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.startfile",
+    "pty.spawn",
+    "subprocess.Popen",
+}
 _CHANGES = {
     "os.remove",
     "os.rename",
@@ -84,7 +125,12 @@ class Report:
     failures: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        return "\n".join([f"{self.loaded} loaded, {self.refused} refused, {len(self.failures)} neither:", *self.failures[:20]])
+        return "\n".join(
+            [
+                f"{self.loaded} loaded, {self.refused} refused, {len(self.failures)} neither:",
+                *self.failures[:20],
+            ]
+        )
 
 
 def fuzz(
@@ -126,7 +172,13 @@ def fuzz(
     current[:] = bytes(8)
     results = kept / "results.jsonl"
     results.write_text("")
-    rules = {"says": (str(path), *says), "owned": tuple(map(str, (kept, *owned))), "modules": {*modules}, "mib": mib, "seconds": seconds}
+    rules = {
+        "says": (str(path), *says),
+        "owned": tuple(map(str, (kept, *owned))),
+        "modules": {*modules},
+        "mib": mib,
+        "seconds": seconds,
+    }
     rules["silent"] = silent
     start = 0
     while start < count:
@@ -234,7 +286,11 @@ def _outcome(load, says):
             return f"an error of more than one line, or with control characters: {message!r}"
         if len(message) > 10_000:
             return f"an error of {len(message)} characters: {message[:300]!r}"
-        return "refused" if any(part in message for part in says) else f"an error that does not name the file: {message}"
+        return (
+            "refused"
+            if any(part in message for part in says)
+            else f"an error that does not name the file: {message}"
+        )
     except _Stopped as error:
         return f"stopped: {error}"
     except BaseException as error:
@@ -248,17 +304,30 @@ def _alarm(*_):
 
 
 def _guard(forbidden, active, rules):
-    known = {*sys.stdlib_module_names, *rules["modules"], *(name.partition(".")[0] for name in sys.modules)}
+    known = {
+        *sys.stdlib_module_names,
+        *rules["modules"],
+        *(name.partition(".")[0] for name in sys.modules),
+    }
 
     def hook(event, args):
         if not active[0]:
             return
         fault = None
-        if event in _STARTERS or event.startswith(("socket.", "ctypes.", "urllib.")) or event == "pickle.find_class":
+        if (
+            event in _STARTERS
+            or event.startswith(("socket.", "ctypes.", "urllib."))
+            or event == "pickle.find_class"
+        ):
             fault = f"{event} {str(args)[:200]}"
         elif event == "import" and args[0].partition(".")[0] not in known:
             fault = f"import {args[0]}"
-        elif event == "open" and isinstance(args[0], str | bytes) and _writes(args[1], args[2]) and not _owned(args[0], rules["owned"]):
+        elif (
+            event == "open"
+            and isinstance(args[0], str | bytes)
+            and _writes(args[1], args[2])
+            and not _owned(args[0], rules["owned"])
+        ):
             fault = f"open {args[0]!r} to write"
         elif event in _CHANGES and not _owned(args[0], rules["owned"]):
             fault = f"{event} {args[0]!r}"
@@ -272,7 +341,9 @@ def _guard(forbidden, active, rules):
 def _writes(mode, flags):
     if isinstance(mode, str):
         return any(letter in mode for letter in "wax+")
-    return isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC) != 0
+    return (
+        isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC) != 0
+    )
 
 
 def _owned(name, owned):
@@ -334,7 +405,11 @@ def _splice(data, choice, seeds):
 
 def _exchange(data, choice, seeds):
     (one, two), (three, four) = sorted([_span(data, choice), _span(data, choice)])
-    return data[:one] + data[three:four] + data[two:three] + data[one:two] + data[four:] if two <= three else data
+    return (
+        data[:one] + data[three:four] + data[two:three] + data[one:two] + data[four:]
+        if two <= three
+        else data
+    )
 
 
 def _length(data, choice, seeds):
@@ -361,25 +436,45 @@ def _lines(change):
 
 def _replaced(data, choice, found, new):
     """One of the places where a byte of `found` stands, or any place, taken by `new`."""
-    places = [place for place, byte in enumerate(data) if byte in found] or [choice.randrange(len(data) + 1)]
+    places = [place for place, byte in enumerate(data) if byte in found] or [
+        choice.randrange(len(data) + 1)
+    ]
     place = choice.choice(places)
     return data[:place] + new + data[place + 1 :]
 
 
 def _digits(data, choice, seeds):
-    return _replaced(data, choice, b"0123456789", choice.choice((b"9" * 5000, b"1e999", b"-", b"." * 3, b"1" * 400, b"1" + b"0" * 40)))
+    return _replaced(
+        data,
+        choice,
+        b"0123456789",
+        choice.choice((b"9" * 5000, b"1e999", b"-", b"." * 3, b"1" * 400, b"1" + b"0" * 40)),
+    )
 
 
 def _deep(data, choice, seeds):
     deep = choice.choice((50, 1000, 20_000))
-    opening, closing = choice.choice(((b"[", b"]"), (b'{"a":', b"}"), (b"(", b")"), (b"{", b"}"), (b"- ", b"")))
+    opening, closing = choice.choice(
+        ((b"[", b"]"), (b'{"a":', b"}"), (b"(", b")"), (b"{", b"}"), (b"- ", b""))
+    )
     place = choice.randrange(len(data) + 1)
     return data[:place] + opening * deep + closing * choice.choice((0, deep)) + data[place:]
 
 
 def _control(data, choice, seeds):
     character = choice.choice(
-        (b"\0", b"\x1b[2J", b"\x07", b"\x85", b"\xe2\x80\xa8", b"\xef\xbb\xbf", b"\x7f", b"\r", b"\t", b"\xe2\x80\xae")
+        (
+            b"\0",
+            b"\x1b[2J",
+            b"\x07",
+            b"\x85",
+            b"\xe2\x80\xa8",
+            b"\xef\xbb\xbf",
+            b"\x7f",
+            b"\r",
+            b"\t",
+            b"\xe2\x80\xae",
+        )
     )
     start, _ = _span(data, choice)
     return data[:start] + character + data[start:]
@@ -387,7 +482,11 @@ def _control(data, choice, seeds):
 
 def _not_utf8(data, choice, seeds):
     start, _ = _span(data, choice)
-    return data[:start] + choice.choice((b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xfe\xff")) + data[start:]
+    return (
+        data[:start]
+        + choice.choice((b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xfe\xff"))
+        + data[start:]
+    )
 
 
 def _word(data, choice, seeds):
@@ -396,13 +495,34 @@ def _word(data, choice, seeds):
 
 def _long(data, choice, seeds):
     start, _ = _span(data, choice)
-    return data[:start] + choice.choice((b"a", b",", b'"', b" ", b"\n", b"9", b"\\")) * 200_000 + data[start:]
+    return (
+        data[:start]
+        + choice.choice((b"a", b",", b'"', b" ", b"\n", b"9", b"\\")) * 200_000
+        + data[start:]
+    )
 
 
-_BYTES = (_cut, _behead, _flip, _flip, _flip_early, _flip_early, _zero, _repeat, _remove, _insert, _splice, _exchange, _length, _length)
+_BYTES = (
+    _cut,
+    _behead,
+    _flip,
+    _flip,
+    _flip_early,
+    _flip_early,
+    _zero,
+    _repeat,
+    _remove,
+    _insert,
+    _splice,
+    _exchange,
+    _length,
+    _length,
+)
 _TEXTS = (
     _lines(lambda lines, place, _: lines.insert(place, lines[place])),
     _lines(lambda lines, place, _: lines.pop(place)),
-    _lines(lambda lines, place, choice: lines.insert(choice.randrange(len(lines)), lines.pop(place))),
+    _lines(
+        lambda lines, place, choice: lines.insert(choice.randrange(len(lines)), lines.pop(place))
+    ),
     *(_digits, _deep, _control, _not_utf8, _word, _word, _long),
 )

@@ -5,7 +5,8 @@ import re
 
 import torch
 
-from metaplug import Plugin, hookimpl, registry
+from metaplug import Plugin, hookimpl
+from metaplug.contract import registry
 
 SETTINGS = {"gradient-clipping": {"max_norm": 1.0, "max_meta_norm": 1.0}}
 """What a plugin cannot do without."""
@@ -20,13 +21,19 @@ def make(kind, /, **settings):
 
 def compatible(names):
     """Whether no plugin of these refuses another."""
-    return all(other not in make(name).conflicts_with for name, other in itertools.permutations(names, 2))
+    return all(
+        other not in make(name).conflicts_with for name, other in itertools.permutations(names, 2)
+    )
 
 
 def hooks(name):
     """The hooks through which a plugin changes what is computed."""
     kind = registry.load("plugin", name)
-    return {hook for hook in dir(kind) if getattr(getattr(kind, hook), "metaplug_impl", None)} - {"setup", "commit", "end_meta_step"}
+    return {hook for hook in dir(kind) if getattr(getattr(kind, hook), "metaplug_impl", None)} - {
+        "setup",
+        "commit",
+        "end_meta_step",
+    }
 
 
 def placeless(error):
@@ -43,4 +50,6 @@ class Spy(Plugin):
 
     @hookimpl
     def transform_gradients(self, gradients, step):
-        self.seen[step.index] = torch.cat([gradient.detach().flatten(1) for gradient in gradients.values()], 1)
+        self.seen[step.index] = torch.cat(
+            [gradient.detach().flatten(1) for gradient in gradients.values()], 1
+        )

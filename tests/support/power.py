@@ -37,7 +37,9 @@ DATA: dict[str, Callable[[bytes, bytes, random.Random], bytes]] = {
     "lost": lambda old, _, __: old,
     "half": lambda old, new, _: _grown(old, new, lambda added: added[: len(added) // 2]),
     "zeros": lambda old, new, _: _grown(old, new, lambda added: bytes(len(added))),
-    "some": lambda old, new, chance: chance.choice([old, new, _grown(old, new, lambda added: added[: chance.randrange(len(added) + 1)])]),
+    "some": lambda old, new, chance: chance.choice(
+        [old, new, _grown(old, new, lambda added: added[: chance.randrange(len(added) + 1)])]
+    ),
 }
 """What is there of a file, from its content at its last fsync and its newest."""
 
@@ -106,13 +108,28 @@ class Disk:
         """Inside, operations are recorded."""
         done = {
             name: getattr(os, name)
-            for name in ("open", "write", "fsync", "replace", "rename", "unlink", "remove", "mkdir", "rmdir", "link")
+            for name in (
+                "open",
+                "write",
+                "fsync",
+                "replace",
+                "rename",
+                "unlink",
+                "remove",
+                "mkdir",
+                "rmdir",
+                "link",
+            )
         }
         patches: dict[str, Callable[..., Any]] = {
             "open": lambda path, flags, *a, **k: self._os_open(done["open"], path, flags, *a, **k),
-            "write": lambda file, data: self._after(done["write"](file, data), lambda: self._wrote(file)),
+            "write": lambda file, data: self._after(
+                done["write"](file, data), lambda: self._wrote(file)
+            ),
             "fsync": lambda file: self._after(done["fsync"](file), lambda: self._synced(file)),
-            "mkdir": lambda path, *a, **k: self._after(done["mkdir"](path, *a, **k), lambda: self._made(path)),
+            "mkdir": lambda path, *a, **k: self._after(
+                done["mkdir"](path, *a, **k), lambda: self._made(path)
+            ),
             **{name: self._moving(done[name]) for name in ("replace", "rename")},
             **{name: self._removing(done[name]) for name in ("unlink", "remove", "rmdir")},
         }
@@ -132,7 +149,9 @@ class Disk:
         folders = {number: (safe, [*changes]) for number, (safe, changes) in self._folders.items()}
         moment = Moment(operation, dict(self._files), folders, self.done)
         self.moments.append(moment)
-        assert moment.tree("kept", "kept") == tree_of(self.root, self._open), f"{operation} was not the only change"
+        assert moment.tree("kept", "kept") == tree_of(self.root, self._open), (
+            f"{operation} was not the only change"
+        )
 
     def _begin(self, folder: Path, number: int) -> None:
         """What is there already is safe."""
@@ -148,7 +167,9 @@ class Disk:
 
     def _inside(self, path: Any) -> Path | None:
         """The absolute path, where it is one under the root."""
-        if isinstance(path, int) or not Path(os.fsdecode(path)).absolute().is_relative_to(self.root):
+        if isinstance(path, int) or not Path(os.fsdecode(path)).absolute().is_relative_to(
+            self.root
+        ):
             return None
         return Path(os.fsdecode(path)).absolute()
 
@@ -181,22 +202,42 @@ class Disk:
         result = action()
         if path is not None and not before:
             self._made(path)
-        elif path is not None and path.is_file() and path.stat().st_size == 0 and self._files[self._number(path)][1]:
+        elif (
+            path is not None
+            and path.is_file()
+            and path.stat().st_size == 0
+            and self._files[self._number(path)][1]
+        ):
             self._files[self._number(path)] = (self._files[self._number(path)][0], b"")
             self._record(f"empty {path.name}")
         return result
 
-    def _os_open(self, original: Callable[..., int], path: Any, flags: int, *rest: Any, **named: Any) -> int:
+    def _os_open(
+        self, original: Callable[..., int], path: Any, flags: int, *rest: Any, **named: Any
+    ) -> int:
         number: int = self._opening(path, lambda: original(path, flags, *rest, **named))
         return number
 
-    def _opened(self, file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **named: Any) -> Any:
+    def _opened(
+        self, file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **named: Any
+    ) -> Any:
         """As `open`, with a raw file that notes its writes."""
         if not set(mode) & set("wax+") or buffering == 0:
             return self._open(file, mode, buffering, *rest, **named)
-        raw = self._opening(file, lambda: _Noting(self, file, mode.replace("b", "").replace("t", ""), *rest[3:], **_raw(named)))
+        raw = self._opening(
+            file,
+            lambda: _Noting(
+                self, file, mode.replace("b", "").replace("t", ""), *rest[3:], **_raw(named)
+            ),
+        )
         buffered = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw)
-        return buffered if "b" in mode else io.TextIOWrapper(buffered, *rest[:3], **{key: named[key] for key in named.keys() - _RAW})
+        return (
+            buffered
+            if "b" in mode
+            else io.TextIOWrapper(
+                buffered, *rest[:3], **{key: named[key] for key in named.keys() - _RAW}
+            )
+        )
 
     def _wrote(self, descriptor: int) -> None:
         number = self._real.get(os.fstat(descriptor).st_ino)
@@ -224,7 +265,9 @@ class Disk:
             original(source, target, **named)
             if old is None and new is None:
                 return
-            assert old is not None and new is not None and old.parent == new.parent, f"{source} moves between folders: tell power.py how"
+            assert old is not None and new is not None and old.parent == new.parent, (
+                f"{source} moves between folders: tell power.py how"
+            )
             self._change(old.parent, (old.name, None), (new.name, number))
             self._record(f"rename {old.name} to {new.name}")
 

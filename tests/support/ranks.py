@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from metaplug import TaskBatch
-from metaplug.runtime.distributed import joined
+from metaplug.execution.ranks import joined
 
 LIMIT = 60
 """Seconds after which ranks that have not ended are killed."""
@@ -41,9 +41,14 @@ def forked(action, size=2):
         words.touch()
         port = free_port()
         meeting = {"WORLD_SIZE": f"{size}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
-        children = [_fork(action, {**meeting, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}, file, words) for rank, file in enumerate(files)]
+        children = [
+            _fork(action, {**meeting, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}, file, words)
+            for rank, file in enumerate(files)
+        ]
         _wait(children)
-        return [torch.load(file, weights_only=False) if file.exists() else None for file in files], words.read_text()
+        return [
+            torch.load(file, weights_only=False) if file.exists() else None for file in files
+        ], words.read_text()
 
 
 def free_port():

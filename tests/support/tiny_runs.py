@@ -14,14 +14,20 @@ from typing import Any, NoReturn
 import torch
 
 from metaplug import checkpoint
-from metaplug.config import ExperimentConfig
+from metaplug.experiments.configuration import ExperimentConfig
 
 TINY: dict[str, Any] = {
     "plugins": ["gradient-sharing"],
     "model": {"name": "mlp", "settings": {"hidden": [4]}},
     "tasks": {"source": "sinusoid", "shots": 3, "queries": 3},
     "learner": {"inner_lr": 0.01, "inner_steps": 1},
-    "training": {"iterations": 12, "tasks_per_batch": 2, "validate_every": 4, "validation_tasks": 4, "test_tasks": 6},
+    "training": {
+        "iterations": 12,
+        "tasks_per_batch": 2,
+        "validate_every": 4,
+        "validation_tasks": 4,
+        "test_tasks": 6,
+    },
     "runtime": {"threads": 1, "device": "cpu"},
 }
 
@@ -60,8 +66,13 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
     for name in ("last.pt", "best.pt"):
         assert_same(checkpoint.read(one / name), checkpoint.read(other / name))
-    assert_same(json.loads((one / "summary.json").read_text()), json.loads((other / "summary.json").read_text()))
-    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in other.iterdir())
+    assert_same(
+        json.loads((one / "summary.json").read_text()),
+        json.loads((other / "summary.json").read_text()),
+    )
+    assert sorted(path.name for path in one.iterdir()) == sorted(
+        path.name for path in other.iterdir()
+    )
 
 
 def stop_after(iterations: int) -> Callable[[], bool]:

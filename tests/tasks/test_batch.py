@@ -25,13 +25,21 @@ def test_a_batch_knows_its_tasks_and_device() -> None:
 
 def test_moving_a_batch_moves_all_of_it() -> None:
     moved = TaskBatch(**parts()).to("meta")
-    assert {moved.support_x.device.type, moved.support_y.device.type, moved.query_x.device.type, moved.query_y.device.type} == {"meta"}
+    assert {
+        moved.support_x.device.type,
+        moved.support_y.device.type,
+        moved.query_x.device.type,
+        moved.query_y.device.type,
+    } == {"meta"}
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"query_y": [1]}, "TaskBatch: query_y is a list, not a tensor: give torch.as_tensor(query_y)"),
+        (
+            {"query_y": [1]},
+            "TaskBatch: query_y is a list, not a tensor: give torch.as_tensor(query_y)",
+        ),
         (
             {"support_y": torch.zeros(2)},
             "TaskBatch: support_y has shape (2,): give (tasks, examples, ...) with at least one task and one example",
@@ -86,7 +94,10 @@ def test_values_that_are_not_finite_are_found(bad: float) -> None:
     query_x[1, 4, 2] = bad
     with pytest.raises(RunError) as error:
         TaskBatch(**parts(query_x=query_x)).check_values(None)
-    assert str(error.value) == "query_x of task 1 holds NaN or Inf, on which no loss is defined: clean the data of that task"
+    assert (
+        str(error.value)
+        == "query_x of task 1 holds NaN or Inf, on which no loss is defined: clean the data of that task"
+    )
 
 
 def test_targets_that_are_not_finite_are_found() -> None:
@@ -114,7 +125,9 @@ def test_batches_are_stacked_in_their_order_and_unequal_sizes_refused() -> None:
     stacked = TaskBatch.stack([one, other])
     assert stacked.num_tasks == 4
     assert torch.equal(stacked.support_x, torch.cat([one.support_x, other.support_x]))
-    larger = TaskBatch(**parts(query_x=torch.zeros(2, 6, 4), query_y=torch.zeros(2, 6, dtype=torch.int64)))
+    larger = TaskBatch(
+        **parts(query_x=torch.zeros(2, 6, 4), query_y=torch.zeros(2, 6, dtype=torch.int64))
+    )
     with pytest.raises(RequestError) as error:
         TaskBatch.stack([one, larger])
     assert str(error.value) == (
@@ -122,5 +135,7 @@ def test_batches_are_stacked_in_their_order_and_unequal_sizes_refused() -> None:
         "size, as padding would count in batch norm and in every mean over examples: draw tasks of one size, or put those of another into "
         "batches of their own"
     )
-    with pytest.raises(RequestError, match=r"^TaskBatch.stack: there is no task: give at least one$"):
+    with pytest.raises(
+        RequestError, match=r"^TaskBatch.stack: there is no task: give at least one$"
+    ):
         TaskBatch.stack([])

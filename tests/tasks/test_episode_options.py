@@ -18,18 +18,42 @@ COUNT = 7
 CLASSES = 12
 
 
-def stream(*, split: str = "train", ways: int = 3, shots: int = 2, queries: int = 3, seed: int = 0, **options: Any) -> ImageEpisodes:
+def stream(
+    *,
+    split: str = "train",
+    ways: int = 3,
+    shots: int = 2,
+    queries: int = 3,
+    seed: int = 0,
+    **options: Any,
+) -> ImageEpisodes:
     """Twelve classes of seven 5 x 5 images, in super-classes of 3, 4 and 5; the middle pixel is the class, every other one is its own."""
     generator = torch.Generator().manual_seed(1)
-    images = torch.randint(100, 256, (CLASSES * COUNT, 1, SIDE, SIDE), dtype=torch.uint8, generator=generator)
-    images[:, 0, SIDE // 2, SIDE // 2] = torch.arange(CLASSES, dtype=torch.uint8).repeat_interleave(COUNT)
+    images = torch.randint(
+        100, 256, (CLASSES * COUNT, 1, SIDE, SIDE), dtype=torch.uint8, generator=generator
+    )
+    images[:, 0, SIDE // 2, SIDE // 2] = torch.arange(CLASSES, dtype=torch.uint8).repeat_interleave(
+        COUNT
+    )
     names = tuple(f"class {index}" for index in range(CLASSES))
-    classes = ClassImages(names, images, (COUNT,) * CLASSES, superclasses=("a",) * 3 + ("b",) * 4 + ("c",) * 5)
-    return ImageEpisodes(classes, split=split, ways=ways, shots=shots, queries=queries, seed=seed, options=EpisodeOptions(**options))
+    classes = ClassImages(
+        names, images, (COUNT,) * CLASSES, superclasses=("a",) * 3 + ("b",) * 4 + ("c",) * 5
+    )
+    return ImageEpisodes(
+        classes,
+        split=split,
+        ways=ways,
+        shots=shots,
+        queries=queries,
+        seed=seed,
+        options=EpisodeOptions(**options),
+    )
 
 
 def same(one: TaskBatch, other: TaskBatch) -> bool:
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in TaskBatch.__slots__)
+    return all(
+        torch.equal(getattr(one, name), getattr(other, name)) for name in TaskBatch.__slots__
+    )
 
 
 def images_of(batch: TaskBatch, ways: int) -> torch.Tensor:
@@ -60,17 +84,29 @@ def test_every_superclass_that_is_large_enough_is_drawn_from() -> None:
 
 @given(SEEDS)
 def test_rotation_turns_a_class_as_a_whole_and_changes_nothing_else(seed: int) -> None:
-    plain, turned = (images_of(stream(seed=seed, rotate=rotate).batch(2, range(4)), 3) for rotate in (False, True))
+    plain, turned = (
+        images_of(stream(seed=seed, rotate=rotate).batch(2, range(4)), 3)
+        for rotate in (False, True)
+    )
     for task in range(4):
         for way in range(3):
-            quarters = [quarter for quarter in range(4) if torch.equal(torch.rot90(plain[task, way], quarter, (-2, -1)), turned[task, way])]
+            quarters = [
+                quarter
+                for quarter in range(4)
+                if torch.equal(torch.rot90(plain[task, way], quarter, (-2, -1)), turned[task, way])
+            ]
             assert len(quarters) == 1
 
 
 def test_all_four_rotations_and_both_mirrors_occur() -> None:
     plain = images_of(stream().batch(0, range(40)), 3)
-    turned, mirrored = (images_of(stream(**{option: True}).batch(0, range(40)), 3) for option in ("rotate", "flip"))
-    shares = [float((torch.rot90(plain, quarter, (-2, -1)) == turned).flatten(2).all(2).float().mean()) for quarter in range(4)]
+    turned, mirrored = (
+        images_of(stream(**{option: True}).batch(0, range(40)), 3) for option in ("rotate", "flip")
+    )
+    shares = [
+        float((torch.rot90(plain, quarter, (-2, -1)) == turned).flatten(2).all(2).float().mean())
+        for quarter in range(4)
+    ]
     assert sum(shares) == pytest.approx(1)
     assert min(shares) > 0.12
     kept = (plain == mirrored).flatten(2).all(2)
@@ -79,7 +115,9 @@ def test_all_four_rotations_and_both_mirrors_occur() -> None:
 
 
 def test_shifts_are_each_images_own_and_stay_within_their_bound() -> None:
-    plain, moved = (images_of(stream(shift=shift).batch(0, range(6)), 3).flatten(0, 2) for shift in (0, 2))
+    plain, moved = (
+        images_of(stream(shift=shift).batch(0, range(6)), 3).flatten(0, 2) for shift in (0, 2)
+    )
     seen = set()
     for before, after in zip(plain, moved, strict=True):
         fits = [
@@ -108,7 +146,9 @@ def test_rotated_turns_counter_clockwise() -> None:
 
 
 @given(SEEDS, st.integers(0, 50))
-def test_sizes_within_bounds_are_one_for_a_batch_and_depend_on_the_iteration_alone(seed: int, iteration: int) -> None:
+def test_sizes_within_bounds_are_one_for_a_batch_and_depend_on_the_iteration_alone(
+    seed: int, iteration: int
+) -> None:
     tasks = stream(seed=seed, train_ways=(2, 4), train_shots=(1, 3))
     batch = tasks.batch(iteration, range(3))
     ways, shots = int(batch.support_y.max()) + 1, int((batch.support_y[0] == 0).sum())
@@ -116,7 +156,10 @@ def test_sizes_within_bounds_are_one_for_a_batch_and_depend_on_the_iteration_alo
     assert 1 <= shots <= 3
     assert batch.support_x.shape[:2] == (3, ways * shots)
     assert batch.query_x.shape[:2] == (3, ways * 3)
-    assert same(tasks.batch(iteration, [2]), TaskBatch(*(getattr(batch, name)[2:] for name in TaskBatch.__slots__)))
+    assert same(
+        tasks.batch(iteration, [2]),
+        TaskBatch(*(getattr(batch, name)[2:] for name in TaskBatch.__slots__)),
+    )
 
 
 def test_every_size_within_bounds_occurs() -> None:
@@ -141,21 +184,34 @@ OPTIONS = st.fixed_dictionaries(
 
 
 @given(OPTIONS, SEEDS, st.integers(0, 1000))
-def test_a_task_depends_on_its_place_alone_whatever_the_options(options: dict[str, Any], seed: int, iteration: int) -> None:
+def test_a_task_depends_on_its_place_alone_whatever_the_options(
+    options: dict[str, Any], seed: int, iteration: int
+) -> None:
     tasks = stream(seed=seed, **options)
     whole = tasks.batch(iteration, [5, 0, 9])
     for place, index in enumerate([5, 0, 9]):
-        assert same(tasks.batch(iteration, [index]), TaskBatch(*(getattr(whole, name)[place : place + 1] for name in TaskBatch.__slots__)))
+        assert same(
+            tasks.batch(iteration, [index]),
+            TaskBatch(*(getattr(whole, name)[place : place + 1] for name in TaskBatch.__slots__)),
+        )
     assert same(stream(seed=seed, **options).batch(iteration, [5, 0, 9]), whole)
-    assert not same(stream(seed=seed + 1, **options).batch(iteration, range(6)), tasks.batch(iteration, range(6)))
+    assert not same(
+        stream(seed=seed + 1, **options).batch(iteration, range(6)),
+        tasks.batch(iteration, range(6)),
+    )
 
 
 @given(OPTIONS, SEEDS, st.integers(0, 1000))
-def test_no_class_of_one_split_appears_in_another_whatever_the_options(options: dict[str, Any], seed: int, iteration: int) -> None:
+def test_no_class_of_one_split_appears_in_another_whatever_the_options(
+    options: dict[str, Any], seed: int, iteration: int
+) -> None:
     """Every image of a split has that split's own brightness, which no augmentation changes but to zero."""
     level = {"train": 50, "val": 100, "test": 200}
     splits = {
-        split: {f"{split}/{index}": torch.full((6, 1, 4, 4), value, dtype=torch.uint8) for index in range(4)}
+        split: {
+            f"{split}/{index}": torch.full((6, 1, 4, 4), value, dtype=torch.uint8)
+            for index in range(4)
+        }
         for split, value in level.items()
     }
     if options["within"]:
@@ -170,12 +226,18 @@ def test_no_class_of_one_split_appears_in_another_whatever_the_options(options: 
 
 def test_validation_and_test_tasks_are_not_augmented_and_keep_their_size() -> None:
     splits = {
-        split: {f"{split}/{index}": torch.randint(0, 256, (6, 1, 4, 4), dtype=torch.uint8) for index in range(4)}
+        split: {
+            f"{split}/{index}": torch.randint(0, 256, (6, 1, 4, 4), dtype=torch.uint8)
+            for index in range(4)
+        }
         for split in ("train", "val", "test")
     }
     plain, augmented = (
         ArrayTasks(**splits, ways=2, shots=1, queries=2, **options)
-        for options in ({}, {"rotate": True, "flip": True, "shift": 1, "train_ways": (2, 4), "train_shots": (1, 3)})
+        for options in (
+            {},
+            {"rotate": True, "flip": True, "shift": 1, "train_ways": (2, 4), "train_shots": (1, 3)},
+        )
     )
     for split in ("val", "test"):
         assert same(*(getattr(tasks, split).batch(3, range(4)) for tasks in (plain, augmented)))
@@ -191,7 +253,10 @@ def test_validation_and_test_tasks_are_not_augmented_and_keep_their_size() -> No
             "6-way tasks within one super-class need 6 classes of one, but the largest of the train split, 'c', has 5: "
             "lower ways, or leave within out",
         ),
-        ({"train_ways": (2, 13)}, "13-way tasks need 13 classes, but the train split has 12: lower ways, or give that split more classes"),
+        (
+            {"train_ways": (2, 13)},
+            "13-way tasks need 13 classes, but the train split has 12: lower ways, or give that split more classes",
+        ),
         (
             {"train_shots": (1, 5)},
             "5 shots and 3 queries need 8 images of every class, but the class 'class 0' of the train split has 7: "
@@ -199,7 +264,9 @@ def test_validation_and_test_tasks_are_not_augmented_and_keep_their_size() -> No
         ),
     ],
 )
-def test_options_that_the_classes_cannot_meet_are_refused(options: dict[str, Any], text: str) -> None:
+def test_options_that_the_classes_cannot_meet_are_refused(
+    options: dict[str, Any], text: str
+) -> None:
     with pytest.raises(RequestError) as error:
         stream(**options)
     assert str(error.value) == text
@@ -208,7 +275,10 @@ def test_options_that_the_classes_cannot_meet_are_refused(options: dict[str, Any
 def test_options_of_the_wrong_form_are_refused() -> None:
     images = {f"{index}": torch.zeros(4, 1, 2, 3, dtype=torch.uint8) for index in range(12)}
     names = list(images)
-    splits = {split: {name: images[name] for name in names[start::3]} for start, split in enumerate(("train", "val", "test"))}
+    splits = {
+        split: {name: images[name] for name in names[start::3]}
+        for start, split in enumerate(("train", "val", "test"))
+    }
     for options, text in (
         (
             {"rotate": True},
@@ -219,7 +289,10 @@ def test_options_of_the_wrong_form_are_refused() -> None:
             "within draws tasks from one super-class, but the classes of the train split have none: leave it out, "
             "or give classes that stand in folders of their super-class",
         ),
-        ({"train_ways": (4, 2)}, "array tasks: train_ways = [4, 2]: give the fewest first, at least 2"),
+        (
+            {"train_ways": (4, 2)},
+            "array tasks: train_ways = [4, 2]: give the fewest first, at least 2",
+        ),
         ({"rotates": True}, "array tasks: unknown field 'rotates': did you mean 'rotate'?"),
         ({"shift": -1}, "array tasks: shift = -1: input should be greater than or equal to 0"),
     ):

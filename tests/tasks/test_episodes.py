@@ -17,12 +17,24 @@ from metaplug.tasks.draws import distinct, draw, uniform
 SEEDS = st.integers(-(2**70), 2**70)
 
 
-def stream(*, seed: int = 0, split: str = "train", ways: int = 3, shots: int = 2, queries: int = 4, styles: bool = False) -> ImageEpisodes:
+def stream(
+    *,
+    seed: int = 0,
+    split: str = "train",
+    ways: int = 3,
+    shots: int = 2,
+    queries: int = 4,
+    styles: bool = False,
+) -> ImageEpisodes:
     """Six classes of 6 to 11 images of 1 x 2 pixels: the first the class, the second the image's place in it."""
     counts = (6, 7, 8, 9, 10, 11)
-    pixels = np.array([[label, image] for label, count in enumerate(counts) for image in range(count)], np.uint8)
+    pixels = np.array(
+        [[label, image] for label, count in enumerate(counts) for image in range(count)], np.uint8
+    )
     groups = pixels[:, 1].astype(np.int64) % 3 if styles else None
-    classes = ClassImages(tuple("abcdef"), torch.from_numpy(pixels).reshape(-1, 1, 1, 2), counts, groups)
+    classes = ClassImages(
+        tuple("abcdef"), torch.from_numpy(pixels).reshape(-1, 1, 1, 2), counts, groups
+    )
     return ImageEpisodes(classes, split=split, ways=ways, shots=shots, queries=queries, seed=seed)
 
 
@@ -43,8 +55,15 @@ def identity(images: torch.Tensor) -> np.ndarray:
     return (images * 255).round().long().flatten(2).numpy()
 
 
-@given(SEEDS, st.integers(0, 10**12), st.lists(st.integers(0, 10**9), min_size=1, max_size=6), st.booleans())
-def test_a_task_does_not_depend_on_its_batch_mates(seed: int, iteration: int, indices: list[int], styles: bool) -> None:
+@given(
+    SEEDS,
+    st.integers(0, 10**12),
+    st.lists(st.integers(0, 10**9), min_size=1, max_size=6),
+    st.booleans(),
+)
+def test_a_task_does_not_depend_on_its_batch_mates(
+    seed: int, iteration: int, indices: list[int], styles: bool
+) -> None:
     tasks = stream(seed=seed, styles=styles)
     batch = tasks.batch(iteration, indices)
     for place, index in enumerate(indices):
@@ -81,7 +100,9 @@ def test_seed_split_iteration_and_index_each_make_another_task() -> None:
 
 def test_a_task_is_the_same_in_another_process() -> None:
     script = "from metaplug.tasks.draws import draw; print(draw(3, 'train', 5, [2, 9], 4).tolist())"
-    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
     assert printed.strip() == str(draw(3, "train", 5, [2, 9], 4).tolist())
 
 
@@ -135,7 +156,14 @@ def test_uniform_numbers_fill_their_range() -> None:
 
 def test_float_images_are_given_as_they_are() -> None:
     images = torch.rand(4 * 8, 3, 2, 2)
-    tasks = ImageEpisodes(ClassImages(tuple("abcd"), images, (8,) * 4), split="test", ways=2, shots=1, queries=2, seed=0)
+    tasks = ImageEpisodes(
+        ClassImages(tuple("abcd"), images, (8,) * 4),
+        split="test",
+        ways=2,
+        shots=1,
+        queries=2,
+        seed=0,
+    )
     drawn = tasks.batch(0, range(3)).query_x.flatten(0, 1)
     assert all((images == image).flatten(1).all(1).any() for image in drawn)
 
@@ -150,7 +178,10 @@ def test_a_moved_stream_makes_the_same_tasks_there() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"ways": 7}, "7-way tasks need 7 classes, but the train split has 6: lower ways, or give that split more classes"),
+        (
+            {"ways": 7},
+            "7-way tasks need 7 classes, but the train split has 6: lower ways, or give that split more classes",
+        ),
         (
             {"shots": 3},
             "3 shots and 4 queries need 7 images of every class, but the class 'a' of the train split has 6: "
@@ -160,7 +191,9 @@ def test_a_moved_stream_makes_the_same_tasks_there() -> None:
         ({"queries": 0}, "tasks: queries = 0: input should be greater than or equal to 1"),
     ],
 )
-def test_sizes_that_the_classes_cannot_give_are_refused(sizes: dict[str, int], message: str) -> None:
+def test_sizes_that_the_classes_cannot_give_are_refused(
+    sizes: dict[str, int], message: str
+) -> None:
     with pytest.raises(RequestError) as error:
         stream(**sizes)
     assert str(error.value) == message
@@ -176,7 +209,12 @@ def test_sizes_that_the_classes_cannot_give_are_refused(sizes: dict[str, int], m
             "class images: 2 names and 2 images in 2 counts do not fit images of shape (3, 1, 2, 2): "
             "give one count a class and images (N, channels, height, width)",
         ),
-        ("aa", torch.zeros(2, 1, 2, 2), (1, 1), "class images: the class 'a' stands twice in one split: join its images or rename one"),
+        (
+            "aa",
+            torch.zeros(2, 1, 2, 2),
+            (1, 1),
+            "class images: the class 'a' stands twice in one split: join its images or rename one",
+        ),
         (
             "ab",
             torch.zeros(2, 1, 2, 2, dtype=torch.int64),
@@ -191,7 +229,9 @@ def test_sizes_that_the_classes_cannot_give_are_refused(sizes: dict[str, int], m
         ),
     ],
 )
-def test_class_images_that_do_not_fit_are_refused(names: str, images: torch.Tensor, counts: tuple[int, ...], message: str) -> None:
+def test_class_images_that_do_not_fit_are_refused(
+    names: str, images: torch.Tensor, counts: tuple[int, ...], message: str
+) -> None:
     with pytest.raises(RequestError) as error:
         ClassImages(tuple(names), images, counts)
     assert str(error.value) == message
@@ -200,7 +240,10 @@ def test_class_images_that_do_not_fit_are_refused(names: str, images: torch.Tens
 def test_styles_that_do_not_fit_are_refused() -> None:
     with pytest.raises(RequestError) as error:
         ClassImages(("a",), torch.zeros(2, 1, 2, 2), (2,), np.zeros(3, np.int64))
-    assert str(error.value) == "class images: styles of shape (3,) for 2 images: give one style an image"
+    assert (
+        str(error.value)
+        == "class images: styles of shape (3,) for 2 images: give one style an image"
+    )
 
 
 def arrays(names: str) -> dict[str, np.ndarray]:
@@ -208,9 +251,15 @@ def arrays(names: str) -> dict[str, np.ndarray]:
 
 
 def test_arrays_become_a_source() -> None:
-    source = ArrayTasks(train=arrays("abcd"), val=arrays("ef"), test=arrays("gh"), ways=2, shots=1, queries=5)
+    source = ArrayTasks(
+        train=arrays("abcd"), val=arrays("ef"), test=arrays("gh"), ways=2, shots=1, queries=5
+    )
     assert (source.kind, source.input_shape, source.outputs) == ("classification", (1, 4, 4), 2)
-    assert [stream.split for stream in (source.train, source.val, source.test)] == ["train", "val", "test"]
+    assert [stream.split for stream in (source.train, source.val, source.test)] == [
+        "train",
+        "val",
+        "test",
+    ]
     batch = source.test.batch(0, range(2))
     assert set((batch.support_x * 255).round().unique().tolist()) == {ord("g"), ord("h")}
     assert source.describe() == {
@@ -219,7 +268,11 @@ def test_arrays_become_a_source() -> None:
         "outputs": 2,
         "origin": "arrays given in Python",
         "licence": "not stated",
-        "splits": {"train": {"classes": 4, "images": 24}, "val": {"classes": 2, "images": 12}, "test": {"classes": 2, "images": 12}},
+        "splits": {
+            "train": {"classes": 4, "images": 24},
+            "val": {"classes": 2, "images": 12},
+            "test": {"classes": 2, "images": 12},
+        },
     }
 
 
@@ -242,7 +295,13 @@ def test_splits_of_different_shape_are_refused() -> None:
 
 def test_an_array_unlike_the_first_is_refused() -> None:
     with pytest.raises(RequestError) as error:
-        ArrayTasks(train=arrays("ab") | {"c": np.zeros((6, 4, 4), np.uint8)}, val=arrays("de"), test=arrays("fg"), ways=2, queries=5)
+        ArrayTasks(
+            train=arrays("ab") | {"c": np.zeros((6, 4, 4), np.uint8)},
+            val=arrays("de"),
+            test=arrays("fg"),
+            ways=2,
+            queries=5,
+        )
     assert str(error.value) == (
         "the class 'c' of the train split has torch.uint8 images of shape (6, 4, 4), the class 'a' torch.uint8 images of (6, 1, 4, 4): "
         "give every class (n, channels, height, width) of one size and dtype"
@@ -252,4 +311,7 @@ def test_an_array_unlike_the_first_is_refused() -> None:
 def test_an_empty_split_is_refused() -> None:
     with pytest.raises(RequestError) as error:
         ArrayTasks(train=arrays("ab"), val={}, test=arrays("fg"), ways=2, queries=5)
-    assert str(error.value) == "the val split has no class: give at least as many as the ways of a task"
+    assert (
+        str(error.value)
+        == "the val split has no class: give at least as many as the ways of a task"
+    )

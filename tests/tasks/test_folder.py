@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from metaplug.errors import RequestError
-from metaplug.tasks import Folder, folder
+from metaplug.tasks import Folder
+from metaplug.tasks.images import folder
 
 OMNIGLOT = Path(__file__).parents[3] / "shared" / "data" / "omniglot"
 SIZES = {"ways": 2, "shots": 1, "queries": 1}
@@ -91,7 +92,12 @@ def test_hidden_and_other_files_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_the_root_of_a_zip_is_the_folder_around_everything(tmp_path: Path) -> None:
-    members = [f"set/{split}/{split}{letter}/{i}.png" for split in ("train", "val", "test") for letter in "ab" for i in range(2)]
+    members = [
+        f"set/{split}/{split}{letter}/{i}.png"
+        for split in ("train", "val", "test")
+        for letter in "ab"
+        for i in range(2)
+    ]
     source = Folder(write_zip(tmp_path / "set.zip", members), **SIZES)
     assert names(source) == [["traina", "trainb"], ["vala", "valb"], ["testa", "testb"]]
 
@@ -100,14 +106,24 @@ def test_a_zip_reads_like_the_folder_it_was_made_of(tmp_path: Path) -> None:
     write(tmp_path / "data", "abcdef")
     shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "data")
     share = (0.4, 0.3, 0.3)
-    one, other = (Folder(tmp_path / name, **SIZES, fractions=share) for name in ("data", "packed.zip"))
+    one, other = (
+        Folder(tmp_path / name, **SIZES, fractions=share) for name in ("data", "packed.zip")
+    )
     assert names(one) == names(other)
     assert torch.equal(one.train.classes.images, other.train.classes.images)
 
 
 def test_several_zips_are_one_set_and_a_class_twice_counts_once(tmp_path: Path) -> None:
-    write_zip(tmp_path / "one.zip", [f"one/{c}/{i}.png" for c in "abcd" for i in range(2)], lambda number: png(1 + number))
-    write_zip(tmp_path / "two.zip", [f"two/{c}/{i}.png" for c in "cdef" for i in range(2)], lambda number: png(5 + number))
+    write_zip(
+        tmp_path / "one.zip",
+        [f"one/{c}/{i}.png" for c in "abcd" for i in range(2)],
+        lambda number: png(1 + number),
+    )
+    write_zip(
+        tmp_path / "two.zip",
+        [f"two/{c}/{i}.png" for c in "cdef" for i in range(2)],
+        lambda number: png(5 + number),
+    )
     source = Folder(tmp_path, **SIZES, fractions=(0.4, 0.3, 0.3))
     assert sorted(chain.from_iterable(names(source))) == list("abcdef")
     assert source.describe()["splits"]["train"] == {"classes": 2, "images": 4}
@@ -127,16 +143,26 @@ def test_a_class_twice_with_other_images_is_refused(tmp_path: Path) -> None:
 
 def test_a_name_in_the_splits_takes_all_below_it(tmp_path: Path) -> None:
     write(tmp_path, ["x/a", "x/b", "xy/c", "xy/d", "z/e", "z/f", "w/g"])
-    (tmp_path / "splits.json").write_text('{"train": ["x"], "val": ["xy/c", "xy/d"], "test": ["z"]}')
+    (tmp_path / "splits.json").write_text(
+        '{"train": ["x"], "val": ["xy/c", "xy/d"], "test": ["z"]}'
+    )
     assert names(Folder(tmp_path, **SIZES)) == [["x/a", "x/b"], ["xy/c", "xy/d"], ["z/e", "z/f"]]
 
 
 def test_splits_may_stand_beside_a_zip_or_be_named(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "set.zip", [f"{c}/{i}.png" for c in "abcdef" for i in range(2)])
-    (tmp_path / "splits.json").write_text('{"train": ["a", "b"], "val": ["c", "d"], "test": ["e", "f"]}')
-    (tmp_path / "other.json").write_text('{"train": ["e", "f"], "val": ["c", "d"], "test": ["a", "b"]}')
+    (tmp_path / "splits.json").write_text(
+        '{"train": ["a", "b"], "val": ["c", "d"], "test": ["e", "f"]}'
+    )
+    (tmp_path / "other.json").write_text(
+        '{"train": ["e", "f"], "val": ["c", "d"], "test": ["a", "b"]}'
+    )
     assert names(Folder(path, **SIZES)) == [["a", "b"], ["c", "d"], ["e", "f"]]
-    assert names(Folder(path, **SIZES, splits=tmp_path / "other.json")) == [["e", "f"], ["c", "d"], ["a", "b"]]
+    assert names(Folder(path, **SIZES, splits=tmp_path / "other.json")) == [
+        ["e", "f"],
+        ["c", "d"],
+        ["a", "b"],
+    ]
 
 
 FORM = '{"train": [names], "val": [names], "test": [names]}'
@@ -145,16 +171,25 @@ FORM = '{"train": [names], "val": [names], "test": [names]}'
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"train": ["a", "lather"], "val": ["b"], "test": ["c"]}', ", train: unknown class 'lather': did you mean 'leather'?"),
+        (
+            '{"train": ["a", "lather"], "val": ["b"], "test": ["c"]}',
+            ", train: unknown class 'lather': did you mean 'leather'?",
+        ),
         (
             '{"train": ["a", "b"], "val": ["a"], "test": ["c"]}',
             "the class 'a' stands in the train and in the val split, so it would not be new to the model: keep it in one",
         ),
-        ('{"train": ["a"], "valid": ["b"], "test": ["c"]}', ": unknown split 'valid': did you mean 'val'?"),
+        (
+            '{"train": ["a"], "valid": ["b"], "test": ["c"]}',
+            ": unknown split 'valid': did you mean 'val'?",
+        ),
         ('{"train": ["a"], "test": ["c"]}', f" do not name 'val': write {FORM}"),
         ('{"train": "a"}', f" are not lists of class names by split: write {FORM}"),
         ("[1]", f" are not lists of class names by split: write {FORM}"),
-        ("{", f" are not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)): write {FORM}"),
+        (
+            "{",
+            f" are not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)): write {FORM}",
+        ),
     ],
 )
 def test_wrong_splits_are_refused(content: str, message: str, tmp_path: Path) -> None:
@@ -227,7 +262,9 @@ def test_colour_has_three_channels_and_stays(split_folder: Path) -> None:
 
 def test_a_transparent_ground_is_paper(split_folder: Path) -> None:
     Image.new("RGBA", (6, 6), (0, 0, 0, 0)).save(split_folder / "train" / "a" / "0.png")
-    assert Folder(split_folder, **SIZES, invert=False).train.classes.images[0].unique().tolist() == [255]
+    assert Folder(split_folder, **SIZES, invert=False).train.classes.images[
+        0
+    ].unique().tolist() == [255]
 
 
 def test_images_keep_their_size_where_asked(split_folder: Path) -> None:
@@ -273,7 +310,11 @@ def test_an_image_beside_the_classes_of_a_split_is_named(split_folder: Path) -> 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "no known image format"), (b"no image", "no known image format"), (png(size=(60, 60))[:-40], "")],
+    [
+        (b"", "no known image format"),
+        (b"no image", "no known image format"),
+        (png(size=(60, 60))[:-40], ""),
+    ],
 )
 def test_an_unreadable_image_is_named(content: bytes, reason: str, split_folder: Path) -> None:
     path = split_folder / "val" / "d" / "1.png"
@@ -285,7 +326,11 @@ def test_an_unreadable_image_is_named(content: bytes, reason: str, split_folder:
 
 def test_an_unreadable_image_in_a_zip_is_named(tmp_path: Path) -> None:
     members = [f"{c}/{i}.png" for c in "abcdef" for i in range(2)]
-    path = write_zip(tmp_path / "set.zip", members, lambda number: b"no image" if members[number] == "d/1.png" else png())
+    path = write_zip(
+        tmp_path / "set.zip",
+        members,
+        lambda number: b"no image" if members[number] == "d/1.png" else png(),
+    )
     assert message_of(lambda: Folder(path, **SIZES, fractions=(0.4, 0.3, 0.3))) == (
         f"the image {path}/d/1.png cannot be read (no known image format): replace it, or remove it"
     )
@@ -303,7 +348,8 @@ def test_an_image_of_too_many_pixels_is_refused_unread(split_folder: Path) -> No
     header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 0, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
     content = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
     )
     path = split_folder / "test" / "e" / "0.png"
     path.write_bytes(content)
@@ -312,10 +358,16 @@ def test_an_image_of_too_many_pixels_is_refused_unread(split_folder: Path) -> No
     )
 
 
-def test_a_member_of_too_many_bytes_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_member_of_too_many_bytes_is_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(folder, "_MOST_BYTES", 1000)
     members = [f"{c}/{i}.png" for c in "abcdef" for i in range(2)]
-    path = write_zip(tmp_path / "set.zip", members, lambda number: bytes(1001) if members[number] == "d/1.png" else png())
+    path = write_zip(
+        tmp_path / "set.zip",
+        members,
+        lambda number: bytes(1001) if members[number] == "d/1.png" else png(),
+    )
     assert message_of(lambda: Folder(path, **SIZES, fractions=(0.4, 0.3, 0.3))) == (
         f"the image {path}/d/1.png has 1001 bytes, more than the 1000 that are read: make it smaller, or remove it"
     )
@@ -330,7 +382,9 @@ def test_an_empty_or_truncated_zip_is_named(keep: int, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("member", ["../out.png", "a/../../out.png", "/etc/out.png", "C:/out.png", "a\\..\\out.png"])
+@pytest.mark.parametrize(
+    "member", ["../out.png", "a/../../out.png", "/etc/out.png", "C:/out.png", "a\\..\\out.png"]
+)
 def test_a_zip_that_points_outside_is_refused(member: str, tmp_path: Path) -> None:
     path = write_zip(tmp_path / "set.zip", ["a/0.png", member])
     assert message_of(lambda: Folder(path, **SIZES)) == (
@@ -359,13 +413,18 @@ def test_a_damaged_member_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_setting_is_refused(tmp_path: Path) -> None:
-    assert message_of(lambda: Folder(tmp_path, **SIZES, sise=28)) == "folder: unknown field 'sise': did you mean 'size'?"
+    assert (
+        message_of(lambda: Folder(tmp_path, **SIZES, sise=28))
+        == "folder: unknown field 'sise': did you mean 'size'?"
+    )
 
 
 # Real data
 
 
-@pytest.mark.skipif(not OMNIGLOT.is_dir(), reason="the Omniglot images are not at ../shared/data/omniglot")
+@pytest.mark.skipif(
+    not OMNIGLOT.is_dir(), reason="the Omniglot images are not at ../shared/data/omniglot"
+)
 def test_omniglot_reads_without_options() -> None:
     source = Folder(OMNIGLOT)
     assert source.describe()["splits"] == {

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from metaplug.errors import RequestError, RunError
-from metaplug.tasks import Glyphs, ImageEpisodes, glyph_rendering, glyphs
-from metaplug.tasks.glyph_rendering import UPRIGHT, draw_letter, load_faces, warp
+from metaplug.tasks import Glyphs, ImageEpisodes
+from metaplug.tasks.glyphs import rendering as glyph_rendering
+from metaplug.tasks.glyphs import source as glyphs
+from metaplug.tasks.glyphs.rendering import UPRIGHT, draw_letter, load_faces, warp
 
 TABLE = json.loads(glyphs.TABLE_PATH.read_text(encoding="utf-8"))
 
@@ -33,7 +35,11 @@ def _use_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _small_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five letters a split and an empty cache of its own, where a test renders more than once."""
     small = json.loads(json.dumps(TABLE))
-    small["plain"] = {"train": {"ffff": "abdeg"}, "val": {"ffff": "αβδζθ"}, "test": {"0fff": "ԱԲԳԴԵ"}}
+    small["plain"] = {
+        "train": {"ffff": "abdeg"},
+        "val": {"ffff": "αβδζθ"},
+        "test": {"0fff": "ԱԲԳԴԵ"},
+    }
     small["pixels"]["plain"] = "a93ce6327545a18cc3d74fc61539ba171d2633dfe385531e66ca533dd5313032"
     path = tmp_path / "table.json"
     path.write_text(json.dumps(small), encoding="utf-8")
@@ -68,15 +74,25 @@ def test_the_data_set_is_described() -> None:
 
 def test_every_split_has_its_own_scripts() -> None:
     source = Glyphs()
-    scripts = [{name.split(" ")[0] for name in stream.classes.names} for stream in (source.train, source.val, source.test)]
+    scripts = [
+        {name.split(" ")[0] for name in stream.classes.names}
+        for stream in (source.train, source.val, source.test)
+    ]
     assert scripts == [{"LATIN", "CYRILLIC"}, {"GREEK", "LAO"}, {"GEORGIAN", "ARMENIAN"}]
 
 
 def test_plain_letters_are_the_same_with_accented_ones() -> None:
-    letters = {group: {letter for split in TABLE[group].values() for part in split.values() for letter in part} for group in glyphs.GROUPS}
+    letters = {
+        group: {
+            letter for split in TABLE[group].values() for part in split.values() for letter in part
+        }
+        for group in glyphs.GROUPS
+    }
     assert (len(letters["plain"]), len(letters["accented"])) == (570, 299)
     assert all(unicodedata.normalize("NFKD", letter) == letter for letter in letters["plain"])
-    assert not any(unicodedata.normalize("NFKD", letter) == letter for letter in letters["accented"])
+    assert not any(
+        unicodedata.normalize("NFKD", letter) == letter for letter in letters["accented"]
+    )
 
 
 def test_every_image_has_ink_and_a_margin() -> None:
@@ -99,7 +115,9 @@ def test_every_class_has_all_its_faces() -> None:
 
 @pytest.mark.parametrize(("ways", "accuracy"), [(5, 0.64), (20, 0.41)])
 def test_pixels_alone_do_not_solve_the_test_tasks(ways: int, accuracy: float) -> None:
-    assert nearest_neighbour_accuracy(Glyphs(ways=ways).test, 300) == pytest.approx(accuracy, abs=0.04)
+    assert nearest_neighbour_accuracy(Glyphs(ways=ways).test, 300) == pytest.approx(
+        accuracy, abs=0.04
+    )
 
 
 def test_support_and_query_come_from_different_faces() -> None:
@@ -152,7 +170,9 @@ def test_a_damaged_cache_is_rendered_anew(damage: str, caplog: pytest.LogCapture
         case "exchanged":
             path.write_bytes(whole[:32] + zlib.compress(content[::-1]))
         case "longer":  # by all the memory that there is, were it unpacked
-            path.write_bytes(hashlib.sha256(content).digest() + zlib.compress(content + bytes(2**26)))
+            path.write_bytes(
+                hashlib.sha256(content).digest() + zlib.compress(content + bytes(2**26))
+            )
     with caplog.at_level(logging.INFO, "metaplug"):
         again = images(Glyphs())
     assert all(torch.equal(one, other) for one, other in zip(again, first, strict=True))
@@ -187,26 +207,38 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_small_table")
 def test_other_pixels_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(glyph_rendering, "_SHIFT", 5)
-    with pytest.warns(UserWarning, match="^the plain letters differ in some pixels from the tested ones"):
+    with pytest.warns(
+        UserWarning, match="^the plain letters differ in some pixels from the tested ones"
+    ):
         Glyphs()
 
 
-@pytest.mark.parametrize(("content", "reason"), [(None, "is missing"), (b"another", "is not the file that the data set was made with")])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "is missing"), (b"another", "is not the file that the data set was made with")],
+)
 @pytest.mark.usefixtures("_small_table")
-def test_other_fonts_are_an_error(content: bytes | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_fonts_are_an_error(
+    content: bytes | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "DejaVuSans.ttf"
     if content is not None:
         path.write_bytes(content)
     monkeypatch.setattr(glyph_rendering, "font_folder", lambda: tmp_path)
     with pytest.raises(RunError) as error:
         Glyphs()
-    assert str(error.value).startswith(f"glyphs are drawn with matplotlib's fonts, but {path} {reason}: install matplotlib")
+    assert str(error.value).startswith(
+        f"glyphs are drawn with matplotlib's fonts, but {path} {reason}: install matplotlib"
+    )
 
 
 def test_more_ways_than_letters_are_refused() -> None:
     with pytest.raises(RequestError) as error:
         Glyphs(ways=100)
-    assert str(error.value) == "100-way tasks need 100 classes, but the val split has 72: lower ways, or give that split more classes"
+    assert (
+        str(error.value)
+        == "100-way tasks need 100 classes, but the val split has 72: lower ways, or give that split more classes"
+    )
 
 
 def test_an_unknown_setting_is_refused() -> None:
@@ -225,6 +257,6 @@ def test_accented_letters_come_on_top() -> None:
 
 @pytest.mark.slow
 def test_the_table_is_what_its_script_selects() -> None:
-    from metaplug.tasks.glyph_selection import select
+    from metaplug.tasks.glyphs.selection import select
 
     assert select() == TABLE

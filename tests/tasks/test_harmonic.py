@@ -13,7 +13,10 @@ from metaplug.tasks.draws import draw, normal
 
 def together(batch: TaskBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """All points of every task, (T, examples), in float64."""
-    x, y = torch.cat([batch.support_x, batch.query_x], 1), torch.cat([batch.support_y, batch.query_y], 1)
+    x, y = (
+        torch.cat([batch.support_x, batch.query_x], 1),
+        torch.cat([batch.support_y, batch.query_y], 1),
+    )
     return x.squeeze(-1).double(), y.squeeze(-1).double()
 
 
@@ -51,7 +54,11 @@ def test_every_point_is_what_its_words_say() -> None:
         for example in range(5):
             offset, noise = pair(*words[6 + 2 * example : 8 + 2 * example])
             at = centre + offset
-            value = a1 * math.sin(frequency * at + b1) + a2 * math.sin(2 * frequency * at + b2) + 0.5 * noise
+            value = (
+                a1 * math.sin(frequency * at + b1)
+                + a2 * math.sin(2 * frequency * at + b2)
+                + 0.5 * noise
+            )
             # Half a unit in the last place of float32, to which the points are rounded.
             assert float(x[task, example]) == pytest.approx(at, rel=2**-24)
             assert float(y[task, example]) == pytest.approx(value, rel=2**-24, abs=1e-12)
@@ -67,7 +74,9 @@ def test_support_and_query_lie_on_one_curve() -> None:
 
     weights = torch.linalg.lstsq(basis(batch.support_x), batch.support_y.double()).solution
     # Inputs near 8 are float32 to 2.4e-7, which the slope of at most 12 |a₂| + 6 |a₁| carries over.
-    torch.testing.assert_close(basis(batch.query_x) @ weights, batch.query_y.double(), atol=3e-5, rtol=0)
+    torch.testing.assert_close(
+        basis(batch.query_x) @ weights, batch.query_y.double(), atol=3e-5, rtol=0
+    )
 
 
 def test_the_distributions_of_the_paper() -> None:
@@ -89,7 +98,9 @@ def test_noise_and_amplitudes_are_normal() -> None:
     assert float(noise.mean()) == pytest.approx(0, abs=4e-1 / 1e5**0.5)
     assert float(noise.std()) == pytest.approx(0.1, rel=0.01)
     assert float((noise / noise.std()).pow(4).mean()) == pytest.approx(3, abs=0.15)
-    _, sums = together(Harmonic(**still, phase=(math.pi / 2, math.pi / 2), noise=0).train.batch(0, range(20_000)))
+    _, sums = together(
+        Harmonic(**still, phase=(math.pi / 2, math.pi / 2), noise=0).train.batch(0, range(20_000))
+    )
     assert torch.equal(sums, sums[:, :1].expand_as(sums))
     assert float(sums[:, 0].var()) == pytest.approx(2, rel=0.04)
     assert float(sums[:, 0].mean()) == pytest.approx(0, abs=4 * 2**0.5 / 20_000**0.5)
@@ -117,7 +128,10 @@ def test_a_task_depends_on_seed_split_iteration_and_index_alone() -> None:
     ("settings", "message"),
     [
         ({"frequency": (7, 5)}, "harmonic: frequency = (7, 5): the lowest comes first"),
-        ({"centre": (0, 2000)}, "harmonic: centre.1 = 2000: input should be less than or equal to 1000"),
+        (
+            {"centre": (0, 2000)},
+            "harmonic: centre.1 = 2000: input should be less than or equal to 1000",
+        ),
         ({"noise": -0.1}, "harmonic: noise = -0.1: input should be greater than or equal to 0"),
         ({"noize": 0.1}, "harmonic: unknown field 'noize': did you mean 'noise'?"),
         ({"queries": 0}, "tasks: queries = 0: input should be greater than or equal to 1"),

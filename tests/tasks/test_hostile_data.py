@@ -21,9 +21,12 @@ from PIL import EpsImagePlugin, Image, features
 from support.fuzz import amount, fuzz
 
 from metaplug.errors import RequestError
-from metaplug.tasks import ClassImages, Folder, Tabular, folder, glyphs, reading, torchmeta_mends
+from metaplug.tasks import ClassImages, Folder, Tabular, reading
 from metaplug.tasks.episodes import allocate
+from metaplug.tasks.glyphs import source as glyphs
 from metaplug.tasks.identities import digest
+from metaplug.tasks.images import folder
+from metaplug.tasks.torchmeta import mends as torchmeta_mends
 
 SIZES = {"ways": 2, "shots": 1, "queries": 1}
 EVEN = {"fractions": (0.4, 0.3, 0.3)}
@@ -32,7 +35,11 @@ CLASSES = ("train/a", "train/b", "val/c", "val/d", "test/e", "test/f")
 
 def picture(number: int = 0, mode: str = "RGB", side: int = 12) -> Image.Image:
     pixels = np.random.default_rng(number).integers(0, 256, (side, side, 4), np.uint8)
-    return Image.fromarray(pixels, "RGBA").convert(mode) if mode != "P" else picture(number).quantize(16)
+    return (
+        Image.fromarray(pixels, "RGBA").convert(mode)
+        if mode != "P"
+        else picture(number).quantize(16)
+    )
 
 
 def encoded(kind: str, mode: str = "RGB", number: int = 0, side: int = 12, **options: Any) -> bytes:
@@ -57,10 +64,21 @@ PICTURES = {
         encoded("PNG", "P", transparency=3),
         encoded("PNG", "L", side=40, icc_profile=bytes(200)),
     ],
-    "jpg": [encoded("JPEG", "L"), encoded("JPEG"), encoded("JPEG", side=40, progressive=True), encoded("JPEG", "CMYK")],
+    "jpg": [
+        encoded("JPEG", "L"),
+        encoded("JPEG"),
+        encoded("JPEG", side=40, progressive=True),
+        encoded("JPEG", "CMYK"),
+    ],
     "gif": [
         encoded("GIF", "P"),
-        encoded("GIF", "P", save_all=True, append_images=[picture(1, "P"), picture(2, "P")], transparency=2),
+        encoded(
+            "GIF",
+            "P",
+            save_all=True,
+            append_images=[picture(1, "P"), picture(2, "P")],
+            transparency=2,
+        ),
     ],
     "bmp": [encoded("BMP", mode) for mode in ("1", "L", "RGB", "RGBA", "P")],
     "tif": [
@@ -75,8 +93,11 @@ PICTURES = {
         ]
         if packing is None or features.check("libtiff")
     ],
-    "webp": [encoded("WEBP"), encoded("WEBP", "RGBA", lossless=True)] if features.check("webp") else [],
-    "ppm": [encoded("PPM", mode) for mode in ("1", "L", "RGB")] + [b"P3 2 2 255 1 2 3 4 5 6 7 8 9 10 11 12\n", b"P2 2 2 15 0 1 2 3\n"],
+    "webp": [encoded("WEBP"), encoded("WEBP", "RGBA", lossless=True)]
+    if features.check("webp")
+    else [],
+    "ppm": [encoded("PPM", mode) for mode in ("1", "L", "RGB")]
+    + [b"P3 2 2 255 1 2 3 4 5 6 7 8 9 10 11 12\n", b"P2 2 2 15 0 1 2 3\n"],
 }
 
 
@@ -105,10 +126,20 @@ def test_mutated_images(suffix: str, images: Path, request: pytest.FixtureReques
 
 def test_mutated_splits(images: Path, request: pytest.FixtureRequest) -> None:
     path = images / "splits.json"
-    whole = {split: [name for name in CLASSES if name.startswith(split)] for split in ("train", "val", "test")}
+    whole = {
+        split: [name for name in CLASSES if name.startswith(split)]
+        for split in ("train", "val", "test")
+    }
     seeds = [json.dumps(given).encode() for given in (whole, {split: [split] for split in whole})]
     says = ["split has", "the class '"]
-    report = fuzz(lambda: Folder(images, **SIZES, size=8), path, seeds, amount(request, 30, 1200), text=True, says=says)
+    report = fuzz(
+        lambda: Folder(images, **SIZES, size=8),
+        path,
+        seeds,
+        amount(request, 30, 1200),
+        text=True,
+        says=says,
+    )
     assert not report.failures, report
     assert report.refused
 
@@ -120,52 +151,81 @@ def test_mutated_zips(tmp_path: Path, request: pytest.FixtureRequest) -> None:
         with zipfile.ZipFile(buffer, "w", packing) as archive:
             for number, name in enumerate(CLASSES):
                 for image in range(2):
-                    archive.writestr(f"{name}/{image}.png", encoded("PNG", "L", 10 * number + image, 6))
+                    archive.writestr(
+                        f"{name}/{image}.png", encoded("PNG", "L", 10 * number + image, 6)
+                    )
         seeds.append(buffer.getvalue())
     path = tmp_path / "zips" / "set.zip"
     path.parent.mkdir()
     says = ["split has", "have the same images"]
-    report = fuzz(lambda: Folder(path, **SIZES, size=6), path, seeds[:2] * 3 + seeds[2:], amount(request, 60, 1500), says=says)
+    report = fuzz(
+        lambda: Folder(path, **SIZES, size=6),
+        path,
+        seeds[:2] * 3 + seeds[2:],
+        amount(request, 60, 1500),
+        says=says,
+    )
     assert not report.failures, report
     assert report.refused
 
 
-@pytest.mark.parametrize("separator", [("comma", ","), ("semicolon", ";"), ("tab", "\t"), ("bar", "|")], ids=lambda pair: pair[0])
-def test_mutated_tables(separator: tuple[str, str], tmp_path: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    "separator",
+    [("comma", ","), ("semicolon", ";"), ("tab", "\t"), ("bar", "|")],
+    ids=lambda pair: pair[0],
+)
+def test_mutated_tables(
+    separator: tuple[str, str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     name, character = separator
     seeds = []
     for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL):
         text = io.StringIO()
         writer = csv.writer(text, delimiter=character, quoting=quoting)
-        writer.writerows([["task", "x", "target"], *([task, number, 1.5 * number] for number in range(4) for task in "abcdef")])
+        writer.writerows(
+            [
+                ["task", "x", "target"],
+                *([task, number, 1.5 * number] for number in range(4) for task in "abcdef"),
+            ]
+        )
         seeds.append(text.getvalue().encode())
     path = tmp_path / "tables" / "table.csv"
     path.parent.mkdir()
     load = lambda: Tabular(path, shots=1, queries=1, separator=name, **EVEN)  # noqa: E731
-    report = fuzz(load, path, seeds, amount(request, 30, 600), text=True, says=["rows of every task"])
+    report = fuzz(
+        load, path, seeds, amount(request, 30, 600), text=True, says=["rows of every task"]
+    )
     assert not report.failures, report
     assert report.refused
 
 
 @pytest.mark.parametrize("name", ["data.hdf5", "vinyals_val_labels.json"])
-def test_mutated_data_of_torchmeta(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_mutated_data_of_torchmeta(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     try:
         torchmeta_mends.apply()
     except RequestError as error:
         pytest.skip(str(error))
     import h5py
 
-    from metaplug.tasks.torchmeta_source import Torchmeta
+    from metaplug.tasks.torchmeta.source import Torchmeta
 
     folder = tmp_path / "omniglot"
     folder.mkdir()
     generator = np.random.default_rng(0)
     with h5py.File(folder / "data.hdf5", "w") as file:
         for split in ("train", "val", "test"):
-            labels = [["images_background", f"{alphabet}_{split}", name] for alphabet in "AB" for name in ("one", "two")]
+            labels = [
+                ["images_background", f"{alphabet}_{split}", name]
+                for alphabet in "AB"
+                for name in ("one", "two")
+            ]
             (folder / f"vinyals_{split}_labels.json").write_text(json.dumps(labels))
             for label in labels:
-                file.create_dataset("/".join(label), data=generator.integers(0, 256, (2, 20, 20), np.uint8))
+                file.create_dataset(
+                    "/".join(label), data=generator.integers(0, 256, (2, 20, 20), np.uint8)
+                )
     load = lambda: Torchmeta("omniglot", **SIZES, root=tmp_path, size=10)  # noqa: E731
     load()
     path = folder / name
@@ -181,7 +241,9 @@ def test_mutated_data_of_torchmeta(name: str, tmp_path: Path, request: pytest.Fi
 
 
 def test_mutated_parquet(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install metaplug[parquet]")
+    pa = pytest.importorskip(
+        "pyarrow", reason="pyarrow is not installed: pip install metaplug[parquet]"
+    )
     import pyarrow.parquet as pq
 
     path = tmp_path / "tables" / "table.parquet"
@@ -189,12 +251,24 @@ def test_mutated_parquet(tmp_path: Path, request: pytest.FixtureRequest) -> None
     seeds = []
     for packing in ("none", "snappy", "gzip", "zstd"):
         names = [name for _ in range(4) for name in "abcdef"]
-        columns = {"task": names, "x": list(range(24)), "target": [0.5 * place for place in range(24)]}
+        columns = {
+            "task": names,
+            "x": list(range(24)),
+            "target": [0.5 * place for place in range(24)],
+        }
         pq.write_table(pa.table(columns), path, compression=packing, row_group_size=10)
         seeds.append(path.read_bytes())
     load = lambda: Tabular(path, shots=1, queries=1, **EVEN)  # noqa: E731
     load()
-    report = fuzz(load, path, seeds, amount(request, 30, 1000), says=["rows of every task"], modules=["pyarrow"], mib=4096)
+    report = fuzz(
+        load,
+        path,
+        seeds,
+        amount(request, 30, 1000),
+        says=["rows of every task"],
+        modules=["pyarrow"],
+        mib=4096,
+    )
     assert not report.failures, report
     assert report.refused
 
@@ -222,7 +296,10 @@ def test_mutated_caches_of_letters(tmp_path: Path, request: pytest.FixtureReques
     ("load", "finding"),
     [
         (lambda: os.system("true"), "did what is forbidden: os.system"),
-        (lambda: Path("/tmp/metaplug-not-owned").write_text("x"), "did what is forbidden: open '/tmp/metaplug-not-owned' to write"),
+        (
+            lambda: Path("/tmp/metaplug-not-owned").write_text("x"),
+            "did what is forbidden: open '/tmp/metaplug-not-owned' to write",
+        ),
         (lambda: pickle.loads(b"cposix\nsystem\n."), "did what is forbidden: pickle.find_class"),
         (lambda: time.sleep(5), "stopped: out of time"),
         (os.abort, "the process ended with -6"),
@@ -250,12 +327,21 @@ def refusal(images: Path) -> str:
     return message_of(lambda: Folder(images, **SIZES))
 
 
-def test_an_eps_by_the_name_of_a_png_is_not_given_to_ghostscript(image: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("Ghostscript was run"))
-    image.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 6\n%%EndComments\n(%pipe%id) (r) file\n%%EOF\n")
+def test_an_eps_by_the_name_of_a_png_is_not_given_to_ghostscript(
+    image: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("Ghostscript was run")
+    )
+    image.write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 6\n%%EndComments\n(%pipe%id) (r) file\n%%EOF\n"
+    )
     with Image.open(image) as opened:
         assert opened.format == "EPS"  # what Pillow takes it for by itself
-    assert refusal(images) == f"the image {image} cannot be read (no known image format): replace it, or remove it"
+    assert (
+        refusal(images)
+        == f"the image {image} cannot be read (no known image format): replace it, or remove it"
+    )
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "nothing", "loop"])
@@ -264,7 +350,10 @@ def test_what_is_no_file_is_refused_unopened(kind: str, image: Path, images: Pat
         os.mkfifo(image)
     else:
         image.symlink_to({"device": "/dev/zero", "nothing": images / "none", "loop": image}[kind])
-    assert refusal(images) == f"the image {image} is no file, but a pipe, a device or a link to nothing: remove it"
+    assert (
+        refusal(images)
+        == f"the image {image} is no file, but a pipe, a device or a link to nothing: remove it"
+    )
 
 
 def test_links_that_turn_in_a_circle_are_passed_over(images: Path) -> None:
@@ -282,9 +371,14 @@ def test_a_name_that_cannot_be_printed_is_refused(name: bytes, images: Path) -> 
     )
 
 
-def test_a_file_that_changes_vanishes_or_may_not_be_read_is_named(image: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changes_vanishes_or_may_not_be_read_is_named(
+    image: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image.symlink_to("/proc/self/status")  # which has no size, but content
-    assert refusal(images) == f"the image {image} cannot be read (it changes while it is read): replace it, or remove it"
+    assert (
+        refusal(images)
+        == f"the image {image} cannot be read (it changes while it is read): replace it, or remove it"
+    )
     image.unlink()
     image.write_bytes(encoded("PNG"))
     opened = os.open
@@ -296,13 +390,19 @@ def test_a_file_that_changes_vanishes_or_may_not_be_read_is_named(image: Path, i
 
     monkeypatch.setattr(reading.os, "open", vanished)
     for fault in (errno.ENOENT, errno.EACCES, errno.EIO):
-        assert refusal(images) == f"the image {image} cannot be read ({os.strerror(fault)}): replace it, or remove it"
+        assert (
+            refusal(images)
+            == f"the image {image} cannot be read ({os.strerror(fault)}): replace it, or remove it"
+        )
 
 
 def test_a_jpeg_of_many_scans_is_refused(images: Path) -> None:
     path = images / "train" / "a" / "2.jpg"
     path.write_bytes(encoded("JPEG", progressive=True) + b"\xff\xda" * 1000)
-    assert refusal(images) == f"the image {path} cannot be read (it has more than the 1000 scans that are read): replace it, or remove it"
+    assert (
+        refusal(images)
+        == f"the image {path} cannot be read (it has more than the 1000 scans that are read): replace it, or remove it"
+    )
 
 
 def test_no_memory_is_taken_on_the_word_of_an_image(image: Path, images: Path) -> None:
@@ -314,7 +414,9 @@ def test_no_memory_is_taken_on_the_word_of_an_image(image: Path, images: Path) -
     )
 
 
-def test_images_beyond_the_disk_are_refused_before_any_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_beyond_the_disk_are_refused_before_any_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -329,11 +431,15 @@ def test_images_beyond_the_disk_are_refused_before_any_is_written(monkeypatch: p
 # Zips
 
 
-def write_zip(path: Path, packing: int = zipfile.ZIP_DEFLATED, content: bytes | None = None) -> Path:
+def write_zip(
+    path: Path, packing: int = zipfile.ZIP_DEFLATED, content: bytes | None = None
+) -> Path:
     with zipfile.ZipFile(path, "w", packing) as archive:
         for number, name in enumerate(CLASSES):
             for image in range(2):
-                archive.writestr(f"{name}/{image}.png", content or encoded("PNG", "L", 10 * number + image, 6))
+                archive.writestr(
+                    f"{name}/{image}.png", content or encoded("PNG", "L", 10 * number + image, 6)
+                )
     return path
 
 
@@ -357,11 +463,23 @@ def test_a_zip_packed_in_another_way_is_refused(packing: int, tmp_path: Path) ->
 
 
 def test_an_encrypted_member_and_one_that_stands_twice_are_refused(tmp_path: Path) -> None:
-    path = patched(write_zip(tmp_path / "set.zip"), lambda data, place: data.__setitem__(place + 8, data[place + 8] | 1))
-    assert refusal(path) == f"{path} is refused, since its member 'train/a/0.png' is encrypted: make the zip anew without that"
-    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(write_zip(path), "a") as archive:
+    path = patched(
+        write_zip(tmp_path / "set.zip"),
+        lambda data, place: data.__setitem__(place + 8, data[place + 8] | 1),
+    )
+    assert (
+        refusal(path)
+        == f"{path} is refused, since its member 'train/a/0.png' is encrypted: make the zip anew without that"
+    )
+    with (
+        pytest.warns(UserWarning, match="Duplicate name"),
+        zipfile.ZipFile(write_zip(path), "a") as archive,
+    ):
         archive.writestr("train/a/0.png", encoded("PNG"))
-    assert refusal(path) == f"{path} is refused, since its member 'train/a/0.png' stands in it twice: make the zip anew without that"
+    assert (
+        refusal(path)
+        == f"{path} is refused, since its member 'train/a/0.png' stands in it twice: make the zip anew without that"
+    )
 
 
 def test_members_that_overlap_are_refused(tmp_path: Path) -> None:
@@ -371,21 +489,31 @@ def test_members_that_overlap_are_refused(tmp_path: Path) -> None:
     start, first = data.find(b"PK\x01\x02"), data.find(b"PK\x03\x04", 4)
     # The first member alone, and a directory that points every name to it.
     directory = bytearray(data[start:-22])
-    for place in (place for place in range(len(directory)) if directory[place : place + 4] == b"PK\x01\x02"):
+    for place in (
+        place for place in range(len(directory)) if directory[place : place + 4] == b"PK\x01\x02"
+    ):
         directory[place + 42 : place + 46] = bytes(4)
     end = data[-22:-10] + struct.pack("<II", len(directory), first) + b"\0\0"
     path.write_bytes(data[:first] + directory + end)
-    assert refusal(path) == (f"{path} is refused, since its members overlap, as a few bytes would unpack to very many: make the zip anew")
+    assert refusal(path) == (
+        f"{path} is refused, since its members overlap, as a few bytes would unpack to very many: make the zip anew"
+    )
 
 
 def test_a_size_that_lies_is_not_believed(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "set.zip", content=encoded("PNG") + bytes(2**25))
-    patched(path, lambda data, place: data.__setitem__(slice(place + 24, place + 28), struct.pack("<I", 100)))
+    patched(
+        path,
+        lambda data, place: data.__setitem__(slice(place + 24, place + 28), struct.pack("<I", 100)),
+    )
     tracemalloc.start()
     message = refusal(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert message == f"the image {path}/train/a/0.png cannot be read (Bad CRC-32 for file 'train/a/0.png'): replace it, or remove it"
+    assert (
+        message
+        == f"the image {path}/train/a/0.png cannot be read (Bad CRC-32 for file 'train/a/0.png'): replace it, or remove it"
+    )
     assert peak < 2**22
 
 
@@ -398,14 +526,23 @@ FORM = '{"train": [names], "val": [names], "test": [names]}'
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"train": ["a"], "train": ["b"]}', f" are not JSON (the key 'train' stands twice): write {FORM}"),
+        (
+            '{"train": ["a"], "train": ["b"]}',
+            f" are not JSON (the key 'train' stands twice): write {FORM}",
+        ),
         ('{"train": [NaN]}', f" are not JSON (NaN is no number in JSON): write {FORM}"),
         ('{"train": [[1]]}', f" are not lists of class names by split: write {FORM}"),
         ('{"tr\\u001b[2Jain": []}', ": unknown split 'tr?[2Jain': did you mean 'train'?"),
         ('{"train": ["\\ud800"], "val": [], "test": []}', ", train: unknown class '?': known: "),
         ("[" * 100_000, " are not JSON (maximum recursion depth exceeded"),
-        ('{"train": [' + "9" * 5000 + "]}", " are not JSON (Exceeds the limit (4300 digits) for integer string conversion"),
-        ('{"train": ["' + "x" * 10**6 + '"], "val": [], "test": []}', ", train: unknown class '" + "x" * 80 + "...': known: "),
+        (
+            '{"train": [' + "9" * 5000 + "]}",
+            " are not JSON (Exceeds the limit (4300 digits) for integer string conversion",
+        ),
+        (
+            '{"train": ["' + "x" * 10**6 + '"], "val": [], "test": []}',
+            ", train: unknown class '" + "x" * 80 + "...': known: ",
+        ),
     ],
 )
 def test_hostile_splits_are_refused(content: str, message: str, images: Path) -> None:
@@ -433,19 +570,46 @@ def table(path: Path, *lines: str) -> Path:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("a,1_000,2", "row 2, column 'x': '1_000' is not a number; correct it, or leave out that row or column"),
-        ("a,\u0663,2", "row 2, column 'x': '\u0663' is not a number; correct it, or leave out that row or column"),
-        ("a,0x10,2", "row 2, column 'x': '0x10' is not a number; correct it, or leave out that row or column"),
-        ("a,1\u00a0,2", "row 2, column 'x': '1' is not a number; correct it, or leave out that row or column"),
-        ("a," + "9" * 5000 + ",2", f"row 2, column 'x': '{'9' * 80}...' is NaN, Inf or too large for float32; correct it, or"),
-        ("a," + "9" * 140_000 + ",2", "line 2 is not CSV (field larger than field limit (131072)): correct it there"),
-        ("a,1\0,2", "line 2 has the control character '\\x00', which no table needs: save it as CSV in UTF-8"),
-        ("a\x1b[2J,1,2", "line 2 has the control character '\\x1b', which no table needs: save it as CSV in UTF-8"),
+        (
+            "a,1_000,2",
+            "row 2, column 'x': '1_000' is not a number; correct it, or leave out that row or column",
+        ),
+        (
+            "a,\u0663,2",
+            "row 2, column 'x': '\u0663' is not a number; correct it, or leave out that row or column",
+        ),
+        (
+            "a,0x10,2",
+            "row 2, column 'x': '0x10' is not a number; correct it, or leave out that row or column",
+        ),
+        (
+            "a,1\u00a0,2",
+            "row 2, column 'x': '1' is not a number; correct it, or leave out that row or column",
+        ),
+        (
+            "a," + "9" * 5000 + ",2",
+            f"row 2, column 'x': '{'9' * 80}...' is NaN, Inf or too large for float32; correct it, or",
+        ),
+        (
+            "a," + "9" * 140_000 + ",2",
+            "line 2 is not CSV (field larger than field limit (131072)): correct it there",
+        ),
+        (
+            "a,1\0,2",
+            "line 2 has the control character '\\x00', which no table needs: save it as CSV in UTF-8",
+        ),
+        (
+            "a\x1b[2J,1,2",
+            "line 2 has the control character '\\x1b', which no table needs: save it as CSV in UTF-8",
+        ),
         (
             '"a\nb",1,2',
             "row 2, column 'task': 'a b' is no name, as it has more than 200 characters, a line break or the like: rename the task",
         ),
-        ("a," + "," * 2**20, "line 2 has more than the 1048576 characters that are read: end it sooner"),
+        (
+            "a," + "," * 2**20,
+            "line 2 has more than the 1048576 characters that are read: end it sooner",
+        ),
     ],
 )
 def test_hostile_lines_are_refused(line: str, message: str, tmp_path: Path) -> None:
@@ -455,7 +619,9 @@ def test_hostile_lines_are_refused(line: str, message: str, tmp_path: Path) -> N
 
 def test_usual_numbers_are_read(tmp_path: Path) -> None:
     cells = ["1", "+1", "-1.", ".5", "1e3", "1E-3", " 2 ", "-0"]
-    path = table(tmp_path / "t.csv", *(f"{task},{cell},{cell}" for task in "abcdef" for cell in cells))
+    path = table(
+        tmp_path / "t.csv", *(f"{task},{cell},{cell}" for task in "abcdef" for cell in cells)
+    )
     values = Tabular(path, shots=1, queries=1, **EVEN, standardise=False).val.rows.values
     assert values[: len(cells), 0].tolist() == pytest.approx([1, 1, -1, 0.5, 1000, 0.001, 2, 0])
 
@@ -468,14 +634,19 @@ def test_a_file_beyond_the_memory_is_not_read_to_its_end(tmp_path: Path) -> None
     message = message_of(lambda: Tabular(path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert message == f"the table {path}, line 1 has the control character '\\x00', which no table needs: save it as CSV in UTF-8"
+    assert (
+        message
+        == f"the table {path}, line 1 has the control character '\\x00', which no table needs: save it as CSV in UTF-8"
+    )
     assert peak < 2**24
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
 def test_a_table_that_is_no_file_is_refused_unopened(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    {"pipe": os.mkfifo, "folder": Path.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}[kind](path)
+    {"pipe": os.mkfifo, "folder": Path.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}[
+        kind
+    ](path)
     assert message_of(lambda: Tabular(path)) == (
         f"cannot read the table {path}: it is no regular file; give a CSV or Parquet file that you may read"
     )
@@ -486,7 +657,9 @@ def test_a_table_that_is_no_file_is_refused_unopened(kind: str, tmp_path: Path) 
 
 def test_a_class_of_two_splits_under_two_names_is_refused(images: Path) -> None:
     for number in range(2):  # in another order
-        (images / "test" / "e" / f"{number}.png").write_bytes((images / "train" / "b" / f"{1 - number}.png").read_bytes())
+        (images / "test" / "e" / f"{number}.png").write_bytes(
+            (images / "train" / "b" / f"{1 - number}.png").read_bytes()
+        )
     assert refusal(images) == (
         "the class 'b' of the train split and the class 'e' of the test split have the same images, so they would not be new to the "
         "model: leave one of them out"
@@ -513,15 +686,27 @@ def test_digests_are_of_the_images_alone() -> None:
     one = ClassImages(("a", "b"), images, (2, 4))
     other = ClassImages(("c", "d"), images[[2, 5, 4, 3, 1, 0]], (4, 2))
     assert one.digests == other.digests[::-1]
-    assert one.digests[0] == digest(*sorted(digest(image.numpy().tobytes()) for image in images[:2]))
-    for changed in (images.clone().index_fill_(0, torch.tensor([1]), 7), images[[0, 0, 2, 3, 4, 5]]):
-        assert [x == y for x, y in zip(ClassImages(("a", "b"), changed, (2, 4)).digests, one.digests, strict=True)] == [False, True]
+    assert one.digests[0] == digest(
+        *sorted(digest(image.numpy().tobytes()) for image in images[:2])
+    )
+    for changed in (
+        images.clone().index_fill_(0, torch.tensor([1]), 7),
+        images[[0, 0, 2, 3, 4, 5]],
+    ):
+        assert [
+            x == y
+            for x, y in zip(
+                ClassImages(("a", "b"), changed, (2, 4)).digests, one.digests, strict=True
+            )
+        ] == [False, True]
 
 
 # The cache
 
 
-def test_a_folder_where_the_cache_should_be_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_where_the_cache_should_be_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pixels, styles = np.zeros((3, 1, 28, 28), np.uint8), np.zeros(3, np.int64)
     path = tmp_path / "letters.bin"
     path.mkdir()

@@ -29,13 +29,30 @@ def made(**given: Any) -> LabelledTasks:
 
 def classes_in(tasks: LabelledTasks, split: str) -> set[int]:
     batch = getattr(tasks, split).batch(0, range(40))
-    return set((torch.cat([batch.support_x, batch.query_x], 1)[:, :, 0, 0, 0] * 255).round().long().flatten().tolist())
+    return set(
+        (torch.cat([batch.support_x, batch.query_x], 1)[:, :, 0, 0, 0] * 255)
+        .round()
+        .long()
+        .flatten()
+        .tolist()
+    )
 
 
 def test_three_lines_make_a_source_that_a_learner_takes() -> None:
     tasks = made()
     learner = MetaLearner(Mlp(tasks.input_shape, tasks.outputs), inner_steps=1)
-    assert len(learner.fit(tasks.train, iterations=2, tasks_per_batch=2, validation=tasks.val, validation_tasks=2).records) == 2
+    assert (
+        len(
+            learner.fit(
+                tasks.train,
+                iterations=2,
+                tasks_per_batch=2,
+                validation=tasks.val,
+                validation_tasks=2,
+            ).records
+        )
+        == 2
+    )
 
 
 def test_every_class_has_its_own_images_and_stands_in_one_split() -> None:
@@ -73,7 +90,9 @@ class Pictures(Dataset[Any]):
         return CLASSES * COUNT
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.new(self.mode, (4, 5), index % CLASSES if self.mode == "L" else (index % CLASSES, 0, 9)), index % CLASSES
+        return Image.new(
+            self.mode, (4, 5), index % CLASSES if self.mode == "L" else (index % CLASSES, 0, 9)
+        ), index % CLASSES
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
@@ -88,7 +107,8 @@ def test_a_dataset_of_pictures(mode: str, channels: int) -> None:
 def test_datasets_of_tensors_and_arrays() -> None:
     images, labels = tensors()
     bytes_, floats = (
-        LabelledTasks.from_dataset(TensorDataset(x, labels), ways=2, shots=1, queries=2) for x in (images, images.double() / 255)
+        LabelledTasks.from_dataset(TensorDataset(x, labels), ways=2, shots=1, queries=2)
+        for x in (images, images.double() / 255)
     )
     assert torch.equal(bytes_.train.batch(0, [0]).support_x, floats.train.batch(0, [0]).support_x)
     pairs: Any = [(np.full((4, 4), label, np.uint8), np.int64(label)) for label in labels.tolist()]
@@ -101,10 +121,22 @@ NAMES = [str(index) for index in range(CLASSES)]
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"names": NAMES[:5]}, "labelled tasks: the label 11 is no class, as there are 5 names: correct labels or names"),
-        ({"names": ["same"] * CLASSES}, "labelled tasks: two labels are named 'same': give every class a name of its own"),
-        ({"splits": {"train": NAMES[:6], "vall": NAMES[6:]}}, "unknown split 'vall': did you mean 'val'?"),
-        ({"splits": {"train": NAMES}}, "labelled tasks: the splits do not name 'val', 'test': give train, val and test"),
+        (
+            {"names": NAMES[:5]},
+            "labelled tasks: the label 11 is no class, as there are 5 names: correct labels or names",
+        ),
+        (
+            {"names": ["same"] * CLASSES},
+            "labelled tasks: two labels are named 'same': give every class a name of its own",
+        ),
+        (
+            {"splits": {"train": NAMES[:6], "vall": NAMES[6:]}},
+            "unknown split 'vall': did you mean 'val'?",
+        ),
+        (
+            {"splits": {"train": NAMES}},
+            "labelled tasks: the splits do not name 'val', 'test': give train, val and test",
+        ),
         (
             {"splits": {"train": NAMES[:6], "val": NAMES[5:8], "test": NAMES[8:]}},
             "the class '5' stands in the train and in the val split, so it would not be new to the model: keep it in one of them",
@@ -113,9 +145,18 @@ NAMES = [str(index) for index in range(CLASSES)]
             {"splits": {"train": ["0", "1"], "val": ["2", "3"], "test": ["4", "50"]}},
             "unknown class of the test split '50': did you mean '5'",
         ),
-        ({"splits": {"train": NAMES[:8], "val": NAMES[8:], "test": []}}, "2-way tasks need 2 classes, but the test split has 0"),
-        ({"fractions": (0.5, 0.5, 0.5)}, "labelled tasks: fractions = (0.5, 0.5, 0.5): they must be at least 0 and sum to 1"),
-        ({"fraction": (0.5, 0.3, 0.2)}, "labelled tasks: unknown field 'fraction': did you mean 'fractions'?"),
+        (
+            {"splits": {"train": NAMES[:8], "val": NAMES[8:], "test": []}},
+            "2-way tasks need 2 classes, but the test split has 0",
+        ),
+        (
+            {"fractions": (0.5, 0.5, 0.5)},
+            "labelled tasks: fractions = (0.5, 0.5, 0.5): they must be at least 0 and sum to 1",
+        ),
+        (
+            {"fraction": (0.5, 0.3, 0.2)},
+            "labelled tasks: unknown field 'fraction': did you mean 'fractions'?",
+        ),
         ({"queries": 9}, "1 shots and 9 queries need 10 images of every class, but the class '"),
     ],
 )
@@ -128,15 +169,32 @@ def test_what_does_not_fit_is_refused(given: dict[str, Any], text: str) -> None:
 @pytest.mark.parametrize(
     ("images", "labels", "text"),
     [
-        (torch.zeros(4, 2, 3), torch.zeros(4).long(), "images of shape (4, 2, 3) and torch.int64 labels of shape (4,) do not fit"),
-        (torch.zeros(4, 1, 2, 3), torch.zeros(3).long(), "images of shape (4, 1, 2, 3) and torch.int64 labels of shape (3,) do not fit"),
-        (torch.zeros(4, 1, 2, 3), torch.zeros(4), "images of shape (4, 1, 2, 3) and torch.float32 labels of shape (4,) do not fit"),
+        (
+            torch.zeros(4, 2, 3),
+            torch.zeros(4).long(),
+            "images of shape (4, 2, 3) and torch.int64 labels of shape (4,) do not fit",
+        ),
+        (
+            torch.zeros(4, 1, 2, 3),
+            torch.zeros(3).long(),
+            "images of shape (4, 1, 2, 3) and torch.int64 labels of shape (3,) do not fit",
+        ),
+        (
+            torch.zeros(4, 1, 2, 3),
+            torch.zeros(4),
+            "images of shape (4, 1, 2, 3) and torch.float32 labels of shape (4,) do not fit",
+        ),
     ],
 )
-def test_tensors_that_do_not_fit_each_other_are_refused(images: torch.Tensor, labels: torch.Tensor, text: str) -> None:
+def test_tensors_that_do_not_fit_each_other_are_refused(
+    images: torch.Tensor, labels: torch.Tensor, text: str
+) -> None:
     with pytest.raises(RequestError) as error:
         LabelledTasks(images, labels)
-    assert str(error.value) == f"labelled tasks: {text}: give images (N, channels, height, width) and N integer labels"
+    assert (
+        str(error.value)
+        == f"labelled tasks: {text}: give images (N, channels, height, width) and N integer labels"
+    )
 
 
 def stream_of_pairs() -> Any:
@@ -147,9 +205,18 @@ def stream_of_pairs() -> Any:
     ("dataset", "text"),
     [
         ([], "the dataset list is empty: give one with images"),
-        (stream_of_pairs(), "generator is no map-style dataset: give one with a length, whose items are found by index"),
-        ([torch.zeros(3)], "item 0 of the dataset is no pair of an image and an integer label: give (image, label)"),
-        ([(torch.zeros(1, 2, 2), "cat")], "item 0 of the dataset is no pair of an image and an integer label: give (image, label)"),
+        (
+            stream_of_pairs(),
+            "generator is no map-style dataset: give one with a length, whose items are found by index",
+        ),
+        (
+            [torch.zeros(3)],
+            "item 0 of the dataset is no pair of an image and an integer label: give (image, label)",
+        ),
+        (
+            [(torch.zeros(1, 2, 2), "cat")],
+            "item 0 of the dataset is no pair of an image and an integer label: give (image, label)",
+        ),
         (
             [(torch.zeros(1, 2, 2), 0.5)],
             "item 0 of the dataset has the label 0.5: give images (channels, height, width) and integer labels",

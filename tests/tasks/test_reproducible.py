@@ -18,7 +18,16 @@ SHARED = Path(__file__).parents[3] / "shared" / "data" / "omniglot"
 def labelled(seed: int) -> LabelledTasks:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (90, 1, 6, 6), dtype=torch.uint8, generator=generator)
-    return LabelledTasks(images, torch.arange(15).repeat(6), ways=2, shots=1, queries=2, seed=seed, rotate=True, shift=1)
+    return LabelledTasks(
+        images,
+        torch.arange(15).repeat(6),
+        ways=2,
+        shots=1,
+        queries=2,
+        seed=seed,
+        rotate=True,
+        shift=1,
+    )
 
 
 SOURCES: dict[str, Any] = {
@@ -30,7 +39,9 @@ SOURCES: dict[str, Any] = {
 
 
 def same(one: TaskBatch, other: TaskBatch) -> bool:
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in TaskBatch.__slots__)
+    return all(
+        torch.equal(getattr(one, name), getattr(other, name)) for name in TaskBatch.__slots__
+    )
 
 
 class Iterations(Dataset[TaskBatch]):
@@ -52,12 +63,17 @@ def first(batches: list[TaskBatch]) -> TaskBatch:
 
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("workers", [0, 1, 4])
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes:UserWarning")  # on a machine with fewer cores
+@pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create 4 worker processes:UserWarning"
+)  # on a machine with fewer cores
 def test_workers_draw_the_same_tasks(name: str, workers: int) -> None:
     source = SOURCES[name](3)
     loader = DataLoader(Iterations(source), batch_size=1, num_workers=workers, collate_fn=first)
     drawn = list(loader)
-    assert all(same(batch, source.train.batch(iteration, range(4))) for iteration, batch in enumerate(drawn))
+    assert all(
+        same(batch, source.train.batch(iteration, range(4)))
+        for iteration, batch in enumerate(drawn)
+    )
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -72,7 +88,10 @@ def test_a_source_made_anew_draws_the_same_tasks_and_another_seed_others(name: s
 @pytest.mark.parametrize("name", SOURCES)
 def test_ranks_that_share_the_indices_draw_what_one_rank_draws(name: str) -> None:
     stream = SOURCES[name](0).train
-    whole, shards = stream.batch(2, range(6)), [stream.batch(2, range(rank, 6, 2)) for rank in range(2)]
+    whole, shards = (
+        stream.batch(2, range(6)),
+        [stream.batch(2, range(rank, 6, 2)) for rank in range(2)],
+    )
     for field in TaskBatch.__slots__:
         joined = torch.stack([getattr(shards[index % 2], field)[index // 2] for index in range(6)])
         assert torch.equal(joined, getattr(whole, field))
@@ -93,15 +112,27 @@ def test_classes_of_a_folder_stay_apart_whatever_the_options(tmp_path: Path) -> 
         folder = tmp_path / f"super{index % 2}" / f"class{index}"
         folder.mkdir(parents=True)
         for image in range(6):
-            Image.fromarray(np.full((8, 8), 20 * index + 10, np.uint8)).save(folder / f"{image}.png")
+            Image.fromarray(np.full((8, 8), 20 * index + 10, np.uint8)).save(
+                folder / f"{image}.png"
+            )
     seen = {}
-    for options in ({}, {"rotate": True, "flip": True, "shift": 2}, {"train_ways": (2, 3), "fractions": (0.5, 0.25, 0.25)}):
+    for options in (
+        {},
+        {"rotate": True, "flip": True, "shift": 2},
+        {"train_ways": (2, 3), "fractions": (0.5, 0.25, 0.25)},
+    ):
         tasks = Folder(tmp_path, ways=2, shots=1, queries=2, invert=False, size=None, **options)
         for split in ("train", "val", "test"):
             values = set()
             for iteration in range(20):
                 batch = getattr(tasks, split).batch(iteration, range(4))
-                values |= set((torch.cat([batch.support_x, batch.query_x], 1) * 255).round().long().unique().tolist()) - {0}
+                values |= set(
+                    (torch.cat([batch.support_x, batch.query_x], 1) * 255)
+                    .round()
+                    .long()
+                    .unique()
+                    .tolist()
+                ) - {0}
             seen[split] = values
         assert not seen["train"] & seen["val"]
         assert not seen["train"] & seen["test"]
@@ -123,12 +154,21 @@ def test_a_folder_that_is_mapped_into_memory_draws_the_same_tasks(tmp_path: Path
     for index in range(12):
         (tmp_path / f"class{index}").mkdir()
         for image in range(5):
-            Image.fromarray(generator.integers(0, 256, (8, 8), np.uint8)).save(tmp_path / f"class{index}" / f"{image}.png")
-    one, mapped = (Folder(tmp_path, ways=2, shots=1, queries=2, size=None, invert=True, memory_mib=mib) for mib in (4096, 0))
-    assert all(same(one.train.batch(i, range(3)), mapped.train.batch(i, range(3))) for i in range(3))
+            Image.fromarray(generator.integers(0, 256, (8, 8), np.uint8)).save(
+                tmp_path / f"class{index}" / f"{image}.png"
+            )
+    one, mapped = (
+        Folder(tmp_path, ways=2, shots=1, queries=2, size=None, invert=True, memory_mib=mib)
+        for mib in (4096, 0)
+    )
+    assert all(
+        same(one.train.batch(i, range(3)), mapped.train.batch(i, range(3))) for i in range(3)
+    )
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"real characters are not at {SHARED.name} beside the project")
+@pytest.mark.skipif(
+    not SHARED.is_dir(), reason=f"real characters are not at {SHARED.name} beside the project"
+)
 def test_tasks_within_an_alphabet_of_real_characters() -> None:
     tasks = Folder(SHARED, ways=5, shots=1, queries=3, within=True)
     superclasses = tasks.train.classes.superclasses

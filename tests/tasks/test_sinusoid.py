@@ -16,7 +16,9 @@ def test_the_form_of_the_tasks() -> None:
     assert batch.query_x.shape == batch.query_y.shape == (4, 7, 1)
     assert {batch.support_x.dtype, batch.query_y.dtype} == {torch.float32}
     assert (source.kind, source.input_shape, source.outputs) == ("regression", (1,), 1)
-    assert source.describe()["splits"] == {split: {"tasks": "unbounded"} for split in ("train", "val", "test")}
+    assert source.describe()["splits"] == {
+        split: {"tasks": "unbounded"} for split in ("train", "val", "test")
+    }
 
 
 def test_support_and_query_lie_on_one_curve() -> None:
@@ -46,7 +48,11 @@ def test_one_curve_exactly() -> None:
 def test_a_task_depends_on_seed_split_iteration_and_index_alone() -> None:
     whole = Sinusoid().train.batch(2, range(6))
     assert torch.equal(Sinusoid().train.batch(2, [4]).query_y[0], whole.query_y[4])
-    others = [Sinusoid(seed=1).train.batch(2, range(6)), Sinusoid().val.batch(2, range(6)), Sinusoid().train.batch(3, range(6))]
+    others = [
+        Sinusoid(seed=1).train.batch(2, range(6)),
+        Sinusoid().val.batch(2, range(6)),
+        Sinusoid().train.batch(3, range(6)),
+    ]
     assert not any(torch.equal(other.query_y, whole.query_y) for other in others)
 
 

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metaplug.config import ExperimentConfig, TaskSettings
 from metaplug.errors import RequestError
-from metaplug.experiment import build_tasks
+from metaplug.experiments.configuration import ExperimentConfig, TaskSettings
+from metaplug.experiments.experiment import build_tasks
 from metaplug.tasks import Tabular, TaskBatch
 
 SIZES = {"shots": 1, "queries": 1}
@@ -56,8 +56,21 @@ def table(tmp_path: Path) -> Path:
 
 
 def test_the_form_of_the_tasks(tmp_path: Path) -> None:
-    path = write(tmp_path / "t.csv", *([name, i, 2 * i, 3, i, -i] for i in range(6) for name in "abcdef"), header="t,u,v,w,y,z")
-    source = Tabular(path, shots=2, queries=3, task="t", targets=["z", "y"], features=["v", "u"], **EVEN, standardise=False)
+    path = write(
+        tmp_path / "t.csv",
+        *([name, i, 2 * i, 3, i, -i] for i in range(6) for name in "abcdef"),
+        header="t,u,v,w,y,z",
+    )
+    source = Tabular(
+        path,
+        shots=2,
+        queries=3,
+        task="t",
+        targets=["z", "y"],
+        features=["v", "u"],
+        **EVEN,
+        standardise=False,
+    )
     batch = source.train.batch(0, range(5))
     assert batch.support_x.shape == batch.support_y.shape == (5, 2, 2)
     assert batch.query_x.shape == batch.query_y.shape == (5, 3, 2)
@@ -65,13 +78,24 @@ def test_the_form_of_the_tasks(tmp_path: Path) -> None:
     assert all(getattr(batch, field).is_contiguous() for field in TaskBatch.__slots__)
     # Columns stand in the order of the settings: v = 2 u, z = -u and y = u.
     assert torch.equal(batch.query_x[..., 0], 2 * batch.query_x[..., 1])
-    assert torch.equal(batch.query_y, torch.stack([-batch.query_x[..., 1], batch.query_x[..., 1]], -1))
+    assert torch.equal(
+        batch.query_y, torch.stack([-batch.query_x[..., 1], batch.query_x[..., 1]], -1)
+    )
     assert (source.kind, source.input_shape, source.outputs) == ("regression", (2,), 2)
-    assert Tabular(path, task="t", targets=["z"], shots=1, queries=1).describe()["features"] == ["u", "v", "w", "y"]
+    assert Tabular(path, task="t", targets=["z"], shots=1, queries=1).describe()["features"] == [
+        "u",
+        "v",
+        "w",
+        "y",
+    ]
 
 
 def test_the_description(table: Path) -> None:
-    splits = {"train": {"tasks": 4, "rows": 16}, "val": {"tasks": 3, "rows": 12}, "test": {"tasks": 3, "rows": 12}}
+    splits = {
+        "train": {"tasks": 4, "rows": 16},
+        "val": {"tasks": 3, "rows": 12},
+        "test": {"tasks": 3, "rows": 12},
+    }
     expected = {
         "kind": "regression",
         "input_shape": [1],
@@ -99,22 +123,39 @@ def test_a_task_is_one_of_the_split_and_its_rows_are_distinct_and_all_occur(tabl
         assert {"abcdefghij"[task] for task in tasks[:, 0].tolist()} == set(stream.rows.names)
         assert all(len(set(row)) == 3 for row in rows.tolist())
         own = {place for place in range(40) if "abcdefghij"[place % 10] in stream.rows.names}
-        assert set(batch.support_x.flatten().long().tolist()) == own == set(batch.query_x.flatten().long().tolist())
+        assert (
+            set(batch.support_x.flatten().long().tolist())
+            == own
+            == set(batch.query_x.flatten().long().tolist())
+        )
         assert torch.equal(batch.query_y, 100 * batch.query_x)
 
 
 def test_a_task_depends_on_seed_split_iteration_and_index_alone(table: Path) -> None:
     whole = Tabular(table, **SIZES, **EVEN).train.batch(2, range(20))
-    assert torch.equal(Tabular(table, **SIZES, **EVEN).train.batch(2, [4, 9]).query_y, whole.query_y[[4, 9]])
-    assert not torch.equal(Tabular(table, **SIZES, **EVEN, seed=1).train.batch(2, range(20)).query_y, whole.query_y)
-    assert not torch.equal(Tabular(table, **SIZES, **EVEN).train.batch(3, range(20)).query_y, whole.query_y)
+    assert torch.equal(
+        Tabular(table, **SIZES, **EVEN).train.batch(2, [4, 9]).query_y, whole.query_y[[4, 9]]
+    )
+    assert not torch.equal(
+        Tabular(table, **SIZES, **EVEN, seed=1).train.batch(2, range(20)).query_y, whole.query_y
+    )
+    assert not torch.equal(
+        Tabular(table, **SIZES, **EVEN).train.batch(3, range(20)).query_y, whole.query_y
+    )
     # The same rows under another split's name are drawn in another order.
     swapped = {"train": list("abc"), "val": list("def"), "test": list("ghij")}
     table.with_name("one.json").write_text(json.dumps(swapped))
-    table.with_name("two.json").write_text(json.dumps({**swapped, "train": swapped["val"], "val": swapped["train"]}))
-    one, two = (Tabular(table, **SIZES, splits=table.with_name(f"{name}.json"), standardise=False) for name in ("one", "two"))
+    table.with_name("two.json").write_text(
+        json.dumps({**swapped, "train": swapped["val"], "val": swapped["train"]})
+    )
+    one, two = (
+        Tabular(table, **SIZES, splits=table.with_name(f"{name}.json"), standardise=False)
+        for name in ("one", "two")
+    )
     assert torch.equal(one.train.rows.values, two.val.rows.values)
-    assert not torch.equal(one.train.batch(0, range(20)).query_x, two.val.batch(0, range(20)).query_x)
+    assert not torch.equal(
+        one.train.batch(0, range(20)).query_x, two.val.batch(0, range(20)).query_x
+    )
 
 
 def test_the_order_of_tasks_in_the_file_does_not_matter(table: Path) -> None:
@@ -127,7 +168,12 @@ def test_the_order_of_tasks_in_the_file_does_not_matter(table: Path) -> None:
 
 
 def test_the_command_line_finds_it(table: Path) -> None:
-    settings = TaskSettings(source=f"tabular:{table}", shots=2, queries=1, settings={"targets": ["x"], "features": ["target"], **EVEN})
+    settings = TaskSettings(
+        source=f"tabular:{table}",
+        shots=2,
+        queries=1,
+        settings={"targets": ["x"], "features": ["target"], **EVEN},
+    )
     source = build_tasks(ExperimentConfig(tasks=settings))
     assert isinstance(source, Tabular)
     assert source.describe()["targets"] == ["x"]
@@ -151,15 +197,24 @@ def test_a_file_splits_and_leaves_out_what_it_does_not_name(tmp_path: Path) -> N
 
 
 def test_a_column_splits_and_is_no_feature(tmp_path: Path) -> None:
-    rows = [[name, i, i, split] for i in range(3) for name, split in zip("abcd", ("val", "train", "test", "train"), strict=True)]
-    source = Tabular(write(tmp_path / "t.csv", *rows, header="task,x,target,part"), **SIZES, split_column="part")
+    rows = [
+        [name, i, i, split]
+        for i in range(3)
+        for name, split in zip("abcd", ("val", "train", "test", "train"), strict=True)
+    ]
+    source = Tabular(
+        write(tmp_path / "t.csv", *rows, header="task,x,target,part"), **SIZES, split_column="part"
+    )
     assert names(source) == [["b", "d"], ["a"], ["c"]]
     assert source.input_shape == (1,)
 
 
 @given(
     tasks=st.lists(
-        st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1), min_size=3, max_size=12, unique=True
+        st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1),
+        min_size=3,
+        max_size=12,
+        unique=True,
     ),
     way=st.sampled_from(["file", "column", "fractions"]),
     shares=st.tuples(*[st.integers(1, 5)] * 3),
@@ -167,19 +222,32 @@ def test_a_column_splits_and_is_no_feature(tmp_path: Path) -> None:
     seed=st.integers(0, 2**31 - 1),
     data=st.data(),
 )
-def test_no_task_of_one_split_is_ever_in_another(tmp_path_factory, tasks, way, shares, **drawn) -> None:
+def test_no_task_of_one_split_is_ever_in_another(
+    tmp_path_factory, tasks, way, shares, **drawn
+) -> None:
     standardise, seed, data = drawn["standardise"], drawn["seed"], drawn["data"]
     folder = tmp_path_factory.mktemp("table")
     # Every split has a task; the others fall anywhere.
-    rest = data.draw(st.lists(st.sampled_from(SPLITS), min_size=len(tasks) - 3, max_size=len(tasks) - 3))
+    rest = data.draw(
+        st.lists(st.sampled_from(SPLITS), min_size=len(tasks) - 3, max_size=len(tasks) - 3)
+    )
     owner = dict(zip(tasks, [*SPLITS, *rest], strict=True))
     order = data.draw(st.permutations([name for name in tasks for _ in range(3)]))
-    path = write(folder / "t.csv", *([name, owner[name], place, -place] for place, name in enumerate(order)), header="task,part,x,target")
-    (folder / "splits.json").write_text(json.dumps({split: [name for name in tasks if owner[name] == split] for split in SPLITS}))
+    path = write(
+        folder / "t.csv",
+        *([name, owner[name], place, -place] for place, name in enumerate(order)),
+        header="task,part,x,target",
+    )
+    (folder / "splits.json").write_text(
+        json.dumps({split: [name for name in tasks if owner[name] == split] for split in SPLITS})
+    )
     options = {
         "file": {"splits": folder / "splits.json", "features": ["x"]},
         "column": {"split_column": "part"},
-        "fractions": {"features": ["x"], "fractions": tuple(share / sum(shares) for share in shares)},
+        "fractions": {
+            "features": ["x"],
+            "fractions": tuple(share / sum(shares) for share in shares),
+        },
     }[way]
     try:
         source = Tabular(path, shots=1, queries=2, seed=seed, standardise=standardise, **options)
@@ -187,10 +255,19 @@ def test_no_task_of_one_split_is_ever_in_another(tmp_path_factory, tasks, way, s
         assert (way, "split has none of the" in str(error)) == ("fractions", True)
         return
     seen: dict[str, set[str]] = {}
-    mean, scale = (source.describe()["standardisation"][key][0] for key in ("mean", "scale")) if standardise else (0, 1)
+    mean, scale = (
+        (source.describe()["standardisation"][key][0] for key in ("mean", "scale"))
+        if standardise
+        else (0, 1)
+    )
     for split in SPLITS:
         batch = getattr(source, split).batch(seed % 7, range(30))
-        places = (torch.cat([batch.support_x, batch.query_x], 1).double() * scale + mean).round().long().squeeze(-1)
+        places = (
+            (torch.cat([batch.support_x, batch.query_x], 1).double() * scale + mean)
+            .round()
+            .long()
+            .squeeze(-1)
+        )
         assert all(len(set(row)) == 3 for row in places.tolist())
         seen[split] = {order[place] for place in places.flatten().tolist()}
         assert seen[split] <= set(getattr(source, split).rows.names)
@@ -203,15 +280,35 @@ def test_no_task_of_one_split_is_ever_in_another(tmp_path_factory, tasks, way, s
 
 def test_standardisation_takes_training_rows_alone(tmp_path: Path) -> None:
     def source(test_value: float) -> Tabular:
-        train = [["a", "train", 1, 5], ["a", "train", 3, 5], ["b", "train", 5, 9], ["b", "train", 7, 9]]
-        other = [[split, split, test_value + i, test_value - i] for split in ("val", "test") for i in range(2)]
-        return Tabular(write(tmp_path / "t.csv", *train, *other, header="task,part,x,target"), **SIZES, split_column="part")
+        train = [
+            ["a", "train", 1, 5],
+            ["a", "train", 3, 5],
+            ["b", "train", 5, 9],
+            ["b", "train", 7, 9],
+        ]
+        other = [
+            [split, split, test_value + i, test_value - i]
+            for split in ("val", "test")
+            for i in range(2)
+        ]
+        return Tabular(
+            write(tmp_path / "t.csv", *train, *other, header="task,part,x,target"),
+            **SIZES,
+            split_column="part",
+        )
 
     near, far = source(0), source(1e6)
     assert torch.equal(near.train.rows.values, far.train.rows.values)
-    assert near.describe()["standardisation"] == far.describe()["standardisation"] == {"mean": [4, 7], "scale": [5**0.5, 2]}
     assert (
-        far.test.rows.values.tolist() == torch.tensor([[(1e6 - 4) / 5**0.5, (1e6 - 7) / 2], [(1e6 - 3) / 5**0.5, (1e6 - 8) / 2]]).tolist()
+        near.describe()["standardisation"]
+        == far.describe()["standardisation"]
+        == {"mean": [4, 7], "scale": [5**0.5, 2]}
+    )
+    assert (
+        far.test.rows.values.tolist()
+        == torch.tensor(
+            [[(1e6 - 4) / 5**0.5, (1e6 - 7) / 2], [(1e6 - 3) / 5**0.5, (1e6 - 8) / 2]]
+        ).tolist()
     )
     for column in (0, 1):
         values = near.train.rows.values[:, column].double()
@@ -221,8 +318,15 @@ def test_standardisation_takes_training_rows_alone(tmp_path: Path) -> None:
 
 def test_a_column_constant_over_the_training_rows_keeps_its_scale(tmp_path: Path) -> None:
     # Sums of 0.1 round, so that the deviation of this column is not exactly 0.
-    rows = [[split + name, split, 0.1 if split == "train" else 3.1, i] for split in SPLITS for name in "abc" for i in range(2)]
-    source = Tabular(write(tmp_path / "t.csv", *rows, header="task,part,x,target"), **SIZES, split_column="part")
+    rows = [
+        [split + name, split, 0.1 if split == "train" else 3.1, i]
+        for split in SPLITS
+        for name in "abc"
+        for i in range(2)
+    ]
+    source = Tabular(
+        write(tmp_path / "t.csv", *rows, header="task,part,x,target"), **SIZES, split_column="part"
+    )
     assert source.describe()["standardisation"]["scale"][0] == 1
     assert source.train.rows.values[:, 0].tolist() == pytest.approx([0] * 6, abs=1e-15)
     assert source.test.rows.values[:, 0].tolist() == pytest.approx([3] * 6, abs=1e-6)
@@ -235,7 +339,9 @@ def test_values_are_float32_only_after_standardisation(tmp_path: Path) -> None:
     fine = Tabular(path, **SIZES, split_column="part").train.rows.values[:, 0]
     torch.testing.assert_close(fine, (torch.arange(4.0) - 1.5) / 1.25**0.5)
     raw = Tabular(path, **SIZES, split_column="part", standardise=False).train.rows.values
-    assert torch.equal(raw, torch.tensor([[10**9 + i, 0.1 + i] for i in range(4)], dtype=torch.float64).float())
+    assert torch.equal(
+        raw, torch.tensor([[10**9 + i, 0.1 + i] for i in range(4)], dtype=torch.float64).float()
+    )
 
 
 # Files
@@ -246,14 +352,22 @@ def test_how_a_file_is_written_does_not_matter(tmp_path: Path, table: Path) -> N
     for separator, character in {"semicolon": ";", "tab": "\t", "bar": "|"}.items():
         other = tmp_path / "other.csv"
         # A byte order mark, line ends, quotes, blanks around numbers and empty lines, as spreadsheets write them.
-        rows = [[f'"{name}"', f" {x}", target] for name, x, target in csv.reader(table.read_text().splitlines()[1:])]
+        rows = [
+            [f'"{name}"', f" {x}", target]
+            for name, x, target in csv.reader(table.read_text().splitlines()[1:])
+        ]
         lines = [character.join(row) for row in [["task", "x", "target"], *rows]]
         other.write_bytes(("\ufeff" + "\r\n".join([*lines, "", ""])).encode())
-        assert torch.equal(Tabular(other, **SIZES, **EVEN, separator=separator).test.rows.values, plain.test.rows.values)
+        assert torch.equal(
+            Tabular(other, **SIZES, **EVEN, separator=separator).test.rows.values,
+            plain.test.rows.values,
+        )
 
 
 def test_parquet_reads_like_csv(tmp_path: Path, table: Path) -> None:
-    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install metaplug[parquet]")
+    pa = pytest.importorskip(
+        "pyarrow", reason="pyarrow is not installed: pip install metaplug[parquet]"
+    )
     import pyarrow.parquet as pq
 
     rows = list(csv.DictReader(table.read_text().splitlines()))
@@ -264,16 +378,23 @@ def test_parquet_reads_like_csv(tmp_path: Path, table: Path) -> None:
     }
     path = tmp_path / "table.parquet"
     pq.write_table(pa.table(columns), path, row_group_size=7)
-    assert torch.equal(Tabular(path, **SIZES, **EVEN).val.rows.values, Tabular(table, **SIZES, **EVEN).val.rows.values)
+    assert torch.equal(
+        Tabular(path, **SIZES, **EVEN).val.rows.values,
+        Tabular(table, **SIZES, **EVEN).val.rows.values,
+    )
     pq.write_table(pa.table({**columns, "x": [None, *columns["x"][1:]]}), path)
     assert message_of(lambda: Tabular(path)) == (
         f"the table {path}, row 1, column 'x': '' is not a number; correct it, or leave out that row or column"
     )
     path.write_bytes(b"PAR1")
-    assert message_of(lambda: Tabular(path)).startswith(f"the table {path} is no readable Parquet file (Parquet file size is 4 bytes")
+    assert message_of(lambda: Tabular(path)).startswith(
+        f"the table {path} is no readable Parquet file (Parquet file size is 4 bytes"
+    )
 
 
-def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_without_pyarrow_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     path = tmp_path / "t.parquet"
     path.touch()
@@ -291,17 +412,38 @@ def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path: Path, monkeypatch:
         (b"", " is empty: give it a header and rows"),
         (b"\n\n", " is empty: give it a header and rows"),
         (b"task,x,target\n", " has a header but no rows: give it some"),
-        (b"task;x;target\na;1;2\n", " reads as one column 'task;x;target': set separator to what stands between its columns"),
+        (
+            b"task;x;target\na;1;2\n",
+            " reads as one column 'task;x;target': set separator to what stands between its columns",
+        ),
         (b"task,x,x,target\na,1,1,2\n", " has 2 columns 'x': give each a name of its own"),
         (b"task,target\na,1\n", " has no column that is left for the features: add one"),
-        (b",task,x,target\n0,a,1,2\n", " has a column without a name, as an index has: name it, or list the features"),
+        (
+            b",task,x,target\n0,a,1,2\n",
+            " has a column without a name, as an index has: name it, or list the features",
+        ),
         (b"task,x,target\na,1,2\na,1\n", ", row 3 has 2 values for 3 columns: give one for each"),
-        (b"task,x,target\na,1,2\na,1,2,3\n", ", row 3 has 4 values for 3 columns: give one for each"),
-        (b"task,x,target\na,1,2\n,1,2\n", ", row 3, column 'task' names no task: name one, or leave out that row"),
-        (b"task,x,target\na,1,2\na,\xe9,2\n", ", line 3 is not UTF-8 text: save it as CSV in UTF-8"),
+        (
+            b"task,x,target\na,1,2\na,1,2,3\n",
+            ", row 3 has 4 values for 3 columns: give one for each",
+        ),
+        (
+            b"task,x,target\na,1,2\n,1,2\n",
+            ", row 3, column 'task' names no task: name one, or leave out that row",
+        ),
+        (
+            b"task,x,target\na,1,2\na,\xe9,2\n",
+            ", line 3 is not UTF-8 text: save it as CSV in UTF-8",
+        ),
         ("task,x,target\n".encode("utf-16"), ", line 1 is not UTF-8 text: save it as CSV in UTF-8"),
-        (b'task,x,target\na,1,2\na,"1"0,2\n', ", line 3 is not CSV (',' expected after '\"'): correct it there"),
-        (b'task,x,target\na,1,2\na,"1,2\n', ", line 3 is not CSV (unexpected end of data): correct it there"),
+        (
+            b'task,x,target\na,1,2\na,"1"0,2\n',
+            ", line 3 is not CSV (',' expected after '\"'): correct it there",
+        ),
+        (
+            b'task,x,target\na,1,2\na,"1,2\n',
+            ", line 3 is not CSV (unexpected end of data): correct it there",
+        ),
     ],
 )
 def test_a_file_that_is_no_table_is_named(content: bytes, message: str, tmp_path: Path) -> None:
@@ -322,7 +464,9 @@ def test_a_file_that_is_no_table_is_named(content: bytes, message: str, tmp_path
     ],
 )
 @pytest.mark.parametrize("column", ["x", "target"])
-def test_a_cell_that_is_no_finite_number_is_named(cell: str, fault: str, column: str, tmp_path: Path) -> None:
+def test_a_cell_that_is_no_finite_number_is_named(
+    cell: str, fault: str, column: str, tmp_path: Path
+) -> None:
     rows = [["a", 1, 2], ["b", cell if column == "x" else 1, cell if column == "target" else 2]]
     path = write(tmp_path / "t.csv", *rows)
     assert message_of(lambda: Tabular(path)) == (
@@ -331,7 +475,11 @@ def test_a_cell_that_is_no_finite_number_is_named(cell: str, fault: str, column:
 
 
 def test_a_column_without_numbers_may_be_left_out(tmp_path: Path) -> None:
-    path = write(tmp_path / "t.csv", *([name, i, i, "note"] for name in "abc" for i in range(2)), header="task,x,target,note")
+    path = write(
+        tmp_path / "t.csv",
+        *([name, i, i, "note"] for name in "abc" for i in range(2)),
+        header="task,x,target,note",
+    )
     assert Tabular(path, **SIZES, **EVEN, features=["x"]).input_shape == (1,)
 
 
@@ -344,7 +492,9 @@ def test_a_column_without_numbers_may_be_left_out(tmp_path: Path) -> None:
         ({"split_column": "fold"}, ("fold", "split_column", "known: 'task', 'x', 'target'")),
     ],
 )
-def test_a_missing_column_is_named_with_the_nearest(settings: dict[str, object], message: tuple[str, str, str], table: Path) -> None:
+def test_a_missing_column_is_named_with_the_nearest(
+    settings: dict[str, object], message: tuple[str, str, str], table: Path
+) -> None:
     column, field, hint = message
     assert message_of(lambda: Tabular(table, **settings)) == (
         f"the table {table} has no column '{column}', which the setting {field} names; set it to one that it has, for train by "
@@ -354,7 +504,10 @@ def test_a_missing_column_is_named_with_the_nearest(settings: dict[str, object],
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     path = tmp_path / "none.csv"
-    assert message_of(lambda: Tabular(path)) == f"the table {path}: there is no such file; give the path of a CSV or Parquet file"
+    assert (
+        message_of(lambda: Tabular(path))
+        == f"the table {path}: there is no such file; give the path of a CSV or Parquet file"
+    )
 
 
 def test_a_file_that_may_not_be_read_is_named(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,22 +537,35 @@ def test_a_task_of_too_few_rows_is_named(table: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"train": ["a", "leathr"], "val": ["b"], "test": ["c"]}', ", train: unknown task 'leathr': did you mean 'leather'?"),
+        (
+            '{"train": ["a", "leathr"], "val": ["b"], "test": ["c"]}',
+            ", train: unknown task 'leathr': did you mean 'leather'?",
+        ),
         (
             '{"train": ["a", "b"], "val": ["c"], "test": ["c"]}',
             ": the task 'c' stands in the val and in the test split, so it would not be new to the model: keep it in one",
         ),
-        ('{"train": ["a"], "valid": ["b"], "test": ["c"]}', ": unknown split 'valid': did you mean 'val'?"),
+        (
+            '{"train": ["a"], "valid": ["b"], "test": ["c"]}',
+            ": unknown split 'valid': did you mean 'val'?",
+        ),
         ('{"train": "a"}', f" are not lists of task names by split: write {FORM}"),
         ("[1]", f" are not lists of task names by split: write {FORM}"),
-        ("{", f" are not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)): write {FORM}"),
+        (
+            "{",
+            f" are not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)): write {FORM}",
+        ),
     ],
 )
 def test_wrong_splits_are_refused(content: str, message: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "t.csv", *([name, i, i] for name in ("a", "b", "c", "leather") for i in range(2)))
+    path = write(
+        tmp_path / "t.csv", *([name, i, i] for name in ("a", "b", "c", "leather") for i in range(2))
+    )
     splits = tmp_path / "splits.json"
     splits.write_text(content)
-    assert message_of(lambda: Tabular(path, **SIZES, splits=splits)) == f"the splits {splits}{message}"
+    assert (
+        message_of(lambda: Tabular(path, **SIZES, splits=splits)) == f"the splits {splits}{message}"
+    )
 
 
 def test_splits_that_are_not_there_are_refused(table: Path) -> None:
@@ -410,13 +576,15 @@ def test_splits_that_are_not_there_are_refused(table: Path) -> None:
 
 
 def test_a_split_without_tasks_is_refused(table: Path) -> None:
-    message = (
-        "the {} split has none of the 10 tasks of the table {}: give it some, by splits, by split_column or by a larger share in fractions"
+    message = "the {} split has none of the 10 tasks of the table {}: give it some, by splits, by split_column or by a larger share in fractions"
+    assert message_of(lambda: Tabular(table, **SIZES, fractions=(0.9, 0.0, 0.1))) == message.format(
+        "val", table
     )
-    assert message_of(lambda: Tabular(table, **SIZES, fractions=(0.9, 0.0, 0.1))) == message.format("val", table)
     splits = table.with_name("splits.json")
     splits.write_text('{"val": ["b"], "test": []}')
-    assert message_of(lambda: Tabular(table, **SIZES, splits=splits)) == message.format("train", table)
+    assert message_of(lambda: Tabular(table, **SIZES, splits=splits)) == message.format(
+        "train", table
+    )
 
 
 @pytest.mark.parametrize(
@@ -430,21 +598,54 @@ def test_a_split_without_tasks_is_refused(table: Path) -> None:
     ],
 )
 def test_a_wrong_split_in_a_row_is_named(row: list[object], message: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "t.csv", ["a", 1, 2, "train"], ["b", 1, 2, "val"], row, header="task,x,target,part")
-    assert message_of(lambda: Tabular(path, **SIZES, split_column="part")) == f"the table {path}, row 4{message}"
+    path = write(
+        tmp_path / "t.csv",
+        ["a", 1, 2, "train"],
+        ["b", 1, 2, "val"],
+        row,
+        header="task,x,target,part",
+    )
+    assert (
+        message_of(lambda: Tabular(path, **SIZES, split_column="part"))
+        == f"the table {path}, row 4{message}"
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"features": ["x", "task"]}, "tabular: the column 'task' is named twice, by task and by features: name it once"),
-        ({"features": ["target"]}, "tabular: the column 'target' is named twice, by features and by targets: name it once"),
-        ({"split_column": "target"}, "tabular: the column 'target' is named twice, by split_column and by targets: name it once"),
-        ({"targets": ["x", "x"]}, "tabular: the column 'x' is named twice, by targets and by targets: name it once"),
-        ({"targets": []}, "tabular: targets = []: tuple should have at least 1 item after validation, not 0"),
-        ({"splits": "s.json", "split_column": "p"}, "tabular: splits and split_column both split the tasks: give one of them"),
-        ({"fractions": (0.6, 0.3, 0.2)}, "tabular: fractions = (0.6, 0.3, 0.2): they must be at least 0 and sum to 1"),
-        ({"separator": ";"}, "tabular: separator = ';': input should be 'comma', 'semicolon', 'tab' or 'bar'"),
+        (
+            {"features": ["x", "task"]},
+            "tabular: the column 'task' is named twice, by task and by features: name it once",
+        ),
+        (
+            {"features": ["target"]},
+            "tabular: the column 'target' is named twice, by features and by targets: name it once",
+        ),
+        (
+            {"split_column": "target"},
+            "tabular: the column 'target' is named twice, by split_column and by targets: name it once",
+        ),
+        (
+            {"targets": ["x", "x"]},
+            "tabular: the column 'x' is named twice, by targets and by targets: name it once",
+        ),
+        (
+            {"targets": []},
+            "tabular: targets = []: tuple should have at least 1 item after validation, not 0",
+        ),
+        (
+            {"splits": "s.json", "split_column": "p"},
+            "tabular: splits and split_column both split the tasks: give one of them",
+        ),
+        (
+            {"fractions": (0.6, 0.3, 0.2)},
+            "tabular: fractions = (0.6, 0.3, 0.2): they must be at least 0 and sum to 1",
+        ),
+        (
+            {"separator": ";"},
+            "tabular: separator = ';': input should be 'comma', 'semicolon', 'tab' or 'bar'",
+        ),
         ({"target": "x"}, "tabular: unknown field 'target': did you mean 'targets'?"),
         ({"shots": 0}, "tasks: shots = 0: input should be greater than or equal to 1"),
     ],

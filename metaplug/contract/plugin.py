@@ -1,0 +1,106 @@
+"""What a plugin is: an nn.Module with a validated configuration, whose hooks are marked `@hookimpl`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pluggy
+from pydantic import Field
+from torch import nn
+
+from metaplug.contract.naming import is_kebab, kebab
+from metaplug.errors import RequestError
+from metaplug.settings import Settings, validated
+
+hookimpl = pluggy.HookimplMarker("metaplug")
+"""Marks a method of a plugin as the implementation of the hook of that name."""
+
+
+class PluginConfig(Settings):
+    """A plugin's configuration: a frozen pydantic model that refuses unknown fields. Describe and bound every field."""
+
+
+class LearnedPluginConfig(PluginConfig):
+    """The configuration of a plugin that has meta-parameters."""
+
+    meta_lr: float | None = Field(
+        None,
+        gt=0,
+        le=10,
+        description="Meta learning rate of the plugin's own parameters; null: that of the model's weights.",
+    )
+
+
+def key_of(name: str) -> str:
+    """A parameter's name as nn.ParameterDict and buffers take it, without dots: "head.weight" is "head/weight"."""
+    return name.replace(".", "/")
+
+
+class Plugin(nn.Module):
+    """The base of every plugin. A subclass is final: it implements hooks, and is not subclassed again.
+
+    Its meta-parameters are its `nn.Parameter`s and its statistics its buffers, both created in `setup`; devices, checkpoints and the
+    meta-optimizer find them there.
+
+    Args:
+        name: what this instance is called in a chain; needed only where a plugin stands twice. Default: the class's name, in kebab-case.
+        settings: the fields of `Config`.
+
+    Raises:
+        RequestError: a field is unknown, or its value out of bounds.
+    """
+
+    class Config(PluginConfig):
+        """No fields."""
+
+    config: PluginConfig
+
+    runs_after: ClassVar[tuple[str, ...]] = ()
+    """Plugins that must stand before this one in the list, where both are used. Checked, never used to reorder."""
+    conflicts_with: ClassVar[tuple[str, ...]] = ()
+    """Plugins that cannot be used beside this one."""
+    couples_tasks: ClassVar[bool] = False
+    """Whether a task's result depends on other tasks of its meta-training batch. `InnerStep.task_mean` asks for it."""
+
+    def __init__(self, *, name: str | None = None, **settings: Any) -> None:
+        super().__init__()
+        self.is_set_up = False
+        self.name = self.kind() if name is None else name
+        if not is_kebab(self.name):
+            raise RequestError(
+                f"'{self.name}' cannot name a plugin: use lower-case letters, digits and single hyphens, as in 'my-plugin'"
+            )
+        self.config = validated(self.Config, settings, f"plugin '{self.name}'")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if Plugin not in cls.__bases__:
+            raise TypeError(
+                f"{cls.__name__} extends the plugin {cls.__bases__[0].__name__}: a plugin is final; subclass metaplug.Plugin instead"
+            )
+        config: Any = cls.Config
+        if not isinstance(config, type) or not issubclass(config, PluginConfig):
+            raise TypeError(
+                f"{cls.__name__}.Config is no subclass of metaplug.PluginConfig, so that settings would go unchecked: "
+                "write class Config(PluginConfig)"
+            )
+        if config.model_config.get("extra") != "forbid" or not config.model_config.get("frozen"):
+            raise TypeError(
+                f"{cls.__name__}.Config lets unknown fields pass, or its fields be changed, which no run could tell: "
+                "take extra and frozen out of its model_config"
+            )
+
+    @classmethod
+    def kind(cls) -> str:
+        """The plugin's own name, whatever an instance is called: `GradientSharing` is "gradient-sharing"."""
+        return kebab(cls.__name__)
+
+    @property
+    def meta_lr(self) -> float | None:
+        """The meta learning rate of this plugin's meta-parameters, as its configuration says; None for the learner's."""
+        return self.config.meta_lr if isinstance(self.config, LearnedPluginConfig) else None
+
+    @property
+    def transductive(self) -> bool:
+        """Whether, as configured, test tasks may share. The result of an evaluation is then labelled transductive."""
+        return False

@@ -1,0 +1,197 @@
+"""The values that pass through the hooks. T is the number of tasks in a batch, K the number of inner steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from metaplug.contract.task_batch import TaskBatch
+from metaplug.errors import RequestError
+from metaplug.execution.ranks import Share
+
+Kind: TypeAlias = Literal["classification", "regression"]
+
+Gradients: TypeAlias = Mapping[str, Tensor]
+"""Read-only, by parameter name, each (T, *parameter.shape); only adapted parameters that received a gradient."""
+
+Parameters: TypeAlias = Mapping[str, Tensor]
+"""Read-only, by the model's own parameter name, each (T, *parameter.shape)."""
+
+LearningRates: TypeAlias = Mapping[str, Tensor]
+"""Read-only, by adapted parameter name, each broadcastable to (T, *parameter.shape)."""
+
+
+class Owner(Protocol):
+    """What a step knows of the plugin that holds it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def couples_tasks(self) -> bool: ...
+    @property
+    def transductive(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class InnerStep:
+    """One step of the inner loop, as one plugin sees it.
+
+    Attributes:
+        index: k, counted from 0.
+        count: K, the number of steps of this loop.
+        trained_steps: the number of steps that the model is meta-trained with.
+        meta_iteration: the meta-iteration, counted from 0.
+        meta_iterations: the meta-iterations of the whole run; 0 where none has begun.
+        training: whether this is meta-training; False when test tasks are adapted.
+        parameters: the fast weights that this forward pass starts from, all parameters of the model.
+        initial_parameters: the weights that every task started from.
+    """
+
+    index: int
+    count: int
+    trained_steps: int
+    meta_iteration: int
+    meta_iterations: int
+    training: bool
+    parameters: Parameters = field(default_factory=dict)
+    initial_parameters: Parameters = field(default_factory=dict)
+    support_losses: Tensor | None = None
+    support_predictions: Tensor | None = None
+    statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    owner: Owner | None = None
+    share: Share | None = None
+
+    @property
+    def slot(self) -> int:
+        """min(k, trained steps − 1): the place of this step's meta-parameters.
+
+        Raises:
+            RequestError: the model is trained with no inner step, so that no per-step value exists.
+        """
+        if self.trained_steps == 0:
+            raise RequestError(
+                f"plugin '{self._owner.name}' keeps a value for each inner step, but the model is trained with none: "
+                "train with inner_steps of at least 1, or leave the plugin out"
+            )
+        return min(self.index, self.trained_steps - 1)
+
+    @property
+    def losses(self) -> Tensor:
+        """(T,) support losses of this step, before `transform_inner_losses`; not known yet in `transform_parameters`."""
+        return self._of_forward("losses", self.support_losses)
+
+    @property
+    def predictions(self) -> Tensor:
+        """(T, n_support, *output) of this step's support pass; for classification the logits. Not known yet in `transform_parameters`."""
+        return self._of_forward("predictions", self.support_predictions)
+
+    def task_mean(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The mean over axis 0, that is over all tasks of the meta-batch, those of other ranks too: Σ_t w[t]·x[t] / T. Differentiable.
+
+        Ranks wait for each other here: call it as often, and with the same shapes, whatever the tasks are.
+
+        Args:
+            x: (T, ...), a floating dtype.
+            weights: (T,), of x's dtype; default: all 1. One matrix product, far cheaper than a product by element.
+
+        Raises:
+            RequestError: at evaluation, where tasks must not see each other, unless the plugin says that it is transductive;
+                or by a plugin that does not declare `couples_tasks`.
+        """
+        if not self._owner.couples_tasks:
+            raise RequestError(
+                f"plugin '{self._owner.name}' takes a mean over tasks but does not say so: "
+                "set couples_tasks = True on its class, or in its module"
+            )
+        if not self.training and not self._owner.transductive:
+            raise RequestError(
+                f"plugin '{self._owner.name}' takes a mean over test tasks, which must not see each other: "
+                "use what was stored in training when step.training is False"
+            )
+        mean: Tensor = (
+            x.mean(0)
+            if weights is None
+            else ((weights / len(weights)) @ x.reshape(len(x), -1)).view(x.shape[1:])
+        )
+        return mean if self.share is None else self.share.mean(mean)
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """Hand a statistic to the engine, detached; after the meta-update, and only then, `commit` receives it by this name.
+
+        Where other ranks have tasks too, it receives the mean over ranks, weighted by their tasks: keep a floating-point mean over tasks.
+        """
+        self.statistics.setdefault(self._owner.name, {})[name] = tensor.detach()
+
+    def seen_by(self, owner: Owner) -> InnerStep:
+        """The same step, held by `owner`."""
+        return replace(self, owner=owner)
+
+    def _of_forward(self, what: str, value: Tensor | None) -> Tensor:
+        if value is None:
+            raise RequestError(
+                f"plugin '{self._owner.name}' asks for this step's {what} in transform_parameters, before the forward pass "
+                "that makes them: use them in transform_inner_losses, transform_gradients or transform_learning_rates"
+            )
+        return value
+
+    @property
+    def _owner(self) -> Owner:
+        assert self.owner is not None, "a step is always given to a plugin through seen_by"
+        return self.owner
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What adapting a batch of tasks gave.
+
+    Attributes:
+        batch: the tasks.
+        initial_parameters: what every task started from, (T, *shape) each.
+        adapted_parameters: the fast weights after the last update, (T, *shape) each; all parameters of the model.
+        support_losses: K tensors (T,), before `transform_inner_losses`; the k-th is taken before update k.
+        query_losses: by the number of updates done (1 … K; 0 where K = 0), (T,) each; only those that count.
+        query_predictions: (T, n_query, *output) of the last query pass, detached.
+        query_parameters: the values that the last query pass used, after `transform_parameters`.
+        statistics: what plugins kept, by plugin and name.
+    """
+
+    batch: TaskBatch
+    initial_parameters: Parameters
+    adapted_parameters: Parameters
+    support_losses: tuple[Tensor, ...]
+    query_losses: Mapping[int, Tensor]
+    query_predictions: Tensor
+    query_parameters: Parameters
+    statistics: Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a plugin may know of the run when it creates its meta-parameters and buffers.
+
+    Attributes:
+        shapes: by name, the shape of every trainable parameter of the model, without the task axis.
+        parameters: by name, their values as meta-training begins, detached: copy what you start from.
+        layers: by name, the class of the module that each belongs to.
+        adapted: the names of the parameters that the inner loop adapts, in the model's order.
+        dtype, device: of the model's parameters; create yours with both.
+        inner_steps: K in training, 0 or more.
+        inner_lr: the inner learning rate.
+        kind: "classification" or "regression".
+        ranks: the number of processes that the tasks of a meta-batch are spread over.
+    """
+
+    shapes: Mapping[str, torch.Size]
+    parameters: Mapping[str, Tensor]
+    layers: Mapping[str, type[nn.Module]]
+    adapted: tuple[str, ...]
+    dtype: torch.dtype
+    device: torch.device
+    inner_steps: int
+    inner_lr: float
+    kind: Kind
+    ranks: int = 1

@@ -1,0 +1,117 @@
+"""A piece of a computation whose graph is not kept: it is made again in the backward pass.
+
+torch's own checkpoint would run the piece once more for every inner gradient that is taken inside it, as that gradient already asks for
+the graph that was not kept. Here the first run keeps nothing, takes inner gradients in first order, and the second makes the whole graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+Piece = Callable[..., Any]
+"""(inputs, graph=bool) → outputs, each a nesting of containers with tensors; with `graph` the outputs can be differentiated twice."""
+
+
+def recomputed(piece: Piece, inputs: Any, parameters: Sequence[Tensor]) -> Any:
+    """What `piece` gives for `inputs`, differentiable once, with the memory of its inputs and outputs alone.
+
+    Args:
+        piece: depends on nothing that is differentiated but `inputs` and `parameters`; it is run twice, with the same random numbers.
+        inputs: containers with tensors; one tensor that stands in two places stays one.
+        parameters: leaf tensors that the piece uses without being given them.
+    """
+    leaves, spec = tree_flatten(inputs)
+    unique = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
+    places = {key: place for place, key in enumerate(unique)}
+    run = _Run(
+        piece,
+        [places.get(id(leaf), leaf) if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves],
+        spec,
+        len(unique),
+    )
+    found = iter(_Recomputed.apply(run, *unique.values(), *parameters))
+    assert run.outputs is not None
+    rest, output_spec = run.outputs
+    return tree_unflatten([next(found) if leaf is None else leaf[0] for leaf in rest], output_spec)
+
+
+class _Run:
+    """The piece with the form of its inputs; after the first run, the form of its outputs and the random state that it began with."""
+
+    def __init__(self, piece: Piece, places: Sequence[Any], spec: TreeSpec, count: int) -> None:
+        self.piece, self.places, self.spec, self.count = piece, places, spec, count
+        self.outputs: tuple[list[Any], TreeSpec] | None = None
+        self.random = [generator.get_state() for generator in _generators()]
+
+    def __call__(self, tensors: Sequence[Tensor], *, graph: bool) -> list[Tensor]:
+        inputs = tree_unflatten(
+            [tensors[place] if isinstance(place, int) else place[0] for place in self.places],
+            self.spec,
+        )
+        with torch.enable_grad():
+            leaves, spec = tree_flatten(self.piece(inputs, graph=graph))
+        self.outputs = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], spec
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: _Run, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.run = run
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return tuple(output.detach() for output in run(_leaves(tensors[: run.count]), graph=False))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        run: _Run = ctx.run
+        leaves = _leaves(ctx.saved_tensors[: run.count])
+        with _again(run.random):
+            outputs = run(leaves, graph=True)
+        pairs = [
+            (output, given)
+            for output, given in zip(outputs, gradients, strict=True)
+            if given is not None and output.requires_grad
+        ]
+        sources = [*leaves, *ctx.saved_tensors[run.count :]]
+        wanted = [source for source in sources if source.requires_grad]
+        if not pairs:
+            return None, *(None for _ in sources)
+        taken = iter(
+            torch.autograd.grad(
+                [output for output, _ in pairs],
+                wanted,
+                [given for _, given in pairs],
+                allow_unused=True,
+            )
+        )
+        return None, *(next(taken) if source.requires_grad else None for source in sources)
+
+
+def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+
+
+def _generators() -> list[torch.Generator]:
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return [torch.default_generator, *(torch.cuda.default_generators if used else ())]
+
+
+@contextmanager
+def _again(states: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, random numbers start from these states; outside they go on as they were."""
+    generators = _generators()
+    before = [generator.get_state() for generator in generators]
+    try:
+        for generator, state in zip(generators, states, strict=False):
+            generator.set_state(state)
+        yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)

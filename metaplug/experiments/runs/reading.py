@@ -1,0 +1,134 @@
+"""The JSON files of a run, read back: what a run did not write is refused in one line that names the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, TypeAdapter, ValidationError
+
+from metaplug.checkpoint.form import Count
+from metaplug.errors import RunError, one_line
+from metaplug.experiments.runs.layout import BEST, METRICS, SUMMARY
+from metaplug.tasks.reading import no_number
+
+_MOST_BYTES = 16 * 2**20
+"""Of a line of metrics, and of a summary."""
+Figure = Annotated[float, Field(strict=True)] | None
+"""A number; null stands for NaN and Inf, which JSON does not have."""
+
+
+class _Values(BaseModel):
+    """What is read of an object; it may have more."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+
+class _Result(_Values):
+    metric: StrictStr
+    mean: Figure
+    interval: Figure
+    num_tasks: Count
+    inner_steps: Count
+    transductive: list[StrictStr]
+
+
+class _Validation(_Values):
+    metric: StrictStr
+    mean: Figure
+    interval: Figure
+
+
+class _Line(_Values):
+    iteration: Count
+    outer_loss: Figure
+    meta_gradient_norm: Figure
+    meta_lr: Figure
+    figures: dict[StrictStr, Figure]
+    validation: _Validation | None = None
+
+
+class _Best(_Values):
+    iteration: Count
+    mean: Figure
+
+
+class _Summary(_Values):
+    test: _Result
+    best_validation: _Best
+    iterations: Count
+
+
+_LINE, _SUMMARY = TypeAdapter(_Line), TypeAdapter(_Summary)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, one for each iteration.
+
+    Raises:
+        RunError: the file cannot be read, or a line of it is not one that a run writes; the line is named.
+    """
+    path = folder / METRICS
+    lines: list[dict[str, Any]] = []
+    with _naming(path), path.open("rb") as file:
+        while line := file.readline(_MOST_BYTES):
+            number = len(lines) + 1
+            lines.append(_read(line, _LINE, f"{path}, line {number},"))
+            if lines[-1]["iteration"] != number:
+                found = lines[-1]["iteration"]
+                raise RunError(
+                    f"{path}, line {number} is of iteration {found}, so that lines are missing or stand twice: train the run anew"
+                )
+    return lines
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """A finished run's summary.json.
+
+    Raises:
+        RunError: the file cannot be read, or is not one that a run writes.
+    """
+    path = folder / SUMMARY
+    with _naming(path), path.open("rb") as file:
+        return _read(
+            file.read(_MOST_BYTES),
+            _SUMMARY,
+            str(path),
+            f"remove it, and --resume makes it anew from {BEST}",
+        )
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot read {path}: {error.strerror}; it is in the folder of a run that has begun"
+        ) from None
+
+
+def _read(
+    text: bytes,
+    form: TypeAdapter[Any],
+    what: str,
+    mend: str = "take it from a backup, or train the run anew",
+) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(text.decode(), parse_constant=no_number)
+        form.validate_python(values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        reason = f"{'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
+    except UnicodeDecodeError:
+        reason = "not UTF-8 text"
+    except RecursionError:
+        reason = "nested too deeply"
+    except ValueError as error:  # of JSON, or of a number with thousands of digits
+        reason = str(error)
+    else:
+        return values
+    raise RunError(f"{what} is not what a run writes ({one_line(reason)}): {mend}")

@@ -1,0 +1,238 @@
+"""Meta-training in a folder: a run that was killed at any moment goes on bit for bit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metaplug import checkpoint
+from metaplug.contract.task_batch import TaskBatch
+from metaplug.errors import RunError
+from metaplug.evaluation.history import Record
+from metaplug.evaluation.results import better
+from metaplug.execution.ranks import ALONE, World
+from metaplug.experiments.configuration import ExperimentConfig, to_yaml
+from metaplug.experiments.experiment import Experiment, build, environment, result_values
+from metaplug.experiments.runs.folder import RunFolder
+from metaplug.experiments.runs.layout import BEST, LAST
+from metaplug.experiments.runs.reading import read_metrics, read_summary
+from metaplug.experiments.runs.sessions import session
+
+
+def train(
+    config: ExperimentConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    on_start: Callable[[Experiment], None] = lambda experiment: None,
+    on_record: Callable[[Record], None] = lambda record: None,
+    on_trained: Callable[[], None] = lambda: None,
+    stop: Callable[[], bool] = lambda: False,
+    world: World = ALONE,
+) -> dict[str, Any] | None:
+    """Run an experiment in a folder: meta-train, keep the best validation, measure that on unseen test tasks.
+
+    A checkpoint is written at every validation and at a stop. Killed at any moment and resumed, a run gives bit for bit the checkpoints and
+    the metrics of one that was left alone, but for the seconds that were spent. While this process lives, no other can train in the folder.
+
+    Every rank of `world` calls this; rank 0 alone reads and writes the folder. A run may be resumed on another number of ranks, and with
+    other settings of the runtime but its precision: then to rounding.
+
+    Args:
+        folder: made here; a run that is there already is only touched to resume it.
+        resume: go on with the run in `folder`; begins one where there is none yet. A finished run is left as it is.
+        on_start: called once, with `learner.iteration` iterations done already.
+        on_record: called after every iteration.
+        on_trained: called once, before the test or at a stop, while the folder is still this process's alone.
+        stop: asked after every iteration; True on any rank stops the run.
+        world: the processes that train together; `on_start`, `on_record` and `on_trained` are called on rank 0.
+
+    Returns:
+        The content of summary.json; None for a run that was stopped.
+
+    Raises:
+        RequestError: a part is unknown or refuses its settings; the folder holds a run, and another one than this to resume; or another
+            process trains there.
+        RunError: a loss or gradient is NaN or Inf, memory runs out, or a file cannot be written; the last checkpoint is kept.
+    """
+    with RunFolder(folder) as place:
+        if world.from_main(lambda: place.check(config, resume=resume)):
+            return world.from_main(lambda: read_summary(folder))
+        experiment = build(config, world=world)
+        run = _begin(place, experiment)
+        if world.is_main:
+            on_start(experiment)
+        ended = run.iterate(on_record, stop)
+        world.from_main(on_trained)
+        return run.finish(stop) if ended else None
+
+
+class _StoppedError(Exception):
+    """The test was asked to stop."""
+
+
+class _Stoppable:
+    """Test tasks that end the test where a stop is asked for."""
+
+    def __init__(self, tasks: Any, stop: Callable[[], bool]) -> None:
+        self._tasks, self._stop = tasks, stop
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tasks, name)
+
+    def batch(self, iteration: int, indices: Sequence[int] | range) -> TaskBatch:
+        """As the tasks have it."""
+        if self._stop():
+            raise _StoppedError
+        batch: TaskBatch = self._tasks.batch(iteration, indices)
+        return batch
+
+
+@dataclass
+class _Run:
+    """A run under way: its experiment, its folder, the best validation so far and the seconds spent before this process."""
+
+    experiment: Experiment
+    folder: RunFolder
+    best: dict[str, Any] | None
+    seconds: float
+
+    def __post_init__(self) -> None:
+        self._begun = time.monotonic() - self.seconds
+        self._world = self.experiment.learner.world
+
+    def iterate(self, on_record: Callable[[Record], None], stop: Callable[[], bool]) -> bool:
+        """Train to the end; False if stopped on the way."""
+        learner, tasks, training = (
+            self.experiment.learner,
+            self.experiment.tasks,
+            self.experiment.config.training,
+        )
+        records = learner.iterate(
+            tasks.train,
+            iterations=training.iterations - learner.iteration,
+            tasks_per_batch=training.tasks_per_batch,
+            validation=tasks.val,
+            validate_every=training.validate_every,
+            validation_tasks=training.validation_tasks,
+            non_finite=training.non_finite,
+        )
+        for record in records:
+            [stopped] = self._world.any(
+                stop() and record.step.iteration == learner.iteration
+            )  # its weights are those of this record
+            if self._world.is_main:
+                self._log(record, durable=stopped or record.validation is not None)
+            self._save(record, stopped)
+            if self._world.is_main:
+                on_record(record)
+            if stopped:
+                return False
+        return True
+
+    def finish(self, stop: Callable[[], bool]) -> dict[str, Any] | None:
+        """Measure the best validation's weights on the test tasks, and write the summary; None if stopped, as one rank alone can be."""
+        if self.best is None:
+            raise RunError(
+                f"no validation of {self.folder.path} was finite, so that there is nothing to test: try a smaller learning rate"
+            )
+        learner, config = self.experiment.learner, self.experiment.config
+        seconds, skipped = (
+            time.monotonic() - self._begun,
+            learner.skipped,
+        )  # before they become those of the best validation
+        path = self.folder.path / BEST
+        learner.load_state_dict(self._world.from_main(lambda: checkpoint.read(path)), str(path))
+        tasks = (
+            self.experiment.tasks.test
+            if self._world.size > 1
+            else _Stoppable(self.experiment.tasks.test, stop)
+        )
+        try:
+            test = learner.evaluate(tasks, num_tasks=config.training.test_tasks)
+        except _StoppedError:
+            return None
+        summary = {
+            "test": result_values(test),
+            "best_validation": self.best,
+            "iterations": config.training.iterations,
+            "skipped": skipped,
+            "seed": config.seed,
+            "plugins": {hook: list(names) for hook, names in learner.chain.order().items()},
+            "seconds": round(seconds, 3),
+            **environment(learner),
+        }
+        if self._world.is_main:
+            self.folder.finish(summary)
+        return summary
+
+    def _log(self, record: Record, *, durable: bool) -> None:
+        step, validation = record.step, record.validation
+        values: dict[str, Any] = {
+            "iteration": step.iteration,
+            "outer_loss": step.outer_loss,
+            "meta_gradient_norm": step.meta_gradient_norm,
+            "meta_lr": step.meta_lr,
+            "figures": dict(step.figures),
+        }
+        if step.skipped is not None:
+            values["skipped"] = step.skipped
+        if validation is not None:
+            values["validation"] = {
+                **result_values(validation),
+                "raised": (validation.raised or 0) / validation.num_tasks,
+            }
+        self.folder.log(values, durable=durable)
+
+    def _save(self, record: Record, stopped: bool) -> None:
+        """The best checkpoint first: killed between the two, a resumed run comes by here again and writes the same."""
+        validation = record.validation
+        if validation is None and not stopped:
+            return
+        if validation is not None and math.isfinite(validation.mean):
+            metric, mean = validation.metric, validation.mean
+            if self.best is None or better(metric, mean, self.best["mean"]):
+                self.best = {
+                    "iteration": record.step.iteration,
+                    "mean": mean,
+                    "interval": validation.interval,
+                }
+                self._write(BEST)
+        self._write(LAST)
+
+    def _write(self, name: str) -> None:
+        if self._world.is_main:
+            self.folder.save(name, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        own = {
+            "best": self.best,
+            "config": to_yaml(self.experiment.config),
+            "seconds": time.monotonic() - self._begun,
+        }
+        return {**self.experiment.learner.state_dict(), **own}
+
+
+def _begin(folder: RunFolder, experiment: Experiment) -> _Run:
+    """A new run, or the one in the folder from its last checkpoint on, with what came after that cut away."""
+    learner = experiment.learner
+    learner.world.from_main(
+        lambda: checkpoint.storable(folder.path / LAST, learner.state_dict())
+    )  # refused now, not after hours
+    found = learner.world.from_main(lambda: folder.begin(experiment.config))
+    if found is None:
+        best, seconds = None, 0.0
+    else:
+        file, state = found
+        learner.load_state_dict(state, str(file))
+        learner.world.from_main(lambda: folder.cut(learner.iteration))
+        learner.world.from_main(
+            lambda: read_metrics(folder.path)
+        )  # what is damaged is said now, not after the rest of the run
+        best, seconds = state["best"], state["seconds"]
+    learner.world.from_main(lambda: folder.record(session(experiment)))
+    return _Run(experiment, folder, best, seconds)

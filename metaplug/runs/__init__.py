@@ -1,7 +1,0 @@
-"""Experiments in folders of their own: trained, killed and resumed, read back, and held against one another."""
-
-from metaplug.runs.loading import load
-from metaplug.runs.reading import read_metrics, read_summary
-from metaplug.runs.training import train
-
-__all__ = ["load", "read_metrics", "read_summary", "train"]

@@ -1,1 +1,0 @@
-"""How a meta-step runs: devices and processes, the random streams, the guards before the first step, and how tasks are batched."""

@@ -1,0 +1,630 @@
+"""The bench compares what is the same algorithm, and measures what it says."""
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from matplotlib.image import imread
+from rich.console import Console
+
+from metaplug import RequestError, RunError
+from metaplug.bench import (
+    WORKLOADS,
+    Row,
+    as_json_values,
+    contestants,
+    drawing,
+    measuring,
+    meters,
+    run,
+    scaling,
+)
+from metaplug.bench.contestants import Contestant, by_loss, torch_loop
+from metaplug.bench.limits import Limit, Speed, limit
+from metaplug.bench.meters import Meter, covered, device_spans
+from metaplug.bench.peers import COMPILED, jax_device, peers
+from metaplug.bench.scaling import Growth, Point, Series
+from metaplug.cli.main import main
+from metaplug.execution import devices
+from metaplug.report.bench import bench_table, drawing_table, scaling_table
+from metaplug.report.scaling import scaling_figure
+
+SMALL = {"sinusoid-25x5": {"tasks": (2, 4, 8), "inner_steps": (0, 1, 2)}}
+KEPT_TASKS, KEPT_STEPS = (
+    Series("sinusoid-25x5", "tasks", False),
+    Series("sinusoid-25x5", "inner_steps", False),
+)
+RECOMPUTED = Series("sinusoid-25x5", "inner_steps", True)
+CUDA = torch.device("cuda")
+SPEED = Speed(flops_per_second=1e9, seconds_per_call=1e-6)
+PEERS = {name: peer.module for name, peer in peers().items() if name != COMPILED}
+
+
+def shown(table, width=160):
+    text = io.StringIO()
+    Console(file=text, width=width).print(table)
+    return text.getvalue()
+
+
+def test_every_contestant_is_measured_and_the_same_algorithm_gives_the_same_meta_gradient():
+    rows = run(["sinusoid-25x1"], ["gradient-sharing"], repeats=2, memory=True)
+    assert [row.contestant for row in rows] == list(contestants(["gradient-sharing"]))
+    own = [row for row in rows if row.contestant not in PEERS and row.reason is None]
+    assert len(own) == 11
+    for row in own:
+        assert row.milliseconds > 0
+        assert row.peak_mib is not None and row.peak_mib > 0
+        other = "+" in row.contestant or "first order" in row.contestant
+        assert (row.gradient_error is None) == (row.share is None) == other
+        assert other or row.gradient_error <= 1e-10
+        assert other or row.share == pytest.approx(row.limit.milliseconds / row.milliseconds)
+    graph = {row.contestant: row.graph_mib for row in rows}
+    assert graph["higher, task by task"] is None
+    assert graph["metaplug, vectorized"] <= 1.2 * graph["plain torch loop"]
+    values = json.loads(json.dumps(as_json_values(rows, 2)))
+    assert values["rows"][0]["workload"] == "sinusoid-25x1"
+    assert values["rows"][0]["limit"]["speed"]["flops_per_second"] > 0
+    assert values["packages"]["higher"] == "0.2.1"
+    assert values["device"] == Meter().name != "cpu"
+    assert (values["cuda"], values["precision"]) == (None, "float32")
+    assert values["rows"][0]["meta_steps_per_minute"] == pytest.approx(
+        60_000 / rows[0].milliseconds
+    )
+    assert values["rows"][0]["busy"] is None
+    assert "busy" not in shown(bench_table(rows))
+    assert "limit: 0.00996 GFLOP at" in shown(bench_table(rows))
+
+
+def test_a_peer_that_is_missing_is_a_row_that_says_so(monkeypatch):
+    monkeypatch.setattr(measuring.importlib.util, "find_spec", lambda module: None)
+    rows = run(["sinusoid-25x1"], [], repeats=1, memory=True, only=list(PEERS))
+    assert [row.contestant for row in rows] == list(PEERS)
+    for row in rows:
+        assert row.reason == "not installed here; make bench-peers installs what can be had"
+        assert row.milliseconds is row.gradient_error is row.share is None
+    assert (
+        f"– {'; '.join(PEERS)}: not installed here; make bench-peers installs what can be had."
+        in shown(bench_table(rows), 300)
+    )
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("workload", ["sinusoid-25x1", "layernorm-8x5"])
+def test_a_peer_that_is_installed_does_the_same_work(name, workload):
+    if importlib.util.find_spec(PEERS[name]) is None:
+        pytest.skip(f"{PEERS[name]} is not installed: make bench-peers")
+    (row,) = run([workload], [], repeats=1, memory=True, only=[name])
+    if name == "JAX, jitted by hand" and workload != "sinusoid-25x1":
+        assert row.reason == "written by hand for the sinusoid network only, not for layernorm-mlp"
+    elif name == "parallel-metalearn, vmap" and workload == "layernorm-8x5":
+        assert 1e-5 < row.gradient_error < 1e-2  # it differentiates inside vmap
+    else:
+        assert row.reason is None
+        assert row.milliseconds > 0
+        assert row.gradient_error <= 1e-10
+
+
+def test_a_failure_of_a_peer_is_a_row_and_one_of_ours_is_an_error(monkeypatch):
+    def fails(*_):
+        raise KeyError("params\nand more")
+
+    theirs = {"theirs": Contestant(fails, module="torch")}
+    monkeypatch.setattr(measuring, "contestants", lambda *_, **__: theirs)
+    (row,) = run(["sinusoid-25x1"], [], repeats=1, memory=False)
+    assert row.reason == r"KeyError: 'params\nand more'"
+    theirs["theirs"] = Contestant(fails)
+    with pytest.raises(KeyError):
+        run(["sinusoid-25x1"], [], repeats=1, memory=False)
+
+
+def test_what_does_not_fit_the_memory_is_a_row_of_ours_too(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def explained(*_):
+        raise RunError(
+            "iteration 0 ran out of memory: take fewer tasks"
+        ) from torch.OutOfMemoryError()
+
+    monkeypatch.setattr(
+        measuring,
+        "contestants",
+        lambda *_, **__: {"plain": Contestant(full), "ours": Contestant(explained)},
+    )
+    plain, ours = run(["sinusoid-25x1"], [], repeats=1, memory=False)
+    assert plain.reason == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert ours.reason == "iteration 0 ran out of memory: take fewer tasks"
+
+
+def test_steps_that_are_compiled_in_name_only_have_no_time():
+    with pytest.warns(UserWarning, match="steps are not compiled"):
+        (row,) = run(
+            ["sinusoid-25x1"],
+            ["gradient-noise"],
+            repeats=1,
+            memory=False,
+            only=["metaplug + gradient-noise, compiled"],
+        )
+    assert row.reason.startswith("refused, so that its steps would be as without: ")
+    assert "it computes with the meta-iteration" in row.reason
+    assert row.milliseconds is None
+
+
+def test_maml_plus_plus_takes_part_where_there_is_batch_norm():
+    rows = run(
+        ["sinusoid-25x1", "conv4-32-stride-8x3"],
+        [],
+        repeats=1,
+        memory=False,
+        only=["metaplug, maml++-reference"],
+    )
+    assert rows[0].reason.startswith("plugin 'per-step-batch-norm' needs batch norm layers")
+    assert rows[1].milliseconds > 0
+    assert rows[1].gradient_error is rows[1].share is None
+
+
+@pytest.mark.slow
+def test_the_compiled_loop_gives_the_same_meta_gradient():
+    (row,) = run(["sinusoid-25x1"], [], repeats=1, memory=False, only=[COMPILED])
+    assert row.gradient_error <= 1e-10
+    assert COMPILED in contestants([], compiled=True)
+
+
+def test_a_stacked_graph_takes_the_memory_of_the_tasks_graphs():
+    names = ["plain torch loop", "metaplug, vectorized"]
+    rows = {
+        row.contestant: row
+        for row in run(["conv4-32-stride-8x3"], [], repeats=1, memory=True, only=names)
+    }
+    assert rows["metaplug, vectorized"].graph_mib <= 1.2 * rows["plain torch loop"].graph_mib
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_workload_has_a_model_and_tasks(name):
+    model, batch = WORKLOADS[name].build()
+    assert batch.num_tasks == WORKLOADS[name].tasks
+    assert model(batch.support_x[0]).shape[0] == batch.support_x.shape[1]
+
+
+class Fixed(Meter):
+    """Does the work, and measures what it was told."""
+
+    name = "a card"
+
+    def timed(self, work):
+        work()
+        return 5.0
+
+    def memory(self, work):
+        work()
+        return 3.0, 2.0
+
+    def busy_milliseconds(self, work):
+        work()
+        return 4.0
+
+
+def test_all_that_is_measured_goes_through_the_meter():
+    meter, names = Fixed(), ["plain torch loop", "metaplug, vectorized"]
+    loop, ours = run(["sinusoid-25x1"], [], repeats=2, memory=True, only=names, meter=meter)
+    for row in (loop, ours):
+        assert (row.milliseconds, row.spread, row.graph_mib, row.peak_mib) == (5.0, 0.0, 2.0, 3.0)
+        assert row.limit.speed == Speed(2 * 512**3 / 5e-3, 5e-3 / 100)
+    assert (loop.busy, ours.busy) == (None, 0.8)
+    text = shown(bench_table([loop, ours]))
+    assert "busy" in text and "80 %" in text
+    assert (
+        "Busy: the share of the time in which the device computes or copies; in the rest it waits to be called."
+        in text
+    )
+    assert as_json_values([ours], 2, meter)["device"] == "a card"
+    points = scaling.run(repeats=1, grid={"sinusoid-25x5": {"tasks": (2,)}}, meter=meter)
+    assert [(point.milliseconds, point.peak_mib) for point in points] == [(5.0, 3.0)]
+
+
+def test_a_device_is_waited_for_before_the_clock_starts_and_stops(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        meters, "time", SimpleNamespace(perf_counter=lambda: seen.append("clock") or len(seen))
+    )
+    assert Meter(synchronise=lambda: seen.append("wait")).timed(lambda: seen.append("work")) == 3000
+    assert seen == ["wait", "clock", "work", "wait", "clock"]
+    monkeypatch.setattr(torch.cuda, "synchronize", seen.append)
+    Meter(CUDA).wait()
+    assert seen[-1] == CUDA
+    Meter().wait()
+    assert len(seen) == 6
+
+
+def test_memory_on_cuda_is_over_what_was_there(monkeypatch):
+    held, seen = iter([7 * 2**20, 9 * 2**20]), []
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: next(held))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 12 * 2**20)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: seen.append("reset"))
+    meter = Meter(CUDA, synchronise=lambda: seen.append("wait"))
+    assert meter.memory(lambda: seen.append("work")) == (5.0, 2.0)
+    assert seen == ["wait", "reset", "work", "wait"]
+
+
+def test_a_busy_device_is_counted_once_where_kernels_overlap(monkeypatch):
+    assert covered([(30, 40), (0, 10), (5, 20), (6, 8)]) == 30
+    assert covered([]) == 0
+
+    def event(kind, start, duration, named=False):
+        return SimpleNamespace(
+            device_type=lambda: kind,
+            start_ns=lambda: start,
+            duration_ns=lambda: duration,
+            is_user_annotation=lambda: named,
+        )
+
+    cpu, cuda = meters.DeviceType.CPU, meters.DeviceType.CUDA
+    events, seen = [event(cpu, 0, 9), event(cuda, 2, 3), event(cuda, 0, 99, named=True)], []
+    assert device_spans(events) == [(2, 5)]
+    kineto = SimpleNamespace(events=lambda: events)
+    profiled = SimpleNamespace(profiler=SimpleNamespace(kineto_results=kineto))
+    monkeypatch.setattr(meters, "profile", lambda **_: contextlib.nullcontext(profiled))
+    meter = Meter(CUDA, synchronise=lambda: seen.append("wait"))
+    assert meter.busy_milliseconds(lambda: seen.append("work")) == 3 / 1e6 / 3
+    assert seen == ["wait", "work", "work", "work", "wait"]
+    events[1:] = []
+    assert meter.busy_milliseconds(lambda: None) is None
+    assert Meter().busy_milliseconds(lambda: None) is None
+
+
+def test_models_and_tasks_are_moved_and_counted_where_they_are():
+    meta = torch.device("meta")
+    workload = WORKLOADS["conv4-32-stride-8x3"]
+    model, batch = workload.build(meta)
+    assert {
+        tensor.device for tensor in (*model.state_dict().values(), batch.support_x, batch.query_y)
+    } == {meta}
+    assert limit(workload, SPEED, meta).flops == limit(workload, SPEED).flops
+
+
+@pytest.mark.parametrize("name", ["metaplug, captured", "metaplug, compiled and captured"])
+def test_on_cuda_metaplug_takes_part_captured(name, monkeypatch):
+    compiled = {"compile": True} if "compiled" in name else {}
+    assert name not in contestants([], compiled=True)
+    assert (name in contestants([], captured=True)) != bool(compiled)
+    ours, given = importlib.import_module("metaplug.bench.contestants"), []
+
+    def learner(model, **settings):
+        given.append(settings)
+        return SimpleNamespace(
+            iterate=lambda *_, **__: iter([]), engine=SimpleNamespace(inner=None)
+        )
+
+    monkeypatch.setattr(ours, "MetaLearner", learner)
+    made, work = (
+        contestants([], compiled=True, captured=True),
+        (*WORKLOADS["sinusoid-25x1"].build(), WORKLOADS["sinusoid-25x1"]),
+    )
+    captured, plain = (made[each].prepare(*work) for each in (name, "metaplug, auto"))
+    assert given[0] == {**given[1], "task_batching": "vectorized", "capture": True, **compiled}
+    assert (captured.torch_memory, plain.torch_memory) == (False, True)
+    assert captured.graph is None
+    monkeypatch.setattr(ours, "in_tf32", lambda _: True)
+    made["metaplug, auto"].prepare(*work)
+    assert given[2] == {**given[1], "precision": "tf32"}
+
+
+def test_precision_is_said():
+    assert [meter.precision for meter in (Meter(), Meter(CUDA), Meter(CUDA, tf32=True))] == [
+        "float32",
+        "float32",
+        "TF32",
+    ]
+    assert replace(SPEED, precision="TF32").or_better(SPEED).precision == "TF32"
+    assert not meters.in_tf32(torch.device("cpu"))
+    least = Limit(2_000_000, 0.02, 9, 0.01, False, Speed(1.5e14, 2e-6, "TF32"))
+    row = Row("sinusoid-25x1", "plain torch loop", 1.234, 0.011, 0.0, None, None, least, 0.016)
+    text = shown(bench_table([row]))
+    assert "limit: 0.002 GFLOP at 150.0 TFLOP/s" in text
+    assert "the rate of a large matrix product in TF32, measured in this run" in text
+    assert "1.23" in text and "0.01" in text
+
+
+def test_jax_runs_where_the_tasks_are():
+    def found(kind):
+        if kind == "gpu" and not cards:
+            raise RuntimeError("Unknown backend: 'gpu' requested")
+        return cards if kind == "gpu" else ["a cpu"]
+
+    cards, jax = [], SimpleNamespace(devices=found)
+    assert jax_device(jax, torch.device("cpu")) == "a cpu"
+    with pytest.raises(
+        RequestError,
+        match=r"^JAX has no back end for cuda here: install jax\[cuda13\] in its place, or measure it on --device cpu$",
+    ):
+        jax_device(jax, CUDA)
+    cards += ["first", "second"]
+    assert jax_device(jax, CUDA) == "first"
+    assert jax_device(jax, torch.device("cuda:1")) == "second"
+
+
+def test_a_limit_counts_the_arithmetic_and_the_calls():
+    # Without an inner step only the query pass is left: products with three weights, and twice as many backwards but for the inputs'.
+    workload = replace(WORKLOADS["sinusoid-25x1"], inner_steps=0)
+    forward, inputs = 2 * 25 * 10 * (40 + 40 * 40 + 40), 2 * 25 * 10 * 40
+    found = limit(workload, SPEED)
+    assert found.flops == 3 * forward - inputs
+    assert found.milliseconds == pytest.approx(found.flops / 1e6)
+    assert found.calls_milliseconds == pytest.approx(found.calls / 1e3)
+    larger = limit(WORKLOADS["sinusoid-25x5"], SPEED)
+    assert larger.flops > found.flops > 0
+    assert larger.calls > found.calls > 0
+
+
+def test_a_limit_says_where_it_says_nothing():
+    assert limit(WORKLOADS["sinusoid-25x1"], replace(SPEED, flops_per_second=1e12)).overhead_bound
+    assert not limit(WORKLOADS["conv4-32-stride-8x3"], SPEED).overhead_bound
+    assert SPEED.or_better(Speed(2e9, 2e-6)) == Speed(2e9, 1e-6)
+
+
+def test_the_table_marks_what_is_overhead_bound():
+    least = Limit(
+        flops=2_000_000,
+        milliseconds=0.02,
+        calls=1234,
+        calls_milliseconds=2.5,
+        overhead_bound=True,
+        speed=Speed(1e11, 2e-6),
+    )
+    row = Row("sinusoid-25x1", "plain torch loop", 10.0, 0.1, 0.0, None, None, least, 0.002)
+    text = shown(bench_table([row]))
+    assert "limit: 0.002 GFLOP at 100 GFLOP/s" in text
+    assert "overhead bound: 1,234 calls, 2.0 µs" in text
+    assert "0.2 %" in text
+    assert "Overhead bound" not in shown(
+        bench_table([replace(row, limit=replace(least, overhead_bound=False))])
+    )
+
+
+def test_an_unknown_workload_is_refused():
+    with pytest.raises(
+        RequestError,
+        match=r"^unknown workload 'sinusoid-25x6': did you mean 'sinusoid-25x(5|1)'\?$",
+    ):
+        run(["sinusoid-25x6"], [], repeats=1, memory=False)
+    assert "sinusoid-25x5" in WORKLOADS
+
+
+def test_chosen_contestants_are_measured_alone():
+    rows = run(["sinusoid-25x1"], [], repeats=1, memory=False, only=["metaplug, vectorized"])
+    assert [row.contestant for row in rows] == ["metaplug, vectorized"]
+    assert rows[0].gradient_error <= 1e-10
+    with pytest.raises(
+        RequestError,
+        match=r"^unknown contestant 'metaplug, vectorised': did you mean 'metaplug, vectorized'\?$",
+    ):
+        run(["sinusoid-25x1"], [], repeats=1, memory=False, only=["metaplug, vectorised"])
+
+
+def test_scaling_grows_along_each_series(tmp_path):
+    seen = []
+    points = scaling.run(repeats=2, grid=SMALL, on_series=seen.append)
+    assert seen == [KEPT_TASKS, KEPT_STEPS, RECOMPUTED]
+    assert str(seen[2]) == "sinusoid-25x5, more inner steps, recomputed"
+    sizes = [(2, 5), (4, 5), (8, 5), (25, 0), (25, 1), (25, 2), (25, 1), (25, 2)]
+    assert [(point.tasks, point.inner_steps) for point in points] == sizes
+    assert [point.checkpoint_steps for point in points] == [None] * 6 + [1, 1]
+    for series in (points[:3], points[3:6], points[6:]):
+        peaks = [point.peak_mib for point in series]
+        assert peaks == sorted(peaks) and peaks[0] > 0
+    for point in points:
+        assert point.milliseconds_per_task == pytest.approx(point.milliseconds / point.tasks)
+        assert point.mib_per_task == pytest.approx(point.peak_mib / point.tasks)
+    values = json.loads(json.dumps(scaling.as_json_values(points, 2)))
+    assert values["points"][0]["axis"] == "tasks"
+    assert [found["recomputed"] for found in values["growth"]] == [False, False, True]
+    assert values["growth"][0]["time_per_task"] == pytest.approx(
+        points[2].milliseconds_per_task / points[0].milliseconds_per_task
+    )
+    assert "inner steps" in shown(scaling_table(points))
+    scaling_figure(points, tmp_path / "scaling.png")
+    assert imread(tmp_path / "scaling.png").shape[:2] == (1024, 1600)
+
+
+def grown(series, size, milliseconds, mib):
+    """A point of 10 tasks or, where tasks grow, of as many as its size; recomputed, √K steps are kept."""
+    tasks, steps = (size, 5) if series.axis == "tasks" else (10, size)
+    kept = round(math.sqrt(steps)) if series.recomputed else None
+    return Point(
+        series.workload,
+        series.axis,
+        tasks,
+        steps,
+        kept,
+        milliseconds,
+        0.0,
+        mib,
+        milliseconds / tasks,
+        mib / tasks,
+    )
+
+
+def test_growth_is_of_what_grows():
+    tasks = [grown(KEPT_TASKS, n, 40 + n, 2.0 * n) for n in (8, 32)]
+    kept = [
+        grown(KEPT_STEPS, 0, 2, 25),
+        *(grown(KEPT_STEPS, k, 2 + 3 * k, 40 + 10 * k) for k in (1, 4, 16)),
+    ]
+    recomputed = [grown(RECOMPUTED, k, 2 + 4 * k, 40 + 12 * math.sqrt(k)) for k in (1, 4, 16, 64)]
+    of_tasks, of_kept, of_recomputed = scaling.growth([*tasks, *kept, *recomputed])
+    assert of_tasks == Growth(
+        KEPT_TASKS, 8, 32, time_per_task=pytest.approx(72 / 32 / 6), memory_per_task=1.0
+    )
+    assert (of_kept.smallest, of_kept.largest, of_kept.times_as_long) == (0, 16, None)
+    assert (of_kept.time_exponent, of_kept.memory_exponent) == (pytest.approx(1), pytest.approx(1))
+    assert (of_recomputed.time_exponent, of_recomputed.memory_exponent) == (
+        pytest.approx(1),
+        pytest.approx(0.5),
+    )
+    assert of_recomputed.times_as_long == pytest.approx(66 / 50)
+    text = shown(scaling_table([*tasks, *kept, *recomputed]), 200)
+    for found in ("0.38×", "1.00×", "K^1.00", "K^0.50", "1.32×", "inner steps, recomputed"):
+        assert found in text
+
+
+def test_growth_says_nothing_where_noise_leaves_nothing():
+    found = scaling.growth(
+        [grown(KEPT_STEPS, 0, 5, 1), grown(KEPT_STEPS, 1, 4, 2), grown(KEPT_STEPS, 2, 9, 3)]
+    )[0]
+    assert (found.time_exponent, found.memory_exponent) == (None, pytest.approx(1))
+    assert scaling.growth([grown(KEPT_STEPS, 1, 4, 2)])[0].time_exponent is None
+
+
+def test_scaling_stops_before_it_holds_too_much():
+    points = scaling.run(repeats=1, grid=SMALL, most_mib=0.3)
+    assert [point.tasks for point in points if point.axis == "tasks"] == [2]
+
+
+def test_drawing_is_timed_beside_torchmeta_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = drawing.run(repeats=2, tasks=2)
+    assert [row.contestant for row in rows] == ["metaplug", "torchmeta's BatchMetaDataLoader"]
+    assert rows[0].milliseconds is not None
+
+    def missing() -> None:
+        raise RequestError("torchmeta is not here")
+
+    monkeypatch.setattr(drawing, "apply", missing)
+    alone = drawing.run(repeats=2, tasks=2)
+    assert alone[1] == drawing.DrawRow(
+        "torchmeta's BatchMetaDataLoader", None, None, "torchmeta is not here"
+    )
+    assert "torchmeta is not here" in shown(drawing_table([*rows, alone[1]]), 100)
+
+
+def test_the_reference_is_the_plain_loop():
+    prepared = by_loss(torch_loop, *WORKLOADS["sinusoid-25x1"].build(), WORKLOADS["sinusoid-25x1"])
+    assert set(prepared.gradient()) == {
+        name for name, _ in WORKLOADS["sinusoid-25x1"].build()[0].named_parameters()
+    }
+
+
+STEPS = ["workload", "with", "repeats", "only", "memory", "compiled"]
+SCALING, SOAK, DRAWING = "bench --scaling", "bench --soak", "bench --drawing"
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ([], {"plot": f"{SCALING} and {SOAK}", "soak-steps": SOAK}),
+        (
+            ["--scaling"],
+            {
+                **dict.fromkeys(STEPS, "bench"),
+                "workload": f"bench and {SOAK}",
+                "repeats": None,
+                "soak-steps": SOAK,
+            },
+        ),
+        (
+            ["--drawing"],
+            {
+                **{
+                    **dict.fromkeys(STEPS, "bench"),
+                    "workload": f"bench and {SOAK}",
+                    "repeats": None,
+                    "soak-steps": SOAK,
+                },
+                **{"tf32": f"bench and {SCALING} and {SOAK}", "plot": f"{SCALING} and {SOAK}"},
+            },
+        ),
+        (
+            ["--soak"],
+            {
+                **dict.fromkeys(STEPS, "bench"),
+                "workload": None,
+                "repeats": f"bench and {SCALING} and {DRAWING}",
+            },
+        ),
+    ],
+)
+def test_an_option_that_changes_nothing_about_what_is_measured_is_refused(mode, options, capfd):
+    """With the value that it has anyway, too: whoever gives it expects something of it."""
+    values = {
+        "plot": ["a.png"],
+        "soak-steps": ["100"],
+        "workload": ["sinusoid"],
+        "with": ["gradient-sharing"],
+        "repeats": ["9"],
+    }
+    values["only"] = ["metaplug, auto"]
+    for name, users in options.items():
+        if users is not None:
+            with pytest.raises(SystemExit) as stopped:
+                main(["bench", *mode, f"--{name}", *values.get(name, [])])
+            assert stopped.value.code == 2
+            assert capfd.readouterr().err == (
+                f"metaplug: {' '.join(['bench', *mode])} --{name}: --{name} is an option of {users}, and changes nothing here: "
+                "leave it out, or bench that\n"
+            )
+
+
+def test_the_command_line_gives_json_and_a_picture(capfd, tmp_path, monkeypatch):
+    def answer(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            main(["bench", *arguments])
+        return stopped.value.code, *capfd.readouterr()
+
+    status, out, _ = answer(
+        "--workload", "sinusoid-25x1", "--only", "metaplug, auto", "--repeats", "1", "--json"
+    )
+    assert status == 0
+    assert [row["contestant"] for row in json.loads(out)["rows"]] == ["metaplug, auto"]
+    small = scaling.run(repeats=1, grid=SMALL)
+    monkeypatch.setattr(scaling, "run", lambda **_: small)
+    picture = tmp_path / "scaling.png"
+    status, out, _ = answer("--scaling", "--plot", str(picture), "--json")
+    assert status == 0
+    assert len(json.loads(out)["points"]) == len(small)
+    assert picture.exists()
+    for arguments, text in (
+        (("--device", "tpu"), "unknown device 'tpu': give auto, cpu, cuda or cuda:N"),
+        (
+            ("--tf32",),
+            "--tf32 rounds on CUDA devices only: give --device cuda too, or leave it out",
+        ),
+    ):
+        status, _, error = answer(*arguments)
+        assert status == 2
+        assert text in error
+    status, _, error = answer(
+        "--workload",
+        "sinusoid-25x1",
+        "--only",
+        "metaplug, auto",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+    )
+    assert status == 0
+    assert f"cpu ({Meter().name}), 1 CPU thread, torch {torch.__version__}, median of 1\n" in error
+    monkeypatch.setattr(devices, "resolve_device", torch.device)
+    status, _, error = answer("--drawing", "--device", "cuda")
+    assert status == 2
+    assert (
+        "--drawing --device cuda: torchmeta's loader draws on the CPU, and is timed beside it there: leave --device out"
+        in error
+    )
+    given = []
+    monkeypatch.setattr(
+        "metaplug.bench.run",
+        lambda names, *_, **options: given.append((names, options["meter"])) or [],
+    )
+    monkeypatch.setattr(Meter, "name", "a card")
+    assert answer("--device", "cuda:1", "--tf32", "--json")[0] == answer("--json")[0] == 0
+    (on_cuda, meter), (on_cpu, _) = given
+    assert meter == Meter(torch.device("cuda:1"), tf32=True)
+    assert on_cuda == list(WORKLOADS)
+    assert [name for name in on_cuda if name not in on_cpu] == ["conv4-64-max-32x5"]

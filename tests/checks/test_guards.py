@@ -1,0 +1,336 @@
+"""Models that would be wrong in silence are refused before the first step, in one line; and "auto" falls back where vmap refuses."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from metaplug import MetaLearner, RequestError
+from metaplug.testing import Problem, Stream, assert_close, problem, reference, regression
+
+BATCH = problem(dtype=torch.float32).batch
+NOT_ITS_WEIGHTS = (
+    "the model's forward pass does not follow the weights that it is given (a forward hook such as the old weight_norm, a stored "
+    "function that closes over a module, or random numbers from outside torch): replace that part of the model"
+)
+NOT_ITS_GRADIENT = (
+    "the gradient of the model does not follow the weights of its forward pass (activation checkpointing, which runs forward again "
+    "with later weights, a backward hook, or an operation that has no gradient): replace that part of the model"
+)
+
+
+def body(forward=None):
+    """A linear model of which a test spoils one part."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    if forward:
+        model.forward = forward.__get__(model)
+    return model
+
+
+def refused(model, batch=BATCH, **settings):
+    """The one line with which a model is refused, before anything of it has changed."""
+    state = {
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if not isinstance(tensor, nn.UninitializedParameter)
+    }
+    with pytest.raises(RequestError) as error:
+        MetaLearner(model, **settings).meta_gradients(batch)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
+    return str(error.value)
+
+
+# Forward passes that higher's patch does not reach.
+
+
+def test_the_old_weight_norm_is_refused():
+    model = body()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(model[0])
+    assert refused(model) == NOT_ITS_WEIGHTS
+
+
+def test_a_forward_hook_that_changes_the_output_is_refused():
+    model = body()
+    model[1].register_forward_hook(lambda module, given, output: output * 2)
+    assert refused(model) == NOT_ITS_WEIGHTS
+
+
+def test_a_forward_hook_that_only_looks_is_no_hindrance():
+    model = body()
+    model[1].register_forward_hook(lambda module, given, output: None)
+    assert MetaLearner(model).meta_gradients(BATCH)
+
+
+def test_a_backward_hook_that_changes_the_gradient_is_refused():
+    model = body()
+    model[2].register_full_backward_hook(lambda module, to_inputs, to_outputs: (to_inputs[0] * 2,))
+    assert refused(model) == NOT_ITS_GRADIENT
+
+
+def test_a_closure_stored_on_a_module_is_refused():
+    model = body()
+    model.route = lambda x: model[2](torch.tanh(model[0](x)))
+
+    class Router(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = model
+
+        def forward(self, x):
+            return self.inside.route(x)
+
+    assert refused(Router()) == NOT_ITS_WEIGHTS
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("batching", ["auto", "sequential"])
+def test_activation_checkpointing_is_refused(batching, reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return checkpoint(
+                lambda hidden: self.second(torch.tanh(hidden)),
+                self.first(x),
+                use_reentrant=reentrant,
+            )
+
+    assert refused(Checkpointed(), task_batching=batching) in (NOT_ITS_GRADIENT, NOT_ITS_WEIGHTS)
+
+
+def test_activation_checkpointing_of_a_module_is_refused():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Sequential(nn.Tanh(), nn.Linear(6, 3))
+
+        def forward(self, x):
+            return checkpoint(self.second, self.first(x), use_reentrant=False)
+
+    assert refused(Checkpointed()) == NOT_ITS_GRADIENT
+
+
+def test_a_compiled_module_is_refused():
+    model = body()
+    model[0]._compiled_call_impl = model[0]._call_impl  # all that Module.compile() leaves behind
+    expected = (
+        "the module '{}' is compiled and would run its original weights: pass it as it was before"
+    )
+    assert refused(model) == expected.format("0")
+
+    class OptimizedModule(nn.Module):
+        """As torch.compile(model) returns it."""
+
+        def __init__(self, model):
+            super().__init__()
+            self._orig_mod = model
+
+    assert refused(OptimizedModule(body())) == expected.format("model")
+
+
+@pytest.mark.slow
+def test_a_module_compiled_by_torch_is_refused():
+    expected = "the module 'model' is compiled and would run its original weights: pass it as it was before"
+    model = body()
+    model.compile()
+    assert refused(model) == expected
+    assert refused(torch.compile(body())) == expected
+
+
+# State in forward.
+
+
+class Counter(nn.Module):
+    def __init__(self, write):
+        super().__init__()
+        self.layer, self.write = nn.Linear(4, 3), write
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.write(self)
+        return self.layer(x) + self.seen
+
+
+def in_place(module):
+    module.seen += 1
+
+
+def anew(module):
+    module.seen = module.seen + 1
+
+
+def twice(module):
+    anew(module)
+    anew(module)
+
+
+@pytest.mark.parametrize("write", [in_place, anew, twice])
+def test_a_buffer_written_in_forward_is_refused(write):
+    expected = "the model writes to a buffer in forward, which would leak from task to task: make its buffers constant in training"
+    assert refused(Counter(write)) == expected
+
+
+# Parameters.
+
+
+def test_parameters_that_cannot_be_meta_learned_are_refused():
+    frozen = body().requires_grad_(False)
+    assert (
+        refused(frozen)
+        == "the model has no trainable parameter, so there is nothing to meta-learn: set requires_grad on some"
+    )
+    assert (
+        refused(nn.ReLU())
+        == "the model has no trainable parameter, so there is nothing to meta-learn: set requires_grad on some"
+    )
+    lazy = nn.Sequential(nn.LazyLinear(3))
+    assert (
+        refused(lazy)
+        == "the model's parameters '0.weight', '0.bias' have no shape yet: pass one batch through the model first"
+    )
+    mixed = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3).double())
+    assert refused(mixed) == (
+        "the model's parameters differ in dtype or device ('(torch.float32, device(type='cpu'))', '(torch.float64, device(type='cpu'))'): "
+        "call model.to(...) first"
+    )
+
+
+# Outputs, labels and losses.
+
+
+def test_outputs_of_a_wrong_form_are_refused():
+    rows = "the model must answer with one tensor (n, *output), a row for each example: wrap it in a module that does"
+
+    class Answer(nn.Module):
+        def __init__(self, answer):
+            super().__init__()
+            self.layer, self.answer = nn.Linear(4, 3), answer
+
+        def forward(self, x):
+            return self.answer(self.layer(x))
+
+    assert refused(Answer(lambda output: {"logits": output})) == rows
+    assert refused(Answer(lambda output: (output, output))) == rows
+    assert refused(Answer(lambda output: output.mean(0))) == rows
+    assert refused(Answer(lambda output: output[:, 0])) == (
+        "for classification the model must answer (n, classes), not (5,): give it a head of that form"
+    )
+    narrow = problem(dtype=torch.float32).batch
+    narrow.support_y[0, 0] = 3
+    assert refused(body(), narrow) == (
+        "labels out of range: support_y has the label 3, but the model has 3 outputs, for the labels 0 to 2: "
+        "give the model more outputs, or the tasks fewer ways"
+    )
+
+
+def test_labels_are_checked_in_every_batch():
+    learner = MetaLearner(body())
+    learner.meta_gradients(BATCH)
+    wrong = problem(dtype=torch.float32).batch
+    wrong.query_y[2, 1] = -1
+    with pytest.raises(
+        RequestError,
+        match=r"^labels out of range: query_y has the label -1, but the model has 3 outputs",
+    ):
+        learner.meta_gradients(wrong)
+
+
+def test_losses_of_a_wrong_form_are_refused():
+    expected = "the loss must answer with one number for a task, a tensor of shape (): take the mean over its examples"
+    for loss in (nn.CrossEntropyLoss(reduction="none"), lambda prediction, target: 0.5):
+        assert refused(body(), loss=loss) == expected
+
+
+def test_a_regression_that_would_broadcast_is_refused():
+    case = regression(outputs=1)
+    case.batch = type(case.batch)(
+        case.batch.support_x,
+        case.batch.support_y.squeeze(-1),
+        case.batch.query_x,
+        case.batch.query_y.squeeze(-1),
+    )
+    assert refused(case.model, case.batch, kind="regression") == (
+        "for regression the model must answer in the form of the targets, (5,) for a task, not (5, 1): reshape one of them"
+    )
+
+
+def test_a_model_that_fails_on_the_tasks_is_named_with_its_own_words():
+    text = refused(body(), problem().batch)
+    assert text.startswith(
+        "the model fails on the support examples of a task, shape (5, 4), torch.float64 on cpu (RuntimeError: "
+    )
+    assert text.endswith("): give it the form and dtype of the tasks")
+    single = problem(support=1, dtype=torch.float32).batch
+    assert "ValueError: Expected more than 1 value per channel when training" in refused(
+        nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), single
+    )
+
+
+# What torch's new ways do instead.
+
+
+def test_parametrizations_are_followed():
+    torch.manual_seed(0)
+    model = body().double()
+    nn.utils.parametrizations.weight_norm(model[0])
+    case = Problem(model, problem().batch)
+    with warnings.catch_warnings():
+        # torch itself warns of its weight norm under vmap.
+        warnings.simplefilter("ignore", UserWarning)
+        ours = case.learner().meta_gradients(case.batch)
+        expected = reference.maml(model, case.batch, steps=case.steps, lr=case.lr)
+    assert_close(ours, expected.gradients)
+
+
+# Falling back.
+
+
+class DataDependent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = self.layer(x)
+        return hidden if hidden.sum().item() > 0 else 2 * hidden
+
+
+def test_auto_falls_back_for_a_data_dependent_model_and_names_the_operation():
+    torch.manual_seed(0)
+    case = Problem(DataDependent().double(), problem().batch)
+    learner = case.learner()
+    assert learner.batching is None
+    expected = reference.maml(case.model, case.batch, steps=case.steps, lr=case.lr)
+    assert_close(learner.meta_gradients(case.batch), expected.gradients)
+    assert learner.batching.batching == "sequential"
+    assert learner.batching.reason.startswith(
+        "torch.vmap refuses the model: vmap: It looks like you're calling .item() on a Tensor."
+    )
+    text = refused(copy.deepcopy(case.model), case.batch, task_batching="vectorized")
+    assert text.startswith(
+        "task batching 'vectorized' cannot be had, as torch.vmap refuses the model (vmap: It looks like you're calling .item()"
+    )
+    assert text.endswith("): use 'auto' or 'sequential'")
+
+
+def test_the_choice_of_batching_is_a_rule_and_says_why():
+    small = problem().learner()
+    small.evaluate(Stream(), num_tasks=1)
+    assert small.batching.batching == "vectorized"
+    assert small.batching.reason.startswith("a task keeps 0.00 MiB for its backward pass, at most ")
+    wide = MetaLearner(nn.Sequential(nn.Linear(4, 400_000), nn.Tanh(), nn.Linear(400_000, 3)))
+    wide.evaluate(Stream(dtype=torch.float32), num_tasks=1)
+    assert wide.batching.batching == "sequential"
+    assert " more than " in wide.batching.reason
+    for batching in ("vectorized", "sequential"):
+        learner = problem().learner(task_batching=batching)
+        learner.evaluate(Stream(), num_tasks=1)
+        assert (learner.batching.batching, learner.batching.reason) == (batching, "as configured")

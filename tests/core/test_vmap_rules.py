@@ -1,0 +1,161 @@
+"""All tasks in one call: what layers answer when they fold the tasks is what torch.vmap's own rules give, derivatives included."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch._C._functorch import maybe_current_level
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn import functional as F
+
+from metaplug.core import vmap_rules as folding
+from metaplug.core.vmap_rules import Folding, for_all_tasks
+from metaplug.execution.traced import _widen_products
+
+LAYERS = {
+    "linear": (F.linear, (6, 4), (6,), (5, 4)),
+    "linear without bias": (lambda x, w, b: F.linear(x, w) + 0 * b.sum(), (6, 4), (6,), (5, 4)),
+    "linear of matrices": (F.linear, (6, 4), (6,), (5, 3, 4)),
+    "linear of one vector": (lambda x, w, b: F.linear(x[0], w, b), (6, 4), (6,), (5, 4)),
+    "a row as the input": (lambda x, w, b: F.linear(w, x) + b[:, None], (6, 4), (6,), (5, 4)),
+    "batch norm": (
+        lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True),
+        (3,),
+        (3,),
+        (5, 3, 2, 2),
+    ),
+    "max-pooling": (
+        lambda x, w, b: F.max_pool2d(x * w[:, None, None], 2) + b[:, None, None],
+        (3,),
+        (3,),
+        (5, 3, 4, 4),
+    ),
+    "vmap within": (
+        lambda x, w, b: torch.vmap(lambda row: F.linear(row, w, b))(x),
+        (6, 4),
+        (6,),
+        (5, 3, 4),
+    ),
+}
+
+
+def with_pooling_by_channels(*arguments):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(folding, "LARGE", 0)
+        return for_all_tasks(*arguments)
+
+
+def second_derivative(losses, leaves):
+    """The gradient of the squared gradients' sum: what a meta-gradient is made of."""
+    gradients = torch.autograd.grad(losses.sum(), leaves, create_graph=True, allow_unused=True)
+    return torch.autograd.grad(
+        sum(gradient.square().sum() for gradient in gradients if gradient is not None),
+        leaves,
+        allow_unused=True,
+    )
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@given(
+    tasks=st.integers(1, 4), shared=st.tuples(st.booleans(), st.booleans()), seed=st.integers(0, 99)
+)
+def test_folded_layers_are_vmaps(layer, tasks, shared, seed):
+    function, *shapes = LAYERS[layer]
+    generator = torch.Generator().manual_seed(seed)
+    *parameters, x = (
+        torch.randn(tasks, *shape, generator=generator, dtype=torch.float64) for shape in shapes
+    )
+    parameters = [
+        value[:1].expand_as(value) if same else value
+        for value, same in zip(parameters, shared, strict=True)
+    ]
+
+    def task(values, x, y):
+        out = function(x, *values)
+        return (out.sin() * y).sum(), out
+
+    answers = []
+    for call in (
+        lambda *given: for_all_tasks(task, given[:2], shared, *given[2:]),
+        lambda *given: with_pooling_by_channels(task, given[:2], shared, *given[2:]),
+        lambda *given: torch.vmap(task)(list(given[:2]), *given[2:]),
+    ):
+        leaves = [value.detach().requires_grad_() for value in (*parameters, x)]
+        losses, outputs = call(*leaves, torch.ones(tasks, 1, dtype=torch.float64))
+        if any(
+            shared
+        ):  # the first row stands for all, so that the others have no gradient of their own
+            answers.append((losses, outputs))
+        else:
+            answers.append((losses, outputs, *second_derivative(losses, leaves)))
+    *answers, theirs = answers
+    for ours, their in [pair for answer in answers for pair in zip(answer, theirs, strict=True)]:
+        torch.testing.assert_close(ours, their, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("channels", [3, 130])
+@given(
+    kernel=st.integers(2, 3),
+    stride=st.sampled_from([None, 1, 2]),
+    ceil=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_pooling_by_channels_is_torchs_bit_for_bit(channels, kernel, stride, ceil, seed):
+    """Ties too, and second derivatives."""
+    x = (
+        torch.randint(4, (2, channels, 7, 6), generator=torch.Generator().manual_seed(seed))
+        .double()
+        .requires_grad_()
+    )
+    settings = {"stride": stride, "padding": 1, "ceil_mode": ceil}
+    answers = []
+    for mode in (Folding, nullcontext):
+        with mode(), pytest.MonkeyPatch.context() as patched:
+            patched.setattr(folding, "LARGE", 0)
+            pooled = F.max_pool2d(x, kernel, **settings)
+        gradient = torch.autograd.grad(pooled.pow(3).sum(), x, create_graph=True)[0]
+        answers.append((pooled, gradient, torch.autograd.grad(gradient.square().sum(), x)[0]))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*answers, strict=True))
+    assert answers[0][0].grad_fn.name() == "_MaxPool2dBackward"
+
+
+def test_random_numbers_differ_from_task_to_task():
+    x = torch.ones(3, 50)
+    _, outputs = for_all_tasks(lambda values, x, y: (x.sum(), F.dropout(x)), [], [], x, x)
+    assert not torch.equal(outputs[0], outputs[1])
+
+
+def test_an_error_inside_leaves_no_vmap_behind():
+    x = torch.ones(3, 2)
+    with pytest.raises(RuntimeError, match="vmap"):
+        for_all_tasks(lambda values, x, y: (x.sum().item(), x), [], [], x, x)
+    assert maybe_current_level() is None
+
+
+def test_a_module_that_answers_no_tensor_of_the_tasks_is_stacked_all_the_same():
+    x = torch.ones(3, 2)
+    losses, outputs = for_all_tasks(
+        lambda values, x, y: (torch.zeros(()), nn.Identity()(x)), [], [], x, x
+    )
+    assert losses.shape == (3,)
+    assert outputs.shape == (3, 2)
+
+
+def test_a_graph_for_the_cpu_has_no_product_with_more_rows_than_columns():
+    def function(a, b):
+        return torch.bmm(torch.bmm(a, b), torch.bmm(b.mT, a.mT)[:, :, :2]).sin()
+
+    inputs = [torch.randn(3, 5, 2, dtype=torch.float64), torch.randn(3, 2, 4, dtype=torch.float64)]
+    graph = make_fx(function)(*inputs)
+    _widen_products(graph)
+    products = [node for node in graph.graph.nodes if node.target is torch.ops.aten.bmm.default]
+    ShapeProp(graph).propagate(*inputs)
+    assert len(products) == 3
+    assert all(
+        node.meta["tensor_meta"].shape[1] <= node.meta["tensor_meta"].shape[2] for node in products
+    )
+    torch.testing.assert_close(graph(*inputs), function(*inputs), rtol=1e-13, atol=1e-13)
