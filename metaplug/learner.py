@@ -33,8 +33,8 @@ from metaplug.execution.memory import MemoryEstimate, chunk_of, estimate_step, m
 from metaplug.execution.plan import StepWay
 from metaplug.execution.precision import Precision, check_precision
 from metaplug.execution.ranks import ALONE, World
+from metaplug.execution.settings import LearnerSettings, NonFinite
 from metaplug.execution.windows import meta_steps
-from metaplug.experiments.configuration import LearnerSettings, NonFinite
 from metaplug.settings import validated
 from metaplug.tasks.adapters import LoaderTasks, as_stream
 from metaplug.tasks.episodes import TaskStream

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictI
 from torch import Tensor
 
 from metaplug.errors import MetaplugError, RequestError, RunError, one_line, quoted
-from metaplug.experiments.configuration import LearnerSettings
+from metaplug.execution.settings import LearnerSettings
 from metaplug.settings import Settings, validated
 
 

@@ -125,6 +125,7 @@ class TaskSource(ABC):
         outputs: how many outputs a model needs: the ways, or the width of the target.
     """
 
+    part_kind: ClassVar[str] = "task source"
     Config: ClassVar[type[Settings]] = Settings
     argument: ClassVar[str | None] = None
 
