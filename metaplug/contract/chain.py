@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import pluggy
 from torch import Tensor, nn
 
-from metaplug.checks.watch import Watch
 from metaplug.contract import hookspecs
 from metaplug.contract.answers import CHECKS
 from metaplug.contract.hookspecs import KINDS
 from metaplug.contract.plugin import Plugin
 from metaplug.contract.plugin_rules import check_plugin
+from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Context
 from metaplug.errors import MetaplugError, RequestError, RunError, quoted
 
@@ -77,6 +77,20 @@ class Link:
         return RunError(f"plugin '{self.plugin.name}' in {self.hook} ({self.place}{when}) {what}")
 
 
+class Observer(Protocol):
+    """Looks at every value of one iteration, in the order in which they are made."""
+
+    offset: int
+
+    def look(
+        self, values: Any, say: Callable[[str], str], advice: str, *, by_task: bool = False
+    ) -> None: ...
+    def look_at_data(self, batch: TaskBatch) -> None: ...
+    def begin(self, weights: Mapping[str, Tensor]) -> None: ...
+    def step(self, losses: Tensor) -> None: ...
+    def update(self, rates: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None: ...
+
+
 class Chain:
     """The plugins of one run.
 
@@ -90,7 +104,7 @@ class Chain:
     def __init__(self, plugins: Iterable[Plugin]) -> None:
         self.plugins = tuple(plugins)
         self._told: set[str] = set()
-        self.watch: Watch | None = None
+        self.watch: Observer | None = None
         """What looks at every value that a plugin returns or keeps, for NaN and Inf: costly, there only to find a culprit."""
         for plugin in self.plugins:
             if not isinstance(plugin, Plugin):

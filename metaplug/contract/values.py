@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import RequestError
-from metaplug.execution.ranks import Share
 
 Kind: TypeAlias = Literal["classification", "regression"]
 
@@ -34,6 +33,14 @@ class Owner(Protocol):
     def couples_tasks(self) -> bool: ...
     @property
     def transductive(self) -> bool: ...
+
+
+class TaskShare(Protocol):
+    """This rank's share of a meta-batch: its weight, and the mean over all ranks."""
+
+    @property
+    def weight(self) -> float: ...
+    def mean(self, x: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ class InnerStep:
     support_predictions: Tensor | None = None
     statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     owner: Owner | None = None
-    share: Share | None = None
+    share: TaskShare | None = None
 
     @property
     def slot(self) -> int:
