@@ -1,315 +1,485 @@
-"""A model and its loss are tried on one task before the first step: what would be wrong in silence is refused."""
+"""A model and its loss are tried on one task before the first step.
+
+An independent copy of the model, called as its user would call it, says what is right. Whatever the
+functional model would do otherwise without a word is refused, with the cause.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from metaplug.checks.model_changes import settings
-from metaplug.checks.module_state import Place, changed, is_read, left_as_it_was, numbers, separate
 from metaplug.contract.answers import form
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Kind
+from metaplug.core.functional_model import PLAIN, Place, clone, set_mode, version
 from metaplug.core.inner_loop import InnerLoop
-from metaplug.core.optimizers import set_mode
 from metaplug.errors import RequestError, quoted, said_by
 from metaplug.random_streams import stream
 
+REMEMBERS = (
+    "the model answers otherwise when it is asked again, as if it remembered, or drew random "
+    "numbers from outside torch's own stream: keep nothing in forward for the next"
+)
+WRITES = "the model writes to '{}' in forward, which would leak from task to task: make it constant there"
+CHECKPOINTED = (
+    "the model uses activation checkpointing, which runs forward again in the backward pass, with "
+    "weights that are no longer this step's: switch it off; MetaLearner's checkpoint_steps saves "
+    "memory rightly"
+)
+OTHER_WEIGHTS = (
+    "forward uses the model's own {} and not the weights that it is given, as a stored function "
+    "does that closes over a module: reach weights through self, or make that function a method"
+)
 
-def check_forward(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> int | None:
-    """Run one task forward and backward, patched and as torch itself would, on weights that are not the model's own, and compare.
 
-    Returns:
-        The width of the model's output for classification, None for regression.
+@dataclass(frozen=True)
+class Probed:
+    """What a probe found.
+
+    Attributes:
+        outputs: the width of the model's output for classification; None for regression, and where
+            targets are no class indices.
+        written: where forward writes attributes on modules.
+    """
+
+    outputs: int | None
+    written: frozenset[Place]
+
+
+def probe_model(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> Probed:
+    """Run one task forward and backward, on weights that are not the model's own, and compare.
 
     Raises:
-        RequestError: the model fails on the task; the patched model differs (a forward hook, a closure over the module, …), or runs parts
-            of its forward pass again in the backward pass; it writes its input or state that matters later; it, or the loss, is another
-            the second time, or uses weights that are trained by nobody; its output or loss has not the right form, or is too narrow for
-            the labels.
+        RequestError: the model fails on the task; writes to its input, parameters or buffers; runs
+            with weights that it was not given, or runs parts again in the backward pass; it or the
+            loss remembers; it uses weights that nothing trains; its output or loss has not the
+            right form, or is too narrow for the labels.
     """
-    trial = _Trial(inner, batch)
-    inner.follow()
-    with left_as_it_was(
-        inner.patched, only_after_errors=True
-    ):  # a refused model is to be refused for the same reason again
-        prediction = trial.predict_first()
-        check_rows(prediction, trial.x)
-        trial.refuse_sleepers()
-        trial.refuse_other_values(prediction)
-        trial.refuse_other_gradients(prediction)
-        trial.refuse_memory(prediction)
-        _refuse_strangers("model", prediction, trial.weights.values())
-        outputs = _output_width(prediction) if kind == "classification" else None
-        if kind == "regression":
-            _check_targets(prediction, trial.y)
-        batch.check_values(outputs)
-        trial.check_loss(prediction)
-    return outputs
+    probe = _Probe(inner, batch)
+    probe.refuse_writes()
+    probe.refuse_memory()
+    inner.functional.watch(probe.written)
+    inner.functional.begin(True)
+    prediction = probe.predict()
+    check_rows(prediction, probe.x)
+    probe.refuse_sleepers()
+    probe.refuse_other_values(prediction)
+    probe.refuse_other_gradients(prediction)
+    probe.refuse_unregistered("model", prediction)
+    inner.query_graph = probe.needs_graph()
+    outputs = None
+    if kind == "regression":
+        _check_targets(prediction, probe.y)
+    else:
+        outputs = _classes(prediction, probe.y, own_loss=inner.loss is not F.cross_entropy)
+    batch.check_values(outputs)
+    probe.check_loss(prediction)
+    return Probed(outputs, frozenset(probe.written))
 
 
-def kept_by_forward(inner: InnerLoop, x: Tensor) -> set[Place]:
-    """Where the model's forward pass writes to its modules, as far as it gets; the model is left as it was."""
-    kept = set[Place]()
-    try:
-        with torch.no_grad():
-            reference(inner, dict(inner.model.named_parameters()), x, kept)
-    except RequestError:
-        pass  # the pass that follows says so
-    return kept
-
-
-class _Trial:
-    """One task, run with weights that are not the model's own.
+class _Probe:
+    """One task, and an independent copy of the model with weights that are not its own.
 
     Attributes:
         x, y: support examples (n, *input) and their targets.
-        weights: by name.
-        expected: what torch gives for x.
-        others, expected_of_others: examples that are not x, and what torch gives for them; None where the model fails on them.
+        model: the copy, and `weights`, its parameters by name.
+        expected: its answer to x in training mode.
+        written: where its forward pass writes attributes.
     """
 
     def __init__(self, inner: InnerLoop, batch: TaskBatch) -> None:
-        self.x, self.y, self._inner = batch.support_x[0].clone(), batch.support_y[0], inner
-        self.weights, given, self._kept = _perturbed(inner.model), self.x._version, set[Place]()
-        self.expected = reference(inner, self.weights, self.x, self._kept)
-        separate(inner.patched, self._kept)
-        if self.x._version != given:
-            raise RequestError(
-                "the model changes its input in place, and with it the data of the next inner step: give it operations that make new "
-                "tensors"
-            )
-        self.others, self.expected_of_others = batch.query_x[-1].clone(), None
-        if torch.equal(self.others, self.x):
-            self.others = self.x[:1].expand_as(self.x).clone()
-        try:
-            with torch.no_grad():
-                self.expected_of_others = reference(inner, self.weights, self.others)
-        except RequestError:
-            pass  # query examples are refused where they are used
-
-    def predict_first(self) -> Tensor:
-        """The patched model's prediction; what it writes meanwhile must not leak from task to task."""
-        patched, own = self._inner.patched, self._own_places()
-        buffers, before = (
-            [(buffer, buffer._version) for buffer in patched.buffers()],
-            numbers(patched, own),
+        self.inner, self.x, self.y = inner, batch.support_x[0].clone(), batch.support_y[0]
+        original = inner.functional.model
+        self.model = clone(original, share_buffers=False)
+        self.weights = _give_weights(self.model, original)
+        before = _snapshot(self.model)
+        self._given, self._tensors = version(self.x), self._values()
+        with _noting_checkpoints() as self._checkpoints:
+            self.expected = self.ask(self.x)
+        self.written = {
+            place for place, value in _snapshot(self.model).items() if before.get(place) != value
+        }
+        # Another number of examples shows what is kept for a number; all would take long.
+        others = batch.query_x[-1][: len(self.x) + 1].clone()
+        self.others = (
+            self.x[:1].expand_as(self.x).clone() if torch.equal(others, self.x) else others
         )
+
+    def ask(self, x: Tensor, asleep: Collection[str] = ()) -> Tensor:
+        """Return the copy's answer in training mode, with these modules in evaluation mode."""
+        return answer(self.model, x, self.inner.functional.batch_norm, asleep)
+
+    def predict(self) -> Tensor:
+        """Return the functional model's answer to x, with the copy's weights."""
         try:
-            prediction = self.predict()
+            with stream(0, self.x.device):
+                prediction: Tensor = self.inner.functional(list(self.weights.values()), self.x)
         except Exception as error:
             raise RequestError(
-                f"the model runs, but not with weights that are not its own ({said_by(error)}): replace that part of it"
+                f"the model runs, but not with weights that are not its own ({said_by(error)}): "
+                "replace that part of it"
             ) from error
-        after = [(buffer, buffer._version) for buffer in patched.buffers()]
-        if len(buffers) != len(after) or any(
-            old is not new or was != now
-            for (old, was), (new, now) in zip(buffers, after, strict=True)
-        ):
-            raise RequestError(
-                "the model writes to a buffer in forward, which would leak from task to task: make its buffers constant in training"
-            )
-        once = numbers(patched, own)
-        if changed(before, once):
-            self._refuse_numbers(once, own)
         return prediction
 
-    def predict(self, x: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        """What the patched model gives for x, or for other examples, with the weights or multiples of them."""
-        x = self.x if x is None else x
-        with stream(0, x.device):
-            return self._inner.predict(
-                [scale * weight if scale != 1 else weight for weight in self.weights.values()], x
+    def refuse_writes(self) -> None:
+        """Refuse a forward pass that writes to its input, or to the model's parameters or buffers.
+
+        A pass in evaluation mode is looked at too: it may write what training does not.
+        """
+        if version(self.x) != self._given:
+            raise RequestError(
+                "the model changes its input in place, and with it the data of the next inner step: "
+                "give it operations that make new tensors"
             )
+        self._refuse_written_tensors()
+        with torch.no_grad(), stream(0, self.x.device), _tolerated():
+            self.model.eval()
+            self.model(self.x)
+        self._refuse_written_tensors()
+
+    def refuse_memory(self) -> None:
+        """Refuse a model that answers otherwise after other forward passes than at first."""
+        with torch.no_grad(), _tolerated():
+            self.ask(self.others)
+        numbers = _snapshot(self.model)
+        with torch.no_grad():
+            again = self.ask(self.x)
+        if not _close(again, self.expected):
+            raise RequestError(REMEMBERS)
+        # A number that goes on changing may matter later than a few passes can show.
+        now = _snapshot(self.model)
+        for path, name in self.written:
+            value = vars(self.model.get_submodule(path)).get(name)
+            going_on = now.get((path, name)) != numbers.get((path, name))
+            if going_on and isinstance(value, PLAIN) and value == value and self._reads(path, name):  # noqa: PLR0124
+                raise RequestError(WRITES.format(f"{path}.{name}".lstrip(".")))
 
     def refuse_sleepers(self) -> None:
-        """Refuse layers that are in evaluation mode in a model in training mode, if that makes a difference."""
-        model = self._inner.model
+        """Refuse layers in evaluation mode in a model in training mode, if they differ by it."""
+        model = self.inner.functional.model
         asleep = [
-            name for name, module in model.named_modules() if model.training and not module.training
+            name for name, each in model.named_modules() if model.training and not each.training
         ]
-        if asleep and not self._as_awake(asleep):
-            name = next((name for name in asleep if not self._as_awake([name])), asleep[0])
+        if asleep and not _close(self.ask(self.x, asleep), self.expected):
+            differ = (
+                name for name in asleep if not _close(self.ask(self.x, [name]), self.expected)
+            )
             raise RequestError(
-                f"the layer '{name}' is in evaluation mode in a model in training mode, but meta-training is in training mode throughout: "
-                "call model.train(), and set what the layer is to do (dropout p = 0, batch_norm = 'frozen')"
+                f"the layer '{next(differ, asleep[0])}' is in evaluation mode in a model in "
+                "training mode, but meta-training is in training mode throughout: call "
+                "model.train(), and set what the layer is to do (dropout p = 0, batch_norm = "
+                "'frozen')"
             )
 
     def refuse_other_values(self, prediction: Tensor) -> None:
-        """Refuse a patched model that gives something else than torch does."""
+        """Refuse a functional model whose answer is not the copy's."""
+        self._refuse_closures(prediction)
+        self._refuse_closures(self.expected)
         if not _close(prediction, self.expected):
             raise RequestError(
-                "the model's forward pass does not follow the weights that it is given (a forward hook such as the old weight_norm, a "
-                "stored function that closes over a module, or random numbers from outside torch): replace that part of the model"
+                "the model answers otherwise with torch.func.functional_call than when it is called "
+                "(its forward reads weights from elsewhere than its modules, or random numbers from "
+                "outside torch): replace that part of the model"
             )
 
     def refuse_other_gradients(self, prediction: Tensor) -> None:
-        """Refuse a gradient that is not torch's, or no longer after a later forward pass with other weights."""
-        if not self._follows_backward(prediction):
+        """Refuse a gradient that is not the copy's, or no longer so after a later forward pass."""
+        if self._checkpoints:
+            raise RequestError(CHECKPOINTED)
+        trained = [weight for weight in self.weights.values() if weight.requires_grad]
+        if not self.expected.requires_grad:
+            return  # the inner loop says so where it asks for a gradient
+        with stream(0, self.x.device):
+            self.inner.functional([2 * weight for weight in self.weights.values()], self.x)
+        ours, expected = (_gradients(output, trained) for output in (prediction, self.expected))
+        if ours is None or expected is None or not all(map(_close, ours, expected)):
             raise RequestError(
-                "the gradient of the model does not follow the weights of its forward pass (activation checkpointing, which runs forward "
-                "again with later weights, a backward hook, or an operation that has no gradient): replace that part of the model"
+                "the gradient of the model does not follow the weights of its forward pass (a "
+                "backward pass that runs forward again, or an operation that has no gradient): "
+                "replace that part of the model"
             )
 
-    def refuse_memory(self, prediction: Tensor) -> None:
-        """Refuse a model that answers otherwise after other forward passes than at first."""
-        same = _close(self.predict(), prediction)
-        if same and self.expected_of_others is not None:
-            with torch.no_grad():
-                same = _close(self.predict(self.others), self.expected_of_others)
-            # These last: what is made once for a size, such as a mask, is then there for the first step, and not made inside vmap.
-            same = _close(self.predict(), prediction) and same
-        if not same:
+    def refuse_unregistered(self, what: str, output: Tensor) -> None:
+        """Refuse leaves of an output's graph that require a gradient and are no given weights."""
+        self._refuse_closures(output, what)
+        if leaves := [leaf for leaf in _leaves(output) if id(leaf) not in self._known()]:
+            forms = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
             raise RequestError(
-                "the model answers otherwise when it is asked again, as if it remembered: keep nothing in forward for the next"
+                f"the {what} uses tensors that require a gradient and are no parameters of the "
+                f"model (of shape {forms}), so that nothing would train them: register them with "
+                "the model, as by nn.Parameter and nn.ModuleList, or call requires_grad_(False) on "
+                "them"
             )
+
+    def needs_graph(self) -> bool:
+        """Return whether forward differentiates itself, and so fails where autograd is off."""
+        functional = self.inner.functional
+        weights = [weight.detach() for weight in self.weights.values()]
+        functional.begin(False)
+        try:
+            with torch.no_grad(), stream(0, self.x.device):
+                functional(weights, self.x)
+        except RuntimeError as error:
+            return "does not require grad" in str(error) or "does not have a grad_fn" in str(error)
+        except Exception:
+            return False  # the evaluation that meets it says so
+        finally:
+            functional.begin(True)
+        return False
 
     def check_loss(self, prediction: Tensor) -> None:
-        """Refuse a loss of another form, one that remembers, and one with weights that nobody trains."""
-        loss = self._inner.loss(prediction, self.y)
+        """Refuse a loss of another form, one that remembers, and one with weights of its own."""
+        try:
+            loss = self.inner.loss(prediction, self.y)
+        except Exception as error:
+            raise RequestError(
+                f"the loss fails on the model's output ({_form(prediction)}) and the targets of a "
+                f"task ({form(self.y)}): {said_by(error)}; give a loss that takes both"
+            ) from error
         if not isinstance(loss, Tensor) or loss.shape != ():
             raise RequestError(
-                "the loss must answer with one number for a task, a tensor of shape (): take the mean over its examples"
+                "the loss must answer with one number for a task, a tensor of shape (): "
+                "take the mean over its examples"
             )
         with stream(0, self.x.device):
-            first = self._inner.loss(prediction, self.y)
+            first = self.inner.loss(prediction, self.y)
         with stream(0, self.x.device):
-            second = self._inner.loss(prediction, self.y)
+            second = self.inner.loss(prediction, self.y)
         if not _close(second, first):
             raise RequestError(
-                "the loss answers otherwise when it is asked again, as if it remembered, so that tasks would see each other: keep nothing "
-                "in it"
+                "the loss answers otherwise when it is asked again, as if it remembered, so that "
+                "tasks would see each other: keep nothing in it"
             )
-        _refuse_strangers("loss", loss, self.weights.values())
+        self.refuse_unregistered("loss", loss)
 
-    def _refuse_numbers(self, once: dict[Place, Any], own: set[Place]) -> None:
-        """Refuse numbers that go on changing where anything but adding is done with them. Others are judged by what the model answers."""
-        try:
-            self.predict()
-            going_on = changed(once, numbers(self._inner.patched, own))
-        except Exception:
-            going_on = changed({}, once)
-        if read := [
-            ".".join(filter(None, place))
-            for place in going_on
-            if is_read(self._inner.patched, place, self.predict)
-        ]:
+    def _known(self) -> set[int]:
+        return {id(weight) for weight in self.weights.values()}
+
+    def _refuse_closures(self, output: Tensor, what: str = "model") -> None:
+        """Refuse the model's own weights in a graph, which the fast weights should stand in."""
+        names = {
+            id(parameter): name
+            for name, parameter in self.inner.functional.model.named_parameters()
+        }
+        if own := [names[id(leaf)] for leaf in _leaves(output) if id(leaf) in names]:
+            if what == "loss":
+                raise RequestError(
+                    f"the loss reads the model's own {quoted(own[:3])}, not the fast weights of a "
+                    "task: give what it makes of weights to a plugin's transform_inner_losses, "
+                    "which finds them in step.parameters"
+                )
+            raise RequestError(OTHER_WEIGHTS.format(quoted(own[:3])))
+
+    def _values(self) -> dict[str, tuple[int, int, Tensor]]:
+        """Identity, version and value of every parameter and buffer of the copy."""
+        named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        return {
+            name: (id(each), version(each), each.detach().clone()) for name, each in named.items()
+        }
+
+    def _refuse_written_tensors(self) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name, now in self._values().items():
+            before = self._tensors.get(name)
+            if before and before[:2] == now[:2] and _same(before[2], now[2]):
+                continue
+            if name not in parameters:
+                raise RequestError(
+                    "the model writes to a buffer in forward, which would leak from task to task: "
+                    "make its buffers constant in training"
+                )
             raise RequestError(
-                f"the model writes to {quoted(read)} in forward, which would leak from task to task: make it constant there"
+                f"the model writes to its parameter '{name}' in forward (Embedding(max_norm=...) "
+                "does, and statistics that are kept as parameters), but a task's weights change by "
+                "its inner steps alone: compute the value anew in forward, without writing it"
             )
 
-    def _own_places(self) -> set[Place]:
-        """Where the patched model has what the model has, not what patching adds."""
-        modules = self._inner.model.named_modules(remove_duplicate=False)
-        return self._kept | {(name, key) for name, module in modules for key in settings(module)}
-
-    def _as_awake(self, asleep: Collection[str]) -> bool:
-        return _close(reference(self._inner, self.weights, self.x, asleep=asleep), self.expected)
-
-    def _follows_backward(self, prediction: Tensor) -> bool:
-        trainable = [weight for weight in self.weights.values() if weight.requires_grad]
-        if not self.expected.requires_grad:
-            return True  # nothing to follow: the inner loop says so where it asks for a gradient
-        self.predict(scale=2)
+    def _reads(self, path: str, name: str) -> bool:
+        """Return whether forward does anything with a number that it writes but add to it."""
+        attributes = vars(self.model.get_submodule(path))
+        attributes[name] = _Tally()
         try:
-            pairs = [
-                torch.autograd.grad(output.sum(), trainable, allow_unused=True)
-                for output in (prediction, self.expected)
-            ]
-        except RuntimeError:
-            return False
-        own, expected = (
-            [
-                torch.zeros_like(w) if one is None else one
-                for one, w in zip(given, trainable, strict=True)
-            ]
-            for given in pairs
-        )
-        return all(map(_close, own, expected))
+            with torch.no_grad():
+                self.ask(self.x)
+        except Exception:
+            return True
+        return not isinstance(attributes.get(name), _Tally | PLAIN)
 
 
-def reference(
-    inner: InnerLoop,
-    weights: Mapping[str, Tensor],
-    x: Tensor,
-    kept: set[Place] | None = None,
-    *,
-    asleep: Collection[str] = (),
-) -> Tensor:
-    """What torch's own functional call gives for these weights; the model is left as it was.
+def answer(model: nn.Module, x: Any, batch_norm: str, asleep: Collection[str] = ()) -> Tensor:
+    """Call a copy of the user's model in training mode, as its user would.
 
     Args:
-        kept: gets where the model's forward pass wrote to its modules.
-        asleep: names of modules in evaluation mode; all others are in training mode.
+        asleep: names of modules in evaluation mode.
 
     Raises:
         RequestError: the model fails on these examples.
     """
-    model = inner.model
-    values = {id(parameter): weights[name] for name, parameter in model.named_parameters()}
-    values |= {id(buffer): buffer.clone() for buffer in model.buffers()}
-    # Every place once: where torch ties weights itself, it leaves a module that stands at two places without its parameters.
-    places = {
-        f"{path}.{name}" if path else name: values[id(tensor)]
-        for path, module in model.named_modules()
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None
-    }
+    set_mode(model, True, batch_norm)
+    for name in asleep:
+        model.get_submodule(name).training = False
     try:
-        with left_as_it_was(model) as written:
-            model.train() if inner.batch_norm == "batch" else set_mode(model, True, "frozen")
-            for name in asleep:
-                model.get_submodule(name).training = False
-            with stream(0, x.device):
-                expected: Tensor = torch.func.functional_call(
-                    model, places, (x,), tie_weights=False
-                )
+        with stream(0, x.device):
+            output: Tensor = model(x)
     except Exception as error:
         raise RequestError(
-            f"the model fails on the support examples of a task, {form(x)} ({said_by(error)}): give it the form and dtype of the tasks"
+            f"the model fails on the support examples of a task, {form(x)} ({said_by(error)}): "
+            "give it the form and dtype of the tasks"
         ) from error
-    if kept is not None:
-        kept |= written
-    return expected
+    return output
 
 
 def check_rows(prediction: object, x: Tensor) -> None:
-    """Refuse what is not one tensor with a row for each example."""
+    """Refuse an output that is not one tensor with a row for each example."""
     if not isinstance(prediction, Tensor) or prediction.shape[:1] != x.shape[:1]:
         raise RequestError(
-            "the model must answer with one tensor (n, *output), a row for each example: wrap it in a module that does"
+            "the model must answer with one tensor (n, *output), a row for each example: "
+            "wrap it in a module that does"
         )
 
 
 def _check_targets(prediction: Tensor, y: Tensor) -> None:
     if prediction.shape != y.shape:
         raise RequestError(
-            f"for regression the model must answer in the form of the targets, {tuple(y.shape)} for a task, not {tuple(prediction.shape)}: "
-            "reshape one of them"
+            "for regression the model must answer in the form of the targets, "
+            f"{tuple(y.shape)} for a task, not {tuple(prediction.shape)}: reshape one of them"
         )
 
 
-def _output_width(prediction: Tensor) -> int:
-    if prediction.dim() < 2:
-        raise RequestError(
-            f"for classification the model must answer (n, classes), not {tuple(prediction.shape)}: give it a head of that form"
-        )
-    return prediction.shape[1]
+def _classes(prediction: Tensor, y: Tensor, *, own_loss: bool) -> int | None:
+    """The number of classes that class indices may name; None where targets are no indices."""
+    if y.is_floating_point():
+        return None
+    if own_loss and prediction.numel() == y.numel():
+        return 2  # one logit for each target
+    for axis in dict.fromkeys((1, prediction.dim() - 1)):
+        if axis > 0 and prediction.shape[:axis] + prediction.shape[axis + 1 :] == y.shape:
+            return prediction.shape[axis]
+    rest = "".join(f", {size}" for size in y.shape[1:])
+    raise RequestError(
+        f"for classification the model must answer (n, classes{rest}), not "
+        f"{tuple(prediction.shape)}: give it a head of that form"
+    )
 
 
-def _perturbed(model: nn.Module) -> dict[str, Tensor]:
+def _give_weights(model: nn.Module, original: nn.Module) -> dict[str, Tensor]:
+    """Put perturbed parameters in the place of those that a clone shares; return them by name."""
     generator = torch.Generator().manual_seed(0)
-    noise = {
-        name: torch.randn(parameter.shape, generator=generator).to(parameter)
-        for name, parameter in model.named_parameters()
-    }
-    return {
-        name: (parameter.detach() + 0.1 * noise[name]).requires_grad_(parameter.requires_grad)
-        for name, parameter in model.named_parameters()
-    }
+    own: dict[int, nn.Parameter] = {}
+    named: dict[str, Tensor] = {}
+    for name, parameter in original.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+        value = nn.Parameter(parameter.detach() + 0.1 * noise, parameter.requires_grad)
+        own[id(parameter)] = named[name] = value
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = own.get(id(parameter), parameter)
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
+    return named
+
+
+def _snapshot(model: nn.Module) -> dict[Place, Any]:
+    """What stands at every attribute: numbers and texts by value, the rest by identity."""
+    found: dict[Place, Any] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, PLAIN):
+                found[path, name] = value if value == value else "NaN"  # noqa: PLR0124
+            elif isinstance(value, list | tuple | set | dict) and name not in _TORCHS_OWN:
+                found[path, name] = (id(value), *map(id, value), *_values_of(value))
+            elif name not in _TORCHS_OWN:
+                found[path, name] = id(value)
+    return {place: value for place, value in found.items() if place[1] != "training"}
+
+
+def _values_of(value: Any) -> list[int]:
+    return [*map(id, value.values())] if isinstance(value, dict) else []
+
+
+_TORCHS_OWN = frozenset(vars(nn.Module())) | {"_flat_weights"}
+
+
+class _Tally:
+    """A number that can be added to, and that does not show what it is."""
+
+    def __add__(self, other: object) -> _Tally:
+        return _Tally() if isinstance(other, int | float) else NotImplemented
+
+    __radd__ = __sub__ = __add__
+
+    def _refuse(self, *_: object) -> Any:
+        raise TypeError("a number that is only counted is not to be read")
+
+    __bool__ = __eq__ = __ne__ = __hash__ = __repr__ = __format__ = _refuse
+
+
+@contextmanager
+def _noting_checkpoints() -> Iterator[list[str]]:
+    """Inside, every use of torch's activation checkpointing is noted."""
+    noted: list[str] = []
+    module: Any = torch.utils.checkpoint
+    real = module._checkpoint_without_reentrant_generator
+    reentrant = module.CheckpointFunction
+
+    def without_reentrant(*args: Any, **kwargs: Any) -> Any:
+        noted.append("non-reentrant")
+        return real(*args, **kwargs)
+
+    class Noted:
+        @staticmethod
+        def apply(*args: Any) -> Any:
+            noted.append("reentrant")
+            return reentrant.apply(*args)
+
+    with (
+        mock.patch.object(module, "_checkpoint_without_reentrant_generator", without_reentrant),
+        mock.patch.object(module, "CheckpointFunction", Noted),
+    ):
+        yield noted
+
+
+@contextmanager
+def _tolerated() -> Iterator[None]:
+    """Errors inside are left to where they matter: these examples may be too few for the model."""
+    try:
+        yield
+    except Exception:
+        return
+
+
+def _gradients(output: Tensor, trained: list[Tensor]) -> list[Tensor] | None:
+    try:
+        taken = torch.autograd.grad(output.sum(), trained, allow_unused=True)
+    except RuntimeError:
+        return None
+    return [
+        torch.zeros_like(weight) if one is None else one
+        for one, weight in zip(taken, trained, strict=True)
+    ]
+
+
+def _leaves(output: Tensor) -> list[Tensor]:
+    """The leaves of an output's graph."""
+    seen, waiting, leaves = set[Any](), [output.grad_fn], list[Tensor]()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [source for source, _ in node.next_functions]
+            if isinstance(leaf := getattr(node, "variable", None), Tensor):
+                leaves.append(leaf)
+    return leaves
 
 
 def _close(own: Tensor, expected: Tensor) -> bool:
@@ -318,23 +488,9 @@ def _close(own: Tensor, expected: Tensor) -> bool:
     )
 
 
-def _refuse_strangers(what: str, output: Tensor, weights: Iterable[Tensor]) -> None:
-    """Refuse leaves of an output's graph that require a gradient and are not among the model's weights."""
-    known, seen, waiting = {id(weight) for weight in weights}, set[Any](), [output.grad_fn]
-    strangers: list[Tensor] = []
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [source for source, _ in node.next_functions]
-            if (
-                isinstance(leaf := getattr(node, "variable", None), Tensor)
-                and id(leaf) not in known
-            ):
-                strangers.append(leaf)
-    if strangers:
-        forms = ", ".join(str(tuple(leaf.shape)) for leaf in strangers)
-        raise RequestError(
-            f"the {what} uses tensors that require a gradient and are no parameters of the model (of shape {forms}), so that nothing would "
-            "train them: register them with the model, as by nn.Parameter and nn.ModuleList, or call requires_grad_(False) on them"
-        )
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def _form(value: object) -> str:
+    return form(value) if isinstance(value, Tensor) else type(value).__name__

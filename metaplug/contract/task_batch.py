@@ -14,6 +14,10 @@ from metaplug.errors import RequestError, RunError, quoted
 _FIELDS = ("support_x", "support_y", "query_x", "query_y")
 
 
+IGNORED = -100
+"""The class index that losses and scores leave out, as torch's cross-entropy does."""
+
+
 @dataclass(frozen=True, slots=True)
 class TaskBatch:
     """T >= 1 tasks of equal size. Checked when made.
@@ -146,6 +150,20 @@ class TaskBatch:
             else TaskBatch(*moved)
         )
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> TaskBatch:
+        """The batch of what `function` makes of each of the four tensors."""
+        return TaskBatch(*(function(getattr(self, name)) for name in _FIELDS))
+
+    def tasks(self, rows: slice) -> TaskBatch:
+        """The batch of some of the tasks."""
+        return self.map(lambda tensor: tensor[rows])
+
+    def recordable(self) -> TaskBatch:
+        """The batch, or copies of tensors made under inference_mode, which autograd cannot save."""
+        if not any(getattr(self, name).is_inference() for name in _FIELDS):
+            return self
+        return self.map(torch.clone)
+
     def check_values(
         self, outputs: int | None, number: Callable[[int], int] = lambda task: task
     ) -> None:
@@ -173,6 +191,9 @@ class TaskBatch:
         for name in ("support_y", "query_y"):
             value: Tensor = getattr(self, name)
             if outputs is None or value.is_floating_point():
+                continue
+            value = value[value != IGNORED]
+            if not len(value):
                 continue
             low, high = (int(bound) for bound in value.aminmax())
             if low < 0 or high >= outputs:

@@ -164,6 +164,7 @@ class Outcome:
         query_predictions: (T, n_query, *output) of the last query pass, detached.
         query_parameters: the values that the last query pass used, after `transform_parameters`.
         statistics: what plugins kept, by plugin and name.
+        adapted: the names of the parameters that the inner loop updated.
     """
 
     batch: TaskBatch
@@ -174,6 +175,7 @@ class Outcome:
     query_predictions: Tensor
     query_parameters: Parameters
     statistics: Mapping[str, Mapping[str, Tensor]]
+    adapted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

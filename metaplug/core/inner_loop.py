@@ -3,14 +3,15 @@
     g[t,k] = ∂ ℓ(f(x_t; θ[t,k]), y_t) / ∂θ[t,k]        then the fold of transform_gradients
     θ[t,k+1] = update(θ[t,k], g[t,k], α[k])            the inner optimizer; for SGD θ − α g
 
-Tasks' losses do not depend on each other's weights, so the gradient of their sum with respect to the stacked weights is every task's own.
-It is taken outside vmap: inside, second-order gradients through batch and layer norm are silently wrong.
+Tasks' losses do not depend on each other's weights, so the gradient of their sum with respect to
+the stacked weights is every task's own. It is taken outside vmap: inside, second-order gradients
+through batch and layer norm are wrong without a word.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -18,51 +19,60 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaplug.contract.chain import Chain
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.contract.values import InnerStep, Outcome
-from metaplug.core.optimizers import MirroredOptimizer, assign, follow, patch, release, set_mode
-from metaplug.core.rematerialize import recomputed
-from metaplug.core.vmap_rules import Folding, for_all_tasks
+from metaplug.contract.values import InnerStep, Outcome, TaskShare
+from metaplug.core.functional_model import FunctionalModel
+from metaplug.core.optimizers import DifferentiableOptimizer
+from metaplug.core.rematerialize import rematerialize
+from metaplug.core.vmap_rules import TaskRules, for_all_tasks
 from metaplug.errors import RunError, quoted
-from metaplug.execution.precision import Precision, forward
-from metaplug.execution.ranks import Share
+from metaplug.random_streams import mix, stream
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Tensor], Tensor]
 """(prediction, target) of one task → its loss, a tensor of shape ()."""
 
 _Query = tuple[Tensor, Tensor, Mapping[str, Tensor]]
-"""Losses (T,), predictions (T, n, *output), and the values of the parameters that they were made with."""
+"""Losses (T,), predictions (T, n, *output), and the parameter values that made them."""
 
 _Walked = tuple[dict[str, Tensor], Any, list[Tensor], dict[int, _Query]]
-"""Fast weights and the optimizer's state after some steps, their support losses, and query passes by the number of updates done."""
+"""Fast weights and optimizer state after some steps, their support losses, and query passes by the
+number of updates before them."""
 
-
-_NO_VALUE = (
-    "weights and inputs were finite: see whether the model divides by 0 or takes a root or logarithm of what is not positive, "
-    "or lower meta_lr or inner_lr if its weights have grown"
-)
 NO_DERIVATIVE = (
     "has no finite derivative there, such as a root or norm of 0: add a small number inside it"
 )
-_NO_DERIVATIVE = (
+_NO_VALUE = (
+    "weights and inputs were finite: see whether the model divides by 0 or takes a root or "
+    "logarithm of what is not positive, or lower meta_lr or inner_lr if its weights have grown"
+)
+_NO_GRADIENT = (
     f"the loss was finite: an operation of the model, or of a plugin's loss, {NO_DERIVATIVE}"
 )
 
 
 class InnerLoop:
-    """Adapts the tasks of a batch, in lock-step, each from the model's own weights.
+    """Adapts the tasks of a batch in lock-step, each from the model's own weights.
 
     Args:
-        model: called with one task's inputs (n, *input); patched once, never changed here.
+        model: called with one task's inputs (n, *input); never changed here.
         chain: the plugins.
         loss: of one task.
         adapted: names of the parameters that the loop updates.
-        inner_steps: K in training, 0 or more.
-        inner_lr: the inner learning rate, above 0 or equal to it.
+        inner_steps: K in training, at least 0.
+        inner_lr: the inner learning rate, at least 0.
         optimizer, optimizer_settings: a name in OPTIMIZERS, and its settings.
-        batch_norm: "batch" (statistics of each task's own batch, in training and evaluation) or "frozen" (the model's stored statistics).
+        batch_norm: "batch" (statistics of each task's own batch, in training and evaluation) or
+            "frozen" (the model's stored statistics).
+
+    Attributes:
+        vectorized: whether tasks run in one call under vmap, or one after the other.
+        checkpoint_steps: keep the graph of this many inner steps; recompute the rest in the
+            backward pass. None keeps all of it.
+        autocast: makes the context in which the model's forward passes run.
+        query_graph: whether forward itself differentiates, so that it needs autograd at evaluation.
     """
 
     def __init__(
@@ -78,27 +88,18 @@ class InnerLoop:
         optimizer_settings: Mapping[str, Any],
         batch_norm: str,
     ) -> None:
-        self.model, self.chain, self.loss, self.inner_steps, self.batch_norm = (
-            model,
-            chain,
-            loss,
-            inner_steps,
-            batch_norm,
-        )
-        self.vectorized = True
+        self.chain, self.loss, self.inner_steps, self.inner_lr = chain, loss, inner_steps, inner_lr
+        self.vectorized, self.query_graph = True, False
         self.checkpoint_steps: int | None = None
-        """How many inner steps keep their graph together, which is made again in the backward pass; None keeps the graph of all of them."""
-        self.precision: Precision = "float32"
-        """Of the model's forward passes; losses and updates keep the model's own dtype."""
-        self.parameters = dict(model.named_parameters())
+        self.autocast: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.functional = FunctionalModel(model, batch_norm)
+        self.parameters: dict[str, Tensor] = dict(model.named_parameters())
         self.adapted = tuple(name for name in self.parameters if name in adapted)
         reference = next(iter(self.parameters.values()))
-        self.inner_lr = inner_lr
-        self._rate = torch.tensor(inner_lr, dtype=reference.dtype, device=reference.device)
-        self._optimizer = MirroredOptimizer(
+        self.dtype, self.device = reference.dtype, reference.device
+        self._optimizer = DifferentiableOptimizer(
             optimizer, optimizer_settings, inner_lr, len(self.adapted)
         )
-        self.patched = patch(model, batch_norm)
 
     def run(
         self,
@@ -109,46 +110,80 @@ class InnerLoop:
         iteration: int,
         query_after: Collection[int],
         total: int = 0,
-        share: Share | None = None,
+        share: TaskShare | None = None,
         orders: Sequence[int] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> Outcome:
-        """Adapt every task for `steps` steps, and take the query losses after as many updates as `query_after` says.
+        """Adapt every task, and take the query losses after the numbers of updates asked for.
 
-        `iteration` and `total` are what plugins see of the meta-training that this belongs to; `share` is what these tasks are of those of
-        all ranks, None where there are no others; `orders` are the derivative orders of the steps, where they are known already.
+        In training the result carries the graph for meta-gradients. At evaluation it carries none,
+        and a surrounding `no_grad` or `inference_mode` does not reach in.
 
-        In training the result carries the graph for meta-gradients; otherwise no graph is taken, and no surrounding
-        `no_grad` or `inference_mode` reaches in.
+        Args:
+            steps: inner steps of each task.
+            iteration, total: the meta-iteration and the run's length, as plugins see them.
+            query_after: numbers of updates after which to take the query loss.
+            share: the part that these tasks are of those of all ranks; None for one rank.
+            orders: derivative orders of the steps, where they are known already.
+            seeds: one for each task, where each draws random numbers of its own: a task's numbers
+                then do not depend on its batch.
         """
         first = InnerStep(0, steps, self.inner_steps, iteration, total, training, share=share)
-        if self.patched.training != training:
-            set_mode(self.patched, training, self.batch_norm)
-        with recording():
-            self.follow()
+        self.functional.begin(training)
+        # Meta-gradients are taken outside: who asks for them records, from before the loop on.
+        with nullcontext() if training else recording(), self.functional.unwritten():
             try:
-                return self._run(usable(batch), first, query_after, orders)
+                return self._run(batch.recordable(), first, query_after, orders, seeds)
             finally:
-                self.release()
+                self._optimizer.reset()
 
-    def follow(self) -> None:
-        """Take over what was written to the model's own buffers."""
-        follow(self.patched)
-
-    def predict(self, parameters: list[Tensor], x: Tensor) -> Tensor:
-        """One task's prediction (n, *output), with its own parameters in the model's order."""
-        assign(
-            self.patched, parameters
-        )  # to every module at once: a parent may read a child's weight without calling the child
-        prediction: Tensor = self.patched(x)
-        return prediction
-
-    def task(self, parameters: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """One task's loss () and prediction (n, *output), in the configured precision."""
-        with forward(self.precision, self._rate.device):
-            prediction = self.predict(parameters, x)
-        if self.precision == "bfloat16":
-            prediction = prediction.float()
+    def task(self, weights: Sequence[Tensor], x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return one task's loss () and prediction (n, *output), with weights of its own."""
+        with self.autocast():
+            prediction = self.functional(weights, x)
+        if self.autocast is not nullcontext and prediction.is_floating_point():
+            prediction = prediction.to(self.dtype)  # losses keep the model's own dtype
         return self.loss(prediction, y), prediction
+
+    def adapted_losses(self, outcome: Outcome, seeds: Sequence[int] | None = None) -> Tensor:
+        """Return the (T,) support losses after the last update; asks no hook, keeps no graph."""
+        values, batch = outcome.query_parameters, outcome.batch.recordable()
+        stacked = [values[name] for name in self.parameters]
+        with recording(), torch.set_grad_enabled(self.query_graph):
+            losses, _ = self.all_tasks(stacked, batch.support_x, batch.support_y, seeds)
+        return losses.detach()
+
+    def all_tasks(
+        self, stacked: Sequence[Tensor], x: Any, y: Tensor, seeds: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return every task's loss (T,) and prediction (T, n, *output).
+
+        Args:
+            stacked: (T, *shape) each, in the model's order.
+            x, y: (T, n, ...).
+            seeds: as in `run`; they make tasks run one after the other.
+        """
+        if self.vectorized and seeds is None:
+            # Weights that no task changed are one tensor, expanded: vmap need not batch them,
+            # unless their gradient is asked for by task.
+            shared = [
+                name not in self.adapted and value.stride(0) == 0
+                for name, value in zip(self.parameters, stacked, strict=True)
+            ]
+            return for_all_tasks(self.task, stacked, shared, x, y)
+        rows = zip(*(value.unbind(0) for value in stacked), strict=True)
+        results = []
+        with TaskRules():
+            for place, (row, *task) in enumerate(zip(rows, x.unbind(0), y.unbind(0), strict=True)):
+                with nullcontext() if seeds is None else stream(seeds[place], self.device):
+                    results.append(self.task(row, *task))
+        losses, predictions = zip(*results, strict=True)
+        return torch.stack(losses), torch.stack(predictions)
+
+    def orders_of(self, iteration: int, total: int) -> tuple[int, ...]:
+        """Return the derivative order of every inner step of a training iteration."""
+        first = InnerStep(0, self.inner_steps, self.inner_steps, iteration, total, True)
+        return tuple(self._order(replace(first, index=index)) for index in range(self.inner_steps))
 
     def _run(
         self,
@@ -156,49 +191,56 @@ class InnerLoop:
         first: InnerStep,
         query_after: Collection[int],
         orders: Sequence[int] | None,
+        seeds: Sequence[int] | None,
     ) -> Outcome:
         initial = {
             name: parameter.expand(batch.num_tasks, *parameter.shape)
             for name, parameter in self.parameters.items()
         }
         fast = initial = initial if first.training else _leaves(initial, self.adapted)
+        first = replace(
+            first,
+            parameters=MappingProxyType(fast),
+            initial_parameters=MappingProxyType(initial),
+        )
         support_losses: list[Tensor] = []
         queries: dict[int, _Query] = {}
-        first = replace(
-            first, parameters=MappingProxyType(fast), initial_parameters=MappingProxyType(initial)
+        walk = partial(
+            self._walk,
+            batch=batch,
+            first=first,
+            query_after=query_after,
+            orders=orders,
+            seeds=seeds,
         )
         if 0 in query_after:
-            queries[0] = self._query(fast, batch, first)
+            queries[0] = self._query(fast, batch, first, seeds)
         if self.chain.watch is not None:
             self.chain.watch.begin({name: initial[name] for name in self.adapted})
-        state, size = self._optimizer.snapshot(), max(first.count, 1)
-        walk = partial(self._walk, batch=batch, first=first, query_after=query_after, orders=orders)
-        if first.training and self.checkpoint_steps is not None:
-            size = self.checkpoint_steps
+        state = self._optimizer.snapshot()
+        rematerialized = first.training and self.checkpoint_steps is not None
+        size = (self.checkpoint_steps if rematerialized else first.count) or 1
         for begin in range(0, first.count, size):
-            indices = range(begin, min(begin + size, first.count))
-            if first.training and self.checkpoint_steps is not None:
-                inputs = (fast, initial, state)
-                fast, state, losses, found = recomputed(
-                    partial(walk, indices=indices),
-                    inputs,
-                    list(self.chain.named_parameters().values()),
-                )
+            part = partial(walk, indices=range(begin, min(begin + size, first.count)))
+            if rematerialized:
+                meta_parameters = list(self.chain.named_parameters().values())
+                walked = rematerialize(part, (fast, initial, state), meta_parameters)
             else:
-                fast, state, losses, found = walk((fast, initial, state), indices=indices)
+                walked = part((fast, initial, state))
+            fast, state, losses, found = walked
             support_losses += losses
             queries |= found
-        query_losses = {after: losses for after, (losses, _, _) in queries.items()}
         _, predictions, values = queries[max(queries)]
         return Outcome(
             batch,
             initial_parameters=MappingProxyType(initial),
             adapted_parameters=MappingProxyType(fast),
             support_losses=tuple(support_losses),
-            query_losses=MappingProxyType(query_losses),
+            query_losses=MappingProxyType({after: each[0] for after, each in queries.items()}),
             query_predictions=predictions.detach(),
             query_parameters=MappingProxyType(dict(values)),
             statistics=MappingProxyType(first.statistics),
+            adapted=self.adapted,
         )
 
     def _walk(
@@ -210,17 +252,17 @@ class InnerLoop:
         first: InnerStep,
         query_after: Collection[int],
         orders: Sequence[int] | None,
+        seeds: Sequence[int] | None,
         graph: bool = True,
     ) -> _Walked:
-        """Some inner steps, from fast weights, first weights and the optimizer's state.
+        """Take some inner steps from fast weights, first weights and the optimizer's state.
 
-        Without `graph` what they give has its values alone: to be taken a second time, where their graph is asked for.
+        Without `graph`, give values alone: the steps are taken again where their graph is needed.
         """
         fast, initial, state = inputs
         self._optimizer.restore(state)
-        again = (
-            graph and first.training and self.checkpoint_steps is not None
-        )  # what is kept, the first time has kept
+        # The first of two runs has kept the statistics; the second must not keep them again.
+        again = graph and first.training and self.checkpoint_steps is not None
         first = replace(
             first,
             initial_parameters=MappingProxyType(initial),
@@ -229,28 +271,17 @@ class InnerLoop:
         support_losses, queries = [], {}
         for index in indices:
             step = replace(first, index=index, parameters=MappingProxyType(fast))
-            losses, outputs, _ = self._forward(
-                fast, batch.support_x, batch.support_y, step, "support"
-            )
+            losses, outputs, _ = self._forward(fast, batch, step, "support", seeds)
             known = replace(step, support_losses=losses, support_predictions=outputs)
             objective = self.chain.fold("transform_inner_losses", losses, step=known)
-            # A NaN that a plugin adds has no gradient, and would be seen nowhere else.
-            support_losses.append(
-                losses if objective is losses else losses + 0 * objective.detach()
-            )
+            # A NaN that a plugin adds has no gradient, and would show nowhere else.
+            told = losses if objective is losses else losses + 0 * objective.detach()
+            support_losses.append(told)
             fast = self._update(fast, objective, known, orders=orders, graph=graph)
             if index + 1 in query_after:
-                queries[index + 1] = self._query(
-                    fast, batch, replace(step, parameters=MappingProxyType(fast))
-                )
+                after = replace(step, parameters=MappingProxyType(fast))
+                queries[index + 1] = self._query(fast, batch, after, seeds)
         return fast, self._optimizer.snapshot(), support_losses, queries
-
-    def orders_of(self, iteration: int, total: int) -> tuple[int, ...]:
-        """The derivative order of every inner step of a training iteration, as the plugins have it."""
-        if not self.chain.links("derivative_order"):
-            return (2,) * self.inner_steps
-        first = InnerStep(0, self.inner_steps, self.inner_steps, iteration, total, True)
-        return tuple(self._order(replace(first, index=index)) for index in range(self.inner_steps))
 
     def _order(self, step: InnerStep) -> int:
         order: int = self.chain.choose("derivative_order", 2, step=step)
@@ -265,35 +296,34 @@ class InnerLoop:
         orders: Sequence[int] | None,
         graph: bool,
     ) -> dict[str, Tensor]:
-        order = (
-            1 if not step.training else self._order(step) if orders is None else orders[step.index]
-        )
+        order = 1
+        if step.training:
+            order = self._order(step) if orders is None else orders[step.index]
         weights = [fast[name] for name in self.adapted]
-        # Across ranks autograd is of Σ_r s[r] · (...), and this sum over tasks is without s: divided out before, multiplied in after.
+        # Across ranks autograd differentiates Σ_r s[r] · (...), but this sum over tasks has no
+        # factor s: divide it out before, and multiply it in after.
         total = objective.sum() if step.share is None else objective.sum() / step.share.weight
-        taken = (
-            torch.autograd.grad(
+        taken: Sequence[Tensor | None] = ()
+        if objective.requires_grad:
+            taken = torch.autograd.grad(
                 total, weights, create_graph=graph and order == 2, allow_unused=True
             )
-            if objective.requires_grad
-            else ()
-        )
         gradients = {
-            name: gradient
+            name: gradient if step.share is None else step.share.weight * gradient
             for name, gradient in zip(self.adapted, taken, strict=False)
             if gradient is not None
         }
-        if step.share is not None:
-            gradients = {name: step.share.weight * gradient for name, gradient in gradients.items()}
         if not gradients:
             raise RunError(
-                f"no gradient reaches the adapted parameters {quoted(self.adapted[:3])}: the loss does not depend on them; adapt others"
+                f"no gradient reaches the adapted parameters {quoted(self.adapted[:3])}: "
+                "the loss does not depend on them; adapt others"
             )
-        self._look("the gradient of the support loss", gradients, step, _NO_DERIVATIVE)
+        self._look("the gradient of the support loss", gradients, step, _NO_GRADIENT)
         folded = self.chain.fold("transform_gradients", gradients, step=step)
-        rates = self.chain.fold(
-            "transform_learning_rates", dict.fromkeys(self.adapted, self._rate), step=step
-        )
+        # Made anew for each step, and for each name: what a plugin writes in place stays there.
+        full = torch.full((len(self.adapted),), self.inner_lr, dtype=self.dtype, device=self.device)
+        rates = dict(zip(self.adapted, full.unbind(), strict=True))
+        rates = self.chain.fold("transform_learning_rates", rates, step=step)
         if not step.training or not graph:
             folded, rates = (
                 {name: value.detach() for name, value in values.items()}
@@ -304,88 +334,58 @@ class InnerLoop:
             [folded.get(name) for name in self.adapted],
             [rates[name] for name in self.adapted],
         )
-        after = {**fast, **dict(zip(self.adapted, updated, strict=True))}
+        changed = dict(zip(self.adapted, updated, strict=True))
+        after = {**fast, **changed}
         if self.chain.watch is not None:
-            self.chain.watch.update(rates, dict(zip(self.adapted, updated, strict=True)))
-        self._look(
-            "what the update made of the weights",
-            after,
-            step,
-            "gradients and rates were finite: lower inner_lr",
-        )
+            self.chain.watch.update(rates, changed)
+        advice = "gradients and rates were finite: lower inner_lr"
+        self._look("what the update made of the weights", after, step, advice)
         return after if step.training and graph else _leaves(after, self.adapted)
 
-    def _query(self, fast: Mapping[str, Tensor], batch: TaskBatch, step: InnerStep) -> _Query:
-        with torch.set_grad_enabled(step.training):
-            return self._forward(fast, batch.query_x, batch.query_y, step, "query")
+    def _query(
+        self,
+        fast: Mapping[str, Tensor],
+        batch: TaskBatch,
+        step: InnerStep,
+        seeds: Sequence[int] | None,
+    ) -> _Query:
+        with torch.set_grad_enabled(step.training or self.query_graph):
+            losses, predictions, values = self._forward(fast, batch, step, "query", seeds)
+        return (losses if step.training else losses.detach()), predictions, values
 
     def _forward(
-        self, fast: Mapping[str, Tensor], x: Tensor, y: Tensor, step: InnerStep, part: str
+        self,
+        fast: Mapping[str, Tensor],
+        batch: TaskBatch,
+        step: InnerStep,
+        part: str,
+        seeds: Sequence[int] | None,
     ) -> _Query:
-        """Every task's loss (T,) and prediction (T, n, *output), and the parameter values that they were made with."""
+        x, y = (
+            (batch.support_x, batch.support_y)
+            if part == "support"
+            else (batch.query_x, batch.query_y)
+        )
         values = self.chain.fold("transform_parameters", fast, step=step)
         stacked = [values[name] for name in self.parameters]
-        losses, predictions = self._all_tasks(stacked, x, y)
+        if seeds is not None:
+            seeds = [mix(seed, 2 * step.index + (part == "query")) for seed in seeds]
+        losses, predictions = self.all_tasks(stacked, x, y, seeds)
         if part == "support" and self.chain.watch is not None:
             self.chain.watch.step(losses)
-        self._look(
-            f"the model's output for {part} examples", {"prediction": predictions}, step, _NO_VALUE
-        )
-        self._look(
-            f"the {part} loss",
-            {"loss": losses},
-            step,
-            "the model's output was finite: see what the loss function computes",
-        )
+        what = f"the model's output for {part} examples"
+        self._look(what, {"prediction": predictions}, step, _NO_VALUE)
+        advice = "the model's output was finite: see what the loss function computes"
+        self._look(f"the {part} loss", {"loss": losses}, step, advice)
         return losses, predictions, values
 
-    def adapted_losses(self, outcome: Outcome) -> Tensor:
-        """(T,) support losses after the last update, with the values that its query pass used. No graph, and no hook is asked again."""
-        values, batch = outcome.query_parameters, usable(outcome.batch)
-        try:
-            with torch.no_grad():
-                return self._all_tasks(
-                    [values[name] for name in self.parameters], batch.support_x, batch.support_y
-                )[0]
-        finally:
-            self.release()
-
-    def _all_tasks(self, stacked: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            self._vectorized(stacked, x, y) if self.vectorized else self._sequential(stacked, x, y)
-        )
-
-    def _vectorized(self, stacked: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        # Weights that no task has changed are one tensor, expanded: vmap need not batch them, unless the gradient is asked for by task.
-        shared = [
-            name not in self.adapted and value.stride(0) == 0
-            for name, value in zip(self.parameters, stacked, strict=True)
-        ]
-        return for_all_tasks(self.task, stacked, shared, x, y)
-
-    def _sequential(self, stacked: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        rows = zip(*(value.unbind(0) for value in stacked), strict=True)
-        with Folding():
-            results = [
-                self.task(list(row), *task)
-                for row, *task in zip(rows, x.unbind(0), y.unbind(0), strict=True)
-            ]
-        return torch.stack([loss for loss, _ in results]), torch.stack(
-            [prediction for _, prediction in results]
-        )
-
     def _look(self, what: str, values: Mapping[str, Tensor], step: InnerStep, advice: str) -> None:
-        """In a replay that looks for a culprit (Chain.watch): at what the core itself makes."""
+        """In a replay that looks for the first non-finite value, look at what the core makes."""
         if self.chain.watch is not None:
             where = f"in iteration {step.meta_iteration}, inner step {step.index}"
             self.chain.watch.look(
                 values, lambda fault: f"{what} holds {fault} {where}", advice, by_task=True
             )
-
-    def release(self) -> None:
-        """Let go of the last fast weights, which higher keeps in the patched modules and in the optimizer."""
-        release(self.patched, list(self.parameters.values()))
-        self._optimizer.reset()
 
 
 def _leaves(values: Mapping[str, Tensor], adapted: Collection[str]) -> dict[str, Tensor]:
@@ -394,25 +394,21 @@ def _leaves(values: Mapping[str, Tensor], adapted: Collection[str]) -> dict[str,
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """Inside, autograd records, and nothing is cast to a narrower dtype, whatever surrounds the call."""
-    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as without:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                without.enter_context(torch.autocast(device, enabled=False))
-        yield
+    """Inside, autograd records to any order, whatever surrounds the call.
 
-
-def without_non_finite(batch: TaskBatch) -> TaskBatch:
-    """The batch with 0 for NaN, and with finite numbers for Inf."""
-    tensors = (batch.support_x, batch.support_y, batch.query_x, batch.query_y)
-    return TaskBatch(
-        *(tensor.nan_to_num() if tensor.is_floating_point() else tensor for tensor in tensors)
-    )
-
-
-def usable(batch: TaskBatch) -> TaskBatch:
-    """Tensors that were made under inference_mode cannot be saved for a backward pass: copies of them can."""
-    tensors = (batch.support_x, batch.support_y, batch.query_x, batch.query_y)
-    if not any(tensor.is_inference() for tensor in tensors):
-        return batch
-    return TaskBatch(*(tensor.clone() for tensor in tensors))
+    Nothing is cast by a surrounding autocast. Attention runs by its math kernel, since the fused
+    ones, and the fast path of torch's own layers at evaluation, have no second derivative.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with ExitStack() as inside:
+            inside.enter_context(torch.inference_mode(False))
+            inside.enter_context(torch.enable_grad())
+            inside.enter_context(sdpa_kernel(SDPBackend.MATH))
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    inside.enter_context(torch.autocast(device, enabled=False))
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)

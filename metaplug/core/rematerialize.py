@@ -1,7 +1,8 @@
-"""A piece of a computation whose graph is not kept: it is made again in the backward pass.
+"""A piece of a computation whose graph is not kept: the backward pass makes it again.
 
-torch's own checkpoint would run the piece once more for every inner gradient that is taken inside it, as that gradient already asks for
-the graph that was not kept. Here the first run keeps nothing, takes inner gradients in first order, and the second makes the whole graph.
+torch's own checkpoint would run the piece once more for every inner gradient that is taken inside
+it, as that gradient already asks for the graph that was not kept. Here the first run keeps nothing
+and takes inner gradients in first order; the second makes the whole graph.
 """
 
 from __future__ import annotations
@@ -12,37 +13,45 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 Piece = Callable[..., Any]
-"""(inputs, graph=bool) → outputs, each a nesting of containers with tensors; with `graph` the outputs can be differentiated twice."""
+"""(inputs, graph=bool) → outputs, each a nesting of containers with tensors; with `graph` the
+outputs can be differentiated twice."""
 
 
-def recomputed(piece: Piece, inputs: Any, parameters: Sequence[Tensor]) -> Any:
-    """What `piece` gives for `inputs`, differentiable once, with the memory of its inputs and outputs alone.
+def rematerialize(piece: Piece, inputs: Any, parameters: Sequence[Tensor]) -> Any:
+    """Return `piece(inputs)`, differentiable once, with the memory of its inputs and outputs alone.
 
     Args:
-        piece: depends on nothing that is differentiated but `inputs` and `parameters`; it is run twice, with the same random numbers.
+        piece: depends on nothing that is differentiated but `inputs` and `parameters`. It runs
+            twice, with the same random numbers.
         inputs: containers with tensors; one tensor that stands in two places stays one.
         parameters: leaf tensors that the piece uses without being given them.
+
+    Raises:
+        RuntimeError: in a second derivative, which the graph that is made again does not reach.
+
+    Example:
+        >>> x = torch.tensor(3.0, requires_grad=True)
+        >>> rematerialize(lambda inputs, graph: inputs["x"] ** 2, {"x": x}, []).backward()
+        >>> x.grad
+        tensor(6.)
     """
     leaves, spec = tree_flatten(inputs)
     unique = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
     places = {key: place for place, key in enumerate(unique)}
-    run = _Run(
-        piece,
-        [places.get(id(leaf), leaf) if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves],
-        spec,
-        len(unique),
-    )
-    found = iter(_Recomputed.apply(run, *unique.values(), *parameters))
+    arguments = [places[id(leaf)] if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+    run = _Run(piece, arguments, spec, len(unique))
+    found = iter(_Rematerialized.apply(run, *unique.values(), *parameters))
     assert run.outputs is not None
     rest, output_spec = run.outputs
     return tree_unflatten([next(found) if leaf is None else leaf[0] for leaf in rest], output_spec)
 
 
 class _Run:
-    """The piece with the form of its inputs; after the first run, the form of its outputs and the random state that it began with."""
+    """The piece with the form of its inputs and outputs, and the random state it began with."""
 
     def __init__(self, piece: Piece, places: Sequence[Any], spec: TreeSpec, count: int) -> None:
         self.piece, self.places, self.spec, self.count = piece, places, spec, count
@@ -50,17 +59,14 @@ class _Run:
         self.random = [generator.get_state() for generator in _generators()]
 
     def __call__(self, tensors: Sequence[Tensor], *, graph: bool) -> list[Tensor]:
-        inputs = tree_unflatten(
-            [tensors[place] if isinstance(place, int) else place[0] for place in self.places],
-            self.spec,
-        )
+        given = [tensors[each] if isinstance(each, int) else each[0] for each in self.places]
         with torch.enable_grad():
-            leaves, spec = tree_flatten(self.piece(inputs, graph=graph))
+            leaves, spec = tree_flatten(self.piece(tree_unflatten(given, self.spec), graph=graph))
         self.outputs = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], spec
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-class _Recomputed(torch.autograd.Function):
+class _Rematerialized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.run = run
@@ -69,6 +75,7 @@ class _Recomputed(torch.autograd.Function):
         return tuple(output.detach() for output in run(_leaves(tensors[: run.count]), graph=False))
 
     @staticmethod
+    @once_differentiable  # the recomputed graph hangs on new leaves, so it ends there
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         run: _Run = ctx.run
         leaves = _leaves(ctx.saved_tensors[: run.count])
@@ -83,14 +90,8 @@ class _Recomputed(torch.autograd.Function):
         wanted = [source for source in sources if source.requires_grad]
         if not pairs:
             return None, *(None for _ in sources)
-        taken = iter(
-            torch.autograd.grad(
-                [output for output, _ in pairs],
-                wanted,
-                [given for _, given in pairs],
-                allow_unused=True,
-            )
-        )
+        ends, given = zip(*pairs, strict=True)
+        taken = iter(torch.autograd.grad(ends, wanted, given, allow_unused=True))
         return None, *(next(taken) if source.requires_grad else None for source in sources)
 
 

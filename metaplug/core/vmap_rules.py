@@ -1,8 +1,10 @@
-"""Layers that take all tasks of a batch in one call, where vmap's own rule would copy activations or take many small steps.
+"""Layers that take all tasks of a batch in one call, where vmap's own rule is slow or wrong.
 
-Stacked convolutions keep their activations as (n, tasks · channels, height, width). Batch norm and max-pooling treat channels one by one,
-so they can work on that layout as it is; a linear layer with weights of each task is one batched matrix product: the same numbers as vmap's
-rules, with less memory and time (docs/performance.md). Differentiation is torch's own, outside vmap.
+Stacked convolutions keep their activations as (n, tasks · channels, height, width). Batch norm and
+max-pooling treat channels one by one, so they work on that layout as it is; a linear layer with
+weights of each task is one batched matrix product: the same numbers as vmap's rules, with less
+memory and time (docs/performance.md). An embedding's padding row gets no gradient in any task,
+where vmap's rule protects it in the first task alone. Differentiation is torch's own, outside vmap.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-# There is no public way to reach the stacked tensor that is seen through vmap, nor into vmap but by walking through trees of arguments.
+# There is no public way to reach the stacked tensor that is seen through vmap, nor into vmap but by
+# walking through trees of arguments.
 from torch._C._functorch import (
     _add_batch_dim,
     _remove_batch_dim,
@@ -30,7 +33,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 LARGE = 2**16
-"""Elements from which on max-pooling on a CPU is worth a change of layout."""
+"""Elements from which a change of layout pays off for max-pooling on a CPU."""
 
 TaskFunction = Callable[[list[Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]
 """(parameters, x, y) of one task → two tensors."""
@@ -39,13 +42,22 @@ TaskFunction = Callable[[list[Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]
 def for_all_tasks(
     task: TaskFunction, parameters: Sequence[Tensor], shared: Sequence[bool], x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What `task` gives for every task, stacked: `torch.vmap(task)`, without its walks through arguments that are flat already.
+    """Return what `task` gives for every task, stacked.
+
+    It is `torch.vmap(task)`, without its walks through arguments that are flat already.
 
     Args:
         task: of one task; random numbers differ from task to task.
         parameters: (T, *shape) each.
-        shared: for each parameter whether all its T rows are one and the same, so that vmap need not stack it.
+        shared: for each parameter whether its T rows are one and the same, so vmap need not stack it.
         x, y: (T, n, ...).
+
+    Example:
+        >>> double = lambda weights, x, y: (weights[0] * x, y)
+        >>> w, x = torch.tensor([[2.0], [3.0]]), torch.ones(2, 1)
+        >>> for_all_tasks(double, [w], [False], x, x)[0]
+        tensor([[2.],
+                [3.]])
     """
     tasks = len(x)
     level = _vmap_increment_nesting(tasks, "different")
@@ -54,15 +66,15 @@ def for_all_tasks(
             value[0] if same else _add_batch_dim(value, 0, level)
             for value, same in zip(parameters, shared, strict=True)
         ]
-        with Folding():
+        with TaskRules():
             one, other = task(values, _add_batch_dim(x, 0, level), _add_batch_dim(y, 0, level))
         return _remove_batch_dim(one, level, tasks, 0), _remove_batch_dim(other, level, tasks, 0)
     finally:
         _vmap_decrement_nesting()
 
 
-class Folding(TorchFunctionMode):
-    """While it is active, these layers fold the tasks of stacked tensors into one call."""
+class TaskRules(TorchFunctionMode):
+    """While it is active, these layers follow the rules of this module."""
 
     def __torch_function__(
         self,
@@ -71,13 +83,16 @@ class Folding(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        fold = _FOLDS.get(func)
-        result = fold(*args, **(kwargs or {})) if fold else NotImplemented
+        rule = _RULES.get(func)
+        result = rule(*args, **(kwargs or {})) if rule else NotImplemented
         return func(*args, **(kwargs or {})) if result is NotImplemented else result
 
 
-def _batch_norm(  # noqa: PLR0917 -- the arguments are torch's, in torch's order
-    x: Tensor,
+# The rules below take torch's arguments by torch's names, as callers may give them by name.
+
+
+def _batch_norm(  # noqa: PLR0917
+    input: Tensor,  # noqa: A002
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -86,42 +101,63 @@ def _batch_norm(  # noqa: PLR0917 -- the arguments are torch's, in torch's order
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    if not _is_stacked(x) or not training or running_mean is not None:
+    if not _is_stacked(input) or not training or running_mean is not None:
         return NotImplemented
-    folded, tasks = _folded(x)
+    folded, tasks = _folded(input)
     scale, shift = (_by_channel(parameter, tasks) for parameter in (weight, bias))
     return _unfolded(F.batch_norm(folded, None, None, scale, shift, training=True, eps=eps), tasks)
 
 
-def _max_pool2d(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if kwargs.pop("return_indices", False) or x.dim() != 4:
+def _max_pool2d(input: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
+    if kwargs.pop("return_indices", False) or len(args) > 5 or input.dim() != 4:
         return NotImplemented
-    if not _is_stacked(x):
-        return _pooled(x, *args, **kwargs)
-    folded, tasks = _folded(x)
+    if not _is_stacked(input):
+        return _pooled(input, *args, **kwargs)
+    folded, tasks = _folded(input)
     return _unfolded(_pooled(folded, *args, **kwargs), tasks)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if not _is_stacked(weight) or not _is_stacked(x) or x.dim() < 2:
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
+    if not _is_stacked(weight) or not _is_stacked(input) or input.dim() < 2:
         return NotImplemented
-    inputs, weights = _stacked(x), _stacked(weight)
+    inputs, weights = _stacked(input), _stacked(weight)
     outputs = torch.bmm(inputs.flatten(1, -2), weights.transpose(1, 2))
     if bias is not None:
         outputs = outputs + (_stacked(bias).unsqueeze(1) if _is_stacked(bias) else bias)
-    return _add_batch_dim(
-        outputs.unflatten(1, inputs.shape[1:-1]) if x.dim() > 2 else outputs, 0, current_level()
-    )
+    if input.dim() > 2:
+        outputs = outputs.unflatten(1, inputs.shape[1:-1])
+    return _add_batch_dim(outputs, 0, current_level())
 
 
-_FOLDS: dict[Any, Callable[..., Any]] = {
+def _embedding(  # noqa: PLR0917
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    stacked = _is_stacked(input) or _is_stacked(weight)
+    if max_norm is not None or not (sparse or (stacked and padding_idx is not None)):
+        return NotImplemented
+    # Gradients are dense: fast weights of all tasks are, and sparse tensors have no vmap.
+    rest = (None, norm_type, scale_grad_by_freq, False)
+    if padding_idx is None or not stacked:
+        return F.embedding(input, weight, padding_idx, *rest)
+    rows = F.embedding(input, weight, None, *rest)
+    return torch.where((input == padding_idx % len(weight)).unsqueeze(-1), rows.detach(), rows)
+
+
+_RULES: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
-    F.max_pool2d: _max_pool2d,
+    F.embedding: _embedding,
     F.linear: _linear,
+    F.max_pool2d: _max_pool2d,
 }
 
 
-def _pooled(  # noqa: PLR0917 -- the arguments are torch's, in torch's order
+def _pooled(  # noqa: PLR0917
     x: Tensor,
     kernel_size: Any,
     stride: Any = None,
@@ -136,9 +172,9 @@ def _pooled(  # noqa: PLR0917 -- the arguments are torch's, in torch's order
 
 
 class _MaxPool2d(torch.autograd.Function):
-    """Max-pooling through torch's kernel for channels that lie last: the same numbers, faster than that for planes.
+    """Max-pooling by torch's kernel for channels that lie last: the same numbers, in less time.
 
-    Its derivative is torch's own, on planes again, as mixed layouts would slow down all that follows.
+    Its derivative is torch's own, on planes again, since mixed layouts slow down all that follows.
     """
 
     @staticmethod
@@ -153,10 +189,7 @@ class _MaxPool2d(torch.autograd.Function):
     def vmap(
         _: Any, in_dims: Any, x: Tensor, settings: tuple[Any, ...]
     ) -> tuple[tuple[Tensor, Tensor], tuple[None, None]]:
-        return _MaxPool2d.apply(x, settings), (
-            None,
-            None,
-        )  # what comes here is stacked and folded already
+        return _MaxPool2d.apply(x, settings), (None, None)  # the tasks are folded already
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -174,11 +207,9 @@ class _MaxPool2d(torch.autograd.Function):
 
 def _is_stacked(value: Any) -> bool:
     """Whether the innermost vmap sees this tensor as one task's of many."""
-    return (
-        isinstance(value, Tensor)
-        and is_batchedtensor(value)
-        and maybe_get_level(value) == current_level()
-    )
+    if not isinstance(value, Tensor) or not is_batchedtensor(value):
+        return False
+    return bool(maybe_get_level(value) == current_level())
 
 
 def _stacked(x: Tensor) -> Tensor:
@@ -189,7 +220,7 @@ def _stacked(x: Tensor) -> Tensor:
 
 
 def _folded(x: Tensor) -> tuple[Tensor, int]:
-    """(n, tasks · channels, ...) from one task's (n, channels, ...) as vmap sees it, and the number of tasks."""
+    """(n, tasks · channels, ...) from one task's (n, channels, ...), and the number of tasks."""
     folded: Tensor = get_unwrapped(x).movedim(maybe_get_bdim(x), 1)
     return folded.flatten(1, 2), folded.shape[1]
 
@@ -203,6 +234,5 @@ def _by_channel(parameter: Tensor | None, tasks: int) -> Tensor | None:
     """(tasks · channels,) from one task's (channels,), or from all tasks'."""
     if parameter is None:
         return None
-    return (
-        _stacked(parameter) if _is_stacked(parameter) else parameter.expand(tasks, -1)
-    ).flatten()
+    stacked = _stacked(parameter) if _is_stacked(parameter) else parameter.expand(tasks, -1)
+    return stacked.flatten()

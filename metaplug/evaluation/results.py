@@ -11,6 +11,7 @@ import numpy as np
 from scipy.special import stdtrit
 from torch import Tensor
 
+from metaplug.contract.task_batch import IGNORED
 from metaplug.contract.values import Kind
 from metaplug.errors import RequestError, unknown
 
@@ -143,15 +144,41 @@ def metric_of(kind: Kind) -> Metric:
 
 
 def score(kind: Kind, predictions: Tensor, targets: Tensor) -> Tensor:
-    """(T,) float64, on the device of the predictions: each task's accuracy, or its mean squared error.
+    """Return (T,) float64, on the device of the predictions: accuracy, or mean squared error.
+
+    Accuracy is the share of right targets, of each pixel or token where there are many in an
+    example, without those that are IGNORED (-100). A single logit, and the logits of floating-point
+    targets (one label or several, 0 or 1 each), count as 1 above 0.
 
     Args:
-        predictions: (T, n, classes) for classification, (T, n, *target) for regression.
-        targets: (T, n) class indices, or (T, n, *target).
+        predictions: for regression (T, n, *target). For classification (T, n, classes, *rest) or
+            (T, n, *rest, classes) beside class indices; else of the targets' shape.
+        targets: (T, n, *target); class indices (T, n, *rest), or floating-point labels.
     """
-    if kind == "classification":
-        return (predictions.argmax(2) == targets).double().mean(1)
-    return (predictions.double() - targets.double()).square().flatten(1).mean(1)
+    if kind == "regression":
+        return (predictions.double() - targets.double()).square().flatten(1).mean(1)
+    counted = targets != IGNORED
+    if targets.is_floating_point() or predictions.numel() == targets.numel():
+        right = (predictions.reshape(targets.shape) > 0) == (targets > 0.5)
+    else:
+        right = predictions.argmax(class_axis(predictions, targets)) == targets
+    return (right & counted).flatten(1).double().sum(1) / counted.flatten(1).sum(1)
+
+
+def class_axis(predictions: Tensor, targets: Tensor) -> int:
+    """Return the axis of the classes: the third of (T, n, ...) as torch's losses have it, or the last.
+
+    Raises:
+        RequestError: neither fits the class indices.
+    """
+    for axis in (2, predictions.dim() - 1):
+        if predictions.shape[:axis] + predictions.shape[axis + 1 :] == targets.shape:
+            return axis
+    raise RequestError(
+        f"predictions of shape {tuple(predictions.shape[2:])} an example cannot be scored with "
+        f"class indices of shape {tuple(targets.shape[2:])}: answer with an axis of classes first "
+        "or last, and the targets' axes beside it"
+    )
 
 
 def larger(before: Tensor, after: Tensor) -> Tensor:

@@ -1,29 +1,27 @@
-"""The bilevel engine: adapt a batch, outer loss, meta-gradients, meta-update.
+"""Meta-iterations one by one: meta-gradients over all ranks, meta-update, commit; and evaluation.
 
-L(θ, φ) = mean over t of Σ_i w_i · ℓ(f(query x_t; θ[t,i]), query y_t)        θ the model's parameters, φ the plugins'
-θ, φ ← meta-optimizer(∂L/∂θ, ∂L/∂φ)
+θ, φ ← meta-optimizer(∂L/∂θ, ∂L/∂φ)        L as in `metaplug.core.outer_loop`
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from metaplug.checks.find_nonfinite import culprit
-from metaplug.checks.watch import FAILURES
 from metaplug.contract.chain import Chain
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.contract.values import Outcome
-from metaplug.core.inner_loop import NO_DERIVATIVE, InnerLoop, recording
+from metaplug.contract.values import Outcome, TaskShare
+from metaplug.core.inner_loop import InnerLoop, recording
+from metaplug.core.outer_loop import MetaGradients, OuterLoop
 from metaplug.errors import RankError, RunError, quoted
 from metaplug.execution.determinism import repeatable
-from metaplug.execution.precision import arithmetic
+from metaplug.execution.precision import Precision, arithmetic
 from metaplug.execution.ranks import ALONE, Share, World
 from metaplug.random_streams import mix, stream
 
@@ -34,34 +32,27 @@ META_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 """The optimizers of the outer loop, by name."""
 
 SKIPS_IN_A_ROW = 10
-"""Batches in a row that would be skipped, which is no fault of a batch, but a broken run: the last of them stops it."""
+"""This many skipped batches in a row are no fault of a batch: the last of them stops the run."""
 
+FAILURES: tuple[type[Exception], ...] = (RunError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+"""What plugins and models raise on non-finite values that something else made."""
 
-@dataclass(frozen=True)
-class MetaGradients:
-    """What one meta-iteration found.
-
-    Attributes:
-        gradients: by name.
-        outer_loss: (), that they belong to.
-        losses: the mean over tasks of every support and query loss on the way; behind them, of every tensor of fast weights and of what
-            the last query pass used, the largest absolute value. What of these is NaN or Inf fails the iteration.
-        statistics: what plugins kept, by plugin and name.
-        outcome: how the tasks of this rank were adapted; everything else is over all ranks. None where it was not kept.
-    """
-
-    gradients: Mapping[str, Tensor]
-    outer_loss: Tensor
-    losses: Tensor
-    statistics: Mapping[str, Mapping[str, Tensor]]
-    outcome: Outcome | None
+ONE_AT_A_TIME = threading.RLock()
+"""Held while a step is computed: random streams, kernels and rounding are settings of the whole
+process, and the fast weights of a learner stand in one model. Threads take turns."""
 
 
 @dataclass(frozen=True)
 class MetaStep:
-    """One meta-update: its iteration (counted from 1 once done), outer loss, norm of the meta-gradient, the meta learning rate of the
-    model's weights, and the plugins' figures. Of a batch that was skipped, `skipped` says why: nothing was updated, and the loss or the
-    norm may be NaN or Inf."""
+    """One meta-update.
+
+    Attributes:
+        iteration: counted from 1.
+        outer_loss, meta_gradient_norm: of the batch; for a skipped one they may be NaN or Inf.
+        meta_lr: the meta learning rate of the model's weights.
+        figures: what plugins log, by name.
+        skipped: why the batch was skipped, and nothing updated; None where it was not.
+    """
 
     iteration: int
     outer_loss: float
@@ -71,12 +62,11 @@ class MetaStep:
     skipped: str | None = None
 
 
-_NO_DERIVATIVE = (
-    f"every loss on the way was finite: an operation of the model or of a plugin {NO_DERIVATIVE}"
-)
-
 Derivation = Callable[[TaskBatch, int, int, Mapping[int, float]], MetaGradients]
 """(batch, iteration, total, outer weights) → what `Engine.derive` gives for them."""
+
+Diagnosis = Callable[["Engine", TaskBatch, Exception | None, int, bool], str]
+"""(engine, batch, failure, total, alone) → the first non-finite value of a failed iteration."""
 
 
 class Engine:
@@ -84,12 +74,23 @@ class Engine:
 
     Args:
         model: its trainable parameters are meta-learned, in place.
-        chain: set up already, so that the plugins' meta-parameters exist.
+        chain: set up already, so the plugins' meta-parameters exist.
         inner: the inner loop over the same model and chain.
         meta_optimizer: a name in META_OPTIMIZERS.
         meta_lr: its rate for the model, and for plugins that set none of their own.
         seed: of every random number that a step draws.
-        world: the processes that the tasks of a batch are spread over; each is given its own.
+        world: the processes that the tasks of a batch are spread over.
+        diagnose: names the first non-finite value of an iteration that failed.
+
+    Attributes:
+        iteration: meta-iterations done.
+        total: of the whole run that the last meta-update belonged to; 0 before the first.
+        outputs: the number of classes that the model tells apart, once it is known.
+        derivation: takes the place of `derive`, for the same numbers at another cost; on several
+            ranks only where no plugin couples tasks.
+        skipped, skipped_in_a_row: batches skipped so far, and without a break up to now.
+        deterministic: whether torch may only take algorithms that repeat bit for bit.
+        precision: how coarsely forward passes and products round.
     """
 
     def __init__(
@@ -102,52 +103,47 @@ class Engine:
         meta_lr: float,
         seed: int,
         world: World = ALONE,
+        diagnose: Diagnosis,
     ) -> None:
         self.chain, self.inner, self.seed, self.world = chain, inner, seed, world
-        self.iteration = 0
-        self.total = 0
-        """The iterations of the whole run that the last meta-update belonged to; 0 before the first. Schedules depend on it."""
+        self.outer, self.diagnose = OuterLoop(model, chain, inner), diagnose
+        self.derive, self.meta_parameters = self.outer.derive, self.outer.meta_parameters
+        self.iteration = self.total = self.skipped = self.skipped_in_a_row = 0
         self.outputs: int | None = None
-        """The number of classes that the model tells apart, once it is known; labels are checked against it."""
         self.derivation: Derivation | None = None
-        """What takes the place of `derive`, the same numbers with another cost; on several ranks only where no plugin couples tasks."""
-        self.skipped, self.skipped_in_a_row = 0, 0
-        """Batches that were skipped so far, and those of them that were the last."""
         self.deterministic = False
-        """Whether torch may only take algorithms that give the same bits every time."""
-        self.device = next(model.parameters()).device
-        own = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
-        self.meta_parameters: dict[str, nn.Parameter] = {**own, **chain.named_parameters()}
-        groups = [(list(own.values()), meta_lr)]
-        groups += [
-            (list(plugin.parameters()), meta_lr if plugin.meta_lr is None else plugin.meta_lr)
-            for plugin in chain.plugins
-        ]
-        self._rates = [lr for parameters, lr in groups if parameters]
-        make = META_OPTIMIZERS[meta_optimizer]
-        self.optimizer = make(
-            [{"params": parameters, "lr": lr} for parameters, lr in groups if parameters]
+        self.precision: Precision = "float32"
+        self.draws_at_evaluation = False
+        self.device = inner.device
+        own = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [(own, meta_lr)]
+        for plugin in chain.plugins:
+            lr = meta_lr if plugin.meta_lr is None else plugin.meta_lr
+            groups.append((list(plugin.parameters()), lr))
+        groups = [(parameters, lr) for parameters, lr in groups if parameters]
+        self._rates = [lr for _, lr in groups]
+        self.optimizer = META_OPTIMIZERS[meta_optimizer](
+            [{"params": parameters, "lr": lr} for parameters, lr in groups]
         )
 
     def meta_gradients(self, batch: TaskBatch, iteration: int, total: int) -> MetaGradients:
-        """The meta-gradients of one batch, as iteration `iteration` of a run of `total` would use them. Steps and commits nothing."""
-        with self._computing(mix(self.seed, iteration, *self.world.salt)) as generator, recording():
+        """Return the meta-gradients that an iteration of a run of `total` would use.
+
+        Steps and commits nothing.
+        """
+        seed = mix(self.seed, iteration, *self.world.salt)
+        with self._computing(seed) as generator, recording():
             transformed = self.chain.fold(
                 "transform_tasks", batch, iteration=iteration, generator=generator
             )
             if transformed is not batch:
                 transformed.check_labels(self.outputs)
-            batch = transformed
-            share = self.world.share(batch.num_tasks)
-            weights = self._outer_weights(iteration, total)
+            share = self.world.share(transformed.num_tasks)
+            weights = self.outer.weights(iteration, total)
             if self.derivation is not None:
-                found = self.derivation(batch, iteration, total, weights)
+                found = self.derivation(transformed, iteration, total, weights)
             else:
-                found = self.derive(batch, iteration, total, weights, share=share)
+                found = self.derive(transformed, iteration, total, weights, share=share)
             if share is not None:
                 found = self._over_ranks(found, share)
             with self._common_stream(iteration):
@@ -156,81 +152,16 @@ class Engine:
                 )
         return replace(found, gradients=gradients)
 
-    def derive(
-        self,
-        batch: TaskBatch,
-        iteration: int,
-        total: int,
-        weights: Mapping[int, float],
-        *,
-        orders: Sequence[int] | None = None,
-        share: Share | None = None,
-    ) -> MetaGradients:
-        """The meta-gradients of a batch as the loop gives them, before they are transformed.
-
-        Args:
-            weights: of the query losses, by the number of updates done before.
-            orders: derivative orders of the inner steps, where they are known already.
-            share: what these tasks are of those of all ranks.
-        """
-        outcome = self.inner.run(
-            batch,
-            steps=self.inner.inner_steps,
-            training=True,
-            iteration=iteration,
-            total=total,
-            query_after=weights,
-            share=share,
-            orders=orders,
-        )
-        losses = torch.stack(
-            [weight * outcome.query_losses[after] for after, weight in weights.items()]
-        ).sum(0)
-        outer_loss = self.chain.fold(
-            "transform_outer_losses", losses, outcome=outcome, iteration=iteration
-        ).mean()
-        replaced = self.chain.choose(
-            "compute_meta_gradients",
-            None,
-            outcome=outcome,
-            outer_loss=outer_loss,
-            meta_parameters=MappingProxyType(self.meta_parameters),
-            learned=tuple(self.chain.named_parameters()),
-            iteration=iteration,
-        )
-        watch = self.chain.watch
-        if watch is not None:
-            watch.look(
-                {"outer loss": outer_loss},
-                lambda fault: f"the mean over tasks is {fault}",
-                "its terms were finite: make them smaller",
-            )
-        gradients = self._differentiate(outer_loss) if replaced is None else dict(replaced)
-        if self.inner.checkpoint_steps is not None:
-            self.inner.release()  # steps that were taken again for their graph have left their weights there
-        if watch is not None:
-            watch.look(
-                gradients,
-                lambda fault: f"the meta-gradient holds {fault} in iteration {int(iteration)}",
-                _NO_DERIVATIVE,
-            )
-        on_the_way = [
-            loss.detach().mean()
-            for loss in (*outcome.support_losses, *outcome.query_losses.values())
-        ]
-        on_the_way += [largest.to(outer_loss.dtype) for largest in self._largest(outcome)]
-        return MetaGradients(
-            gradients, outer_loss.detach(), torch.stack(on_the_way), outcome.statistics, outcome
-        )
-
     def meta_step(self, batch: TaskBatch, total: int, *, skip: bool = False) -> MetaStep:
-        """One meta-update on `batch`, in a run of `total` iterations.
+        """Make one meta-update on `batch`, in a run of `total` iterations.
 
         Args:
-            skip: leave a batch out, and count it, where something is NaN or Inf: nothing is updated or committed.
+            skip: leave out a batch in which something is NaN or Inf, and count it: nothing is
+                updated or committed.
 
         Raises:
-            RunError: something is NaN or Inf, and is not to be skipped, or so many batches were before; nothing was updated.
+            RunError: something is NaN or Inf and is not to be skipped, or so many batches in a row
+                were: nothing was updated. Or the update itself left the range of the dtype.
         """
         iteration, found, failure = self.iteration, None, None
         outer_loss, norm, finite = math.nan, math.nan, 0.0
@@ -239,27 +170,146 @@ class Engine:
             outer_loss, norm, finite = self.told(found, batch if skip else None).tolist()
         except RankError:
             raise
-        except (
-            FAILURES
-        ) as error:  # a plugin or the model may have failed on NaN that something else had made
+        except FAILURES as error:  # perhaps on a NaN that something else had made
             if self.world.size > 1:
                 raise
             failure = error
         if found is None or not finite:
-            text = culprit(self, batch, failure, total, alone=not skip)
+            text = self.diagnose(self, batch, failure, total, not skip)
             self._skip(text, total)
-            return MetaStep(
-                self.iteration,
-                outer_loss,
-                norm,
-                self._rates[0] * self._factor(iteration, total),
-                {},
-                text,
-            )
+            meta_lr = self._rates[0] * self._factor(iteration, total)
+            return MetaStep(self.iteration, outer_loss, norm, meta_lr, {}, text)
         meta_lr = self.update(found, total)
-        return MetaStep(
-            self.iteration, outer_loss, norm, meta_lr, self.chain.figures(iteration, total)
+        self.check_update()
+        figures = self.chain.figures(iteration, total)
+        return MetaStep(self.iteration, outer_loss, norm, meta_lr, figures)
+
+    def update(self, found: MetaGradients, total: int) -> float:
+        """Step, commit and count one iteration; return the meta learning rate of the weights."""
+        iteration = self.iteration
+        factor = self._factor(iteration, total)
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        for name, parameter in self.meta_parameters.items():
+            parameter.grad = found.gradients.get(name)
+        with recording():  # under inference_mode the optimizer would make a state for good
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.chain.commit(found.statistics, iteration)
+        self.iteration, self.total, self.skipped_in_a_row = iteration + 1, total, 0
+        meta_lr: float = self.optimizer.param_groups[0]["lr"]
+        return meta_lr
+
+    def check_update(self) -> None:
+        """Look at what the meta-optimizer wrote: finite gradients may still leave the dtype's range.
+
+        Raises:
+            RunError: a meta-parameter is NaN or Inf.
+        """
+        values = [parameter.detach() for parameter in self.meta_parameters.values()]
+        if torch.isfinite(torch.nn.utils.get_total_norm(values, math.inf)):
+            return
+        name = next(
+            name
+            for name, value in self.meta_parameters.items()
+            if not torch.isfinite(value.detach()).all()
         )
+        rates = quoted(sorted({f"{group['lr']:.4g}" for group in self.optimizer.param_groups}))
+        raise RunError(
+            f"iteration {self.iteration - 1} stopped: the meta-optimizer wrote NaN or Inf into "
+            f"'{name}', from finite meta-gradients, at meta learning rates {rates}: go on from the "
+            "last checkpoint with a lower meta_lr, or clip the meta-gradient"
+        )
+
+    def evaluate(self, batch: TaskBatch, steps: int, numbers: Sequence[int]) -> Outcome:
+        """Adapt test tasks. Touches no graph, state or random stream of the caller's.
+
+        Args:
+            numbers: of the tasks. A model that draws random numbers at evaluation draws by these,
+                so a task's result does not depend on its batch.
+        """
+        with self._computing(mix(self.seed)):
+            if not self.draws_at_evaluation:
+                before = self._random_state()
+                outcome = self._adapt(batch, steps, None)
+                if torch.equal(before, self._random_state()):
+                    return outcome
+                self.draws_at_evaluation = True  # from now on, tasks run one after the other
+            return self._adapt(batch, steps, self._task_seeds(numbers))
+
+    def adapted_losses(self, outcome: Outcome, numbers: Sequence[int]) -> Tensor:
+        """Return the (T,) support losses of test tasks after their last update."""
+        seeds = self._task_seeds(numbers, 1) if self.draws_at_evaluation else None
+        with self._computing(mix(self.seed)):
+            return self.inner.adapted_losses(outcome, seeds)
+
+    def told(self, found: MetaGradients, batch: TaskBatch | None) -> Tensor:
+        """Return (3,): outer loss, norm of the meta-gradient, and 1 where everything is finite.
+
+        Everything is these two, all losses and weights on the way, what plugins keep, and `batch`.
+        With a batch, whose tasks are other ones on other ranks, the ranks agree. A norm whose
+        square overflows counts as Inf: optimizers square the gradient.
+        """
+        norm = torch.nn.utils.get_total_norm(found.gradients.values())
+        kept = [
+            tensor
+            for tensors in found.statistics.values()
+            for tensor in tensors.values()
+            if tensor.is_floating_point()
+        ]
+        single = [norm.square(), found.outer_loss]
+        if kept:
+            single.append(torch.nn.utils.get_total_norm(kept, math.inf))
+        values = torch.stack([value.to(norm) for value in single])
+        finite = torch.isfinite(torch.cat([values, found.losses.to(norm)])).all()
+        if batch is not None:
+            for tensor in (batch.support_x, batch.support_y, batch.query_x, batch.query_y):
+                finite = finite & torch.isfinite(tensor).all()
+            finite = self.world.sum((~finite).to(norm.dtype)) == 0
+        return torch.stack([found.outer_loss.to(norm), norm, finite.to(norm.dtype)])
+
+    def _adapt(self, batch: TaskBatch, steps: int, seeds: Sequence[int] | None) -> Outcome:
+        return self.inner.run(
+            batch,
+            steps=steps,
+            training=False,
+            iteration=self.iteration,
+            total=self.total,
+            query_after={steps},
+            seeds=seeds,
+        )
+
+    def _task_seeds(self, numbers: Sequence[int], *salt: int) -> list[int]:
+        return [mix(self.seed, number, *salt) for number in numbers]
+
+    def _random_state(self) -> Tensor:
+        if self.device.type == "cuda":
+            return torch.cuda.get_rng_state(self.device)
+        return torch.get_rng_state()
+
+    @contextmanager
+    def _computing(self, seed: int) -> Iterator[torch.Generator]:
+        """Inside, random numbers start from a seed, and torch rounds as configured."""
+        rounding = arithmetic(self.precision, self.device)
+        with ONE_AT_A_TIME, stream(seed, self.device) as generator:
+            with rounding, repeatable(self.deterministic):
+                yield generator
+
+    @contextmanager
+    def _common_stream(self, iteration: int) -> Iterator[None]:
+        """Inside, the ranks draw the same random numbers, or their weights would part."""
+        if self.world.size == 1:
+            yield
+            return
+        with stream(mix(self.seed, iteration, self.world.size), self.device):
+            yield
+
+    def _factor(self, iteration: int, total: int) -> float:
+        """The factor of every meta learning rate, by the plugins' schedules."""
+        factor: float = self.chain.fold(
+            "scale_meta_learning_rate", 1.0, iteration=iteration, total=total
+        )
+        return factor
 
     def _skip(self, text: str, total: int) -> None:
         """Count one iteration that updates nothing.
@@ -269,110 +319,27 @@ class Engine:
         """
         if self.skipped_in_a_row + 1 >= SKIPS_IN_A_ROW:
             raise RunError(
-                f"iteration {self.iteration} stopped, nothing was updated: {SKIPS_IN_A_ROW} batches in a row would be skipped, which is no "
-                f"fault of a batch; the last because {text}"
+                f"iteration {self.iteration} stopped, nothing was updated: {SKIPS_IN_A_ROW} batches "
+                f"in a row would be skipped, which is no fault of a batch; the last because {text}"
             )
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.iteration, self.total = self.iteration + 1, total
 
-    def update(self, found: MetaGradients, total: int) -> float:
-        """Step, commit and count one iteration; the meta learning rate of the model's weights."""
-        iteration = self.iteration
-        factor = self._factor(iteration, total)
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * factor
-        for name, parameter in self.meta_parameters.items():
-            parameter.grad = found.gradients.get(name)
-        with (
-            recording()
-        ):  # under inference_mode the optimizer would make a state that no later step can change
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.chain.commit(found.statistics, iteration)
-        self.iteration, self.total, self.skipped_in_a_row = iteration + 1, total, 0
-        meta_lr: float = self.optimizer.param_groups[0]["lr"]
-        return meta_lr
-
-    def _factor(self, iteration: int, total: int) -> float:
-        """Of every meta learning rate, as schedules have it."""
-        factor: float = self.chain.fold(
-            "scale_meta_learning_rate", 1.0, iteration=iteration, total=total
-        )
-        return factor
-
-    def evaluate(self, batch: TaskBatch, steps: int) -> Outcome:
-        """Adapt test tasks. No graph, no state, no random stream of the caller's is touched."""
-        with self._computing(mix(self.seed)):
-            return self.inner.run(
-                batch,
-                steps=steps,
-                training=False,
-                iteration=self.iteration,
-                total=self.total,
-                query_after={steps},
-            )
-
-    @contextmanager
-    def _computing(self, seed: int) -> Iterator[torch.Generator]:
-        """Inside, random numbers start from a seed, and torch rounds and chooses its algorithms as configured."""
-        rounding = arithmetic(self.inner.precision, self.device)
-        with stream(seed, self.device) as generator, rounding, repeatable(self.deterministic):
-            yield generator
-
-    def adapted_losses(self, outcome: Outcome) -> Tensor:
-        """(T,) support losses of test tasks after their last update: one more forward pass."""
-        with self._computing(mix(self.seed)):
-            return self.inner.adapted_losses(outcome)
-
-    def _outer_weights(self, iteration: int, total: int) -> dict[int, float]:
-        """By the number of updates done before the query loss, the weight of that loss; only those that count."""
-        steps = self.inner.inner_steps
-        if steps == 0:
-            return {0: 1.0}
-        chosen = self.chain.choose(
-            "outer_step_weights",
-            [0.0] * (steps - 1) + [1.0],
-            iteration=iteration,
-            inner_steps=steps,
-            total=total,
-        )
-        return {after: weight for after, weight in enumerate(chosen, 1) if weight}
-
-    def _differentiate(self, outer_loss: Tensor) -> dict[str, Tensor]:
-        if not outer_loss.requires_grad:
-            raise RunError(
-                "no meta-gradient: the outer loss depends on no trainable parameter; let the model's output depend on one"
-            )
-        try:
-            taken = torch.autograd.grad(
-                outer_loss, list(self.meta_parameters.values()), allow_unused=True
-            )
-        except RuntimeError as error:
-            raise _not_differentiable(error) from error
-        return {
-            name: gradient
-            for name, gradient in zip(self.meta_parameters, taken, strict=True)
-            if gradient is not None
-        }
-
     def _over_ranks(self, found: MetaGradients, share: Share) -> MetaGradients:
-        """The same over the tasks of all ranks. A gradient that is missing on a rank counts as zero there."""
+        """The same over the tasks of all ranks. A gradient missing on a rank counts as zero."""
         kept = {
             (plugin, name): tensor
             for plugin, tensors in found.statistics.items()
             for name, tensor in tensors.items()
         }
-        if whole := [
-            f"{plugin}.{name}"
-            for (plugin, name), tensor in kept.items()
-            if not tensor.is_floating_point()
-        ]:
+        named = {f"{plugin}.{name}": tensor for (plugin, name), tensor in kept.items()}
+        if whole := [name for name, tensor in named.items() if not tensor.is_floating_point()]:
             raise RunError(
-                f"plugins keep {quoted(whole)} as whole numbers, which have no mean over ranks: keep floating-point tensors"
+                f"plugins keep {quoted(whole)} as whole numbers, which have no mean over ranks: "
+                "keep floating-point tensors"
             )
         form = ", ".join(
-            f"{plugin}.{name} {tuple(tensor.shape)} {tensor.dtype}"
-            for (plugin, name), tensor in kept.items()
+            f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in named.items()
         )
         present = self.world.any(
             *(name in found.gradients for name in self.meta_parameters), form=form
@@ -392,69 +359,5 @@ class Engine:
         statistics: dict[str, dict[str, Tensor]] = {}
         for (plugin, name), mean in zip(kept, means[len(names) :], strict=True):
             statistics.setdefault(plugin, {})[name] = mean
-        return MetaGradients(
-            dict(zip(names, means, strict=False)), outer_loss, losses, statistics, found.outcome
-        )
-
-    @contextmanager
-    def _common_stream(self, iteration: int) -> Iterator[None]:
-        """Inside, the ranks draw the same random numbers, or their weights would part."""
-        if self.world.size == 1:
-            yield
-            return
-        with stream(mix(self.seed, iteration, self.world.size), self.device):
-            yield
-
-    def _largest(self, outcome: Outcome) -> Iterator[Tensor]:
-        """() each: the largest absolute value of every tensor of weights that the last query pass used or the loop made."""
-        made = [outcome.adapted_parameters[name] for name in self.inner.adapted]
-        used = [
-            value
-            for name, value in outcome.query_parameters.items()
-            if value is not outcome.adapted_parameters[name]
-        ]
-        return (
-            torch.linalg.vector_norm(value.detach(), math.inf)
-            for value in (*made, *used)
-            if value.numel()
-        )
-
-    def told(self, found: MetaGradients, batch: TaskBatch | None) -> Tensor:
-        """(3,): outer loss, norm of the meta-gradient, and 1 where these, all on the way, what is kept and `batch` are finite.
-
-        With a batch, whose tasks are other ones on other ranks, the ranks agree.
-        """
-        norm = torch.nn.utils.get_total_norm(found.gradients.values())
-        kept = [
-            tensor
-            for tensors in found.statistics.values()
-            for tensor in tensors.values()
-            if tensor.is_floating_point()
-        ]
-        single = [
-            norm,
-            found.outer_loss,
-            *([torch.nn.utils.get_total_norm(kept, math.inf)] if kept else []),
-        ]
-        finite = torch.isfinite(
-            torch.cat([torch.stack([value.to(norm) for value in single]), found.losses.to(norm)])
-        ).all()
-        if batch is not None:
-            for tensor in (batch.support_x, batch.support_y, batch.query_x, batch.query_y):
-                finite = finite & torch.isfinite(tensor).all()
-            finite = self.world.sum((~finite).to(norm.dtype)) == 0
-        return torch.stack([found.outer_loss.to(norm), norm, finite.to(norm.dtype)])
-
-
-def _not_differentiable(error: RuntimeError) -> RuntimeError:
-    """The error of differentiating through the loop in words for the user; the error itself where it says something else."""
-    if "a second time" in str(error):
-        return RunError(
-            "a plugin uses the support losses of a first-order step in what is differentiated, but their graph is gone: "
-            "detach them in the plugin, or use second order"
-        )
-    if "derivative for" in str(error) or "once_differentiable" in str(error):
-        return RunError(
-            f"second-order meta-gradients cannot be had of this model ({str(error).splitlines()[0]}): add the plugin derivative-order"
-        )
-    return error
+        gradients = dict(zip(names, means, strict=False))
+        return MetaGradients(gradients, outer_loss, losses, statistics, found.outcome)

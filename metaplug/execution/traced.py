@@ -1,33 +1,45 @@
-"""Compiled steps: the engine's own derivation of meta-gradients, traced once for a form of batch and handed to Inductor.
+"""Compiled steps: the engine's own derivation, traced once for a form of batch, then compiled.
 
-What is done with a trace is exchangeable: `metaplug/execution/cuda_graphs.py` records it in a CUDA graph.
+There is no second implementation: `make_fx` records what the engine, `higher` and the plugins do to
+tensors. What changes from step to step goes in as an input: weights, the plugins' parameters and
+buffers, the tasks. What Python decides, a trace would freeze. So it is part of the trace's key
+(shapes, outer weights, derivative orders, numbers that plugins keep), or makes the step untraceable:
+that is said, and the run goes on uncompiled. The second step of every trace is compared with the
+untraced one, for what nobody thought of.
 
-There is no second implementation: `make_fx` records what the engine, `higher` and the plugins' folds do to tensors. What changes from step
-to step goes in as an input: weights, the plugins' parameters and buffers, the tasks. What the trace would freeze is either part of its key
-(shapes, outer weights, derivative orders, plain attributes of plugins) or makes a plugin untraceable, which is said, and the run goes on
-uncompiled.
+`cuda_graphs` puts a recording in the place of the compiler.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
+import types
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from metaplug.checks.model_changes import PLAIN
 from metaplug.contract.task_batch import TaskBatch
+from metaplug.core.functional_model import PLAIN
+from metaplug.core.outer_loop import MetaGradients
 from metaplug.errors import said_by
-from metaplug.execution.engine import Engine, MetaGradients
+from metaplug.execution.engine import Engine
 from metaplug.random_streams import stream
 
 MOST_TRACES = 8
-"""Forms of batch, outer weights, derivative orders and attributes of plugins that one run compiles; further ones are uncompiled."""
+"""Traces of one run (forms of batch, outer weights, derivative orders, plugins' numbers); steps of
+further ones are uncompiled."""
+
+APART = 0.05
+"""The relative difference of a traced meta-gradient from the untraced that rounding cannot explain,
+not even where an inner loop amplifies it."""
 
 Compile = Callable[[torch.fx.GraphModule, Sequence[Tensor]], Callable[..., Any]]
 
@@ -42,9 +54,10 @@ def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[
 
 
 def _widen_products(graph: torch.fx.GraphModule) -> None:
-    """On a CPU, write A B with more rows than columns as (Bᵀ Aᵀ)ᵀ: the same numbers, in less time where the columns are few.
+    """On a CPU, write A B with more rows than columns as (Bᵀ Aᵀ)ᵀ: the same numbers, sooner.
 
-    Such products come from differentiating a weight gradient once more: autograd has no say in their form, a graph has.
+    Such products come from differentiating a weight gradient once more. Autograd cannot choose
+    their form; a graph can.
     """
     aten = torch.ops.aten
     for node in list(graph.graph.nodes):
@@ -70,23 +83,28 @@ def warn_refusal(what: str, reason: str) -> None:
     warnings.warn(f"steps are not {what}, and the run goes on un{what}: {reason}", stacklevel=3)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Trace:
-    """A compiled derivation, and the names of what it gives."""
+    """A compiled derivation, the names of what it gives, and how often it was used."""
 
     function: Callable[..., Any]
     gradients: tuple[str, ...]
     statistics: tuple[tuple[str, str], ...]
+    uses: int = field(default=0)
 
 
 class CompiledDerivation:
-    """Derives meta-gradients as `Engine.derive` does, compiled. Put it in the place of that method: `engine.derivation`.
+    """Derives meta-gradients as `Engine.derive` does, compiled: set it as `engine.derivation`.
 
     Args:
         engine: whose derivation it is.
         compile_graph: from a graph and inputs to a function; default: Inductor.
         what: "compiled" or "captured", as warnings have it.
-        patience: at least 0: so many steps of one form in a row are computed as they are before a trace of it is made.
+        patience: at least 0: compute this many steps of one form in a row as they are before a
+            trace of it is made.
+
+    Attributes:
+        refusal: why steps are not, or no longer, compiled; None while they are.
     """
 
     def __init__(
@@ -97,63 +115,66 @@ class CompiledDerivation:
         what: str = "compiled",
         patience: int = 0,
     ) -> None:
-        self.engine, self.compile_graph, self.what, self.patience = (
-            engine,
-            compile_graph,
-            what,
-            patience,
-        )
+        self.engine, self.compile_graph, self.what = engine, compile_graph, what
+        self.patience = patience
         self.refusal: str | None = None
-        """Why steps are not, or no longer, compiled; None while they are."""
         self._traces: dict[Any, _Trace] = {}
         self._row: tuple[Any, int] = (None, 0)
+        self._kept: dict[str, Any] | None = None
 
     def __call__(
         self, batch: TaskBatch, iteration: int, total: int, weights: Mapping[int, float]
     ) -> MetaGradients:
-        """The meta-gradients of a batch; uncompiled in a replay that looks for a culprit, and where compiling was refused."""
+        """Return the meta-gradients of a batch.
+
+        They are computed uncompiled where compiling was refused, and in a replay that looks for the
+        first non-finite value.
+        """
         engine = self.engine
         if self.refusal or engine.chain.watch is not None:
             return engine.derive(batch, iteration, total, weights)
         tensors = [batch.support_x, batch.support_y, batch.query_x, batch.query_y]
         orders = engine.inner.orders_of(iteration, total)
-        # What plugins keep in plain attributes a trace would freeze, too: another value is another trace.
-        plain = tuple(
-            value
-            for plugin in engine.chain.plugins
-            for value in vars(plugin).values()
-            if type(value) in PLAIN
-        )
-        key = (
-            tuple((tensor.shape, tensor.dtype) for tensor in tensors),
-            tuple(weights.items()),
-            orders,
-            plain,
-        )
-        if key not in self._traces and self._waits(key):
+        numbers, kept = _python_state(engine)
+        self._refuse_changed(kept)
+        forms = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+        key = (forms, tuple(weights.items()), orders, numbers)
+        if self.refusal or (key not in self._traces and self._waits(key)):
             return engine.derive(batch, iteration, total, weights)
-        engine.inner.follow()
-        places = _places(engine)
-        inputs = [*(holder[name].detach() for holder, name in places), *tensors]
+        engine.inner.functional.begin(True)
+        inputs = [*(holder[name].detach() for holder, name in _places(engine)), *tensors]
         if key not in self._traces:
             try:
                 self._traces[key] = self._trace(inputs, weights, orders, iteration, total)
             except Exception as error:
                 self.refusal = said_by(error)
-            if self.refusal:  # not in the handler, where the error still holds what the failed trace has allocated
+            if self.refusal:  # not in the handler: the error holds what the failed trace allocated
                 warn_refusal(self.what, self.refusal)
                 return engine.derive(batch, iteration, total, weights)
         trace = self._traces[key]
+        trace.uses += 1
+        exact: MetaGradients | None = None
+        if trace.uses == 2:
+            devices = [engine.device] if engine.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):
+                exact = engine.derive(batch, iteration, total, weights)
         with torch.no_grad():
             outer_loss, losses, *found = trace.function(*inputs)
         statistics: dict[str, dict[str, Tensor]] = {}
-        for (plugin, name), tensor in zip(
-            trace.statistics, found[len(trace.gradients) :], strict=True
-        ):
+        ends = found[len(trace.gradients) :]
+        for (plugin, name), tensor in zip(trace.statistics, ends, strict=True):
             statistics.setdefault(plugin, {})[name] = tensor
-        return MetaGradients(
-            dict(zip(trace.gradients, found, strict=False)), outer_loss, losses, statistics, None
+        gradients = dict(zip(trace.gradients, found, strict=False))
+        traced = MetaGradients(gradients, outer_loss, losses, statistics, None)
+        if exact is None or (apart := _apart(traced, exact)) <= APART:
+            return traced
+        self.refusal = (
+            f"its second meta-gradient is {100 * apart:.3g} % off the untraced one, so something "
+            "that it computes with changes and is no tensor of the model, a plugin or the batch: "
+            "find it, and make it a buffer"
         )
+        warn_refusal(self.what, self.refusal)
+        return exact
 
     def _trace(
         self,
@@ -167,12 +188,11 @@ class CompiledDerivation:
             what = "forms, outer weights, derivative orders or attributes of plugins"
             raise RuntimeError(f"batches of more than {MOST_TRACES} {what} came along")
         named: dict[str, Any] = {}
+        unknown: Any = (_Unknown(iteration), _Unknown(total))
 
         def derivation(*tensors: Tensor) -> list[Tensor]:
             with _swapped(self.engine, tensors) as batch:
-                found = self.engine.derive(
-                    batch, _Watched(iteration), _Watched(total), weights, orders=orders
-                )
+                found = self.engine.derive(batch, *unknown, weights, orders=orders)
             named["gradients"] = tuple(found.gradients)
             named["statistics"] = tuple(
                 (plugin, name) for plugin, kept in found.statistics.items() for name in kept
@@ -180,75 +200,156 @@ class CompiledDerivation:
             kept = [found.statistics[plugin][name] for plugin, name in named["statistics"]]
             return [found.outer_loss, found.losses, *found.gradients.values(), *kept]
 
-        with stream(0, self.engine.device):  # what the trace draws, the step is not to miss
+        with stream(0, self.engine.device):  # the step must not miss what the trace draws
             graph = make_fx(derivation)(*inputs)
             return _Trace(self.compile_graph(graph, inputs), **named)
 
+    def _refuse_changed(self, kept: dict[str, Any]) -> None:
+        """Refuse what Python keeps beside numbers, where it has changed since the last step."""
+        before, self._kept = self._kept, kept
+        changed = [name for name in kept if before is not None and kept[name] != before.get(name)]
+        if changed:
+            self.refusal = (
+                f"{changed[0]} changes from step to step, which a {self.what} step would freeze: "
+                "make it a tensor, registered as a buffer of a plugin"
+            )
+            warn_refusal(self.what, self.refusal)
+
     def _waits(self, key: Any) -> bool:
-        """Count one more step of this form, and say whether it comes too early for a trace."""
+        """Count one more step of this form; return whether it comes too early for a trace."""
         self._row = (key, self._row[1] + 1 if key == self._row[0] else 1)
         return self._row[1] <= self.patience
 
 
-class _Watched(int):
-    """An iteration that a trace would freeze: to compute with it is refused."""
+class _Unknown:
+    """An iteration that a trace would freeze: it can be shown, and nothing else."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
 
 
 def _refused(self: Any, *_: Any) -> Any:
     raise TypeError(
-        "it computes with the meta-iteration, which a compiled or captured step would freeze at its first value"
+        "it computes with the meta-iteration, which a compiled or captured step would freeze at its "
+        "first value"
     )
 
 
-for _name in (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "float",
-    "bool",
-):
-    setattr(_Watched, f"__{_name}__", _refused)
-    if _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
-        setattr(_Watched, f"__r{_name}__", _refused)
+for _name in "add sub mul truediv floordiv mod pow divmod matmul and or xor lshift rshift".split():
+    setattr(_Unknown, f"__{_name}__", _refused)
+    setattr(_Unknown, f"__r{_name}__", _refused)
+for _name in "eq ne lt le gt ge neg pos abs int float index bool hash round trunc floor ceil".split():
+    setattr(_Unknown, f"__{_name}__", _refused)
+
+
+def _python_state(engine: Engine) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What hooks and the loss may read beside registered tensors.
+
+    Returns:
+        The numbers and texts that plugins keep, which are part of a trace's key; and by name an
+        image of everything else, which is not to change.
+    """
+    numbers: list[Any] = []
+    kept: dict[str, Any] = {}
+    for plugin in engine.chain.plugins:
+        for path, module in plugin.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, PLAIN):
+                    numbers.append(value)
+                elif name not in _MODULES_OWN:
+                    where = f"{path}.{name}".lstrip(".")
+                    kept[f"'{where}' of plugin '{plugin.name}'"] = _image(value)
+    for hook in engine.chain.order():
+        for link in engine.chain.links(hook):
+            for name, value in _outside(link.function):
+                kept[f"'{name}', which plugin '{link.plugin.name}' reads in {hook},"] = _image(value)
+    loss = engine.inner.loss
+    kept["the loss"] = _image(vars(loss)) if hasattr(loss, "__dict__") else None
+    for name, value in _outside(loss):
+        kept[f"'{name}', which the loss reads,"] = _image(value)
+    return tuple(numbers), kept
+
+
+_MODULES_OWN = frozenset(vars(nn.Module())) | {"config"}
+
+
+def _outside(function: Any) -> Iterator[tuple[str, Any]]:
+    """The variables that a function reads from around it, by name."""
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    if not isinstance(function, types.FunctionType):
+        return
+    code = function.__code__
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not bound yet
+            continue
+    for name in code.co_names:
+        if name in function.__globals__:
+            yield name, function.__globals__[name]
+
+
+def _image(value: Any, depth: int = 4) -> Any:
+    """Something that is equal for as long as a value is what it was."""
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN"
+    if value is None or isinstance(value, PLAIN):
+        return value
+    if isinstance(value, Tensor):
+        return id(value), 0 if value.is_inference() else value._version
+    if depth == 0 or isinstance(value, types.ModuleType | types.FunctionType | type):
+        return id(value)
+    if isinstance(value, Mapping):
+        return [(_image(key, depth - 1), _image(each, depth - 1)) for key, each in value.items()]
+    if isinstance(value, list | tuple | deque):
+        return [_image(each, depth - 1) for each in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(id, value))
+    return id(value), [_image(each, depth - 1) for each in getattr(value, "__dict__", {}).values()]
+
+
+def _apart(traced: MetaGradients, exact: MetaGradients) -> float:
+    """The relative difference of two results' meta-gradients and outer losses; 0 for NaN in both."""
+    if traced.gradients.keys() != exact.gradients.keys():
+        return math.inf
+    pairs = [(traced.gradients[name], exact.gradients[name]) for name in exact.gradients]
+    pairs.append((traced.outer_loss, exact.outer_loss))
+    apart = torch.nn.utils.get_total_norm([one - other for one, other in pairs])
+    norm = torch.nn.utils.get_total_norm([other for _, other in pairs])
+    found = float(apart / norm.clamp_min(torch.finfo(norm.dtype).tiny))
+    return 0.0 if math.isnan(found) else found
 
 
 def _places(engine: Engine) -> list[tuple[Any, str]]:
-    """Where every tensor that may change from step to step stands: the model's and the plugins' parameters and buffers."""
+    """Where tensors stand that may change from step to step: the model's and the plugins'."""
     modules = [module for plugin in engine.chain.plugins for module in plugin.modules()]
     holders: list[Any] = [
         holder for module in modules for holder in (module._parameters, module._buffers)
     ]
-    holders += [module._buffers for module in engine.inner.patched.modules()]
-    found = [(engine.inner.parameters, name) for name in engine.inner.parameters]
-    return found + [
-        (holder, name)
-        for holder in holders
-        for name, tensor in holder.items()
-        if tensor is not None
+    # The clone that runs takes over the buffers of the model itself at every step.
+    holders += [module._buffers for module in engine.inner.functional.model.modules()]
+    found: list[tuple[Any, str]] = [
+        (engine.inner.parameters, name) for name in engine.inner.parameters
     ]
+    for holder in holders:
+        found += [(holder, name) for name, tensor in holder.items() if tensor is not None]
+    return found
 
 
 @contextmanager
 def _swapped(engine: Engine, tensors: Sequence[Tensor]) -> Iterator[TaskBatch]:
     """Inside, the engine computes with these tensors; yields the batch that they end with."""
     places = _places(engine)
-    before, meta_parameters = (
-        [holder[name] for holder, name in places],
-        dict(engine.meta_parameters),
-    )
+    before = [holder[name] for holder, name in places]
+    meta_parameters = dict(engine.meta_parameters)
+    new: dict[int, Any] = {}
     try:
-        new: dict[int, Tensor] = {}
         for (holder, name), old, tensor in zip(places, before, tensors, strict=False):
             holder[name] = new[id(old)] = tensor.detach().requires_grad_(old.requires_grad)
-        engine.meta_parameters.update({name: new[id(old)] for name, old in meta_parameters.items()})  # type: ignore[misc]
+        engine.meta_parameters.update({name: new[id(old)] for name, old in meta_parameters.items()})
         yield TaskBatch(*tensors[len(places) :])
     finally:
         for (holder, name), old in zip(places, before, strict=True):

@@ -1,4 +1,4 @@
-"""Several meta-updates behind one another, for which the device is waited for once."""
+"""Several meta-updates in a row, after which the device is waited for once."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaplug.checks.watch import FAILURES
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import MetaplugError
-from metaplug.execution.engine import Engine, MetaStep
+from metaplug.execution.engine import FAILURES, Engine, MetaStep
 
 _ENDS: tuple[type[Exception], ...] = (MetaplugError, *FAILURES)
-"""What ends a window, behind the steps that went well."""
+"""What ends a window, after the steps that went well."""
 
 
 def meta_steps(
     engine: Engine, batches: Iterable[TaskBatch], total: int, *, skip: bool = False
 ) -> Iterator[MetaStep]:
-    """One meta-update on each batch in turn, at least one; only behind the last the device is waited for, and plugins give figures.
+    """Make one meta-update on each batch in turn, at least one.
 
-    Where one of them fails or is to be skipped, all are taken back and made again, one by one.
+    Only after the last is the device waited for, and do plugins give figures. Where a step fails or
+    is to be skipped, all are undone and made again, one by one.
 
     Raises:
-        RunError: as meta_step, behind the steps before that batch; what was updated from it on is taken back.
+        RunError: as meta_step, after the steps before that batch; what was updated from it on is
+            undone.
     """
     begun, before, again, failure = engine.iteration, _snapshot(engine), False, None
     done, told, rates = list[TaskBatch](), list[Tensor](), list[float]()
@@ -37,11 +38,12 @@ def meta_steps(
             found = engine.meta_gradients(batch, engine.iteration, total)
             told.append(engine.told(found, batch if skip else None))
             rates.append(engine.update(found, total))
+        engine.check_update()
     except _ENDS as error:
         if engine.world.size > 1:  # the other ranks may be elsewhere
             _restore(engine, before)
             raise
-        # What a step fails on, it fails on again, or skips; what drawing a batch fails on, ends the window.
+        # A step that fails will fail again, or be skipped; a batch that cannot be drawn ends this.
         again, failure = True, error if len(done) == len(rates) else None
     rows = torch.stack(told).tolist() if told else []
     if again or not all(finite for *_, finite in rows):
@@ -52,10 +54,8 @@ def meta_steps(
         MetaStep(begun + place, outer_loss, norm, rate, {})
         for place, ((outer_loss, norm, _), rate) in enumerate(zip(rows, rates, strict=True), 1)
     ]
-    yield from [
-        *steps[:-1],
-        replace(steps[-1], figures=engine.chain.figures(engine.iteration - 1, total)),
-    ]
+    yield from steps[:-1]
+    yield replace(steps[-1], figures=engine.chain.figures(engine.iteration - 1, total))
 
 
 def _one_by_one(
@@ -66,7 +66,10 @@ def _one_by_one(
     *,
     skip: bool,
 ) -> Iterator[MetaStep]:
-    """The steps of a window that did not go well, and then what ended it. All are made before the first is given."""
+    """Repeat the steps of a window that did not go well, then raise what ended it.
+
+    All are made before the first is given.
+    """
     steps: list[MetaStep] = []
     for batch in batches:
         try:

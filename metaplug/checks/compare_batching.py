@@ -1,0 +1,200 @@
+"""Whether tasks stacked under vmap give the numbers of one task at a time, derivatives included.
+
+vmap's batching rules have right values and may have wrong derivatives, so a model with operations
+that are not known to be right is compared, on tasks of the user's own, with itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from metaplug.contract.task_batch import TaskBatch
+from metaplug.core.inner_loop import InnerLoop
+from metaplug.random_streams import stream
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
+"""By dtype, the largest difference of a tensor, relative to its norm, that is taken for rounding."""
+
+_KNOWN = """
+    linear conv1d conv2d relu leaky_relu elu tanh sigmoid softplus silu gelu batch_norm layer_norm
+    group_norm instance_norm max_pool2d _max_pool2d avg_pool2d adaptive_avg_pool2d flatten
+    view reshape permute transpose unsqueeze squeeze add sub mul div truediv rsub radd rmul neg
+    matmul bmm mean sum exp log softmax log_softmax cross_entropy mse_loss size dim __get__
+    contiguous float double to clone square add_ mul_ relu_ dropout __add__ __sub__ __mul__
+    __truediv__ __radd__ __rmul__ __rsub__ __matmul__ __neg__ is_floating_point numel __len__
+"""
+KNOWN = frozenset(_KNOWN.split())
+"""Operations that the property tests compare with plain loops in both derivatives."""
+
+
+def difference(inner: InnerLoop, batch: TaskBatch) -> str | None:
+    """Say how stacked tasks differ from one task at a time; None where they agree.
+
+    Args:
+        batch: its first and last task are compared, each with weights of its own.
+    """
+    rows = batch.map(lambda tensor: tensor[[0, -1]])
+    if _operations(inner, rows) <= KNOWN:
+        return None
+    for dtype in dict.fromkeys((torch.float64, inner.dtype)):
+        # In float64 rounding hides nothing; a model with constants in float32 refuses it.
+        try:
+            with _in_dtype(inner, dtype), _without_dropout():
+                return _compare(inner, _cast(rows, dtype), dtype)
+        except (RuntimeError, TypeError):
+            continue
+    return None  # it fails one task at a time, too: the first step says how
+
+
+def _compare(inner: InnerLoop, rows: TaskBatch, dtype: torch.dtype) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, parameter in inner.parameters.items():
+        noise = torch.randn(2, *parameter.shape, generator=generator).to(inner.device, dtype)
+        value = parameter.detach().to(dtype) + 0.1 * noise
+        weights[name] = value.requires_grad_(parameter.requires_grad)
+    single = _derivatives(inner, weights, rows, vectorized=False)
+    try:
+        stacked = _derivatives(inner, weights, rows, vectorized=True)
+    except RuntimeError as error:
+        return f"stacked, a derivative fails: {str(error).splitlines()[0]}"
+    for what, (ours, exact) in {key: (stacked[key], single[key]) for key in single}.items():
+        scale = max((float(value.norm()) for value in exact.values()), default=0.0)
+        for name, value in exact.items():
+            floor = TOLERANCE.get(dtype, 1e-1) * max(scale, 1e-12)
+            apart = float((ours[name] - value).norm()) / max(float(value.norm()), floor)
+            if not apart <= TOLERANCE.get(dtype, 1e-1) and not _equal_nan(ours[name], value):
+                return f"its {what} differs by {100 * apart:.2g} % ({name})"
+    return None
+
+
+def _derivatives(
+    inner: InnerLoop, weights: dict[str, Tensor], rows: TaskBatch, *, vectorized: bool
+) -> dict[str, dict[str, Tensor]]:
+    """Predictions, first and second derivatives in fixed directions, by weight."""
+    before, inner.vectorized = inner.vectorized, vectorized
+    try:
+        with stream(0, inner.device):
+            losses, predictions = inner.all_tasks(
+                list(weights.values()), rows.support_x, rows.support_y
+            )
+    finally:
+        inner.vectorized = before
+    found = {"prediction": {"output": predictions.detach()}}
+    wanted = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    value = losses.sum() + _along([predictions])
+    for what in ("first derivative", "second derivative"):
+        last = what == "second derivative"
+        try:
+            taken = torch.autograd.grad(
+                value, list(wanted.values()), create_graph=not last, allow_unused=True
+            )
+        except RuntimeError:
+            if not last or not vectorized:
+                return found  # there is none one at a time either
+            raise
+        present = {name: one for name, one in zip(wanted, taken, strict=True) if one is not None}
+        found[what] = {name: one.detach() for name, one in present.items()}
+        value = _along([one for one in present.values() if one.requires_grad])
+        if not value.requires_grad:
+            break
+    return found
+
+
+def _along(values: Sequence[Tensor]) -> Tensor:
+    """Σ of inner products with fixed directions, so that every element counts."""
+    generator = torch.Generator().manual_seed(1)
+    total = torch.zeros(())
+    for value in values:
+        if value.is_floating_point():
+            direction = torch.randn(value.shape, generator=generator).to(value)
+            total = total.to(value) + (value * direction).sum()
+    return total
+
+
+def _equal_nan(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.isnan(), other.isnan()) and bool(other.isnan().any())
+
+
+class _Noted(TorchFunctionMode):
+    """Notes the names of the operations that run while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        self.names.add((resolve_name(func) or getattr(func, "__name__", "?")).rpartition(".")[2])
+        return func(*args, **(kwargs or {}))
+
+
+def _operations(inner: InnerLoop, rows: TaskBatch) -> set[str]:
+    row = rows.tasks(slice(0, 1))
+    weights = [parameter.detach() for parameter in inner.parameters.values()]
+    noted = _Noted()
+    with stream(0, inner.device), torch.set_grad_enabled(inner.query_graph), noted:
+        inner.task(weights, row.support_x[0], row.support_y[0])
+    return noted.names
+
+
+class _NoDropout(TorchFunctionMode):
+    """Makes dropout the identity: its draws differ from stacked tasks to single ones."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _DROPOUT:
+            return args[0] if args else (kwargs or {})["input"]
+        if func is F.scaled_dot_product_attention and kwargs and "dropout_p" in kwargs:
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        return func(*args, **(kwargs or {}))
+
+
+_DROPOUT = frozenset(
+    {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+)
+
+
+@contextmanager
+def _without_dropout() -> Iterator[None]:
+    with _NoDropout():
+        yield
+
+
+@contextmanager
+def _in_dtype(inner: InnerLoop, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, the clone's buffers are in this dtype, and predictions stay in it."""
+    holders = [module._buffers for module in inner.functional.module.modules()]
+    before = [(holder, dict(holder)) for holder in holders]
+    own, inner.dtype = inner.dtype, dtype
+    try:
+        for holder in holders:
+            for name, buffer in holder.items():
+                if buffer is not None and buffer.is_floating_point():
+                    holder[name] = buffer.to(dtype)
+        yield
+    finally:
+        inner.dtype = own
+        for holder, buffers in before:
+            holder.update(buffers)
+
+
+def _cast(batch: TaskBatch, dtype: torch.dtype) -> TaskBatch:
+    return batch.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)

@@ -1,0 +1,207 @@
+"""The model as a function of its weights, by `torch.func.functional_call`.
+
+The call runs on a clone that shares the parameters and buffers of the user's model, so training
+mode, batch norm settings and what forward passes write on modules never reach that model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metaplug.errors import RequestError, RunError, said_by
+
+Place = tuple[str, str]
+"""A module's path in its model, and the name of an attribute."""
+
+PLAIN: tuple[type, ...] = (bool, int, float, complex, str)
+"""The types of attributes that count as settings."""
+
+_CONTAINERS = (list, set, deque, dict, OrderedDict, defaultdict)
+
+
+class FunctionalModel:
+    """Calls a model with weights from outside; nothing of the model itself changes by it.
+
+    Args:
+        model: any `nn.Module` that `copy.deepcopy` takes.
+        batch_norm: "batch" (statistics of each call's own examples) or "frozen" (the stored ones).
+
+    Raises:
+        RequestError: the model cannot be copied; the reason is named.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> FunctionalModel(model, "batch")([torch.tensor([[1.0, 2.0]])], torch.ones(1, 2))
+        tensor([[3.]])
+    """
+
+    def __init__(self, model: nn.Module, batch_norm: str) -> None:
+        self.model, self.batch_norm = model, batch_norm
+        self.module = clone(model)
+        index = {id(parameter): place for place, parameter in enumerate(model.parameters())}
+        # named_modules yields a module once, even where it stands at two places: functional_call
+        # would swap its weights twice, and put the first swap's weights back as its own.
+        self._places = {
+            f"{path}.{name}".lstrip("."): index[id(parameter)]
+            for path, module in self.module.named_modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        }
+        set_mode(self.module, True, batch_norm)
+        own = dict(model.named_modules())
+        self._buffers = [
+            (own[path]._buffers, module._buffers, name)
+            for path, module in self.module.named_modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self.watch(())
+
+    def __call__(self, weights: Sequence[Tensor], x: Any) -> Any:
+        """Return the model's output for one task's examples.
+
+        Args:
+            weights: in the order of `model.parameters()`, each of its parameter's shape.
+            x: (n, *input).
+        """
+        values = {place: weights[index] for place, index in self._places.items()}
+        try:
+            return functional_call(self.module, values, (x,), tie_weights=False)
+        finally:
+            # At once, not after the step: no task may see what another one's pass left behind.
+            self._written.put_back()
+
+    def begin(self, training: bool) -> None:
+        """Set the mode, and take over buffers that were put in the place of others."""
+        if self.module.training != training:
+            set_mode(self.module, training, self.batch_norm)
+        for own, shared, name in self._buffers:
+            if shared[name] is not own[name]:
+                shared[name] = own[name]
+
+    def watch(self, places: Collection[Place]) -> None:
+        """Put back what calls write at these modules, beside those whose classes are not torch's."""
+        paths = {path for path, _ in places}
+        self._written = Attributes(
+            module
+            for path, module in self.module.named_modules()
+            if path in paths
+            or isinstance(module, nn.RNNBase)  # it would keep the last weights alive
+            or not type(module).__module__.startswith("torch.nn.")
+        )
+
+    @contextmanager
+    def unwritten(self) -> Iterator[None]:
+        """Inside, a call that writes in place to the user's parameters or buffers is an error.
+
+        Raises:
+            RunError: one was written to. It cannot be undone, so it is not passed over.
+        """
+        tensors = dict(chain(self.model.named_parameters(), self.model.named_buffers()))
+        before = {name: version(tensor) for name, tensor in tensors.items()}
+        yield
+        for name, tensor in tensors.items():
+            if version(tensor) != before[name]:
+                raise RunError(
+                    f"the model wrote to its own '{name}' in forward, as no pass before it did, "
+                    "and its value is no longer the trained one: go on from a checkpoint, and let "
+                    "forward make new tensors"
+                )
+
+
+def clone(model: nn.Module, *, share_buffers: bool = True) -> nn.Module:
+    """Return a copy of a model that shares its parameters and hooks, and as asked its buffers.
+
+    Raises:
+        RequestError: the model, or something that it holds, cannot be copied.
+    """
+    memo: dict[int, Any] = {
+        id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())
+    }
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "_hooks" in name:
+                memo[id(value)] = value  # a hook that the user adds or removes later counts, too
+            # deepcopy refuses tensors with a graph, as a model that was called before may keep.
+            memo |= {
+                id(each): each.detach() for each in _tensors(value) if each.grad_fn is not None
+            }
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise RequestError(
+            f"the model cannot be copied ({said_by(error)}), but tasks run on a copy of its "
+            "structure, so that yours stays as it is: leave out of its attributes what "
+            "copy.deepcopy refuses, or give its class a __deepcopy__"
+        ) from error
+
+
+class Attributes:
+    """The attributes of modules as they are now, with the contents of their containers."""
+
+    def __init__(self, modules: Any) -> None:
+        self._held = [(vars(module), dict(vars(module))) for module in modules]
+        self._contents = [
+            (value, copy.copy(value))
+            for _, before in self._held
+            for name, value in before.items()
+            if type(value) in _CONTAINERS and name not in _TORCHS_OWN
+        ]
+
+    def put_back(self) -> None:
+        """Give the modules these attributes again."""
+        for now, before in self._held:
+            if len(now) != len(before) or any(
+                now.get(name, self) is not value for name, value in before.items()
+            ):
+                now.clear()
+                now.update(before)
+        for container, before in self._contents:
+            if _identities(container) != _identities(before):
+                container.clear()
+                fill = container.extend if isinstance(container, list | deque) else container.update
+                fill(before)
+
+
+def set_mode(module: nn.Module, training: bool, batch_norm: str) -> None:
+    """Set training or evaluation mode, and what `batch_norm` says for layers that keep statistics."""
+    module.train(training)
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._NormBase):
+            if batch_norm == "batch":
+                layer.track_running_stats = False
+                layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+            else:
+                layer.eval()
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was written to in place; 0 where torch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | set | deque):
+        yield from chain.from_iterable(map(_tensors, value))
+    elif isinstance(value, dict):
+        yield from chain.from_iterable(map(_tensors, value.values()))
+
+
+def _identities(container: Any) -> list[int]:
+    if isinstance(container, dict):
+        return [id(each) for pair in container.items() for each in pair]
+    return [*map(id, container)]
+
+
+_TORCHS_OWN = frozenset(vars(nn.Module()))

@@ -1,0 +1,190 @@
+"""The outer loss of a batch and its gradients: the meta-gradients.
+
+    L(θ, φ) = mean over t of Σ_i w_i · ℓ(f(query x_t; θ[t,i]), query y_t)
+
+with θ the model's parameters and φ the plugins'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from metaplug.contract.chain import Chain
+from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.values import Outcome, TaskShare
+from metaplug.core.inner_loop import NO_DERIVATIVE, InnerLoop
+from metaplug.errors import RunError
+
+_NO_DERIVATIVE = (
+    f"every loss on the way was finite: an operation of the model or of a plugin {NO_DERIVATIVE}"
+)
+
+
+@dataclass(frozen=True)
+class MetaGradients:
+    """The meta-gradients of one batch.
+
+    Attributes:
+        gradients: by name, each of its meta-parameter's shape.
+        outer_loss: (), the loss that they belong to.
+        losses: the mean over tasks of every support and query loss on the way; after them, of every
+            tensor of fast weights, and of what the last query pass used, the largest absolute
+            value. A non-finite value among these fails the iteration.
+        statistics: what plugins kept, by plugin and name.
+        outcome: how the tasks of this rank were adapted (everything else is over all ranks). None
+            where it was not kept.
+    """
+
+    gradients: Mapping[str, Tensor]
+    outer_loss: Tensor
+    losses: Tensor
+    statistics: Mapping[str, Mapping[str, Tensor]]
+    outcome: Outcome | None
+
+
+class OuterLoop:
+    """Takes meta-gradients through an inner loop.
+
+    Args:
+        model: its trainable parameters are meta-learned.
+        chain: set up already, so the plugins' meta-parameters exist.
+        inner: the inner loop over the same model and chain.
+
+    Attributes:
+        meta_parameters: by the model's own names, and PLUGIN.NAME for a plugin's.
+    """
+
+    def __init__(self, model: nn.Module, chain: Chain, inner: InnerLoop) -> None:
+        self.chain, self.inner = chain, inner
+        self.meta_parameters: dict[str, nn.Parameter] = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        } | chain.named_parameters()
+
+    def weights(self, iteration: int, total: int) -> dict[int, float]:
+        """Return the weights of the query losses that count, by the number of updates before."""
+        steps = self.inner.inner_steps
+        if steps == 0:
+            return {0: 1.0}
+        chosen = self.chain.choose(
+            "outer_step_weights",
+            [0.0] * (steps - 1) + [1.0],
+            iteration=iteration,
+            inner_steps=steps,
+            total=total,
+        )
+        return {after: weight for after, weight in enumerate(chosen, 1) if weight}
+
+    def derive(
+        self,
+        batch: TaskBatch,
+        iteration: int,
+        total: int,
+        weights: Mapping[int, float],
+        *,
+        orders: Sequence[int] | None = None,
+        share: TaskShare | None = None,
+    ) -> MetaGradients:
+        """Differentiate through the inner loop of a batch; no hook has transformed the result yet.
+
+        Args:
+            weights: of the query losses, by the number of updates before.
+            orders: derivative orders of the inner steps, where they are known already.
+            share: the part that these tasks are of those of all ranks.
+        """
+        outcome = self.inner.run(
+            batch,
+            steps=self.inner.inner_steps,
+            training=True,
+            iteration=iteration,
+            total=total,
+            query_after=weights,
+            share=share,
+            orders=orders,
+        )
+        weighted = [weight * outcome.query_losses[after] for after, weight in weights.items()]
+        losses = self.chain.fold(
+            "transform_outer_losses",
+            torch.stack(weighted).sum(0),
+            outcome=outcome,
+            iteration=iteration,
+        )
+        outer_loss = losses.mean()
+        replaced = self.chain.choose(
+            "compute_meta_gradients",
+            None,
+            outcome=outcome,
+            outer_loss=outer_loss,
+            meta_parameters=MappingProxyType(self.meta_parameters),
+            learned=tuple(self.chain.named_parameters()),
+            iteration=iteration,
+        )
+        watch = self.chain.watch
+        if watch is not None:
+            watch.look(
+                {"outer loss": outer_loss},
+                lambda fault: f"the mean over tasks is {fault}",
+                "its terms were finite: make them smaller",
+            )
+        gradients = self._differentiate(outer_loss) if replaced is None else dict(replaced)
+        if watch is not None:
+            where = f"in iteration {iteration}"
+            watch.look(
+                gradients, lambda fault: f"the meta-gradient holds {fault} {where}", _NO_DERIVATIVE
+            )
+        on_the_way = [
+            loss.detach().mean()
+            for loss in (*outcome.support_losses, *outcome.query_losses.values())
+        ]
+        on_the_way += [largest.to(outer_loss.dtype) for largest in self._largest(outcome)]
+        return MetaGradients(
+            gradients, outer_loss.detach(), torch.stack(on_the_way), outcome.statistics, outcome
+        )
+
+    def _differentiate(self, outer_loss: Tensor) -> dict[str, Tensor]:
+        if not outer_loss.requires_grad:
+            raise RunError(
+                "no meta-gradient: the outer loss depends on no trainable parameter; "
+                "let the model's output depend on one"
+            )
+        wanted = list(self.meta_parameters.values())
+        try:
+            taken = torch.autograd.grad(outer_loss, wanted, allow_unused=True)
+        except RuntimeError as error:
+            raise _not_differentiable(error) from error
+        return {
+            name: gradient
+            for name, gradient in zip(self.meta_parameters, taken, strict=True)
+            if gradient is not None
+        }
+
+    def _largest(self, outcome: Outcome) -> Iterator[Tensor]:
+        """Of each tensor of weights that the last query pass used or the loop made, the largest ()."""
+        made, used = outcome.adapted_parameters, outcome.query_parameters
+        values = [made[name] for name in outcome.adapted]
+        values += [value for name, value in used.items() if value is not made[name]]
+        return (
+            torch.linalg.vector_norm(value.detach(), math.inf) for value in values if value.numel()
+        )
+
+
+def _not_differentiable(error: RuntimeError) -> RuntimeError:
+    """Return the error of differentiating through the loop in words for the user, where it is known."""
+    if "a second time" in str(error):
+        return RunError(
+            "a plugin uses the support losses of a first-order step in what is differentiated, but "
+            "their graph is gone: detach them in the plugin, or use second order"
+        )
+    if "derivative for" in str(error) or "once_differentiable" in str(error):
+        return RunError(
+            "second-order meta-gradients cannot be had of this model "
+            f"({str(error).splitlines()[0]}): add the plugin derivative-order"
+        )
+    return error
