@@ -29,7 +29,7 @@ from metaplug.evaluation.measure import measure
 from metaplug.evaluation.results import EvaluationResult, metric_of
 from metaplug.execution.batching import Batching, BatchingChoice
 from metaplug.execution.engine import Engine
-from metaplug.execution.memory import MemoryEstimate, chunk_of, estimate_step, memory_explained
+from metaplug.execution.memory import chunk_of, memory_explained
 from metaplug.execution.plan import StepWay
 from metaplug.execution.precision import Precision, check_precision
 from metaplug.execution.ranks import ALONE, World
@@ -469,28 +469,6 @@ class MetaLearner:
                 self.intake(batch), self.iteration, self.engine.total
             ).gradients
         )
-
-    def estimate_memory(
-        self, batch: TaskBatch, *, tasks_per_batch: int | None = None, iterations: int | None = None
-    ) -> MemoryEstimate:
-        """What one meta-step will take of memory, from steps of one and two tasks with up to three inner steps. Changes nothing.
-
-        Args:
-            batch: tasks of the form that is trained on; two are enough.
-            tasks_per_batch: tasks in a meta-batch of all ranks, at least 1; default: as many as `batch` has, on this rank.
-            iterations: of the whole run, where schedules depend on it: the estimate is for the next iteration or the last, whichever takes
-                more. Default: the run that was begun, or a single iteration.
-
-        Raises:
-            RunError: memory runs out in the small steps already.
-        """
-        batch = self.intake(batch)
-        tasks = batch.num_tasks
-        if tasks_per_batch is not None:
-            _check_counts(tasks_per_batch=tasks_per_batch)
-            tasks = len(self.world.shard(range(tasks_per_batch)))
-        total = self.engine.total if iterations is None else iterations
-        return estimate_step(self.engine, batch, max(tasks, 1), total, self.metrics_every)
 
     @property
     def transductive(self) -> tuple[str, ...]:

@@ -1,4 +1,10 @@
-"""The cost of a meta-step, side by side with every peer and with what the device allows, and how it grows."""
+"""Measurements of meta-steps: beside every peer, as they grow, and over long runs.
+
+`workloads` and `contestants` (metaplug, plain loops) with `peers` (other libraries) say what is
+measured, `meters` how, `limits` what the device allows; `measuring` runs them in turn. `scaling`
+lets tasks and inner steps grow, `drawing` times the sampling of tasks, and `soak` with
+`soak_workloads` and `process` watches a whole long run.
+"""
 
 from metaplug.bench.measuring import Row, as_json_values, contestants, run
 from metaplug.bench.workloads import WORKLOADS

@@ -1,11 +1,13 @@
-"""Who makes a meta-step without a library of others but `higher`: plain loops, and metaplug in every batching."""
+"""The contestants that need no library beside `higher`: plain loops, and metaplug in every mode."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import higher
 import torch
@@ -14,25 +16,27 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from metaplug.bench.meters import in_tf32
 from metaplug.bench.workloads import Workload
+from metaplug.contract.plugin import Plugin, hookimpl
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.core.inner_loop import Loss
 from metaplug.errors import RequestError
 from metaplug.execution.batching import Batching
 from metaplug.learner import LOSSES, MetaLearner
 
+T = TypeVar("T")
 MetaGradient = Mapping[str, Tensor]
+OuterLoss = Callable[[nn.Module, TaskBatch, Workload], Tensor]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A contestant, ready.
+    """A contestant that is ready to be measured.
 
     Attributes:
         step: makes one whole step.
-        gradient: gives the meta-gradient at the first weights, by the model's own names. Called at most once, on a copy of its own.
-        graph: gives the graph that a step differentiates; None where it is never whole.
-        torch_memory: whether torch's allocator tells what it takes: not for another library's arrays, nor for a captured step, which
-            holds its memory all along.
+        gradient: gives the meta-gradient at the first weights; called once, on a copy of its own.
+        graph: gives what holds the whole graph of a step; None where there never is one.
+        torch_memory: whether torch's allocator sees what a step takes: not another library's
+            arrays, nor a captured step, which holds its memory all along.
     """
 
     step: Callable[[], object]
@@ -43,12 +47,9 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Contestant:
-    """One row of the bench.
+    """One row of the bench: how it is prepared, and whether its meta-gradient must be the loop's.
 
-    Attributes:
-        prepare: from a model of its own, a batch and a workload.
-        same_algorithm: whether its meta-gradient has to be the plain loop's.
-        module: what it needs to be installed, where that is not metaplug's own; its failures are then a row, not an error.
+    The failures of one that needs the `module` of others are a row, not an error.
     """
 
     prepare: Callable[[nn.Module, TaskBatch, Workload], Prepared]
@@ -59,51 +60,48 @@ class Contestant:
 def own_contestants(
     plugins: Sequence[str], *, compiled: bool = False, captured: bool = False
 ) -> dict[str, Contestant]:
-    """By name, the plain loops and metaplug; one more for each plugin, and for each plugin compiled where that is asked for.
-
-    `captured` adds steps that are replayed from a CUDA graph, which only a CUDA device has.
-    """
+    """Return plain loops and metaplug by name, with a row for each plugin."""
     made = {
-        "plain torch loop": Contestant(lambda *work: by_loss(torch_loop, *work)),
+        "plain torch loop": Contestant(partial(by_loss, torch_loop)),
         "higher, task by task": Contestant(_higher),
-        "stacked by hand": Contestant(lambda *work: by_loss(stacked, *work)),
+        "stacked by hand": Contestant(partial(by_loss, stacked)),
     }
+
+    def ours(mode: str, *, same: bool = True, **settings: Any) -> None:
+        made[f"metaplug{mode}"] = Contestant(partial(by_metaplug, **settings), same)
+
     for batching in ("vectorized", "sequential", "auto"):
-        made[f"metaplug, {batching}"] = Contestant(
-            lambda *work, batching=batching: by_metaplug(*work, batching=batching)
-        )
+        ours(f", {batching}", task_batching=batching)
     for plugin in plugins:
-        made[f"metaplug + {plugin}"] = Contestant(
-            lambda *work, plugin=plugin: by_metaplug(*work, plugins=(plugin,)), False
-        )
-    made["metaplug without its chain"] = Contestant(
-        lambda *work: by_metaplug(*work, chainless=True)
-    )
-    made["metaplug, first order"] = Contestant(
-        lambda *work: by_metaplug(*work, plugins=("derivative-order",)), False
-    )
-    made["metaplug, recomputed steps"] = Contestant(
-        lambda *work: by_metaplug(*work, checkpoint_steps=1)
-    )
-    made["metaplug, chunks of 4"] = Contestant(lambda *work: by_metaplug(*work, chunk_size=4))
+        ours(f" + {plugin}", same=False, plugins=[plugin])
+    ours(" without its chain", chainless=True)
+    ours(", first order", same=False, plugins=["derivative-order"])
+    ours(", recomputed steps", checkpoint_steps=1)
+    ours(", chunks of 4", chunk_size=4)
     if compiled:
-        made["metaplug, compiled"] = Contestant(lambda *work: by_metaplug(*work, compile=True))
+        ours(", compiled", compile=True)
         for plugin in plugins:
-            made[f"metaplug + {plugin}, compiled"] = Contestant(
-                lambda *work, plugin=plugin: by_metaplug(*work, plugins=(plugin,), compile=True),
-                False,
-            )
+            ours(f" + {plugin}, compiled", same=False, plugins=[plugin], compile=True)
     if captured:
-        made["metaplug, captured"] = Contestant(lambda *work: by_metaplug(*work, capture=True))
+        ours(", captured", capture=True)
     if captured and compiled:
-        made["metaplug, compiled and captured"] = Contestant(
-            lambda *work: by_metaplug(*work, compile=True, capture=True)
-        )
-    # The reference form, as the published one begins in first order and would not show what its steps cost.
-    made["metaplug, maml++-reference"] = Contestant(
-        lambda *work: by_metaplug(*work, preset="maml++-reference"), False
-    )
+        ours(", compiled and captured", compile=True, capture=True)
+    # The published maml++ begins in first order, which would not show what its steps cost.
+    ours(", maml++-reference", same=False, preset="maml++-reference")
     return made
+
+
+class _KeepGraph(Plugin):
+    """Keeps the outer losses with their graph, and gives the engine nothing to differentiate."""
+
+    @hookimpl
+    def setup(self, context: Any) -> None:
+        self.zero = nn.Parameter(torch.zeros((), dtype=context.dtype, device=context.device))
+
+    @hookimpl
+    def transform_outer_losses(self, losses: Tensor, outcome: Any) -> Tensor:
+        self.losses = losses
+        return losses.detach() + self.zero
 
 
 def by_metaplug(
@@ -111,34 +109,34 @@ def by_metaplug(
     batch: TaskBatch,
     workload: Workload,
     *,
-    batching: Batching = "vectorized",
+    task_batching: Batching = "vectorized",
     preset: str | None = None,
     plugins: Sequence[str] = (),
     chainless: bool = False,
     **runtime: Any,
 ) -> Prepared:
-    """metaplug as a user runs it; `chainless` takes the calls of hooks out, `runtime` are arguments of MetaLearner."""
+    """Prepare metaplug as a user runs it; `chainless` takes the calls of hooks out."""
     # A learner sees to its own precision, whatever is set around it.
-    rounding: dict[str, Any] = (
-        {"precision": "tf32"}
-        if in_tf32(batch.device) and batch.support_x.dtype == torch.float32
-        else {}
-    )
-    learner = MetaLearner(
-        model,
-        preset=preset,
-        plugins=plugins,
-        kind=workload.kind,
-        inner_steps=workload.inner_steps,
-        inner_lr=workload.inner_lr,
-        task_batching=batching,
-        **runtime,
-        **rounding,
-    )
+    tf32 = in_tf32(batch.device) and batch.support_x.dtype == torch.float32
+    rounding: dict[str, Any] = {"precision": "tf32"} if tf32 else {}
 
-    if chainless:
-        learner.chain.fold = lambda hook, value, **given: value  # type: ignore[method-assign]
-        learner.chain.choose = lambda hook, default, **given: default  # type: ignore[method-assign]
+    def learner(*more: Plugin) -> MetaLearner:
+        return MetaLearner(
+            model,
+            preset=preset,
+            plugins=[*plugins, *more],
+            kind=workload.kind,
+            inner_steps=workload.inner_steps,
+            inner_lr=workload.inner_lr,
+            task_batching=task_batching,
+            **runtime,
+            **rounding,
+        )
+
+    def graph() -> Tensor:
+        keeper = _KeepGraph()
+        learner(keeper).meta_gradients(batch)
+        return keeper.losses
 
     class Same:
         split = "train"
@@ -146,49 +144,42 @@ def by_metaplug(
         def batch(self, iteration: int, indices: Sequence[int]) -> TaskBatch:
             return batch
 
-    iterations = learner.iterate(Same(), iterations=sys.maxsize, tasks_per_batch=workload.tasks)
-    inner = learner.engine.inner
-
-    def checked(found: Any) -> Any:
-        """A step that is compiled or captured in name only is not what was to be measured."""
-        derivation = learner.engine.derivation
-        for part in (derivation, getattr(derivation, "compile_graph", None)):
-            if reason := getattr(part, "refusal", None):
-                raise RequestError(f"refused, so that its steps would be as without: {reason}")
-        return found
-
+    ours = learner()
+    if chainless:
+        ours.chain.fold = lambda hook, value, **_: value  # type: ignore[method-assign]
+        ours.chain.choose = lambda hook, default, **_: default  # type: ignore[method-assign]
+    steps = ours.iterate(Same(), iterations=sys.maxsize, tasks_per_batch=workload.tasks)
+    traced = bool(runtime.keys() & {"compile", "capture"})
     return Prepared(
-        step=lambda: checked(next(iterations)),
-        gradient=lambda: checked(learner.meta_gradients(batch)),
-        graph=None
-        if runtime  # which changes what is kept, and when
-        else lambda: inner.run(
-            batch,
-            steps=workload.inner_steps,
-            training=True,
-            iteration=0,
-            query_after={workload.inner_steps},
-        ),
+        step=lambda: _as_asked(lambda: next(steps)) if traced else next(steps),
+        gradient=lambda: _as_asked(lambda: ours.meta_gradients(batch)),
+        graph=None if runtime else graph,  # another runtime changes what is kept, and when
         torch_memory=not runtime.get("capture", False),
     )
 
 
+def _as_asked(work: Callable[[], T]) -> T:
+    """Refuse a step that is compiled or captured in name only."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        result = work()
+    for warning in told:
+        if (text := str(warning.message)).startswith("steps are not "):
+            raise RequestError(f"refused, so its steps would be as without: {text}")
+    return result
+
+
 def by_loss(
-    outer_loss: Callable[[nn.Module, TaskBatch, Workload, Loss], Tensor],
-    model: nn.Module,
-    batch: TaskBatch,
-    workload: Workload,
+    outer_loss: OuterLoss, model: nn.Module, batch: TaskBatch, workload: Workload
 ) -> Prepared:
-    """For a contestant that gives the outer loss of all tasks together."""
-    names = [name for name, _ in model.named_parameters()]
+    """Prepare a contestant that gives the outer loss of all tasks together."""
+    weights = dict(model.named_parameters())
 
     def gradient() -> MetaGradient:
-        loss = outer_loss(model, batch, workload, LOSSES[workload.kind])
-        return dict(zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True))
+        loss = outer_loss(model, batch, workload)
+        return dict(zip(weights, torch.autograd.grad(loss, [*weights.values()]), strict=True))
 
-    return by_gradient(
-        model, gradient, graph=lambda: outer_loss(model, batch, workload, LOSSES[workload.kind])
-    )
+    return by_gradient(model, gradient, graph=lambda: outer_loss(model, batch, workload))
 
 
 def by_gradient(
@@ -196,7 +187,7 @@ def by_gradient(
     gradient: Callable[[], MetaGradient],
     graph: Callable[[], object] | None = None,
 ) -> Prepared:
-    """For a contestant that gives the meta-gradient, in the order of the model's parameters."""
+    """Prepare a contestant that gives the meta-gradient, in the order of the parameters."""
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
 
     def step() -> None:
@@ -210,102 +201,90 @@ def by_gradient(
 def task_by_task(
     model: nn.Module, batch: TaskBatch, query_loss: Callable[[int], Tensor]
 ) -> Prepared:
-    """For a contestant that adapts to one task after the other and gives its query loss; a task's graph is gone before the next."""
+    """Prepare a contestant that gives one task's query loss; each graph goes before the next."""
 
     def gradient() -> MetaGradient:
         model.zero_grad()
         for task in range(batch.num_tasks):
             (query_loss(task) / batch.num_tasks).backward()
-        return {
-            name: parameter.grad
-            for name, parameter in model.named_parameters()
-            if parameter.grad is not None
-        }
+        return gradients_of(model)
 
     return by_gradient(model, gradient)
 
 
-def torch_loop(model: nn.Module, batch: TaskBatch, workload: Workload, loss: Loss) -> Tensor:
-    """The mean query loss by a plain loop over tasks: what every other contestant's meta-gradient is held to."""
-    losses = []
-    for task in range(batch.num_tasks):
-        weights: dict[str, Tensor] = dict(model.named_parameters())
-        for _ in range(workload.inner_steps):
-            support = loss(
-                torch.func.functional_call(model, weights, (batch.support_x[task],)),
-                batch.support_y[task],
-            )
-            gradients = torch.autograd.grad(support, list(weights.values()), create_graph=True)
-            weights = {
-                name: weight - workload.inner_lr * gradient
-                for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
-            }
-        losses.append(
-            loss(
-                torch.func.functional_call(model, weights, (batch.query_x[task],)),
-                batch.query_y[task],
-            )
-        )
-    return torch.stack(losses).mean()
+def gradients_of(model: nn.Module) -> MetaGradient:
+    """Return what a backward pass left in the parameters."""
+    found = ((name, parameter.grad) for name, parameter in model.named_parameters())
+    return {name: gradient for name, gradient in found if gradient is not None}
+
+
+def torch_loop(model: nn.Module, batch: TaskBatch, workload: Workload) -> Tensor:
+    """The mean query loss by a plain loop over tasks: every other meta-gradient is held to it."""
+    loss, weights = _functional(model, workload), dict(model.named_parameters())
+    tasks = zip(*tensors_of(batch), strict=True)
+    return torch.stack([_adapted(loss, weights, task, workload) for task in tasks]).mean()
 
 
 def stacked(
     model: nn.Module,
     batch: TaskBatch,
     workload: Workload,
-    loss: Loss,
     start: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """What the engine does, without hooks or checks: the floor for what a chain of plugins may cost."""
+    """The engine's own computation without hooks or checks: the floor for a chain of plugins."""
+    tasks = batch.num_tasks
     initial = dict(model.named_parameters()) if start is None else start
-    weights = {
-        name: parameter.expand(batch.num_tasks, *parameter.shape)
-        for name, parameter in initial.items()
-    }
+    weights = {name: value.expand(tasks, *value.shape) for name, value in initial.items()}
+    loss = torch.vmap(_functional(model, workload))
+    return _adapted(loss, weights, tensors_of(batch), workload).mean()
 
-    def one(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss(torch.func.functional_call(model, values, (x,)), y)
 
+def tensors_of(batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the tensors of a batch in the order in which TaskBatch takes them."""
+    return batch.support_x, batch.support_y, batch.query_x, batch.query_y
+
+
+def _functional(model: nn.Module, workload: Workload) -> Callable[..., Tensor]:
+    """Return the loss of one task as a function of weights, x and y."""
+    loss, call = LOSSES[workload.kind], torch.func.functional_call
+    return lambda weights, x, y: loss(call(model, weights, (x,)), y)
+
+
+def _adapted(
+    loss: Callable[..., Tensor],
+    weights: Mapping[str, Tensor],
+    tensors: Sequence[Tensor],
+    workload: Workload,
+) -> Tensor:
+    """Return the query loss after the inner loop, of one task or stacked ones alike."""
+    support_x, support_y, query_x, query_y = tensors
     for _ in range(workload.inner_steps):
-        support = torch.vmap(one)(weights, batch.support_x, batch.support_y)
-        gradients = torch.autograd.grad(support.sum(), list(weights.values()), create_graph=True)
+        support = loss(weights, support_x, support_y)
+        total = support.sum() if support.dim() else support
+        gradients = torch.autograd.grad(total, [*weights.values()], create_graph=True)
         weights = {
             name: weight - workload.inner_lr * gradient
             for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
         }
-    losses: Tensor = torch.vmap(one)(weights, batch.query_x, batch.query_y)
-    return losses.mean()
+    return loss(weights, query_x, query_y)
 
 
 def compiled(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
-    """The stacked loop with its meta-gradient, traced whole and compiled; half a minute for a small network, minutes for others."""
+    """Trace and compile the stacked loop with its meta-gradient: half a minute, or minutes."""
     names = [name for name, _ in model.named_parameters()]
 
     def gradients(values: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
-        loss = stacked(
-            model,
-            TaskBatch(*tensors),
-            workload,
-            LOSSES[workload.kind],
-            dict(zip(names, values, strict=True)),
-        )
-        return torch.autograd.grad(loss, values)
+        start = dict(zip(names, values, strict=True))
+        return torch.autograd.grad(stacked(model, TaskBatch(*tensors), workload, start), values)
 
-    tensors = (batch.support_x, batch.support_y, batch.query_x, batch.query_y)
-    graph = make_fx(gradients)(
-        [parameter.detach().requires_grad_() for parameter in model.parameters()], *tensors
-    )
-    function = torch.compile(graph)
+    tensors = tensors_of(batch)
+    leaves = [parameter.detach().requires_grad_() for parameter in model.parameters()]
+    function = torch.compile(make_fx(gradients)(leaves, *tensors))
 
     def gradient() -> MetaGradient:
         with torch.no_grad():
-            return dict(
-                zip(
-                    names,
-                    function([parameter.detach() for parameter in model.parameters()], *tensors),
-                    strict=True,
-                )
-            )
+            values = [parameter.detach() for parameter in model.parameters()]
+            return dict(zip(names, function(values, *tensors), strict=True))
 
     return by_gradient(model, gradient)
 
@@ -314,12 +293,9 @@ def _higher(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
     loss, inner = LOSSES[workload.kind], torch.optim.SGD(model.parameters(), lr=workload.inner_lr)
 
     def query_loss(task: int) -> Tensor:
-        with higher.innerloop_ctx(model, inner, copy_initial_weights=False) as (
-            functional,
-            differentiable,
-        ):
+        with higher.innerloop_ctx(model, inner, copy_initial_weights=False) as (network, optimizer):
             for _ in range(workload.inner_steps):
-                differentiable.step(loss(functional(batch.support_x[task]), batch.support_y[task]))
-            return loss(functional(batch.query_x[task]), batch.query_y[task])
+                optimizer.step(loss(network(batch.support_x[task]), batch.support_y[task]))
+            return loss(network(batch.query_x[task]), batch.query_y[task])
 
     return task_by_task(model, batch, query_loss)

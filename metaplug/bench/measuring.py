@@ -1,4 +1,4 @@
-"""Every contestant on every workload, in turn: its time, its share of the limit, the error of its meta-gradient, its memory."""
+"""Every contestant on every workload, in turn: time, share of the limit, error, memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import importlib.util
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from metaplug.bench.contestants import (
     Prepared,
     by_loss,
     own_contestants,
+    tensors_of,
     torch_loop,
 )
 from metaplug.bench.limits import Limit, Speed, limit, measure_speed
@@ -36,19 +37,19 @@ PACKAGES = ("higher", "learn2learn", "torchopt", "betty-ml", "parallel-metalearn
 
 @dataclass(frozen=True)
 class Row:
-    """One contestant on one workload.
+    """One contestant on one workload; what is None was not measured, or has no meaning.
 
     Attributes:
         milliseconds: median over the repeats; None where it cannot do the work.
         spread: half the distance of the quartiles, in milliseconds.
-        gradient_error: the largest difference of its meta-gradient from the plain loop's, in float64, over the largest entry of the latter;
-            None where it is another algorithm.
-        graph_mib: what torch's allocator holds for the graph of all tasks, MiB; None where it was not measured, or there is none.
-        peak_mib: the most that it holds in the course of a step, MiB; None where it was not measured.
-        limit: what the workload costs at least.
-        share: the limit's milliseconds over its own; None where it is another algorithm, whose arithmetic is another.
+        gradient_error: the largest difference of its meta-gradient from the plain loop's, in
+            float64, over the largest entry of the latter; None for another algorithm.
+        graph_mib: what torch's allocator holds for the graph of all tasks, MiB.
+        peak_mib: the most that it holds in the course of a step, MiB.
+        limit: the least that the workload costs.
+        share: the limit's milliseconds over its own; None for another algorithm.
         reason: why it cannot do the work.
-        busy: the share of its time in which a CUDA device computes or copies, at most 1; None on a CPU, and for others than metaplug.
+        busy: the share of the time in which a CUDA device computes or copies; metaplug's alone.
     """
 
     workload: str
@@ -80,27 +81,22 @@ def run(
     meter: Meter = ON_CPU,
     on_workload: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
-    """Measure every contestant on every workload, interleaved, `repeats` times each; one more contestant for each plugin.
+    """Measure every contestant on every workload, interleaved, `repeats` times each.
 
     Args:
-        only: names of contestants; the others are left out. Empty for all.
-        compiled: the contestants that take half a minute or more to compile too; without it, those of them that `only` names.
-        meter: measures on its device, where all models and tasks are; a CUDA device adds metaplug's captured steps.
+        plugins: one more contestant for each.
+        only: names of contestants, the others are left out; empty for all.
+        compiled: add those that compile for half a minute or more; else those `only` names.
+        meter: holds the device of models and tasks; CUDA adds metaplug's captured steps.
 
     Raises:
         RequestError: an unknown workload or contestant; the nearest is offered.
     """
-    made = contestants(
-        plugins, compiled=compiled or any("compiled" in name for name in only), captured=meter.cuda
-    )
-    for kind, names, known in (
-        ("workload", workloads, list(WORKLOADS)),
-        ("contestant", only, list(made)),
-    ):
-        for name in names:
-            if name not in known:
-                raise unknown(kind, name, known)
-    chosen = {each: make for each, make in made.items() if not only or each in only}
+    compiled = compiled or any("compiled" in name for name in only)
+    made = contestants(plugins, compiled=compiled, captured=meter.cuda)
+    check_names("workload", workloads, WORKLOADS)
+    check_names("contestant", only, made)
+    chosen = {name: each for name, each in made.items() if not only or name in only}
     with meter.active():
         speed, rows = measure_speed(meter), list[Row]()
         for name in workloads:
@@ -113,29 +109,31 @@ def run(
 def contestants(
     plugins: Sequence[str], *, compiled: bool = False, captured: bool = False
 ) -> dict[str, Contestant]:
-    """By name, what makes a step and a meta-gradient from a model, a batch and a workload."""
-    others = {
-        name: contestant for name, contestant in peers().items() if compiled or name != COMPILED
-    }
+    """Return by name what makes a step and a meta-gradient."""
+    others = {name: each for name, each in peers().items() if compiled or name != COMPILED}
     return {**own_contestants(plugins, compiled=compiled, captured=captured), **others}
 
 
+def check_names(kind: str, names: Sequence[str], known: Mapping[str, object]) -> None:
+    """Refuse an unknown name, with the nearest that there is."""
+    for name in names:
+        if name not in known:
+            raise unknown(kind, name, list(known))
+
+
 def as_json_values(rows: Sequence[Row], repeats: int, meter: Meter = ON_CPU) -> dict[str, Any]:
-    """The rows with what they were measured on."""
+    """Return the rows with what they were measured on."""
     values = [{**asdict(row), "meta_steps_per_minute": row.meta_steps_per_minute} for row in rows]
     return {**surroundings(repeats, meter), "rows": values}
 
 
 def surroundings(repeats: int, meter: Meter = ON_CPU) -> dict[str, Any]:
-    """What a measurement depends on beside its subject."""
-    versions = {
-        distribution.name: distribution.version
-        for distribution in importlib.metadata.distributions()
-    }
+    """Return what a measurement depends on beside its subject."""
+    installed = {each.name: each.version for each in importlib.metadata.distributions()}
     return {
         "torch": torch.__version__,
         "python": sys.version.split()[0],
-        "packages": {name: versions[name] for name in PACKAGES if name in versions},
+        "packages": {name: installed[name] for name in PACKAGES if name in installed},
         "threads": torch.get_num_threads(),
         "device": meter.name,
         "cuda": torch.version.cuda if meter.cuda else None,
@@ -144,15 +142,15 @@ def surroundings(repeats: int, meter: Meter = ON_CPU) -> dict[str, Any]:
     }
 
 
-def spread(taken: Sequence[float]) -> float:
-    """Half the distance of the quartiles."""
-    quartiles = statistics.quantiles(taken) if len(taken) > 1 else [*taken] * 3
-    return (quartiles[2] - quartiles[0]) / 2
+def median_and_spread(taken: Sequence[float]) -> tuple[float, float]:
+    """Return the median, and half the distance of the quartiles."""
+    low, _, high = statistics.quantiles(taken) if len(taken) > 1 else [*taken] * 3
+    return statistics.median(taken), (high - low) / 2
 
 
 def _measure(
     workload: Workload,
-    made: dict[str, Contestant],
+    made: Mapping[str, Contestant],
     speed: Speed,
     repeats: int,
     *,
@@ -165,61 +163,41 @@ def _measure(
     ready: dict[str, Prepared] = {}
     errors: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
-    for name, contestant in made.items():
+    for name, each in made.items():
         try:
-            with _hushed(contestant):
-                _check_installed(contestant)
-                own = contestant.prepare(copy.deepcopy(exact[0]), *exact[1:])
-                errors[name] = (
-                    _error(own.gradient(), reference) if contestant.same_algorithm else None
-                )
-                ready[name] = contestant.prepare(copy.deepcopy(model), batch, workload)
+            with _hushed(each):
+                _check_installed(each)
+                own = each.prepare(copy.deepcopy(exact[0]), *exact[1:])
+                errors[name] = _error(own.gradient(), reference) if each.same_algorithm else None
+                prepared = each.prepare(copy.deepcopy(model), batch, workload)
                 for _ in range(meter.warm_ups):
-                    ready[name].step()
+                    prepared.step()
+                ready[name] = prepared
         except Exception as error:
-            full = isinstance(error, torch.OutOfMemoryError) or isinstance(
-                error.__cause__, torch.OutOfMemoryError
-            )
-            if contestant.module is None and not isinstance(error, RequestError) and not full:
+            full = torch.OutOfMemoryError in (type(error), type(error.__cause__))
+            if each.module is None and not isinstance(error, RequestError) and not full:
                 raise
-            ready.pop(name, None)
             reasons[name] = _in_a_line(error)
     times: dict[str, list[float]] = {name: [] for name in ready}
-    for repeat in range(repeats):
+    for repeat in range(repeats):  # back and forth, so a drift of the machine meets all alike
         for name in list(ready) if repeat % 2 else reversed(ready):
             with _hushed(made[name]):
                 times[name].append(meter.timed(ready[name].step))
     least = limit(workload, speed.or_better(measure_speed(meter)), meter.device)
     rows = []
-    for name, contestant in made.items():
-        if name in reasons:
-            rows.append(
-                Row(workload.name, name, None, None, None, None, None, least, reason=reasons[name])
-            )
-            continue
-        median, one = statistics.median(times[name]), ready[name]
-        with _hushed(contestant):
-            graph = meter.memory(one.graph)[1] if memory and one.graph else None
-            peak = meter.memory(one.step)[0] if memory and one.torch_memory else None
-            working = meter.busy_milliseconds(one.step) if name.startswith("metaplug") else None
-        busy = (
-            None if working is None else min(working / median, 1.0)
-        )  # the clock beside the profiler's may run a little faster
-        share = least.milliseconds / median if contestant.same_algorithm else None
-        rows.append(
-            Row(
-                workload.name,
-                name,
-                median,
-                spread(times[name]),
-                errors[name],
-                graph,
-                peak,
-                least,
-                share,
-                busy=busy,
-            )
-        )
+    for name, each in made.items():
+        median = spread = graph = peak = share = busy = None
+        if one := ready.get(name):
+            median, spread = median_and_spread(times[name])
+            share = least.milliseconds / median if each.same_algorithm else None
+            with _hushed(each):
+                graph = meter.memory(one.graph)[1] if memory and one.graph else None
+                peak = meter.memory(one.step)[0] if memory and one.torch_memory else None
+                working = meter.busy_milliseconds(one.step) if name.startswith("metaplug") else None
+            # The clock beside the profiler's may run a little faster.
+            busy = None if working is None else min(working / median, 1.0)
+        measured = (median, spread, errors.get(name), graph, peak, least, share)
+        rows.append(Row(workload.name, name, *measured, reasons.get(name), busy))
     return rows
 
 
@@ -239,15 +217,10 @@ def _in_a_line(error: Exception) -> str:
 
 
 def _double(batch: TaskBatch) -> TaskBatch:
-    tensors = (batch.support_x, batch.support_y, batch.query_x, batch.query_y)
-    return TaskBatch(
-        *(tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors)
-    )
+    return TaskBatch(*(x.double() if x.is_floating_point() else x for x in tensors_of(batch)))
 
 
 def _error(gradients: MetaGradient, reference: MetaGradient) -> float:
     scale = max(float(gradient.abs().max()) for gradient in reference.values())
-    return (
-        max(float((gradients[key].detach() - reference[key]).abs().max()) for key in reference)
-        / scale
-    )
+    differences = (gradients[name].detach() - reference[name] for name in reference)
+    return max(float(difference.abs().max()) for difference in differences) / scale

@@ -1,4 +1,4 @@
-"""What measures work on a device: a clock that waits for it, its memory, and how long the device itself is busy."""
+"""What measures work on a device: a clock that waits for it, its memory, and how busy it is."""
 
 from __future__ import annotations
 
@@ -25,17 +25,10 @@ PROFILED = 3
 
 @dataclass(frozen=True)
 class Meter:
-    """Measures on one device.
-
-    Attributes:
-        device: the CPU or a CUDA device.
-        tf32: whether float32 products and convolutions on a CUDA device may round to TF32; else they are float32 proper.
-        synchronise: waits until the device has done all that it was asked for. Default: torch's way, which on a CPU is not to wait.
-    """
+    """Measures on the CPU or a CUDA device, where float32 products may round to TF32."""
 
     device: torch.device = CPU
     tf32: bool = False
-    synchronise: Callable[[], object] | None = None
 
     @property
     def cuda(self) -> bool:
@@ -44,37 +37,33 @@ class Meter:
 
     @property
     def name(self) -> str:
-        """What the device calls itself."""
+        """The device's own name."""
         return torch.cuda.get_device_name(self.device) if self.cuda else _cpu_name()
 
     @property
     def precision(self) -> str:
-        """Of float32 products and convolutions: float32 or TF32."""
+        """The precision of float32 products and convolutions: float32 or TF32."""
         return "TF32" if self.cuda and self.tf32 else "float32"
 
     @property
     def warm_ups(self) -> int:
-        """Steps before the first that counts: on CUDA, kernels are loaded and chosen in the first ones."""
+        """Steps that do not count: on CUDA, kernels are loaded and chosen in the first ones."""
         return 3 if self.cuda else 1
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, the device is torch's current one, and products and convolutions are of its precision."""
-        with (
-            arithmetic("tf32" if self.tf32 else "float32", self.device),
-            torch.cuda.device(self.device) if self.cuda else nullcontext(),
-        ):
+        """Make the device torch's current one, and round as configured."""
+        current = torch.cuda.device(self.device) if self.cuda else nullcontext()
+        with arithmetic("tf32" if self.tf32 else "float32", self.device), current:
             yield
 
     def wait(self) -> None:
-        """Until the device has nothing left to do."""
-        if self.synchronise:
-            self.synchronise()
-        elif self.cuda:
+        """Wait until the device has nothing left to do."""
+        if self.cuda:
             torch.cuda.synchronize(self.device)
 
     def timed(self, work: Callable[[], object]) -> float:
-        """Milliseconds from an idle device to an idle device."""
+        """Return the milliseconds from an idle device to an idle device."""
         self.wait()
         start = time.perf_counter()
         work()
@@ -82,7 +71,7 @@ class Meter:
         return 1e3 * (time.perf_counter() - start)
 
     def memory(self, work: Callable[[], object]) -> tuple[float, float]:
-        """(most, left): the most MiB that torch's allocator held for `work` while it ran, and what its result still holds."""
+        """Return the most MiB that torch's allocator held for `work`, and what its result holds."""
         if not self.cuda:
             return torch_memory(work)
         gc.collect()  # what is freed in the course of the work would count against it
@@ -91,16 +80,16 @@ class Meter:
         torch.cuda.reset_peak_memory_stats(self.device)
         result = work()
         self.wait()
-        most, left = (
-            torch.cuda.max_memory_allocated(self.device),
-            torch.cuda.memory_allocated(self.device),
-        )
+        most = torch.cuda.max_memory_allocated(self.device) - before
+        left = torch.cuda.memory_allocated(self.device) - before
         del result
-        return (most - before) / 2**20, (left - before) / 2**20
+        return most / 2**20, left / 2**20
 
     def busy_milliseconds(self, work: Callable[[], object]) -> float | None:
-        """How long a CUDA device computes or copies for one `work`, without its waits; None on a CPU, and where torch's profiler sees no
-        device."""
+        """Return how long a CUDA device computes or copies for one `work`, without its waits.
+
+        None on a CPU, and where torch's profiler sees no device.
+        """
         if not self.cuda:
             return None
         self.wait()
@@ -108,8 +97,7 @@ class Meter:
             for _ in range(PROFILED):
                 work()
             self.wait()
-        assert profiled.profiler is not None
-        spans = device_spans(profiled.profiler.kineto_results.events())
+        spans = device_spans(_events(profiled))
         return covered(spans) / 1e6 / PROFILED if spans else None
 
 
@@ -117,38 +105,38 @@ ON_CPU = Meter()
 
 
 def in_tf32(device: torch.device) -> bool:
-    """Whether float32 products on the device round to TF32 now, as inside `Meter.active` of a meter that allows it."""
+    """Whether float32 products on the device round to TF32 now."""
     return device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
 
 
 def torch_memory(work: Callable[[], object]) -> tuple[float, float]:
-    """(most, left): the most MiB that torch's allocator held on the CPU while `work` ran, and what its result still holds."""
+    """Return the most MiB that torch's CPU allocator held for `work`, and what its result holds."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = work()
-    assert profiled.profiler is not None
-    # The public list of events leaves out what happens inside operators.
-    events: list[Any] = [
-        event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]
-    held = list(
-        accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    )
+    events = [event for event in _events(profiled) if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    held = list(accumulate(event.nbytes() for event in events))
     del result
     return max(held) / 2**20, held[-1] / 2**20
 
 
+def _events(profiled: profile) -> list[Any]:
+    """Return every event; torch's public list leaves out what happens inside operators."""
+    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
+    return list(profiled.profiler.kineto_results.events())
+
+
 def device_spans(events: Iterable[Any]) -> list[tuple[int, int]]:
-    """(start, end) in nanoseconds of every kernel and copy on a CUDA device; a range that a person named there is no work."""
-    on_device = (
-        event
-        for event in events
+    """Return start and end, in nanoseconds, of every kernel and copy on a CUDA device."""
+    return [
+        (event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in events  # a range that a person named on the device is no work
         if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()
-    )
-    return [(event.start_ns(), event.start_ns() + event.duration_ns()) for event in on_device]
+    ]
 
 
 def covered(spans: Iterable[tuple[int, int]]) -> int:
-    """The length that spans cover together, each place once: kernels of several streams run at the same time."""
+    """Return the length that spans cover together: kernels of several streams overlap."""
     total, reached = 0, 0
     for start, end in sorted(spans):
         total += max(0, end - max(start, reached))

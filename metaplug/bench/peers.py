@@ -1,4 +1,4 @@
-"""Other libraries, and JAX, on the same work: each by its public interface, as its documentation uses it.
+"""Other libraries and JAX on the same work, each by its public interface, as it documents it.
 
 Every one is imported only when it is measured, and may be missing.
 """
@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metaplug.bench.contestants import Contestant, MetaGradient, Prepared, compiled, task_by_task
+from metaplug.bench.contestants import (
+    Contestant,
+    MetaGradient,
+    Prepared,
+    compiled,
+    gradients_of,
+    task_by_task,
+    tensors_of,
+)
 from metaplug.bench.meters import in_tf32
 from metaplug.bench.workloads import Workload
 from metaplug.contract.task_batch import TaskBatch
@@ -25,7 +32,7 @@ COMPILED = "compiled by hand"
 
 
 def peers() -> dict[str, Contestant]:
-    """By name, whoever metaplug is compared with and does not depend on."""
+    """Return by name whoever metaplug is compared with and does not depend on."""
     return {
         "learn2learn, MAML": Contestant(_learn2learn, module="learn2learn"),
         "torchopt, MetaSGD": Contestant(_torchopt, module="torchopt"),
@@ -68,14 +75,13 @@ def _torchopt(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepare
 
 
 def _betty(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
-    """A problem for each task, unrolled, below one for the first weights.
+    """Unroll a problem for each task, below one for the first weights.
 
     betty's own example of MAML is the implicit one, another algorithm.
     """
     if not version("betty-ml").startswith("0.1."):
-        raise RequestError(
-            f"betty-ml unrolls in versions 0.1 only, and {version('betty-ml')} is installed"
-        )
+        installed = version("betty-ml")
+        raise RequestError(f"betty-ml unrolls in versions 0.1 only, and {installed} is installed")
     from betty.configs import Config, EngineConfig
     from betty.engine import Engine
     from betty.problems import ImplicitProblem, IterativeProblem
@@ -87,9 +93,8 @@ def _betty(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
     class Task(IterativeProblem):  # type: ignore[misc]
         def on_inner_loop_start(self) -> None:
             self.params = tuple(parameter.clone() for parameter in model.parameters())
-            self.optimizer.state = [
-                {} for _ in self.params
-            ]  # it would keep the graph of every step so far
+            # betty would keep the graph of every step so far.
+            self.optimizer.state = [{} for _ in self.params]
 
         def optimizer_step(self) -> None:
             before = self.params
@@ -97,9 +102,8 @@ def _betty(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
             for parameter in before:
                 parameter.grad = None  # a tensor and a graph that hold each other are never freed
 
-        def forward(self, x: Tensor) -> Tensor:
-            prediction: Tensor = self.fmodule(self.params, self.buffers, x)
-            return prediction
+        def forward(self, x: Tensor) -> Any:
+            return self.fmodule(self.params, self.buffers, x)
 
         def training_step(self, task: int) -> Tensor:
             return loss(self(batch.support_x[task]), batch.support_y[task])
@@ -116,25 +120,19 @@ def _betty(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
             return None
 
         def param_callback(self, parameters: list[nn.Parameter]) -> None:
-            found.update(
-                (name, parameter.grad)
-                for name, parameter in zip(names, parameters, strict=True)
-                if parameter.grad is not None
-            )
+            for name, parameter in zip(names, parameters, strict=True):
+                if parameter.grad is not None:
+                    found[name] = parameter.grad
 
-    config: dict[str, Any] = {"first_order": False, "retain_graph": True}
-    place: dict[str, Any] = {
-        "module": model,
-        "device": batch.device,
-    }  # it would move the model to a CUDA device wherever there is one
-    outer = Outer(
-        "outer", Config(**config), optimizer=torch.optim.Adam(model.parameters(), 1e-3), **place
-    )
-    unrolled = Config(unroll_steps=workload.inner_steps, **config)
-    inner = torch.optim.SGD(model.parameters(), lr=workload.inner_lr)
-    tasks = [
-        Task(f"task {task}", unrolled, optimizer=inner, **place) for task in range(batch.num_tasks)
-    ]
+    settings: dict[str, Any] = {"first_order": False, "retain_graph": True}
+    # Without a device it would move the model to CUDA wherever that is.
+    place: dict[str, Any] = {"module": model, "device": batch.device}
+    adam = torch.optim.Adam(model.parameters(), 1e-3)
+    outer = Outer("outer", Config(**settings), optimizer=adam, **place)
+    unrolled = Config(unroll_steps=workload.inner_steps, **settings)
+    sgd = torch.optim.SGD(model.parameters(), lr=workload.inner_lr)
+    numbers = range(batch.num_tasks)
+    tasks = [Task(f"task {task}", unrolled, optimizer=sgd, **place) for task in numbers]
     engine = Engine(
         problems=[outer, *tasks],
         config=EngineConfig(train_iters=workload.inner_steps),
@@ -161,25 +159,21 @@ def _parallel_metalearn(model: nn.Module, batch: TaskBatch, workload: Workload) 
             super().__init__()
             self.model = model
 
-        def forward(self, x: Tensor, **_: object) -> Tensor:
-            prediction: Tensor = self.model(x)
-            return prediction
+        def forward(self, x: Tensor, **_: object) -> Any:
+            return self.model(x)
 
     class Head(nn.Module):
         def forward(self, features: Tensor, **_: object) -> Tensor:
             return features
 
     class OurLoss(BaseLoss):  # type: ignore[misc]
-        def forward(
-            self, out_dict: dict[str, Tensor], targets: Tensor, **_: object
-        ) -> tuple[Tensor, Tensor]:
+        def forward(self, out_dict: Any, targets: Tensor, **_: object) -> tuple[Tensor, Tensor]:
             loss = task_loss(out_dict["logits"], targets)
             return loss, loss.detach()
 
     wrapped = MAML_Model(backbone=Body(), head=Head())
-    inner = InnerSGD(wrapped.get_fast_weights(), inner_lr=workload.inner_lr, learn_lr=False).to(
-        batch.query_x
-    )
+    weights = wrapped.get_fast_weights()
+    inner = InnerSGD(weights, inner_lr=workload.inner_lr, learn_lr=False).to(batch.query_x)
     for rate in inner.parameters():
         rate.data.fill_(workload.inner_lr)  # it was made in single precision
     algorithm = MAML(
@@ -191,49 +185,38 @@ def _parallel_metalearn(model: nn.Module, batch: TaskBatch, workload: Workload) 
         chunk_size=batch.num_tasks,
         device=batch.device,
     )
-    tensors = (batch.support_x, batch.support_y, batch.query_x, batch.query_y)
 
     def gradient() -> MetaGradient:
-        algorithm.step(iter([tensors]))
-        return {
-            name: parameter.grad
-            for name, parameter in model.named_parameters()
-            if parameter.grad is not None
-        }
+        algorithm.step(iter([tensors_of(batch)]))
+        return gradients_of(model)
 
     return Prepared(gradient, gradient)
 
 
 def _jax(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
-    """The sinusoid network, the loop and Adam, written out, in one compiled function."""
+    """Write the sinusoid network and the loop out, with JAX's Adam, in one compiled function."""
     if workload.model != "mlp":
-        raise RequestError(
-            f"written by hand for the sinusoid network only, not for {workload.model}"
-        )
+        others = f"written by hand for the sinusoid network only, not for {workload.model}"
+        raise RequestError(others)
     threads = torch.get_num_threads()  # these are read when JAX is imported
     os.environ.setdefault("NPROC", str(threads))
     os.environ.setdefault("XLA_FLAGS", f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()}")
-    os.environ.setdefault(
-        "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
-    )  # else it takes most of a GPU's memory from all others
+    # Else it takes most of a GPU's memory from all others.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
-    from jax import numpy as jnp
+    from jax.example_libraries.optimizers import adam
 
-    place = jax_device(jax, batch.device)
-    jax.config.update(
-        "jax_enable_x64", True
-    )  # else float64 is cut to float32; float32 stays what it is
-    jax.config.update(
-        "jax_default_matmul_precision", "tensorfloat32" if in_tf32(batch.device) else "highest"
-    )
-    weights = {
-        name: jax.device_put(parameter.detach().cpu().numpy(), place)
-        for name, parameter in model.named_parameters()
-    }
-    tensors = [
-        jax.device_put(tensor.cpu().numpy(), place)
-        for tensor in (batch.support_x, batch.support_y, batch.query_x, batch.query_y)
-    ]
+    # Else float64 is cut to float32; float32 stays what it is.
+    jax.config.update("jax_enable_x64", True)
+    precision = "tensorfloat32" if in_tf32(batch.device) else "highest"
+    jax.config.update("jax_default_matmul_precision", precision)
+    device, rate = jax_device(jax, batch.device), workload.inner_lr
+
+    def moved(tensor: Tensor) -> Any:
+        return jax.device_put(tensor.detach().cpu().numpy(), device)
+
+    weights = {name: moved(parameter) for name, parameter in model.named_parameters()}
+    tensors = [moved(tensor) for tensor in tensors_of(batch)]
     layers = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
 
     def loss(values: dict[str, Any], x: Any, y: Any) -> Any:
@@ -242,50 +225,37 @@ def _jax(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
             x = x if layer == layers[-1] else jax.nn.relu(x)
         return ((x - y) ** 2).mean()
 
-    def query_loss(
-        values: dict[str, Any], support_x: Any, support_y: Any, query_x: Any, query_y: Any
-    ) -> Any:
+    def query_loss(values: Any, support_x: Any, support_y: Any, query_x: Any, query_y: Any) -> Any:
         for _ in range(workload.inner_steps):
             gradients = jax.grad(loss)(values, support_x, support_y)
-            values = jax.tree.map(
-                lambda value, gradient: value - workload.inner_lr * gradient, values, gradients
-            )
+            values = jax.tree.map(lambda value, change: value - rate * change, values, gradients)
         return loss(values, query_x, query_y)
 
     def outer_loss(values: dict[str, Any], *tensors: Any) -> Any:
         return jax.vmap(query_loss, in_axes=(None, 0, 0, 0, 0))(values, *tensors).mean()
 
-    def adam(values: Any, first: Any, second: Any, count: Any, *tensors: Any) -> Any:
-        gradients, count = jax.grad(outer_loss)(values, *tensors), count + 1
-        first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, gradients)
-        second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, second, gradients)
-        size, root = 1e-3 / (1 - 0.9**count), jnp.sqrt(1 - 0.999**count)
-        values = jax.tree.map(
-            lambda w, m, v: w - size * m / (jnp.sqrt(v) / root + 1e-8), values, first, second
-        )
-        return values, first, second, count
+    begin, update, values_of = adam(1e-3)
 
-    zeros = jax.tree.map(jnp.zeros_like, weights)
-    state = jax.device_put(
-        [weights, zeros, zeros, jnp.zeros((), next(iter(weights.values())).dtype)], place
-    )
-    update: Callable[..., Any] = jax.jit(adam)
+    @jax.jit  # type: ignore[untyped-decorator]
+    def train(count: Any, state: Any, *tensors: Any) -> Any:
+        gradients = jax.grad(outer_loss)(values_of(state), *tensors)
+        return count + 1, update(count, gradients, state)
+
+    now: list[Any] = [jax.device_put(0, device), jax.device_put(begin(weights), device)]
 
     def step() -> None:
-        state[:] = jax.block_until_ready(update(*state, *tensors))
+        now[:] = jax.block_until_ready(train(*now, *tensors))
 
     def gradient() -> MetaGradient:
         found = jax.jit(jax.grad(outer_loss))(weights, *tensors)
-        return {
-            name: torch.tensor(value.tolist(), dtype=torch.float64, device=batch.device)
-            for name, value in found.items()
-        }
+        exact: dict[str, Any] = {"dtype": torch.float64, "device": batch.device}
+        return {name: torch.tensor(value.tolist(), **exact) for name, value in found.items()}
 
     return Prepared(step, gradient, torch_memory=False)
 
 
 def jax_device(jax: Any, device: torch.device) -> Any:
-    """JAX's name for a device of torch.
+    """Return JAX's name for a device of torch.
 
     Raises:
         RequestError: it is a CUDA device, and JAX has no back end for it.
@@ -296,5 +266,6 @@ def jax_device(jax: Any, device: torch.device) -> Any:
         return jax.devices("gpu")[device.index or 0]
     except (RuntimeError, IndexError):
         raise RequestError(
-            f"JAX has no back end for {device} here: install jax[cuda13] in its place, or measure it on --device cpu"
+            f"JAX has no back end for {device} here: install jax[cuda13] in its place, or measure "
+            "it on --device cpu"
         ) from None

@@ -1,52 +1,56 @@
-"""Whether a long run stays as it began: its memory, its open files, its threads, the time of its steps."""
+"""Whether a long run stays as it began: its memory, open files, threads, and time of a step."""
 
 from __future__ import annotations
 
-import math
 import statistics
 import tempfile
 import time
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import linregress
 
-from metaplug.bench.measuring import surroundings
+from metaplug.bench.measuring import check_names, surroundings
 from metaplug.bench.meters import ON_CPU, Meter
 from metaplug.bench.process import open_files, resident_mib, threads
 from metaplug.bench.soak_workloads import SOAKS
-from metaplug.errors import RequestError, unknown
+from metaplug.errors import RequestError
 from metaplug.evaluation.history import Record
 from metaplug.experiments.experiment import Experiment
 from metaplug.experiments.runs import train
 
 WARM_UP = 0.1
-"""The part of a run that is left to warm up. Schedules that change what a step computes end within half of it."""
+"""The part of a run that warms up. Schedules that change the computation end within half of it."""
 
 MOST_MEMORY = 0.02
 """The most that memory may differ from what it was after warm-up, as a part of that."""
 
 MOST_SLOWER = 0.05
-"""The most that steps may take longer in the last quarter than in the first, as a part of the latter, where noise does not explain it."""
+"""The most by which the last quarter may be slower than the first, where it is not noise."""
 
 MOST_SAMPLES = 200
 FEWEST_STEPS = 50
+_MEMORY = {
+    "resident memory": "resident_mib",
+    "CUDA memory in use": "allocated_mib",
+    "CUDA memory held": "reserved_mib",
+}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the process holds after a meta-step, with its log line, validation and checkpoint.
+    """What the process holds after a meta-step, its log line, validation and checkpoint.
 
     Attributes:
         iteration: meta-steps done.
-        resident_mib: the process's resident memory, MiB; None where /proc is not, as on systems other than Linux.
+        resident_mib: the process's resident memory, MiB; None where there is no /proc.
         open_files, threads: of the process; None likewise.
-        allocated_mib, reserved_mib: what torch's CUDA allocator has given out and holds, MiB; None on a CPU.
-        milliseconds: of a step, the median since the sample before: CPU time of the process on a CPU, so that others on the machine do not
-            count; the time from record to record on CUDA.
+        allocated_mib, reserved_mib: of torch's CUDA allocator, MiB; None on a CPU.
+        milliseconds: the median step since the sample before: CPU time of the process on a CPU, so
+            others on the machine do not count; the time from record to record on CUDA.
     """
 
     iteration: int
@@ -60,9 +64,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Soaked:
-    """A run that was watched, and what it comes to; "after warm-up" is the first sample after a tenth of the run, and those behind it.
+    """A run that was watched. Figures are of the samples after warm-up, a tenth of the run.
 
     Attributes:
+        left_out: the plugins that did not fit, each with the reason.
         seconds: of the whole run, by the clock.
     """
 
@@ -80,72 +85,78 @@ class Soaked:
 
     @property
     def quarters(self) -> tuple[float, float]:
-        """The median milliseconds of a step in the first and the last quarter after warm-up."""
+        """The median milliseconds of a step in the first and in the last quarter."""
         times = [sample.milliseconds for sample in self.warm]
         quarter = max(len(times) // 4, 1)
         return statistics.median(times[:quarter]), statistics.median(times[-quarter:])
 
     @property
     def memory(self) -> dict[str, list[float]]:
-        """By kind, the MiB after warm-up, of those that are known."""
-        kinds = {
-            "resident memory": "resident_mib",
-            "CUDA memory in use": "allocated_mib",
-            "CUDA memory held": "reserved_mib",
-        }
+        """The MiB by kind of memory, of those that are known."""
         found = {
-            what: [getattr(sample, name) for sample in self.warm] for what, name in kinds.items()
+            kind: [getattr(each, name) for each in self.warm] for kind, name in _MEMORY.items()
         }
-        return {what: values for what, values in found.items() if None not in values}
+        return {kind: values for kind, values in found.items() if None not in values}
 
     @property
     def memory_after_warm_up(self) -> dict[str, float]:
-        """By kind, the median MiB of the first tenth of the samples after warm-up: one may lie just behind a validation."""
+        """The median of the first tenth of `memory`: a sample may come just after a validation."""
         return {
-            what: statistics.median(values[: max(len(values) // 10, 1)])
-            for what, values in self.memory.items()
+            kind: statistics.median(values[: max(len(values) // 10, 1)])
+            for kind, values in self.memory.items()
         }
 
     @property
     def memory_change(self) -> dict[str, float]:
-        """By kind, the largest difference from `memory_after_warm_up`, as a part of that, with its sign."""
+        """The largest difference from `memory_after_warm_up`, as a part of that, with its sign."""
         begun = self.memory_after_warm_up
-        return {what: _largest_change(values, begun[what]) for what, values in self.memory.items()}
+        return {
+            kind: max(((value - begun[kind]) / (begun[kind] or 1) for value in values), key=abs)
+            for kind, values in self.memory.items()
+        }
 
     @property
     def slower(self) -> float:
-        """The median time of a step in the last quarter after warm-up over that in the first, minus 1."""
+        """The time of a step in the last quarter over that in the first, minus 1."""
         first, last = self.quarters
         return last / first - 1
 
     @property
     def drift(self) -> float:
-        """The slope of a straight line through the times after warm-up, over the whole of them, as a part of their mean."""
-        return _drift([sample.milliseconds for sample in self.warm])[0]
+        """The slope of a line through the times, over their whole length, as a part of the mean."""
+        return self._line()[0]
 
     @property
     def drift_error(self) -> float:
         """The standard error of `drift` from the noise around the line."""
-        return _drift([sample.milliseconds for sample in self.warm])[1]
+        return self._line()[1]
+
+    def _line(self) -> tuple[float, float]:
+        times = [sample.milliseconds for sample in self.warm]
+        line = linregress(range(len(times)), times)
+        whole = (len(times) - 1) / statistics.fmean(times)
+        return float(line.slope * whole), float(line.stderr * whole)
 
     @property
     def broken(self) -> tuple[str, ...]:
         """The bounds that do not hold, in words; empty where the run stayed as it began."""
         found = [
-            f"{what} moved by {100 * change:+.1f} % after warm-up, at most {100 * MOST_MEMORY:g} % are allowed"
-            for what, change in self.memory_change.items()
+            f"{kind} moved by {100 * change:+.1f} % after warm-up, at most "
+            f"{100 * MOST_MEMORY:g} % are allowed"
+            for kind, change in self.memory_change.items()
             if abs(change) > MOST_MEMORY
         ]
-        for what, name in (("open files", "open_files"), ("threads", "threads")):
-            counts = [count for sample in self.warm if (count := getattr(sample, name)) is not None]
+        for name in ("open_files", "threads"):
+            counts = [count for each in self.warm if (count := getattr(each, name)) is not None]
             if len(set(counts)) > 1:
-                found.append(
-                    f"{what} went from {counts[0]} after warm-up to {counts[-1]}, between {min(counts)} and {max(counts)}"
-                )
+                went = f"went from {counts[0]} after warm-up to {counts[-1]}"
+                kind = name.replace("_", " ")
+                found.append(f"{kind} {went}, between {min(counts)} and {max(counts)}")
         if self.slower > MOST_SLOWER and self.drift > 2 * self.drift_error:
             first, last = self.quarters
             found.append(
-                f"a step took {last:.2f} ms in the last quarter, {first:.2f} ms in the first: {100 * self.slower:+.1f} %"
+                f"a step took {last:.2f} ms in the last quarter, {first:.2f} ms in the first: "
+                f"{100 * self.slower:+.1f} %"
             )
         return tuple(found)
 
@@ -158,7 +169,7 @@ def run(
     on_start: Callable[[Experiment], None] = lambda _: None,
     on_record: Callable[[Record], None] = lambda _: None,
 ) -> Soaked:
-    """Meta-train a workload as `metaplug train` does, with its files in a temporary folder, and look at the process at even distances.
+    """Meta-train a workload as `metaplug train` does, and look at the process at even distances.
 
     Args:
         name: in SOAKS.
@@ -168,14 +179,15 @@ def run(
     Raises:
         RequestError: an unknown workload; the nearest is offered. Or too few steps.
     """
-    check_workloads([name])
+    check_names("soak workload", [name], SOAKS)
     workload = SOAKS[name]
     steps = workload.steps if steps is None else steps
     if steps < FEWEST_STEPS:
         raise RequestError(
-            f"a soak of {steps} meta-steps has too few samples to tell growth from noise: give at least {FEWEST_STEPS}"
+            f"a soak of {steps} meta-steps has too few samples to tell growth from noise: give at "
+            f"least {FEWEST_STEPS}"
         )
-    watch = _Watch(steps, meter)
+    watch = Watch(steps, meter)
 
     def record(record: Record) -> None:
         on_record(record)
@@ -188,98 +200,50 @@ def run(
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="metaplug-soak-") as folder, meter.active():
         train(workload.config(steps, meter), Path(folder) / name, on_start=start, on_record=record)
-    seconds = time.monotonic() - begun
-    return Soaked(name, steps, workload.plugins, workload.left_out, seconds, watch.samples())
-
-
-def check_workloads(names: Sequence[str]) -> None:
-    """Refuse an unknown workload, with the nearest that there is."""
-    for name in names:
-        if name not in SOAKS:
-            raise unknown("soak workload", name, SOAKS)
+    seconds, samples = time.monotonic() - begun, tuple(watch.samples)
+    return Soaked(name, steps, workload.plugins, workload.left_out, seconds, samples)
 
 
 def as_json_values(runs: Sequence[Soaked], meter: Meter = ON_CPU) -> dict[str, Any]:
-    """The runs with what they were measured on."""
-    bounds = {"warm_up": WARM_UP, "most_memory": MOST_MEMORY, "most_slower": MOST_SLOWER}
-    where = {name: value for name, value in surroundings(1, meter).items() if name != "repeats"}
+    """Return the runs with what they were measured on."""
+    where = surroundings(1, meter)
+    del where["repeats"]
+    found = ("memory_change", "slower", "drift", "drift_error", "broken", "quarters")
     return {
         **where,
-        **bounds,
-        "runs": [
-            {**asdict(each), **{name: getattr(each, name) for name in _FOUND}} for each in runs
-        ],
+        "warm_up": WARM_UP,
+        "most_memory": MOST_MEMORY,
+        "most_slower": MOST_SLOWER,
+        "runs": [{**asdict(run), **{name: getattr(run, name) for name in found}} for run in runs],
     }
 
 
-_FOUND = ("memory_change", "slower", "drift", "drift_error", "broken", "quarters")
-"""What a run comes to, beside the samples that it is worked out from."""
-
-
-class _Watch:
-    """Takes the samples of a run. All that it fills in is there before the first step, so that it does not grow itself."""
+class Watch:
+    """Takes the samples of a run. They are few and small, so the watch itself does not count."""
 
     def __init__(self, steps: int, meter: Meter) -> None:
+        self.samples: list[Sample] = []
         self._every, self._meter = -(-steps // MOST_SAMPLES), meter
         self._clock = time.perf_counter if meter.cuda else time.process_time
-        self._times = array("d", [0.0]) * steps
-        self._rows = [array("d", [0.0]) * 5 for _ in range(steps // self._every)]
+        self._times: list[float] = []
         self._last = 0.0
 
     def start(self) -> None:
+        """Let the first step begin now."""
         self._last = self._clock()
 
     def record(self, iteration: int) -> None:
-        self._times[iteration - 1] = 1e3 * (self._clock() - self._last)
+        """Note the time of a step, and a sample where one is due."""
+        self._times.append(1e3 * (self._clock() - self._last))
         if iteration % self._every == 0:
-            row = self._rows[iteration // self._every - 1]
-            for place, value in enumerate((resident_mib(), open_files(), threads(), *self._cuda())):
-                row[place] = math.nan if value is None else value
+            allocated = reserved = None
+            if self._meter.cuda:
+                allocated = torch.cuda.memory_allocated(self._meter.device) / 2**20
+                reserved = torch.cuda.memory_reserved(self._meter.device) / 2**20
+            process, median = (
+                (resident_mib(), open_files(), threads()),
+                statistics.median(self._times),
+            )
+            self.samples.append(Sample(iteration, *process, allocated, reserved, median))
+            self._times.clear()
         self._last = self._clock()
-
-    def samples(self) -> tuple[Sample, ...]:
-        found = []
-        for number, row in enumerate(self._rows):
-            resident, files, running, allocated, reserved = (
-                None if math.isnan(value) else value for value in row
-            )
-            median = statistics.median(
-                self._times[number * self._every : (number + 1) * self._every]
-            )
-            counts = (
-                None if files is None else int(files),
-                None if running is None else int(running),
-            )
-            found.append(
-                Sample((number + 1) * self._every, resident, *counts, allocated, reserved, median)
-            )
-        return tuple(found)
-
-    def _cuda(self) -> tuple[float | None, float | None]:
-        if not self._meter.cuda:
-            return None, None
-        return torch.cuda.memory_allocated(self._meter.device) / 2**20, torch.cuda.memory_reserved(
-            self._meter.device
-        ) / 2**20
-
-
-def _largest_change(values: Sequence[float], begun: float) -> float:
-    return max(
-        (
-            (value / begun - 1) if begun else math.copysign(math.inf, value) if value else 0.0
-            for value in values
-        ),
-        key=abs,
-    )
-
-
-def _drift(times: Sequence[float]) -> tuple[float, float]:
-    """The slope of a straight line over the whole length and its standard error, as parts of the mean."""
-    count, mean = len(times), statistics.fmean(times)
-    line = statistics.linear_regression(range(count), times)
-    rest = sum(
-        (value - line.intercept - line.slope * place) ** 2 for place, value in enumerate(times)
-    )
-    spread = (count**3 - count) / 12  # Σ (place − mean place)²
-    length = (count - 1) / mean
-    return line.slope * length, math.sqrt(rest / (count - 2) / spread) * length

@@ -1,4 +1,4 @@
-"""The long runs that are watched: every first-party plugin that composes, on a small and on a larger model."""
+"""The long runs that are watched: every first-party plugin that composes, on two models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SoakWorkload:
 
     Attributes:
         steps: meta-steps where none are asked for.
-        left_out: by name, the first-party plugins that do not fit, each with the reason; all others take part.
+        left_out: by name, the first-party plugins that do not fit, each with the reason.
         settings: fields of ExperimentConfig.
     """
 
@@ -49,57 +49,44 @@ class SoakWorkload:
         return tuple(name for name in _CHAIN if name not in self.left_out)
 
     def config(self, steps: int, meter: Meter = ON_CPU) -> ExperimentConfig:
-        """The experiment of so many meta-steps: at most 40 validations, each with a checkpoint."""
-        training = {
-            "iterations": steps,
-            "validate_every": max(steps // 40, 10),
-            "validation_tasks": 40,
-            "test_tasks": 40,
-        }
+        """Return the experiment: at most 40 validations, each with a checkpoint."""
+        training = {"iterations": steps, "validate_every": max(steps // 40, 10)}
+        training |= {"validation_tasks": 40, "test_tasks": 40, **self.settings["training"]}
+        precision = "tf32" if meter.precision == "TF32" else "float32"
         return ExperimentConfig.model_validate(
             {
                 **self.settings,
-                "plugins": [
-                    {"plugin": name, "settings": dict(_CHAIN[name])} for name in self.plugins
-                ],
-                "training": {**training, **self.settings["training"]},
-                "runtime": {
-                    "device": str(meter.device),
-                    "precision": "tf32" if meter.precision == "TF32" else "float32",
-                },
+                "plugins": [{"plugin": each, "settings": _CHAIN[each]} for each in self.plugins],
+                "training": training,
+                "runtime": {"device": str(meter.device), "precision": precision},
             }
         )
 
 
-SOAKS = {
-    workload.name: workload
-    for workload in (
-        SoakWorkload(
-            "sinusoid",
-            20_000,
-            {
-                "per-step-batch-norm": "the network has no batch norm",
-                "label-smoothing": "regression has no labels",
-                "reptile": _REPTILE,
-            },
-            {
-                "model": {"name": "mlp"},
-                "tasks": {"source": "sinusoid", "shots": 10, "queries": 10},
-                "learner": {"inner_lr": 0.01, "inner_steps": 2},
-                "training": {"tasks_per_batch": 8},
-            },
-        ),
-        SoakWorkload(
-            "conv4",
-            2_000,
-            {"reptile": _REPTILE},
-            {
-                "model": {"name": "conv4", "settings": {"filters": 32, "pooling": "stride"}},
-                "tasks": {"source": "glyphs", "ways": 5, "shots": 1, "queries": 5},
-                "learner": {"inner_lr": 0.1, "inner_steps": 2},
-                "training": {"tasks_per_batch": 4},
-            },
-        ),
-    )
-}
-"""By name, with the full chain: the sinusoid network, and conv4 on letters."""
+_SINUSOID = SoakWorkload(
+    "sinusoid",
+    20_000,
+    {
+        "per-step-batch-norm": "the network has no batch norm",
+        "label-smoothing": "regression has no labels",
+        "reptile": _REPTILE,
+    },
+    {
+        "model": {"name": "mlp"},
+        "tasks": {"source": "sinusoid", "shots": 10, "queries": 10},
+        "learner": {"inner_lr": 0.01, "inner_steps": 2},
+        "training": {"tasks_per_batch": 8},
+    },
+)
+_CONV4 = SoakWorkload(
+    "conv4",
+    2_000,
+    {"reptile": _REPTILE},
+    {
+        "model": {"name": "conv4", "settings": {"filters": 32, "pooling": "stride"}},
+        "tasks": {"source": "glyphs", "ways": 5, "shots": 1, "queries": 5},
+        "learner": {"inner_lr": 0.1, "inner_steps": 2},
+        "training": {"tasks_per_batch": 4},
+    },
+)
+SOAKS = {"sinusoid": _SINUSOID, "conv4": _CONV4}

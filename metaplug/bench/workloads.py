@@ -30,34 +30,30 @@ class Workload:
     queries: int
 
     def build(self, device: torch.device = CPU) -> tuple[nn.Module, TaskBatch]:
-        """The model and a batch of random tasks on a device: the same numbers on every one, from a fixed seed."""
+        """Return the model and a batch of random tasks: the same numbers on every device."""
         generator = torch.Generator().manual_seed(0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = MODELS[self.model]().to(device)
+        sizes = (self.shots, self.queries)
         if self.kind == "regression":
-            drawn = [
-                torch.randn(self.tasks, n, 1, generator=generator)
-                for n in (self.shots, self.shots, self.queries, self.queries)
-            ]
-            return model, TaskBatch(*drawn).to(device)
-        labels = [
-            torch.arange(5).repeat_interleave(n).repeat(self.tasks, 1)
-            for n in (self.shots, self.queries)
-        ]
-        images = [
-            torch.rand(self.tasks, 5 * n, 1, 28, 28, generator=generator)
-            for n in (self.shots, self.queries)
-        ]
-        return model, TaskBatch(images[0], labels[0], images[1], labels[1]).to(device)
+            support_x, support_y, query_x, query_y = (
+                torch.randn(self.tasks, n, 1, generator=generator) for n in sizes for _ in "xy"
+            )
+        else:
+            support_x, query_x = (
+                torch.rand(self.tasks, 5 * n, 1, 28, 28, generator=generator) for n in sizes
+            )
+            support_y, query_y = (
+                torch.arange(5).repeat_interleave(n).repeat(self.tasks, 1) for n in sizes
+            )
+        return model, TaskBatch(support_x, support_y, query_x, query_y).to(device)
 
 
 def _layer_norm_mlp() -> nn.Module:
-    """The sinusoid network with layer norm, through which differentiating inside vmap goes wrong."""
-    hidden = [
-        layer for width in (1, 40) for layer in (nn.Linear(width, 40), nn.LayerNorm(40), nn.ReLU())
-    ]
-    return nn.Sequential(*hidden, nn.Linear(40, 1))
+    """The sinusoid network with layer norm, which goes wrong if differentiated inside vmap."""
+    first, second = ([nn.Linear(n, 40), nn.LayerNorm(40), nn.ReLU()] for n in (1, 40))
+    return nn.Sequential(*first, *second, nn.Linear(40, 1))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -85,4 +81,4 @@ WORKLOADS = {
 """By name; "25x5" is 25 tasks and 5 inner steps."""
 
 ONLY_BY_NAME_ON_A_CPU = ("conv4-64-max-32x5",)
-"""What a GPU's figures are stated for; on a CPU it takes minutes, and is measured only where it is asked for."""
+"""Takes minutes on a CPU, so it is measured there only when asked for."""

@@ -14,6 +14,7 @@ from metaplug.errors import RequestError
 from metaplug.report.console import CONSOLE, emit, line
 
 if TYPE_CHECKING:
+    from metaplug.evaluation.history import Record
     from metaplug.experiments.comparison import Comparison
     from metaplug.experiments.experiment import Experiment
 
@@ -86,7 +87,7 @@ def compare(
     from metaplug.experiments.comparison import Variant, to_values
     from metaplug.experiments.comparison import compare as compare_variants
     from metaplug.experiments.experiment import to_json
-    from metaplug.report.terminal import TrainingProgress, comparison_report, show_memory
+    from metaplug.report.terminal import FirstStepMemory, TrainingProgress, comparison_report
 
     for text in sets or ():
         if text.partition("=")[0].split(".")[0] in ("preset", "plugins"):
@@ -105,19 +106,23 @@ def compare(
     first = variants[0].config.seed if variants else 0
     iterations = sum(one.config.training.iterations for one in variants)
 
+    memory = FirstStepMemory()
+
     def begin(one: Variant, experiment: Experiment) -> None:
         if experiment.config.seed == first:
-            show_memory(experiment, f"{one.label}: ")
+            memory.begin(experiment, f"{one.label}: ")
             say_model(experiment, f"{one.label}: ")
+
+    def record_in(one: Variant, seed: int, record: Record) -> None:
+        memory.record()
+        progress.record(record, f"{one.label}, seed {seed}")
 
     with TrainingProgress(CONSOLE, iterations * seeds) as progress:
         comparison = compare_variants(
             variants,
             range(first, first + seeds),
             on_start=begin,
-            on_record=lambda one, seed, record: progress.record(
-                record, f"{one.label}, seed {seed}"
-            ),
+            on_record=record_in,
         )
     report = comparison_report(comparison)
     CONSOLE.print(report)

@@ -17,6 +17,7 @@ from metaplug.errors import RequestError, RunError
 from metaplug.report.console import CONSOLE, line
 
 if TYPE_CHECKING:
+    from metaplug.evaluation.history import Record
     from metaplug.experiments.configuration import ExperimentConfig
     from metaplug.experiments.experiment import Experiment
 
@@ -83,10 +84,10 @@ def train(
     from metaplug.experiments.runs.repeating import check_same, configuration_of
     from metaplug.report.figures import run_figure
     from metaplug.report.terminal import (
+        FirstStepMemory,
         TrainingProgress,
         heading,
         result_line,
-        show_memory,
         skipped_line,
         statements,
     )
@@ -118,6 +119,7 @@ def train(
             )
         trained, curves = False, folder / "curves.png"
         progress = TrainingProgress(CONSOLE, settings.training.iterations)
+        memory = FirstStepMemory()
 
         def draw() -> None:
             try:
@@ -130,12 +132,16 @@ def train(
             trained = True
             line(heading(experiment))
             say_model(experiment)
-            show_memory(experiment)
+            memory.begin(experiment)
             done = experiment.learner.iteration
             line(
                 f"going on in {folder} after iteration {done}" if done else f"a new run in {folder}"
             )
             progress.begin(done, experiment.learner.skipped)
+
+        def record(one: Record) -> None:
+            memory.record()
+            progress.record(one)
 
         with stop_on_signals() as stop, progress if world.is_main else nullcontext():
             summary = train_in(
@@ -143,7 +149,7 @@ def train(
                 folder,
                 resume=resume,
                 on_start=begin,
-                on_record=progress.record,
+                on_record=record,
                 on_trained=draw,
                 stop=stop,
                 world=world,

@@ -1,214 +1,133 @@
-"""What a meta-step takes of memory, estimated before the run; and what to do where that is too much, or was."""
+"""The memory of meta-steps: its measured peak, and what to set when it runs out."""
 
 from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
-from metaplug.contract.task_batch import TaskBatch
-from metaplug.core.inner_loop import recording
+import torch
+
 from metaplug.errors import MetaplugError, RunError
 from metaplug.execution.chunks import ChunkedDerivation
 from metaplug.execution.engine import Engine
-from metaplug.execution.free_memory import available, ran_out, size_text
-from metaplug.execution.small_steps import SmallSteps, work_text
+from metaplug.execution.free_memory import size_text
 
-ROOM = 0.8
-"""The share of the free memory that a setting may take, by estimate, to be offered as a mend."""
+_PROCESS = Path("/proc/self")
+_SIGNS = re.compile("can't allocate memory|not enough memory|out of memory|bad_alloc|ALLOC_FAILED")
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """What one meta-step takes beside what is held already.
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` count from now on; where the system cannot, it counts from the start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            (_PROCESS / "clear_refs").write_text("5", encoding="ascii")
 
-    Attributes:
-        bytes: the peak: graphs, gradients, the tasks themselves, and before the first step the state that the meta-optimizer will keep.
-        free: what there is for it, in bytes; None where that cannot be known.
-        mend: where the estimate is above that, the settings to use instead; else None.
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes held since `reset_peak_memory`, or None where that is not known.
+
+    On CUDA, what torch's allocator gave out on the device. On a CPU, the resident memory of the
+    whole process, libraries and data included, as Linux counts it: what its out-of-memory killer
+    looks at.
     """
-
-    bytes: int
-    free: int | None
-    mend: str | None
-
-    @property
-    def text(self) -> str:
-        """One line: "memory: about 1.3 GiB a step of 21 GiB free"."""
-        return f"memory: about {size_text(self.bytes)} a step" + (
-            "" if self.free is None else f" of {size_text(self.free)} free"
-        )
-
-    @property
-    def warning(self) -> str | None:
-        """One line that says what to do instead; None where the step fits, or where what is free is not known."""
-        if self.mend is None or self.free is None:
-            return None
-        return (
-            f"a step will take about {size_text(self.bytes)} of memory, but {size_text(self.free)} are free, so that it may fail or be "
-            f"killed: {self.mend}"
-        )
-
-
-def estimate_step(
-    engine: Engine, batch: TaskBatch, tasks: int, total: int, in_a_row: int = 1
-) -> MemoryEstimate:
-    """Estimate the peak of a meta-step from smaller ones, which change nothing.
-
-    Args:
-        engine: whose steps they are.
-        batch: on the engine's device; its first two tasks are tried, or its one task twice.
-        tasks: how many of this size a meta-batch has here, on this rank; at least 1.
-        total: the iterations of the run, on which schedules depend; of the next iteration and the last, the one that takes more counts.
-        in_a_row: steps that are made before the device is waited for; their tasks, and a copy of what is learned, are held till then.
-
-    Raises:
-        RunError: memory has run out in one of the small steps already, or a plugin fails in it.
-    """
-    free = available(engine.device)
-    with recording():
-        small = SmallSteps(engine, batch, total, free, in_a_row)
-        taken = small.whole(tasks, engine.inner.checkpoint_steps, chunk_of(engine))
-        return MemoryEstimate(
-            taken, free, None if free is None or taken <= free else _mend(small, tasks, ROOM * free)
-        )
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        status = (_PROCESS / "status").read_text(encoding="utf-8")
+        if found := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+            return int(found[1]) * 1024
+    return None
 
 
 @contextmanager
 def memory_explained(
     engine: Engine, tasks: int, *, evaluated_steps: int | None = None
 ) -> Iterator[None]:
-    """Inside a meta-step or, where `evaluated_steps` says how many inner steps it has, an evaluation, memory that runs out has a mend.
+    """Turn an out-of-memory error inside a meta-step into one that says what to set instead.
+
+    Args:
+        tasks: computed together, or the tasks of the meta-batch on this rank.
+        evaluated_steps: the inner steps of an evaluation; None inside a meta-step.
 
     Raises:
-        RunError: from torch's error; it says where memory ran out, for how much work, and which settings to use instead.
+        RunError: where memory ran out, for how much work, and the settings to use instead.
     """
     try:
         yield
     except (MemoryError, RuntimeError, MetaplugError) as error:
-        # A check before the first step refuses a model that fails on a task, whatever the reason was.
+        # A check before the first step refuses a model that fails on a task, for any cause.
         reason = error.__cause__ if isinstance(error, MetaplugError) else error
-        if reason is None or not ran_out(reason):
+        if reason is None or not _ran_out(reason):
             raise
         engine.inner.release()
-        asked = re.search(r"tried to allocate ([\d.]+) ?(\w+)", str(reason), re.IGNORECASE)
-        where = f"out of memory on {engine.device}" + (
-            f", asking for {_in_words(*asked.groups())} more," if asked else ""
-        )
+        steps = engine.inner.inner_steps if evaluated_steps is None else evaluated_steps
+        work = f"{tasks} task{'s' * (tasks != 1)} of {steps} inner step{'s' * (steps != 1)}"
+        where = f"ran out of memory on {engine.device}{_asked(reason)} with {work}"
         if evaluated_steps is not None:
-            work, mend = work_text(tasks, evaluated_steps), _halved_evaluation(engine, tasks)
-            raise RunError(f"evaluation ran {where} with {work} at a time: {mend}") from error
-        updating = any(
-            frame.f_code is Engine.update.__code__
-            for frame, _ in traceback.walk_tb(error.__traceback__)
-        )
+            advice = _evaluation_advice(engine, tasks)
+            raise RunError(f"evaluation {where} at a time: {advice}") from error
+        frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
         state = (
             "its meta-update may be half done, so load a checkpoint"
-            if updating
+            if Engine.update.__code__ in frames
             else "it updated nothing"
         )
-        work, mend = work_text(tasks, engine.inner.inner_steps), _halved(engine, tasks)
-        raise RunError(
-            f"iteration {engine.iteration} ran {where} with {work}; {state}: {mend}"
-        ) from error
-
-
-def _mend(small: SmallSteps, tasks: int, room: float) -> str:
-    """The settings with which a step takes at most `room` bytes."""
-    engine, checkpoint = small.engine, small.engine.inner.checkpoint_steps
-    recomputes, options = _recomputable(engine, small.total), []
-    if recomputes and (taken := small.whole(tasks, 1, chunk_of(engine))) <= room:
-        options.append(f"runtime.checkpoint_steps=1 (about {size_text(taken)})")
-    options += _fewer_together(small, tasks, checkpoint, room)
-    if recomputes and not options:
-        options = [
-            f"runtime.checkpoint_steps=1 with {option}"
-            for option in _fewer_together(small, tasks, 1, room)
-        ]
-    return _advice(engine, options)
-
-
-def _fewer_together(
-    small: SmallSteps, tasks: int, checkpoint: int | None, room: float
-) -> list[str]:
-    """Fewer tasks at a time, or where that cannot be, or is not enough, fewer in all; nothing where one is too much."""
-    engine, chunk = small.engine, chunk_of(small.engine)
-    if not _coupled(engine):
-        fitting = _most(
-            lambda count: small.whole(tasks, checkpoint, count) <= room,
-            min(chunk or tasks, tasks) - 1,
-        )
-        if fitting:
-            return [
-                f"runtime.chunk_size={fitting} (about {size_text(small.whole(tasks, checkpoint, fitting))})"
-            ]
-    fitting = _most(lambda count: small.whole(count, checkpoint, chunk) <= room, tasks - 1)
-    return (
-        [f"fewer tasks, training.tasks_per_batch={fitting * engine.world.size}"] if fitting else []
-    )
-
-
-def _halved(engine: Engine, tasks: int) -> str:
-    """Settings with which a step takes much less, where nothing says how much there is."""
-    chunk, options = chunk_of(engine) or tasks, []
-    if _recomputable(engine, max(engine.total, engine.iteration + 1)):
-        options.append("runtime.checkpoint_steps=1")
-    if tasks > 1 and _coupled(engine):
-        options.append(f"fewer tasks, training.tasks_per_batch={tasks // 2 * engine.world.size}")
-    elif min(chunk, tasks) > 1:
-        options.append(f"runtime.chunk_size={min(chunk, tasks) // 2}")
-    return _advice(engine, options)
-
-
-def _halved_evaluation(engine: Engine, tasks: int) -> str:
-    if tasks == 1:
-        return "use a smaller model, or fewer examples in a task"
-    return f"use fewer tasks at a time, MetaLearner.evaluate(tasks_per_batch={tasks // 2})" + (
-        "" if _coupled(engine) else f" or runtime.chunk_size={tasks // 2}"
-    )
-
-
-def _advice(engine: Engine, options: list[str]) -> str:
-    if not options:
-        return "use a smaller model, fewer inner steps or fewer examples in a task, or the preset fomaml"
-    compiled = engine.derivation is not None and not isinstance(
-        engine.derivation, ChunkedDerivation
-    )
-    return f"use {', or '.join(options)}" + (
-        ", without compiled or captured steps" if compiled else ""
-    )
+        advice = _training_advice(engine, tasks)
+        raise RunError(f"iteration {engine.iteration} {where}; {state}: {advice}") from error
 
 
 def chunk_of(engine: Engine) -> int | None:
-    """How many tasks are computed together at most, where that is configured."""
-    return (
-        engine.derivation.chunk_size if isinstance(engine.derivation, ChunkedDerivation) else None
-    )
+    """Return the tasks that are computed together at most, or None where that is not configured."""
+    derivation = engine.derivation
+    return derivation.chunk_size if isinstance(derivation, ChunkedDerivation) else None
+
+
+def _training_advice(engine: Engine, tasks: int) -> str:
+    inner, together, options = engine.inner, min(chunk_of(engine) or tasks, tasks), []
+    # First-order steps keep no graph of each other, so recomputing them saves nothing.
+    orders = inner.orders_of(engine.iteration, max(engine.total, engine.iteration + 1))
+    if inner.inner_steps > 1 and inner.checkpoint_steps != 1 and 2 in orders:
+        options.append("runtime.checkpoint_steps=1")
+    if _coupled(engine) and tasks > 1:
+        options.append(f"fewer tasks, training.tasks_per_batch={tasks // 2 * engine.world.size}")
+    elif together > 1:
+        options.append(f"runtime.chunk_size={together // 2}")
+    options = options or [
+        "a smaller model, fewer inner steps or fewer examples in a task",
+        "the preset fomaml",
+    ]
+    traced = engine.derivation is not None and chunk_of(engine) is None
+    return f"use {', or '.join(options)}" + traced * ", without compiled or captured steps"
+
+
+def _evaluation_advice(engine: Engine, tasks: int) -> str:
+    if tasks == 1:
+        return "use a smaller model, or fewer examples in a task"
+    chunks = "" if _coupled(engine) else f" or runtime.chunk_size={tasks // 2}"
+    return f"use fewer tasks at a time, MetaLearner.evaluate(tasks_per_batch={tasks // 2}){chunks}"
 
 
 def _coupled(engine: Engine) -> bool:
     return any(plugin.couples_tasks for plugin in engine.chain.plugins)
 
 
-def _recomputable(engine: Engine, total: int) -> bool:
-    """Whether recomputed steps would save anything: first-order steps keep no graph of each other."""
-    if engine.inner.inner_steps < 2 or engine.inner.checkpoint_steps == 1:
-        return False
-    return any(
-        2 in engine.inner.orders_of(iteration, total) for iteration in {engine.iteration, total - 1}
+def _ran_out(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    ours = isinstance(error, MetaplugError)
+    return not ours and isinstance(error, RuntimeError) and bool(_SIGNS.search(str(error)))
+
+
+def _asked(error: BaseException) -> str:
+    asked = re.search(r"tried to allocate ([\d.]+) ?(\w+)", str(error), re.IGNORECASE)
+    if asked is None:
+        return ""
+    number, unit = asked.groups()
+    return (
+        f", asking for {size_text(float(number)) if unit == 'bytes' else f'{number} {unit}'} more,"
     )
-
-
-def _most(fits: Callable[[int], bool], highest: int) -> int:
-    """The greatest number from 1 to `highest` that fits, given that fewer fit where more do; 0 where none does."""
-    low, high = 0, max(highest, 0)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
-
-
-def _in_words(number: str, unit: str) -> str:
-    return size_text(float(number)) if unit == "bytes" else f"{number} {unit}"

@@ -9,6 +9,7 @@ from textwrap import dedent
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.progress import (
@@ -24,6 +25,8 @@ from rich.text import Text
 from metaplug.contract.hookspecs import KINDS
 from metaplug.evaluation.history import Record
 from metaplug.evaluation.results import EvaluationResult, training_classes_text, transductive_text
+from metaplug.execution.free_memory import size_text
+from metaplug.execution.memory import peak_memory, reset_peak_memory
 from metaplug.experiments.comparison import Acceleration, Comparison
 from metaplug.experiments.configuration import Resolved, flatten
 from metaplug.experiments.experiment import Experiment, task_form
@@ -78,29 +81,24 @@ def heading(experiment: Experiment) -> str:
     )
 
 
-def memory_lines(experiment: Experiment) -> tuple[str, str | None]:
-    """One line on what a meta-step will take of memory, and a warning where that is more than is free, else None."""
-    learner, training = experiment.learner, experiment.config.training
-    try:
-        batch = experiment.tasks.train.batch(
-            learner.iteration, range(min(2, training.tasks_per_batch))
-        )
-        estimate = learner.estimate_memory(
-            batch, tasks_per_batch=training.tasks_per_batch, iterations=training.iterations
-        )
-    except (
-        Exception
-    ) as error:  # a run that would go well must not end here; what would end it says so itself
-        return f"memory: no estimate ({type(error).__name__}: {error})", None
-    return estimate.text, estimate.warning
+class FirstStepMemory:
+    """Says once, after the first meta-step of a run, the peak of memory that it took."""
 
+    def __init__(self) -> None:
+        self._of: tuple[torch.device, str] | None = None
 
-def show_memory(experiment: Experiment, label: str = "") -> None:
-    """Say it on the console, of the run that `label` names."""
-    text, warning = memory_lines(experiment)
-    line(f"{label}{text}")
-    if warning:
-        line(f"metaplug: warning: {label}{warning}", style="yellow")
+    def begin(self, experiment: Experiment, label: str = "") -> None:
+        """Measure from here on, for a run that `label` names."""
+        self._of = experiment.learner.engine.device, label
+        reset_peak_memory(self._of[0])
+
+    def record(self) -> None:
+        """Say the peak, where the step that is recorded is the first of its run."""
+        if self._of is not None:
+            (device, label), self._of = self._of, None
+            if (peak := peak_memory(device)) is not None:
+                what = "given out by torch" if device.type == "cuda" else "of the whole process"
+                line(f"{label}memory: {size_text(peak)} at the peak of the first step, {what}")
 
 
 class TrainingProgress:

@@ -345,7 +345,7 @@ def test_train_writes_a_run(metaplug: Any) -> None:
     lines = answer.err.splitlines()
     assert (answer.status, answer.out) == (0, "")
     assert lines[0] == "maml (gradient-sharing) on sinusoid, 3-shot, mlp, seed 0, cpu"
-    assert lines.pop(1).startswith("memory: about ")
+    assert lines.pop(2).startswith("memory: ")
     assert lines[1] == f"a new run in {folder}"
     for iteration, line in zip((2, 4), lines[2:4], strict=True):
         assert re.fullmatch(
