@@ -136,3 +136,34 @@ def _give_parts(learner: MetaLearner, parts: tuple[Any, Any, Any]) -> None:
     for plugin in learner.chain.plugins:
         plugin.load_state_dict(plugins[plugin.name])
     learner.engine.optimizer.load_state_dict(optimizer)
+
+
+def load(cls: Any, path: Any, *, model: Any, plugins: Any, loss: Any, world: Any) -> Any:
+    from pathlib import Path
+
+    from metaplug.checkpoint.form import naming
+    from metaplug.errors import RequestError
+
+    state = checkpoint.read(Path(path))
+    if loss is None and state["custom_loss"]:
+        raise RequestError(
+            f"{path} was trained with a loss of your own, which a file cannot hold: give it as MetaLearner.load(..., loss=...)"
+        )
+    arguments: dict[str, Any] = {
+        "kind": state["kind"],
+        "loss": loss,
+        "seed": state["seed"],
+        "task_batching": state["task_batching"],
+    }
+    arguments |= state["settings"]
+    with naming(path):
+        learner = cls(
+            checkpoint.rebuilt_model(state["model_spec"], path) if model is None else model,
+            plugins=[checkpoint.plugin_use(use, path) for use in state["plugins"]]
+            if plugins is None
+            else plugins,
+            world=world,
+            **arguments,
+        )
+    learner.load_state_dict(state, str(path))
+    return learner

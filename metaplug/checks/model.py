@@ -93,7 +93,7 @@ def check_outputs(inner: InnerLoop, batch: TaskBatch, outputs: int, kind: Kind) 
             of another form.
     """
     x = torch.cat([batch.support_x[0], batch.query_x[0]])[:2]
-    model = clone(inner.functional.model, share_buffers=False)
+    model = clone(inner.functional.model, shared=False)
     with torch.no_grad():
         prediction = answer(model, x, inner.functional.batch_norm)
     check_rows(prediction, x)

@@ -59,7 +59,9 @@ class ModelChanges:
             if [*map(id, holder.values())] != identities:
                 names = {**before, **holder}
                 name = next(key for key in names if holder.get(key) is not before.get(key))
-                raise _changed(f"the model's '{_join(path, name)}' was replaced, added or taken away")
+                raise _changed(
+                    f"the model's '{_join(path, name)}' was replaced, added or taken away"
+                )
         for name, parameter, trained, dtype in self._parameters:
             if parameter.requires_grad is not trained:
                 change = f"from {trained} to {not trained}"

@@ -77,7 +77,9 @@ class PrepareBatch:
         with recording():
             batch = batch.recordable()
             if skip:
-                batch = batch.map(lambda each: each.nan_to_num() if each.is_floating_point() else each)
+                batch = batch.map(
+                    lambda each: each.nan_to_num() if each.is_floating_point() else each
+                )
             probed = probe_model(inner, batch, self._kind)
             self._engine.outputs = probed.outputs
             if self.batching is None:
@@ -102,4 +104,6 @@ class PrepareBatch:
         except RunError as error:
             if iteration is None:
                 raise
-            raise RunError(f"iteration {iteration} stopped, nothing was updated: {error}") from error
+            raise RunError(
+                f"iteration {iteration} stopped, nothing was updated: {error}"
+            ) from error

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from metaplug.contract.answers import form
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Kind
-from metaplug.core.functional_model import PLAIN, Place, clone, set_mode, version
+from metaplug.core.functional_model import PLAIN, Place, clone, give_parameters, set_mode, version
 from metaplug.core.inner_loop import InnerLoop
+from metaplug.core.vmap_rules import TaskRules
 from metaplug.errors import RequestError, quoted, said_by
 from metaplug.random_streams import stream
 
@@ -74,8 +75,9 @@ def probe_model(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> Probed:
     probe.refuse_sleepers()
     probe.refuse_other_values(prediction)
     probe.refuse_other_gradients(prediction)
-    probe.refuse_unregistered("model", prediction)
+    probe.refuse_unregistered("model", prediction, probe.predict())
     inner.query_graph = probe.needs_graph()
+    inner.first_order_only = probe.refuses_second_derivative()
     outputs = None
     if kind == "regression":
         _check_targets(prediction, probe.y)
@@ -99,7 +101,7 @@ class _Probe:
     def __init__(self, inner: InnerLoop, batch: TaskBatch) -> None:
         self.inner, self.x, self.y = inner, batch.support_x[0].clone(), batch.support_y[0]
         original = inner.functional.model
-        self.model = clone(original, share_buffers=False)
+        self.model = clone(original, shared=False)
         self.weights = _give_weights(self.model, original)
         before = _snapshot(self.model)
         self._given, self._tensors = version(self.x), self._values()
@@ -121,7 +123,7 @@ class _Probe:
     def predict(self) -> Tensor:
         """Return the functional model's answer to x, with the copy's weights."""
         try:
-            with stream(0, self.x.device):
+            with stream(0, self.x.device), TaskRules():
                 prediction: Tensor = self.inner.functional(list(self.weights.values()), self.x)
         except Exception as error:
             raise RequestError(
@@ -208,10 +210,17 @@ class _Probe:
                 "replace that part of the model"
             )
 
-    def refuse_unregistered(self, what: str, output: Tensor) -> None:
-        """Refuse leaves of an output's graph that require a gradient and are no given weights."""
+    def refuse_unregistered(self, what: str, output: Tensor, again: Tensor) -> None:
+        """Refuse leaves of an output's graph that require a gradient and are no given weights.
+
+        Args:
+            again: another output; a leaf that forward makes anew, as an energy's input, is not of
+                its graph.
+        """
         self._refuse_closures(output, what)
-        if leaves := [leaf for leaf in _leaves(output) if id(leaf) not in self._known()]:
+        known = {id(weight) for weight in self.weights.values()}
+        stay = {id(leaf) for leaf in _leaves(again)} - known
+        if leaves := [leaf for leaf in _leaves(output) if id(leaf) in stay]:
             forms = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
             raise RequestError(
                 f"the {what} uses tensors that require a gradient and are no parameters of the "
@@ -236,6 +245,24 @@ class _Probe:
             functional.begin(True)
         return False
 
+    def refuses_second_derivative(self) -> bool:
+        """Return whether the graph of a first derivative holds torch's error for a second one.
+
+        autograd.grad never visits it, as it does not lie on the way to the weights: it would leave
+        that part of the second derivative out.
+        """
+        trained = [weight for weight in self.weights.values() if weight.requires_grad]
+        prediction = self.predict()
+        if not prediction.requires_grad:
+            return False
+        value = prediction.square().sum()
+        try:
+            taken = torch.autograd.grad(value, trained, create_graph=True, allow_unused=True)
+        except RuntimeError:
+            return False  # the inner loop meets it, too
+        nodes = [node for each in taken if each is not None for node in _nodes(each)]
+        return any(node.name() == "torch::autograd::Error" for node in nodes)
+
     def check_loss(self, prediction: Tensor) -> None:
         """Refuse a loss of another form, one that remembers, and one with weights of its own."""
         try:
@@ -250,19 +277,17 @@ class _Probe:
                 "the loss must answer with one number for a task, a tensor of shape (): "
                 "take the mean over its examples"
             )
+        alone = prediction.detach()  # what is in the graph now is the loss's own
         with stream(0, self.x.device):
-            first = self.inner.loss(prediction, self.y)
+            first = self.inner.loss(alone, self.y)
         with stream(0, self.x.device):
-            second = self.inner.loss(prediction, self.y)
+            second = self.inner.loss(alone, self.y)
         if not _close(second, first):
             raise RequestError(
                 "the loss answers otherwise when it is asked again, as if it remembered, so that "
                 "tasks would see each other: keep nothing in it"
             )
-        self.refuse_unregistered("loss", loss)
-
-    def _known(self) -> set[int]:
-        return {id(weight) for weight in self.weights.values()}
+        self.refuse_unregistered("loss", first, second)
 
     def _refuse_closures(self, output: Tensor, what: str = "model") -> None:
         """Refuse the model's own weights in a graph, which the fast weights should stand in."""
@@ -380,12 +405,7 @@ def _give_weights(model: nn.Module, original: nn.Module) -> dict[str, Tensor]:
         noise = torch.randn(parameter.shape, generator=generator).to(parameter)
         value = nn.Parameter(parameter.detach() + 0.1 * noise, parameter.requires_grad)
         own[id(parameter)] = named[name] = value
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = own.get(id(parameter), parameter)
-        if isinstance(module, nn.RNNBase):
-            module._init_flat_weights()
+    give_parameters(model, own)
     return named
 
 
@@ -464,22 +484,26 @@ def _gradients(output: Tensor, trained: list[Tensor]) -> list[Tensor] | None:
     except RuntimeError:
         return None
     return [
-        torch.zeros_like(weight) if one is None else one
+        torch.zeros_like(weight) if one is None else one.to_dense() if one.is_sparse else one
         for one, weight in zip(taken, trained, strict=True)
     ]
 
 
 def _leaves(output: Tensor) -> list[Tensor]:
     """The leaves of an output's graph."""
-    seen, waiting, leaves = set[Any](), [output.grad_fn], list[Tensor]()
+    found = [getattr(node, "variable", None) for node in _nodes(output)]
+    return [leaf for leaf in found if isinstance(leaf, Tensor)]
+
+
+def _nodes(output: Tensor) -> list[Any]:
+    """The nodes of an output's graph."""
+    seen, waiting = dict[Any, None](), [output.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is not None and node not in seen:
-            seen.add(node)
+            seen[node] = None
             waiting += [source for source, _ in node.next_functions]
-            if isinstance(leaf := getattr(node, "variable", None), Tensor):
-                leaves.append(leaf)
-    return leaves
+    return list(seen)
 
 
 def _close(own: Tensor, expected: Tensor) -> bool:

@@ -240,6 +240,18 @@ class Chain:
         )
 
     @property
+    def scheduled(self) -> tuple[str, ...]:
+        """The plugins that follow the length of the run."""
+        links = [link for links in self._links.values() for link in links]
+        follow = [
+            link.plugin.name
+            for link in links
+            if "total" in link.arguments
+            or "meta_iterations" in getattr(link.function, "__code__", _NO_CODE).co_names
+        ]
+        return tuple(dict.fromkeys(follow))
+
+    @property
     def transductive(self) -> tuple[str, ...]:
         """The plugins that let test tasks share."""
         return tuple(plugin.name for plugin in self.plugins if plugin.transductive)
@@ -278,6 +290,8 @@ def _check_list(plugins: Sequence[Plugin]) -> None:
                 f"plugin '{plugin.name}' must run after {quoted(late)}: move it behind in the list of plugins"
             )
 
+
+_NO_CODE = (lambda: None).__code__
 
 _BY_TASK = (
     "transform_tasks",

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -118,19 +117,22 @@ class FunctionalModel:
                 )
 
 
-def clone(model: nn.Module, *, share_buffers: bool = True) -> nn.Module:
-    """Return a copy of a model that shares its parameters and hooks, and as asked its buffers.
+def clone(model: nn.Module, *, shared: bool = True) -> nn.Module:
+    """Return a copy of a model that has its parameters, and its other tensors as asked.
+
+    Args:
+        shared: whether the copy has the model's own buffers, and follows the hooks that the user
+            adds to it or removes later.
 
     Raises:
         RequestError: the model, or something that it holds, cannot be copied.
     """
-    memo: dict[int, Any] = {
-        id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())
-    }
+    tensors = [*model.parameters(), *(model.buffers() if shared else ())]
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     for module in model.modules():
         for name, value in vars(module).items():
-            if "_hooks" in name:
-                memo[id(value)] = value  # a hook that the user adds or removes later counts, too
+            if "_hooks" in name and value is not None:
+                memo |= {id(each): each for each in ([value] if shared else value.values())}
             # deepcopy refuses tensors with a graph, as a model that was called before may keep.
             memo |= {
                 id(each): each.detach() for each in _tensors(value) if each.grad_fn is not None
@@ -143,6 +145,16 @@ def clone(model: nn.Module, *, share_buffers: bool = True) -> nn.Module:
             "structure, so that yours stays as it is: leave out of its attributes what "
             "copy.deepcopy refuses, or give its class a __deepcopy__"
         ) from error
+
+
+def give_parameters(model: nn.Module, new: Mapping[int, nn.Parameter]) -> None:
+    """Put parameters in the place of those of a clone, by the identity of the old ones."""
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                module._parameters[name] = new[id(old)]
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
 
 
 class Attributes:

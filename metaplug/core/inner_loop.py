@@ -72,6 +72,8 @@ class InnerLoop:
         checkpoint_steps: keep the graph of this many inner steps; recompute the rest in the
             backward pass. None keeps all of it.
         autocast: makes the context in which the model's forward passes run.
+        first_order_only: whether an operation of the model refuses to be differentiated twice,
+            which autograd passes over.
         query_graph: whether forward itself differentiates, so that it needs autograd at evaluation.
     """
 
@@ -89,7 +91,7 @@ class InnerLoop:
         batch_norm: str,
     ) -> None:
         self.chain, self.loss, self.inner_steps, self.inner_lr = chain, loss, inner_steps, inner_lr
-        self.vectorized, self.query_graph = True, False
+        self.vectorized, self.query_graph, self.first_order_only = True, False, False
         self.checkpoint_steps: int | None = None
         self.autocast: Callable[[], AbstractContextManager[None]] = nullcontext
         self.functional = FunctionalModel(model, batch_norm)
@@ -299,6 +301,11 @@ class InnerLoop:
         order = 1
         if step.training:
             order = self._order(step) if orders is None else orders[step.index]
+        if self.first_order_only and order == 2 and graph:
+            raise RunError(
+                "second-order meta-gradients cannot be had of this model (an operation of its is "
+                "marked once_differentiable): add the plugin derivative-order"
+            )
         weights = [fast[name] for name in self.adapted]
         # Across ranks autograd differentiates Σ_r s[r] · (...), but this sum over tasks has no
         # factor s: divide it out before, and multiply it in after.

@@ -9,7 +9,6 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import higher
@@ -117,12 +116,9 @@ class DifferentiableOptimizer:
 
     def reset(self) -> None:
         """Forget momenta, and release the last tensors, which would keep their graph alive."""
-        first: dict[str, Any] = {}
-        if isinstance(self._optimizer, higher.optim.DifferentiableAdagrad):
-            first = {"step": 0, "sum": torch.zeros(())}  # it expects to find its sums
-        self._optimizer.state = [
-            defaultdict(partial(dict, first)) for _ in self._optimizer.param_groups
-        ]
+        adagrad = isinstance(self._optimizer, higher.optim.DifferentiableAdagrad)
+        first = _adagrad_state if adagrad else dict
+        self._optimizer.state = [defaultdict(first) for _ in self._optimizer.param_groups]
         for group in self._optimizer.param_groups:
             group["params"], group["lr"] = [None], None
 
@@ -132,6 +128,11 @@ class DifferentiableOptimizer:
             return {}
         steps = [state[0].get("step", 0) + 1 for state in self._optimizer.state]
         return {"eps": [self._eps * math.sqrt(1 - self._betas[1] ** step) for step in steps]}
+
+
+def _adagrad_state() -> dict[str, Any]:
+    """The state that higher's Adagrad expects to find before its first step."""
+    return {"step": 0, "sum": torch.zeros(())}
 
 
 class _Sgd(higher.optim.DifferentiableSGD):  # type: ignore[misc]

@@ -182,7 +182,7 @@ def _not_differentiable(error: RuntimeError) -> RuntimeError:
             "a plugin uses the support losses of a first-order step in what is differentiated, but "
             "their graph is gone: detach them in the plugin, or use second order"
         )
-    if "derivative for" in str(error) or "once_differentiable" in str(error):
+    if "derivative for" in str(error):
         return RunError(
             "second-order meta-gradients cannot be had of this model "
             f"({str(error).splitlines()[0]}): add the plugin derivative-order"

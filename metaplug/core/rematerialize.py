@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 Piece = Callable[..., Any]
@@ -75,7 +74,6 @@ class _Rematerialized(torch.autograd.Function):
         return tuple(output.detach() for output in run(_leaves(tensors[: run.count]), graph=False))
 
     @staticmethod
-    @once_differentiable  # the recomputed graph hangs on new leaves, so it ends there
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         run: _Run = ctx.run
         leaves = _leaves(ctx.saved_tensors[: run.count])
@@ -91,8 +89,33 @@ class _Rematerialized(torch.autograd.Function):
         if not pairs:
             return None, *(None for _ in sources)
         ends, given = zip(*pairs, strict=True)
-        taken = iter(torch.autograd.grad(ends, wanted, given, allow_unused=True))
-        return None, *(next(taken) if source.requires_grad else None for source in sources)
+        with torch.enable_grad():
+            taken = torch.autograd.grad(ends, wanted, given, allow_unused=True)
+        if torch.is_grad_enabled():  # a second derivative is asked for, or may be
+            asked = [each for each in (*gradients, *ctx.saved_tensors) if each is not None]
+            taken = _NoSecondDerivative.apply(len(taken), *taken, *asked)
+        found = iter(taken)
+        return None, *(next(found) if source.requires_grad else None for source in sources)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Passes gradients on, and refuses to be differentiated.
+
+    The recomputed graph ends at new leaves, so the second derivative would be cut without a word.
+    torch's once_differentiable does not help: autograd.grad never visits its error, which stands
+    beside the way to the inputs. This one stands on it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if each is None else each.detach() for each in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> NoReturn:
+        raise RuntimeError(
+            "steps that are recomputed (checkpoint_steps) cannot be differentiated twice: "
+            "leave checkpoint_steps out"
+        )
 
 
 def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:

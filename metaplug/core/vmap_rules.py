@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -59,6 +60,7 @@ def for_all_tasks(
         tensor([[2.],
                 [3.]])
     """
+    _load_decompositions()
     tasks = len(x)
     level = _vmap_increment_nesting(tasks, "different")
     try:
@@ -71,6 +73,12 @@ def for_all_tasks(
         return _remove_batch_dim(one, level, tasks, 0), _remove_batch_dim(other, level, tasks, 0)
     finally:
         _vmap_decrement_nesting()
+
+
+@cache
+def _load_decompositions() -> None:
+    """Let torch load the decompositions that vmap uses, as its first call does."""
+    torch.vmap(torch.clone)(torch.zeros(1))
 
 
 class TaskRules(TorchFunctionMode):

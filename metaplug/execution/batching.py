@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.core.inner_loop import InnerLoop
 from metaplug.core.vmap_rules import for_all_tasks
-from metaplug.errors import RequestError
+from metaplug.errors import RequestError, said_by
 from metaplug.random_streams import stream
 
 Batching = Literal["auto", "vectorized", "sequential"]
@@ -68,7 +68,11 @@ def choose_batching(
         return BatchingChoice("sequential", f"{fault}: {why}")
     if batch.device.type != "cpu":
         return BatchingChoice("vectorized", f"tasks are stacked on {batch.device.type}")
-    kept = kept_bytes(inner, batch)
+    try:
+        kept = kept_bytes(inner, batch)
+    except RuntimeError as error:  # torch.func.grad in forward allows no look at what is saved
+        why = f"what a task keeps for its backward pass cannot be measured: {said_by(error)}"
+        return BatchingChoice("sequential", why)
     small = kept <= CPU_TASK_BYTES
     bound = f"{'at most' if small else 'more than'} {CPU_TASK_BYTES / 2**20:g} MiB"
     reason = f"a task keeps {kept / 2**20:.2f} MiB for its backward pass, {bound} on a CPU"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from metaplug.contract.chain import Chain
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.contract.values import Outcome, TaskShare
+from metaplug.contract.values import Outcome
 from metaplug.core.inner_loop import InnerLoop, recording
 from metaplug.core.outer_loop import MetaGradients, OuterLoop
 from metaplug.errors import RankError, RunError, quoted
@@ -180,7 +180,7 @@ class Engine:
             meta_lr = self._rates[0] * self._factor(iteration, total)
             return MetaStep(self.iteration, outer_loss, norm, meta_lr, {}, text)
         meta_lr = self.update(found, total)
-        self.check_update()
+        self._check_update()
         figures = self.chain.figures(iteration, total)
         return MetaStep(self.iteration, outer_loss, norm, meta_lr, figures)
 
@@ -200,20 +200,23 @@ class Engine:
         meta_lr: float = self.optimizer.param_groups[0]["lr"]
         return meta_lr
 
-    def check_update(self) -> None:
-        """Look at what the meta-optimizer wrote: finite gradients may still leave the dtype's range.
+    def nonfinite_parameter(self) -> str | None:
+        """Return the first meta-parameter that is NaN or Inf; None for none."""
+        values = {
+            name: each.detach() for name, each in self.meta_parameters.items() if each.numel()
+        }
+        if torch.isfinite(torch.nn.utils.get_total_norm(values.values(), math.inf)):
+            return None
+        return next(name for name, value in values.items() if not torch.isfinite(value).all())
+
+    def _check_update(self) -> None:
+        """Look at what the meta-optimizer wrote: finite gradients may leave the dtype's range.
 
         Raises:
             RunError: a meta-parameter is NaN or Inf.
         """
-        values = [parameter.detach() for parameter in self.meta_parameters.values()]
-        if torch.isfinite(torch.nn.utils.get_total_norm(values, math.inf)):
+        if (name := self.nonfinite_parameter()) is None:
             return
-        name = next(
-            name
-            for name, value in self.meta_parameters.items()
-            if not torch.isfinite(value.detach()).all()
-        )
         rates = quoted(sorted({f"{group['lr']:.4g}" for group in self.optimizer.param_groups}))
         raise RunError(
             f"iteration {self.iteration - 1} stopped: the meta-optimizer wrote NaN or Inf into "
@@ -221,13 +224,16 @@ class Engine:
             "last checkpoint with a lower meta_lr, or clip the meta-gradient"
         )
 
-    def evaluate(self, batch: TaskBatch, steps: int, numbers: Sequence[int]) -> Outcome:
+    def evaluate(
+        self, batch: TaskBatch, steps: int, numbers: Sequence[int] | None = None
+    ) -> Outcome:
         """Adapt test tasks. Touches no graph, state or random stream of the caller's.
 
         Args:
-            numbers: of the tasks. A model that draws random numbers at evaluation draws by these,
-                so a task's result does not depend on its batch.
+            numbers: of the tasks; default: their places. A model that draws random numbers at
+                evaluation draws by these, so a task's result does not depend on its batch.
         """
+        numbers = range(batch.num_tasks) if numbers is None else numbers
         with self._computing(mix(self.seed)):
             if not self.draws_at_evaluation:
                 before = self._random_state()

@@ -241,7 +241,9 @@ def _refused(self: Any, *_: Any) -> Any:
 for _name in "add sub mul truediv floordiv mod pow divmod matmul and or xor lshift rshift".split():
     setattr(_Unknown, f"__{_name}__", _refused)
     setattr(_Unknown, f"__r{_name}__", _refused)
-for _name in "eq ne lt le gt ge neg pos abs int float index bool hash round trunc floor ceil".split():
+for (
+    _name
+) in "eq ne lt le gt ge neg pos abs int float index bool hash round trunc floor ceil".split():
     setattr(_Unknown, f"__{_name}__", _refused)
 
 
@@ -265,7 +267,9 @@ def _python_state(engine: Engine) -> tuple[tuple[Any, ...], dict[str, Any]]:
     for hook in engine.chain.order():
         for link in engine.chain.links(hook):
             for name, value in _outside(link.function):
-                kept[f"'{name}', which plugin '{link.plugin.name}' reads in {hook},"] = _image(value)
+                kept[f"'{name}', which plugin '{link.plugin.name}' reads in {hook},"] = _image(
+                    value
+                )
     loss = engine.inner.loss
     kept["the loss"] = _image(vars(loss)) if hasattr(loss, "__dict__") else None
     for name, value in _outside(loss):

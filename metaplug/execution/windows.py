@@ -38,7 +38,6 @@ def meta_steps(
             found = engine.meta_gradients(batch, engine.iteration, total)
             told.append(engine.told(found, batch if skip else None))
             rates.append(engine.update(found, total))
-        engine.check_update()
     except _ENDS as error:
         if engine.world.size > 1:  # the other ranks may be elsewhere
             _restore(engine, before)
@@ -46,7 +45,7 @@ def meta_steps(
         # A step that fails will fail again, or be skipped; a batch that cannot be drawn ends this.
         again, failure = True, error if len(done) == len(rates) else None
     rows = torch.stack(told).tolist() if told else []
-    if again or not all(finite for *_, finite in rows):
+    if again or not all(finite for *_, finite in rows) or engine.nonfinite_parameter():
         _restore(engine, before)
         yield from _one_by_one(engine, done, failure, total, skip=skip)
         return

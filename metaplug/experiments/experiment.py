@@ -160,7 +160,7 @@ def environment(learner: MetaLearner) -> dict[str, Any]:
         if device.type == "cuda"
         else device.type,
         "threads": torch.get_num_threads(),
-        "precision": learner.engine.inner.precision,
+        "precision": learner.engine.precision,
         "deterministic": learner.engine.deterministic,
         "ranks": learner.world.size,
         "batching": None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Outcome
-from metaplug.execution.engine import MetaGradients
+from metaplug.core.outer_loop import MetaGradients
 from metaplug.learner import MetaLearner
 
 ROUNDING = (1e-6, 1e-7)
@@ -24,7 +24,7 @@ SAME_SUMS = (1e-7, 1e-9)
 def found(learner: MetaLearner, batch: TaskBatch) -> MetaGradients:
     """The engine's own account of one meta-iteration on `batch`: meta-gradients, outer loss and outcome; nothing is updated."""
     return learner.engine.meta_gradients(
-        learner.intake(batch), learner.iteration, learner.engine.total
+        learner.prepare_batch(batch), learner.iteration, learner.engine.total
     )
 
 
@@ -119,7 +119,7 @@ def training(learner: MetaLearner, batch: TaskBatch, *, order: int | None = None
 def evaluation(learner: MetaLearner, batch: TaskBatch, *, steps: int | None = None) -> Findings:
     """How the tasks of `batch` are adapted as test tasks."""
     steps = learner.settings.inner_steps if steps is None else steps
-    outcome = learner.engine.evaluate(learner.intake(batch), steps)
+    outcome = learner.engine.evaluate(learner.prepare_batch(batch), steps)
     by_task = {
         f"the adapted weight '{name}'": weight
         for name, weight in outcome.adapted_parameters.items()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from metaplug.checks.watch import Watch
+from metaplug.checks.find_nonfinite import NonFiniteWatch
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import MetaplugError, quoted
 from metaplug.learner import LOSSES, MetaLearner
@@ -198,7 +198,7 @@ def _check_finite(learner: MetaLearner, batch: TaskBatch) -> None:
         wrong = found(learner, batch).non_finite()
         if wrong is None:
             continue
-        learner.chain.watch = watch = Watch(learner.settings.inner_lr)
+        learner.chain.watch = watch = NonFiniteWatch(learner.settings.inner_lr)
         found(learner, batch)
         raise BreachError(
             wrong if watch.fault is None else watch.fault.text.partition("; ")[0]

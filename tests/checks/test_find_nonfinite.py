@@ -364,7 +364,7 @@ def test_a_norm_that_overflows_though_its_elements_do_not():
     with pytest.raises(RunError) as error:
         problem().learner(plugins=[Large()]).fit(Stream(), iterations=1, tasks_per_batch=2)
     assert str(error.value) == (
-        "iteration 0 stopped, nothing was updated: the norm of the meta-gradient is Inf in iteration 0, though each of its elements is "
+        "iteration 0 stopped, nothing was updated: the norm of the meta-gradient, or its square, is Inf in iteration 0, though each of its elements is "
         "finite; clip it inside the loop, or lower inner_lr"
     )
 
@@ -430,7 +430,7 @@ def by_hand(learner, skipped, iterations, tasks=3):
             learner.engine.iteration += 1
         else:
             learner.engine.meta_step(
-                learner.intake(Stream().batch(iteration, range(tasks))), iterations
+                learner.prepare_batch(Stream().batch(iteration, range(tasks))), iterations
             )
     return learner
 
@@ -824,7 +824,7 @@ def test_only_validations_pay_for_support_losses_after_adaptation(monkeypatch):
     asked = []
     real = learner.engine.adapted_losses
     monkeypatch.setattr(
-        learner.engine, "adapted_losses", lambda outcome: asked.append(outcome) or real(outcome)
+        learner.engine, "adapted_losses", lambda *given: asked.append(given) or real(*given)
     )
     result = learner.evaluate(tasks, num_tasks=20)
     assert (len(asked), result.raised, result.support_losses) == (0, None, None)
@@ -907,7 +907,7 @@ def test_an_evaluation_names_the_plugin_and_the_task(batching):
     learner = problem().learner(plugins=[plugin], task_batching=batching)
     learner.evaluate(Stream(), num_tasks=20)
     plugin.loss = float(
-        learner.engine.evaluate(learner.intake(Stream().batch(0, [18])), 1)
+        learner.engine.evaluate(learner.prepare_batch(Stream().batch(0, [18])), 1)
         .support_losses[0]
         .detach()
     )

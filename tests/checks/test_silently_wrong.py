@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from metaplug import MetaLearner, Plugin, RequestError, RunError, hookimpl
-from metaplug.checks.model_changes import Unchanged
-from metaplug.core.optimizers import MirroredOptimizer
+from metaplug.checks.model_changes import ModelChanges
+from metaplug.core.optimizers import DifferentiableOptimizer
 from metaplug.execution.ranks import Share, World
 from metaplug.execution.traced import CompiledDerivation
 from metaplug.testing import Stream, adapted, problem, reference
@@ -85,7 +85,7 @@ def unguarded(monkeypatch):
     monkeypatch.setattr("metaplug.checks.prepare_batch.check_forward", lambda inner, batch, kind: 3)
     monkeypatch.setattr("metaplug.learner.check_model", lambda model, batch_norm: None)
     monkeypatch.setattr("metaplug.learner.check_loss", lambda loss: None)
-    monkeypatch.setattr(Unchanged, "check", lambda self: False)
+    monkeypatch.setattr(ModelChanges, "check", lambda self: False)
     monkeypatch.setattr("metaplug.core.inner_loop.follow", lambda patched: None)
 
 
@@ -362,7 +362,7 @@ def test_adams_eps_stands_behind_the_bias_correction(monkeypatch, eps, error):
     )
     exact = exactly(model, steps=3, lr=0.05, rule=lambda: reference.Adam(eps=eps))
     assert off(learner_of(model, **settings).meta_gradients(BATCH), exact) < 1e-12
-    monkeypatch.setattr(MirroredOptimizer, "_corrected", lambda self: {})
+    monkeypatch.setattr(DifferentiableOptimizer, "_corrected", lambda self: {})
     assert off(learner_of(model, **settings).meta_gradients(BATCH), exact) == about(error)
 
 
@@ -378,7 +378,7 @@ def test_steps_made_again_need_the_optimizers_state(monkeypatch):
     assert (
         off(learner_of(model, checkpoint_steps=1, **settings).meta_gradients(BATCH), exact) < 1e-12
     )
-    monkeypatch.setattr(MirroredOptimizer, "restore", lambda self, snapshot: None)
+    monkeypatch.setattr(DifferentiableOptimizer, "restore", lambda self, snapshot: None)
     assert off(
         learner_of(model, checkpoint_steps=1, **settings).meta_gradients(BATCH), exact
     ) == about(1.0)

@@ -13,7 +13,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
 from metaplug.core import vmap_rules as folding
-from metaplug.core.vmap_rules import Folding, for_all_tasks
+from metaplug.core.vmap_rules import TaskRules, for_all_tasks
 from metaplug.execution.traced import _widen_products
 
 LAYERS = {
@@ -113,7 +113,7 @@ def test_pooling_by_channels_is_torchs_bit_for_bit(channels, kernel, stride, cei
     )
     settings = {"stride": stride, "padding": 1, "ceil_mode": ceil}
     answers = []
-    for mode in (Folding, nullcontext):
+    for mode in (TaskRules, nullcontext):
         with mode(), pytest.MonkeyPatch.context() as patched:
             patched.setattr(folding, "LARGE", 0)
             pooled = F.max_pool2d(x, kernel, **settings)

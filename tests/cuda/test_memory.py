@@ -35,7 +35,7 @@ def test_memory_that_runs_out_is_explained():
         most / torch.cuda.get_device_properties(0).total_memory
     )
     try:
-        batch = learner.intake(case.batch)
+        batch = learner.prepare_batch(case.batch)
         many = type(batch)(
             *(getattr(batch, field).repeat_interleave(20_000, 0).cpu() for field in batch.__slots__)
         )

@@ -11,7 +11,7 @@ import torch
 from metaplug_plugins.gradient_sharing import GradientSharing
 
 from metaplug import RunError, checkpoint
-from metaplug.checks.prepare_batch import Intake
+from metaplug.checks.prepare_batch import PrepareBatch
 from metaplug.cli.main import main
 from metaplug.execution import free_memory, memory
 from metaplug.execution.free_memory import available, size_text
@@ -193,7 +193,7 @@ class TestWhenItRunsOut:
 
     def test_in_one_of_several_steps_in_a_row(self, monkeypatch):
         learner = problem().learner(metrics_every=4)
-        monkeypatch.setattr(Intake, "__call__", fails_in_iteration(2, Intake.__call__))
+        monkeypatch.setattr(PrepareBatch, "__call__", fails_in_iteration(2, PrepareBatch.__call__))
         with pytest.raises(RunError, match=f"iteration 2 ran out of memory on cpu {WORK}: "):
             learner.fit(Stream(), iterations=4)
         assert learner.iteration == 2
@@ -374,7 +374,7 @@ class TestOnTheCommandLine:
     def test_memory_that_runs_out_is_one_line_and_keeps_the_last_checkpoint(
         self, capfd, monkeypatch
     ):
-        monkeypatch.setattr(Intake, "__call__", fails_in_iteration(3, Intake.__call__))
+        monkeypatch.setattr(PrepareBatch, "__call__", fails_in_iteration(3, PrepareBatch.__call__))
         status, lines = self.run(capfd, "train", "--name", "mine")
         assert status == 1
         assert lines[-1] == (

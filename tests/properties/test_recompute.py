@@ -10,7 +10,7 @@ from torch import nn
 
 from metaplug import MetaLearner, RequestError, TaskBatch
 from metaplug.bench.meters import torch_memory as _memory
-from metaplug.core.rematerialize import recomputed
+from metaplug.core.rematerialize import rematerialize
 from metaplug.models import Conv4
 from metaplug.testing import Stream, assert_close, found, problem
 from metaplug.testing.strategies import problems
@@ -159,7 +159,7 @@ def test_a_piece_is_differentiated_in_its_inputs_and_its_parameters():
         (slope,) = torch.autograd.grad((first**3 * scale).sum(), first, create_graph=graph)
         return {"sum": slope + second * number, "text": "as it is", "whole": torch.tensor(3)}
 
-    calls = [recomputed(piece, (x, [y, 2.5]), [scale]), piece((x, [y, 2.5]), graph=True)]
+    calls = [rematerialize(piece, (x, [y, 2.5]), [scale]), piece((x, [y, 2.5]), graph=True)]
     assert calls[0]["text"] == "as it is"
     assert torch.equal(calls[0]["sum"], calls[1]["sum"])
     gradients = [torch.autograd.grad(call["sum"].sin().sum(), [x, y, scale]) for call in calls]
@@ -177,6 +177,6 @@ def test_a_tensor_that_stands_in_two_places_stays_one():
         )
         return slope
 
-    plain, again = piece((x, x), graph=True), recomputed(piece, (x, x), [])
+    plain, again = piece((x, x), graph=True), rematerialize(piece, (x, x), [])
     assert torch.equal(plain, again)
     assert torch.equal(*(torch.autograd.grad(each.sum(), x)[0] for each in (plain, again)))

@@ -1,0 +1,101 @@
+"""From a model, plugins and settings to an engine that runs meta-iterations."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+
+from torch import nn
+
+from metaplug.checks.find_nonfinite import find_nonfinite
+from metaplug.contract.chain import Chain
+from metaplug.contract.values import Context, Kind
+from metaplug.core.inner_loop import InnerLoop, Loss
+from metaplug.errors import RequestError
+from metaplug.execution.engine import Engine
+from metaplug.execution.plan import StepPlan
+from metaplug.execution.precision import Precision, check_precision, forward
+from metaplug.execution.ranks import World
+from metaplug.execution.settings import LearnerSettings
+
+
+def assemble(
+    model: nn.Module,
+    chain: Chain,
+    loss: Loss,
+    settings: LearnerSettings,
+    plan: StepPlan,
+    *,
+    kind: Kind,
+    precision: Precision,
+    deterministic: bool,
+    seed: int,
+    world: World,
+) -> Engine:
+    """Return an engine over the model; the plugins are set up on the way.
+
+    On several ranks all start from rank 0's values.
+
+    Raises:
+        RequestError: the plugins select nothing to adapt, or an option cannot be had on the model's
+            device or with its dtype.
+    """
+    world.align([*model.parameters(), *model.buffers()])  # plugins start from these values
+    adapted = _set_up(model, chain, settings, kind, world)
+    world.align([each for own in chain.plugins for each in (*own.parameters(), *own.buffers())])
+    inner = InnerLoop(
+        model,
+        chain,
+        loss,
+        adapted=adapted,
+        inner_steps=settings.inner_steps,
+        inner_lr=settings.inner_lr,
+        optimizer=settings.inner_optimizer,
+        optimizer_settings=settings.inner_optimizer_settings,
+        batch_norm=settings.batch_norm,
+    )
+    check_precision(precision, inner.dtype, inner.device)
+    plan.check_device(inner.device)
+    inner.checkpoint_steps = plan.checkpoint_steps
+    narrow = partial(forward, precision, inner.device)
+    inner.autocast = narrow if precision == "bfloat16" else nullcontext
+    engine = Engine(
+        model,
+        chain,
+        inner,
+        meta_optimizer=settings.meta_optimizer,
+        meta_lr=settings.meta_lr,
+        seed=seed,
+        world=world,
+        diagnose=find_nonfinite,
+    )
+    engine.deterministic, engine.precision = deterministic, precision
+    engine.derivation = plan.derivation(engine)
+    return engine
+
+
+def _set_up(
+    model: nn.Module, chain: Chain, settings: LearnerSettings, kind: Kind, world: World
+) -> tuple[str, ...]:
+    """Let the plugins choose what is adapted, and create their meta-parameters."""
+    trainable = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    layers = {name: type(model.get_submodule(name.rpartition(".")[0])) for name in trainable}
+    selected = chain.fold("select_adapted", tuple(trainable), layers=layers)
+    if not selected:
+        raise RequestError("the plugins select no parameter to adapt: leave at least one")
+    adapted = tuple(name for name in trainable if name in selected)
+    reference = next(iter(trainable.values()))
+    context = Context(
+        shapes={name: parameter.shape for name, parameter in trainable.items()},
+        parameters={name: parameter.detach() for name, parameter in trainable.items()},
+        layers=layers,
+        adapted=adapted,
+        dtype=reference.dtype,
+        device=reference.device,
+        inner_steps=settings.inner_steps,
+        inner_lr=settings.inner_lr,
+        kind=kind,
+        ranks=world.size,
+    )
+    chain.setup(context)
+    return adapted

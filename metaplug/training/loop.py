@@ -1,0 +1,90 @@
+"""The loop of meta-training: batches in, records out, with validations on the way."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from metaplug.checks.prepare_batch import PrepareBatch
+from metaplug.errors import RequestError
+from metaplug.evaluation.history import Record
+from metaplug.evaluation.results import EvaluationResult
+from metaplug.execution.engine import Engine
+from metaplug.execution.memory import memory_explained
+from metaplug.execution.windows import meta_steps
+from metaplug.tasks.episodes import TaskStream
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Meta-training up to an iteration.
+
+    Attributes:
+        end: the iteration to stop after, and `total`, the length of the run for schedules.
+        tasks_per_batch: of all ranks.
+        validate: called every `validate_every` iterations and after the last; None for never.
+        metrics_every: meta-steps after which losses and figures are fetched from the device.
+        skip: leave out a batch in which something is NaN or Inf, and count it.
+    """
+
+    engine: Engine
+    prepare_batch: PrepareBatch
+    tasks: TaskStream
+    end: int
+    total: int
+    tasks_per_batch: int
+    validate: Callable[[], EvaluationResult] | None
+    validate_every: int
+    metrics_every: int
+    skip: bool
+
+    def __post_init__(self) -> None:
+        size = self.engine.world.size
+        if self.tasks_per_batch < size:
+            raise RequestError(
+                f"tasks_per_batch = {self.tasks_per_batch} on {size} ranks: a rank without a task "
+                f"would only wait; give at least {size} tasks, or start fewer ranks"
+            )
+        if self.total < self.end:
+            raise RequestError(
+                f"total = {self.total}: this call ends at iteration {self.end}; give at least that"
+            )
+
+    def records(self, begun: Callable[[], None]) -> Iterator[Record]:
+        """Make one meta-update after the other, each at a step of the iterator.
+
+        Args:
+            begun: called when something was trained on.
+
+        Raises:
+            RunError: a loss or gradient is NaN or Inf, or memory runs out.
+        """
+        engine = self.engine
+        own = engine.world.shard(range(self.tasks_per_batch))
+        while engine.iteration < self.end:
+            first, due = engine.iteration, self.end
+            if self.validate is not None:
+                due = min(due, (first // self.validate_every + 1) * self.validate_every)
+            until = min(first + self.metrics_every, due)
+            batches = (
+                self.prepare_batch(
+                    self.tasks.batch(iteration, own),
+                    trusted=iteration > first,
+                    numbers=own,
+                    iteration=iteration,
+                    skip=self.skip,
+                )
+                for iteration in range(first, until)
+            )
+            with memory_explained(engine, len(own)):
+                if until == first + 1:
+                    step = engine.meta_step(next(batches), self.total, skip=self.skip)
+                    steps = iter([step])
+                else:
+                    steps = meta_steps(engine, batches, self.total, skip=self.skip)
+                    steps = itertools.chain([next(steps)], steps)  # all of them are made here
+            begun()
+            for step in steps:
+                measured = self.validate is not None and step.iteration == due
+                yield Record(step, self.validate() if measured and self.validate else None)
