@@ -64,7 +64,7 @@ def load(kind: str, name: str) -> Any:
         RequestError: nothing of that name is installed (the nearest is offered), two distributions offer it, or it breaks the contract.
         RunError: it is installed but does not import, or is no part of its kind.
     """
-    from metaplug.contract.parts import checked  # noqa: PLC0415 - torch takes seconds to import, and names need none of it
+    from metaplug.contract.parts import checked
 
     found = _found(kind, name)
     if not found:

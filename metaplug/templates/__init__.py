@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 
 import metaplug
 from metaplug.contract import registry
-from metaplug.errors import RequestError, RunError
 from metaplug.contract.naming import camel, is_kebab, kebab
+from metaplug.errors import RequestError, RunError
 
 LONGEST = 40
 """Letters of a name, so that the lines of the templates stay within their bound."""
@@ -72,7 +72,9 @@ def write_package(name: str, kind: str, folder: Path) -> list[Path]:
     scaffold = SCAFFOLDS[kind]
     _check_name(name, scaffold.part)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise RequestError(f"{folder} already exists, and nothing is written over: give another --out, or another name")
+        raise RequestError(
+            f"{folder} already exists, and nothing is written over: give another --out, or another name"
+        )
     written = _filled(name, kind, scaffold.part)
     try:
         for place, text in written.items():
@@ -80,7 +82,9 @@ def write_package(name: str, kind: str, folder: Path) -> list[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise RunError(f"cannot write {error.filename}: {error.strerror}; give another --out") from error
+        raise RunError(
+            f"cannot write {error.filename}: {error.strerror}; give another --out"
+        ) from error
     return sorted(map(Path, written))
 
 
@@ -99,12 +103,16 @@ def _filled(name: str, kind: str, part: str) -> dict[str, str]:
     pattern = re.compile("|".join(words))
     found: dict[str, str] = {}
     for source in (kind, "common"):
-        for file in sorted((files("metaplug") / "templates" / source).iterdir(), key=lambda file: file.name):
-            if PurePosixPath(file.name).suffix == ".pyc" or file.name.startswith("__"):
-                continue  # pip compiles what it installs
+        for file in sorted(
+            (files("metaplug") / "templates" / source).iterdir(), key=lambda file: file.name
+        ):
+            if not file.is_file():
+                continue  # the cache of a linter, or what pip compiled
             place = _PLACES.get(file.name, file.name).replace("my_idea", _module(name))
             # The README is what the kind has to say, and behind it what holds of every package.
-            found[place] = found.get(place, "") + pattern.sub(lambda match: words[match[0]], file.read_text(encoding="utf-8"))
+            found[place] = found.get(place, "") + pattern.sub(
+                lambda match: words[match[0]], file.read_text(encoding="utf-8")
+            )
     return found
 
 
@@ -112,20 +120,28 @@ def _check_name(name: str, part: str) -> None:
     module = _module(name)
     where = f"'{name}' cannot name a {part}"
     if not is_kebab(name):
-        raise RequestError(f"{where}: use lower-case letters, digits and single hyphens, as in 'my-idea'")
+        raise RequestError(
+            f"{where}: use lower-case letters, digits and single hyphens, as in 'my-idea'"
+        )
     if len(name) > LONGEST:
         raise RequestError(f"{where}: it has {len(name)} letters; use at most {LONGEST}")
     if keyword.iskeyword(module) or keyword.issoftkeyword(module):
-        raise RequestError(f"{where}, as its module would be called {module}, a keyword of Python: choose another name")
+        raise RequestError(
+            f"{where}, as its module would be called {module}, a keyword of Python: choose another name"
+        )
     if kebab(camel(name)) != name:
         raise RequestError(
             f"{where}, as its class {camel(name)} would be read as '{kebab(camel(name))}': "
             "begin every part of the name with a letter, and give it two or more"
         )
     if name in registry.names(part):
-        raise RequestError(f"the {part} '{name}' is installed already, by {registry.origin_of(part, name)}: choose another name")
+        raise RequestError(
+            f"the {part} '{name}' is installed already, by {registry.origin_of(part, name)}: choose another name"
+        )
     if find_spec(module) is not None:
-        raise RequestError(f"{where}, as there is a module {module} already, and one of the two would hide the other: choose another name")
+        raise RequestError(
+            f"{where}, as there is a module {module} already, and one of the two would hide the other: choose another name"
+        )
 
 
 def _module(name: str) -> str:
