@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metaplug.checks.model_changes import settings
 from metaplug.checks.module_state import Place, changed, is_read, left_as_it_was, numbers, separate
-from metaplug.contract.answers import form
+from metaplug.contract.return_checks import form
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Kind
 from metaplug.core.inner_loop import InnerLoop

@@ -10,9 +10,9 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from metaplug.contract.answers import form
 from metaplug.contract.chain import Chain, Link
 from metaplug.contract.plugin import PluginConfig
+from metaplug.contract.return_checks import form
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import MetaplugError
 from metaplug.testing.clauses import BreachError, Example, Subject, clause, clause_on, fit
