@@ -84,7 +84,7 @@ def future_arguments(subject: Subject) -> None:
     now, again, grown = (subject.learner(example) for _ in range(3))
     try:
         expected, repeated = (training(learner, example.problem.batch) for learner in (now, again))
-    except MetaplugError:
+    except (MetaplugError, RuntimeError):
         return  # which other clauses say, as they do where two learners differ
     if difference(expected, repeated, exact=True):
         return

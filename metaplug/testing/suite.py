@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 
 from metaplug.errors import RequestError, unknown
-from metaplug.testing import composing, forms, numbers, separation, states
+from metaplug.testing import composing, derivations, forms, numbers, separation, states
 from metaplug.testing.clauses import DEFAULT_MODELS, Clause, Subject
 
 CLAUSES: dict[str, Clause] = {
@@ -29,10 +29,11 @@ CLAUSES: dict[str, Clause] = {
         separation.apart_at_evaluation,
         states.evaluation_leaves_no_trace,
         separation.vectorized_equals_sequential,
-        numbers.first_order,
-        numbers.recomputed,
-        numbers.meta_parameters_learn,
-        numbers.meta_gradients,
+        derivations.first_order,
+        derivations.recomputed,
+        derivations.traced_equals_eager,
+        derivations.meta_parameters_learn,
+        derivations.meta_gradients,
         states.checkpoint,
         composing.more_steps,
         composing.off_is_baseline,

@@ -137,8 +137,8 @@ def test_batches_are_stacked_in_their_order_and_unequal_sizes_refused() -> None:
     with pytest.raises(RequestError) as error:
         TaskBatch.stack([one, larger])
     assert str(error.value) == (
-        "TaskBatch.stack: query_x of batch 1 is (6, 4) for a task, of batch 0 (5, 4), but tasks that are computed together must be of one "
-        "size, as padding would count in batch norm and in every mean over examples: draw tasks of one size, or put those of another into "
+        "TaskBatch.stack: query_x of batch 1 is (6, 4) for a task, of batch 0 (5, 4), but tasks computed together must be of one "
+        "size, as padding would count in every mean over examples: draw tasks of one size, or put those of another into "
         "batches of their own"
     )
     with pytest.raises(
