@@ -33,9 +33,7 @@ class SharingOptions(LearnedPluginConfig):
         "step", description="What has a gate and a momentum of its own."
     )
     conditioning: Literal["none", "task"] = Field(
-        "none",
-        description="task: gates and momenta depend on each task's own gradient too, "
-        "its length and its agreement with r.",
+        "none", description="task: λ and m depend on each task's ‖g‖ and its cosine with r too."
     )
     normalisation: Literal["unit", "none", "mean-unit"] = Field(
         "unit",
@@ -47,13 +45,10 @@ class SharingOptions(LearnedPluginConfig):
     )
     statistics: Literal["accumulated", "learned", "frozen"] = Field(
         "accumulated",
-        description="r: the running mean; learned: a meta-parameter, from 0; "
-        "frozen: what `start` holds, never updated.",
+        description="r: the running mean; learned: a meta-parameter, from 0; frozen: as in start.",
     )
     start: Path | None = Field(
-        None,
-        description="A checkpoint whose running mean this one begins with, read whenever the "
-        "learner is made; null: with none.",
+        None, description="A checkpoint whose running mean this learner begins with; null: none."
     )
     streaming: bool = Field(
         False, description="Whether the tasks of a batch arrive one at a time, in their order."
@@ -62,9 +57,7 @@ class SharingOptions(LearnedPluginConfig):
         True, description="Whether meta-gradients flow through the mean into all tasks."
     )
     share_at_evaluation: bool = Field(
-        False,
-        description="Share within a batch of test tasks too; results are then labelled "
-        "transductive.",
+        False, description="Share within a batch of test tasks too, as transductive results."
     )
 
     @model_validator(mode="after")
@@ -181,7 +174,7 @@ class SharingParts(nn.Module):
         return torch.cat(parts, 1)
 
     def unflatten(self, flat: Tensor, like: Gradients) -> dict[str, Tensor]:
-        """The inverse of `flatten`, for the names of `like`."""
+        """Undo `flatten`, for the names of `like`."""
         parts = dict(zip(self._sizes, flat.split(list(self._sizes.values()), 1), strict=True))
         return {name: parts[name].reshape(gradient.shape) for name, gradient in like.items()}
 
@@ -194,11 +187,11 @@ class SharingParts(nn.Module):
                 f"plugin '{self.name}': start = {path} has no running mean: "
                 "give a checkpoint of a run with gradient-sharing"
             )
-        if found["running"].shape != self.running.shape:
+        ours, theirs = tuple(self.running.shape), tuple(found["running"].shape)
+        if ours != theirs:
             raise RequestError(
                 f"plugin '{self.name}': the running mean of start = {path} has (inner steps, "
-                f"adapted weights) = {tuple(found['running'].shape)}, and this run "
-                f"{tuple(self.running.shape)}: use the same model and inner_steps"
+                f"adapted weights) = {theirs}, and this run {ours}: use the same model and inner_steps"
             )
         with torch.no_grad():
             self.running.copy_(found["running"])

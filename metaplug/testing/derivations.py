@@ -1,4 +1,4 @@
-"""Clauses on meta-gradients: they are the derivative of the outer loss, however they are derived."""
+"""Clauses on meta-gradients: the derivative of the outer loss, however they are derived."""
 
 from __future__ import annotations
 
