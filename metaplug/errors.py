@@ -1,4 +1,4 @@
-"""The two ways in which metaplug fails, and the one way in which it offers the nearest name."""
+"""The errors that metaplug raises on purpose, and how their texts are made."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class MetaplugError(Exception):
 
 
 class RequestError(MetaplugError, ValueError):
-    """What was asked cannot be done as asked: a wrong name, field, file, shape or combination (exit status 2)."""
+    """A wrong name, field, file, shape or combination: it cannot be done as asked (status 2)."""
 
     exit_status = 2
 
 
 class RunError(MetaplugError, RuntimeError):
-    """A run that was rightly asked for failed on the way: non-finite numbers, a plugin's fault, a broken file (exit status 1)."""
+    """A failure on the way: non-finite values, a plugin's fault, a broken file (status 1)."""
 
 
 class RankError(RunError):
@@ -27,35 +27,30 @@ class RankError(RunError):
 
 
 def quoted(names: Iterable[str]) -> str:
-    """Names for a message, in single quotes and separated by commas."""
+    """List names for a message, in single quotes and separated by commas."""
     return ", ".join(f"'{name}'" for name in names) or "none"
 
 
 def one_line(text: object, most: int = 200) -> str:
-    """What somebody else wrote, such as the content of a file, fit for a message: printable, without line breaks, of bounded length."""
-    line = "".join(
-        letter if letter.isprintable() else "?"
-        for letter in " ".join(str(text)[: 4 * most].split())
-    )
+    """Make a foreign text fit for a message: printable, in one line, of bounded length."""
+    words = " ".join(str(text)[: 4 * most].split())
+    line = "".join(letter if letter.isprintable() else "?" for letter in words)
     return line if len(line) <= most else f"{line[:most]}..."
 
 
 def reason(error: BaseException) -> str:
-    """What another library or the system says in an error, in one line, for a message that names the file or part itself."""
-    return one_line(
-        (error.strerror if isinstance(error, OSError) else None)
-        or str(error)
-        or type(error).__name__
-    )
+    """Quote the error of another library or the system, in a message that names the file itself."""
+    said = error.strerror if isinstance(error, OSError) else None
+    return one_line(said or str(error) or type(error).__name__)
 
 
 def said_by(error: BaseException) -> str:
-    """What somebody else's code says in an error, in one line, with the error's kind: the words alone may be no more than a key."""
+    """Quote an error of foreign code with its kind, as its words may be no more than a key."""
     return f"{type(error).__name__}: {one_line(error, 300) or 'no message'}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The nearest known name as a hint, or the known names, a hundred at most, where none is near."""
+    """Hint at the nearest known name, or at the known names, a hundred at most."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     more = f" and {len(known) - 100} more" if len(known) > 100 else ""
@@ -63,5 +58,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> RequestError:
-    """The error for a name that is not known, with the nearest one offered."""
+    """Make the error for a name that is not known, with the nearest one offered.
+
+    >>> str(unknown("model", "con4", ["conv4", "mlp"]))
+    "unknown model 'con4': did you mean 'conv4'?"
+    """
     return RequestError(f"unknown {kind} '{one_line(name)}': {did_you_mean(name, known)}")

@@ -1,4 +1,4 @@
-"""Validated settings: the frozen pydantic base of every part's configuration."""
+"""Settings: the frozen pydantic base of every part's configuration, and its errors in a line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metaplug.errors import RequestError, did_you_mean, one_line
 
 
 class Settings(BaseModel):
-    """A frozen pydantic model that refuses fields it does not know. Give every field a description, a unit and bounds."""
+    """A frozen pydantic model without unknown fields. Describe fields, with unit and bounds."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
@@ -20,13 +20,9 @@ class Settings(BaseModel):
 
 
 def own_first(model: type[BaseModel]) -> list[str]:
-    """The names of a model's fields as people read them: what the class adds itself, then what it shares with others."""
-    shared = {
-        name
-        for base in model.__mro__[1:]
-        if issubclass(base, BaseModel)
-        for name in base.model_fields
-    }
+    """Order a model's fields for people: what the class adds itself, then what it inherits."""
+    bases = [base for base in model.__mro__[1:] if issubclass(base, BaseModel)]
+    shared = {name for base in bases for name in base.model_fields}
     return sorted(model.model_fields, key=lambda name: name in shared)
 
 
@@ -37,33 +33,32 @@ def validated(model: type[S], values: Mapping[str, Any], owner: str) -> S:
     """Check `values` against `model`.
 
     Raises:
-        RequestError: names the owner, every wrong field with what it must be, and the nearest field for an unknown one.
+        RequestError: names the owner, every wrong field with what it must be, and the nearest
+            field for an unknown one.
     """
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        faults = error.errors()
+        faults = [_fault(model, fault) for fault in error.errors()]
         more = [f"and {len(faults) - _MOST_FAULTS} more"] if len(faults) > _MOST_FAULTS else []
-        raise RequestError(
-            f"{owner}: {'; '.join([*(_fault(model, fault) for fault in faults[:_MOST_FAULTS]), *more])}"
-        ) from None
+        raise RequestError(f"{owner}: {'; '.join(faults[:_MOST_FAULTS] + more)}") from None
 
 
-_MOST_FAULTS = 10
-"""Of a configuration, that one error names."""
+_MOST_FAULTS = 10  # that one error names
 
 
 def _fault(model: type[BaseModel], fault: Any) -> str:
     path = [one_line(part, 60) for part in fault["loc"]]
     if fault["type"] == "extra_forbidden":
-        return f"unknown field '{'.'.join(path)}': {did_you_mean(path[-1], _fields_at(model, path[:-1]))}"
+        hint = did_you_mean(path[-1], _fields_at(model, path[:-1]))
+        return f"unknown field '{'.'.join(path)}': {hint}"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = one_line(message[:1].lower() + message[1:], 1000)
     return f"{'.'.join(path)} = {_shown(fault['input'])}: {message}" if path else message
 
 
 def _shown(given: Any) -> str:
-    """A value as errors show it: a hostile file's may be of any length."""
+    """Shorten a value for errors: a hostile file's may be of any length."""
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxother = 4, 200, 200
     short.maxdict = short.maxlist = short.maxtuple = 20
@@ -74,9 +69,8 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
     """The field names of the model that stands at `path`, for the nearest-name hint."""
     for part in path:
         field = model.model_fields.get(part)
-        if field is None or not (
-            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        ):
+        kind = None if field is None else field.annotation
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
             return []
-        model = field.annotation
+        model = kind
     return list(model.model_fields)

@@ -1,1 +1,1 @@
-"""The first-party plugins, one file each. They use only what `metaplug` offers to everyone, and never each other."""
+"""The first-party plugins, one file each. They use what `metaplug` offers to everyone, no more."""

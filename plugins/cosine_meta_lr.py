@@ -12,11 +12,12 @@ from metaplug import Plugin, PluginConfig, epoch_of, hookimpl
 class CosineMetaLr(Plugin):
     """Lower the meta learning rate of everything that is meta-learned along half a cosine.
 
-        factor(e) = f + (1 − f) · (1 + cos(π e / E)) / 2        e the epoch, E the run's epochs, f the final factor
+        factor(e) = f + (1 − f) · (1 + cos(π e / E)) / 2        e the epoch of E, f the final factor
 
     The published schedule of MAML++, Adam's 1e-3 down to 1e-5, is f = 0.01.
 
-    Source: Loshchilov and Hutter 2017 (arXiv 1608.03983), equation 5, without restarts; Antoniou et al. 2019 (arXiv 1810.09502), section 4.
+    Source: Loshchilov and Hutter 2017 (arXiv 1608.03983), equation 5, without restarts;
+    Antoniou et al. 2019 (arXiv 1810.09502), section 4.
     """
 
     class Config(PluginConfig):
@@ -42,9 +43,6 @@ class CosineMetaLr(Plugin):
         return {"factor": self._factor(iteration, total)}
 
     def _factor(self, iteration: int, total: int) -> float:
-        begun = (
-            epoch_of(iteration, total, self.config.iterations_per_epoch)
-            * self.config.iterations_per_epoch
-        )
-        final = self.config.final_factor
+        final, length = self.config.final_factor, self.config.iterations_per_epoch
+        begun = epoch_of(iteration, total, length) * length
         return final + (1 - final) * (1 + math.cos(math.pi * begun / max(total, 1))) / 2

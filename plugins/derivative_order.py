@@ -8,14 +8,14 @@ from metaplug import InnerStep, Plugin, PluginConfig, epoch_of, hookimpl
 
 
 class DerivativeOrder(Plugin):
-    """Leave second derivatives out: meta-gradients do not flow through the inner gradients, which saves their graph and its time.
+    """Leave second derivatives out: inner gradients are constants, which saves their graph.
 
         order(e) = 1 where e < switch, 2 from there on        e the epoch of the meta-iteration
 
     Evaluation needs no second derivatives and asks for no order.
 
-    Source: Finn et al. 2017 (arXiv 1703.03400), section 5.2, for first order; Antoniou et al. 2019 (arXiv 1810.09502), section 4, for
-    annealing.
+    Source: Finn et al. 2017 (arXiv 1703.03400), section 5.2, for first order;
+    Antoniou et al. 2019 (arXiv 1810.09502), section 4, for annealing.
     """
 
     class Config(PluginConfig):
@@ -27,7 +27,7 @@ class DerivativeOrder(Plugin):
         iterations_per_epoch: int | None = Field(
             1,
             ge=1,
-            description="Meta-iterations in an epoch; 1 counts in iterations, null makes an epoch a hundredth of the run.",
+            description="Meta-iterations in an epoch; null makes an epoch a hundredth of the run.",
         )
 
     config: Config
@@ -41,10 +41,5 @@ class DerivativeOrder(Plugin):
         return {"order": self._order(iteration, total)}
 
     def _order(self, iteration: int, total: int) -> int:
-        switch = self.config.switch
-        return (
-            2
-            if switch is not None
-            and epoch_of(iteration, total, self.config.iterations_per_epoch) >= switch
-            else 1
-        )
+        switch, length = self.config.switch, self.config.iterations_per_epoch
+        return 2 if switch is not None and epoch_of(iteration, total, length) >= switch else 1

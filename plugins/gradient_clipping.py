@@ -14,31 +14,28 @@ from metaplug import Context, Gradients, InnerStep, Plugin, PluginConfig, hookim
 class GradientClipping(Plugin):
     """Shorten gradients that are longer than a bound, keeping their direction.
 
-        g[t] ← g[t] · min(1, c / ‖g[t]‖)        each task's own inner gradient, norm over all adapted parameters
-        G    ← G · min(1, C / ‖G‖)              the meta-gradient, norm over all meta-parameters
+        g[t] ← g[t] · min(1, c / ‖g[t]‖)        a task's inner gradient, over adapted parameters
+        G    ← G · min(1, C / ‖G‖)              the meta-gradient, over all meta-parameters
 
-    Source: Pascanu et al. 2013, "On the difficulty of training recurrent neural networks", section 3.2.
+    Source: Pascanu et al. 2013, "On the difficulty of training recurrent neural networks", 3.2.
     """
 
     class Config(PluginConfig):
         """At least one of the two bounds."""
 
         max_norm: float | None = Field(
-            None,
-            gt=0,
-            description="c, the longest inner gradient of a task; null leaves inner gradients alone.",
+            None, gt=0, description="c, the longest inner gradient of a task; null: any length."
         )
         max_meta_norm: float | None = Field(
-            None,
-            gt=0,
-            description="C, the longest meta-gradient; null leaves meta-gradients alone.",
+            None, gt=0, description="C, the longest meta-gradient; null: any length."
         )
 
         @model_validator(mode="after")
         def _clips_something(self) -> GradientClipping.Config:
             if self.max_norm is None and self.max_meta_norm is None:
                 raise ValueError(
-                    "neither max_norm nor max_meta_norm is set, so that nothing would be clipped: set one"
+                    "neither max_norm nor max_meta_norm is set, so that nothing would be clipped: "
+                    "set one"
                 )
             return self
 
@@ -47,20 +44,15 @@ class GradientClipping(Plugin):
 
     @hookimpl
     def setup(self, context: Context) -> None:
-        self.register_buffer(
-            "clipped",
-            torch.zeros(max(context.inner_steps, 1), device=context.device),
-            persistent=False,
-        )
+        clipped = torch.zeros(max(context.inner_steps, 1), device=context.device)
+        self.register_buffer("clipped", clipped, persistent=False)
 
     @hookimpl
     def transform_gradients(self, gradients: Gradients, step: InnerStep) -> Gradients | None:
         if self.config.max_norm is None:
             return None
-        squared = torch.stack(
-            [gradient.flatten(1).square().sum(1) for gradient in gradients.values()]
-        ).sum(0)
-        scale = _scale(squared, self.config.max_norm)
+        squares = [gradient.flatten(1).square().sum(1) for gradient in gradients.values()]
+        scale = _scale(squares, self.config.max_norm)
         step.keep(f"{step.slot}", (scale < 1).to(torch.float32).mean())
         return {
             name: gradient * scale.view(-1, *[1] * (gradient.dim() - 1))
@@ -73,10 +65,8 @@ class GradientClipping(Plugin):
     ) -> Mapping[str, Tensor] | None:
         if self.config.max_meta_norm is None:
             return None
-        scale = _scale(
-            torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum(),
-            self.config.max_meta_norm,
-        )
+        squares = [gradient.square().sum() for gradient in gradients.values()]
+        scale = _scale(squares, self.config.max_meta_norm)
         return {name: gradient * scale for name, gradient in gradients.items()}
 
     @hookimpl
@@ -87,13 +77,12 @@ class GradientClipping(Plugin):
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
         """The share of tasks whose inner gradient was clipped, by inner step."""
-        return (
-            {}
-            if self.config.max_norm is None
-            else {f"clipped/{slot}": float(share) for slot, share in enumerate(self.clipped)}
-        )
+        if self.config.max_norm is None:
+            return {}
+        return {f"clipped/{slot}": float(share) for slot, share in enumerate(self.clipped)}
 
 
-def _scale(squared: Tensor, bound: float) -> Tensor:
-    """min(1, bound / √squared), exactly 1 up to the bound, with a finite derivative at zero."""
+def _scale(squares: list[Tensor], bound: float) -> Tensor:
+    """min(1, bound / √Σ squares), exactly 1 up to the bound, with a finite derivative at zero."""
+    squared = torch.stack(squares).sum(0)
     return torch.where(squared > bound**2, bound / squared.clamp_min(bound**2).sqrt(), 1.0)

@@ -10,13 +10,14 @@ from metaplug import Gradients, InnerStep, Plugin, PluginConfig, hookimpl
 
 
 class GradientNoise(Plugin):
-    """Add Gaussian noise to every task's inner gradients in meta-training, less and less of it. Evaluation is left alone.
+    """Add Gaussian noise to every task's inner gradients in meta-training, less and less of it.
 
         g[t,k] ← g[t,k] + N(0, σ²(i)),   σ²(i) = scale / (1 + i)^decay        i the meta-iteration
 
-    The noise follows from the learner's seed and the iteration, and is each task's own.
+    The noise follows from the learner's seed and the iteration, and is each task's own. Evaluation
+    is left alone.
 
-    Source: Neelakantan et al. 2015, "Adding Gradient Noise Improves Learning for Very Deep Networks" (arXiv 1511.06807), equation 1.
+    Source: Neelakantan et al. 2015 (arXiv 1511.06807), equation 1.
     """
 
     class Config(PluginConfig):
@@ -26,7 +27,7 @@ class GradientNoise(Plugin):
             1e-6,
             ge=0,
             le=1e6,
-            description="Variance of the noise on every entry in the first iteration, in units of the squared gradient.",
+            description="Variance of the first iteration's noise, in units of squared gradient.",
         )
         decay: float = Field(
             0.55, ge=0, le=10, description="Exponent of its decay; 0 keeps it for good."
@@ -52,5 +53,5 @@ class GradientNoise(Plugin):
 
 
 def _normal(like: Tensor) -> Tensor:
-    """Numbers in the order of the axes; `randn_like` would follow the strides, which another batching of tasks lays out differently."""
+    # randn_like would follow the strides, which another batching of tasks lays out differently.
     return torch.randn(like.shape, dtype=like.dtype, device=like.device)

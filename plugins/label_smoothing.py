@@ -9,11 +9,11 @@ from metaplug import Context, InnerStep, Plugin, PluginConfig, RequestError, hoo
 
 
 class LabelSmoothing(Plugin):
-    """Regularise the inner loss of a classifier: a share of every label counts as spread evenly over the classes.
+    """Spread a share of every label evenly over the classes, in the inner loss of a classifier.
 
         ℓ[t,k] ← (1 − ε) · ℓ[t,k] + ε · mean over examples and classes c of −log p(c)
 
-    With cross-entropy this is cross-entropy against the smoothed label. The query loss is left as it is.
+    With cross-entropy this is cross-entropy against the smoothed label. The query loss stays.
 
     Source: Szegedy et al. 2016 (arXiv 1512.00567), section 7.
     """
@@ -31,7 +31,8 @@ class LabelSmoothing(Plugin):
     def setup(self, context: Context) -> None:
         if context.kind != "classification":
             raise RequestError(
-                f"plugin '{self.name}' smooths class labels, and {context.kind} has none: leave it out, or use classification"
+                f"plugin '{self.name}' smooths class labels, and {context.kind} has none: "
+                "leave it out, or use classification"
             )
 
     @hookimpl

@@ -8,14 +8,17 @@ from torch import Tensor, nn
 
 from metaplug import Context, Gradients, LearnedPluginConfig, Plugin, RequestError, hookimpl, key_of
 
+_AXES = ("out", "in", "place")
+
 
 class MetaCurvature(Plugin):
-    """Multiply every inner gradient, seen as a tensor (outputs, inputs, places), by a learned matrix along each of these axes.
+    """Multiply every inner gradient (outputs, inputs, places) by a learned matrix along each axis.
 
-        g[t,k] ← g[t,k] ×₁ M_out ×₂ M_in ×₃ M_place        Kronecker-factored: vec(g) ← (M_out ⊗ M_in ⊗ M_place) vec(g)
+        g[t,k] ← g[t,k] ×₁ M_out ×₂ M_in ×₃ M_place        vec(g) ← (M_out ⊗ M_in ⊗ M_place) vec(g)
 
-    A linear layer has no places, and a vector such as a bias only outputs. The matrices are square, one set for each adapted parameter,
-    the same in all inner steps; they start as the identity, which is the algorithm without this plugin, bit for bit.
+    A linear layer has no places, and a vector such as a bias only outputs. The matrices are square,
+    one set for each adapted parameter, the same in all inner steps; they start as the identity,
+    which is the algorithm without this plugin, bit for bit.
 
     Source: Park and Oliva 2019, "Meta-Curvature" (arXiv 1902.03356), section 3.2 (MC2).
     """
@@ -35,8 +38,9 @@ class MetaCurvature(Plugin):
         longest = max(sizes, key=lambda name: max(sizes[name]))
         if max(sizes[longest]) > self.config.largest:
             raise RequestError(
-                f"plugin '{self.name}' would learn a matrix of {max(sizes[longest])} x {max(sizes[longest])} numbers for '{longest}', "
-                f"more than largest = {self.config.largest} allows: raise it, or adapt less with partial-adaptation"
+                f"plugin '{self.name}' would learn a matrix of {max(sizes[longest])} x "
+                f"{max(sizes[longest])} numbers for '{longest}', more than largest = "
+                f"{self.config.largest} allows: raise it, or adapt less with partial-adaptation"
             )
         self.matrices = nn.ParameterDict(
             {
@@ -44,7 +48,7 @@ class MetaCurvature(Plugin):
                     size, dtype=context.dtype, device=context.device
                 )
                 for name in context.adapted
-                for axis, size in zip(("out", "in", "place"), sizes[name], strict=False)
+                for axis, size in zip(_AXES, sizes[name], strict=False)
             }
         )
 
@@ -61,11 +65,8 @@ class MetaCurvature(Plugin):
         return {"distance": float(torch.stack(distances).mean().sqrt())}
 
     def _curved(self, name: str, gradient: Tensor) -> Tensor:
-        matrices = [
-            self.matrices[key]
-            for axis in ("out", "in", "place")
-            if (key := f"{key_of(name)}/{axis}") in self.matrices
-        ]
+        keys = [f"{key_of(name)}/{axis}" for axis in _AXES]
+        matrices = [self.matrices[key] for key in keys if key in self.matrices]
         curved = gradient.reshape(len(gradient), *(len(matrix) for matrix in matrices))
         for axis, matrix in enumerate(matrices, 1):
             curved = (curved.movedim(axis, -1) @ matrix.T).movedim(-1, axis)

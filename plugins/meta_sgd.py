@@ -17,14 +17,15 @@ from metaplug import (
 
 
 class MetaSgd(Plugin):
-    """Meta-learn an inner learning rate for every weight: its direction and speed, the same in all inner steps.
+    """Meta-learn an inner learning rate for every weight, the same in all inner steps.
 
-        α[p] ← (α_in[p] / α₀) · rates[p]        elementwise, of the parameter's shape; the sign is free
+        α[p] ← (α_in[p] / α₀) · rates[p]        elementwise, of the parameter's shape; any sign
 
-    The rates start at α₀, the inner learning rate (the paper draws them at random), and alone they are the learning rates. Behind another
-    plugin that changes learning rates they multiply what it gives, so that the two compose in either order.
+    The rates start at α₀, the inner learning rate (the paper draws them at random), and alone they
+    are the learning rates. After another plugin that changes these they multiply what it gives, so
+    the two compose in either order.
 
-    Source: Li et al. 2017, "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning" (arXiv 1707.09835), section 3.
+    Source: Li et al. 2017 (arXiv 1707.09835), section 3.
     """
 
     class Config(LearnedPluginConfig):
@@ -36,26 +37,20 @@ class MetaSgd(Plugin):
     def setup(self, context: Context) -> None:
         if context.inner_lr == 0:
             raise RequestError(
-                f"plugin '{self.name}' learns rates that start at inner_lr, which is 0: give an inner_lr above 0"
+                f"plugin '{self.name}' learns rates that start at inner_lr, which is 0: "
+                "give an inner_lr above 0"
             )
         self._start = context.inner_lr
+        like = context.parameters
         self.rates = nn.ParameterDict(
-            {
-                key_of(name): torch.full(
-                    context.shapes[name],
-                    context.inner_lr,
-                    dtype=context.dtype,
-                    device=context.device,
-                )
-                for name in context.adapted
-            }
+            {key_of(name): torch.full_like(like[name], self._start) for name in context.adapted}
         )
 
     @hookimpl
     def transform_learning_rates(self, learning_rates: LearningRates) -> LearningRates:
+        rates = self.rates
         return {
-            name: rate / self._start * self.rates[key_of(name)]
-            for name, rate in learning_rates.items()
+            name: rate / self._start * rates[key_of(name)] for name, rate in learning_rates.items()
         }
 
     @hookimpl

@@ -1,4 +1,4 @@
-"""Per-step batch norm: scales and shifts of batch norm for each inner step, meta-learned and not adapted (MAML++'s BNWB)."""
+"""Per-step batch norm: meta-learned scales and shifts for each inner step (MAML++'s BNWB)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from metaplug import (
 
 
 class PerStepBatchNorm(Plugin):
-    """Give every batch norm layer a scale γ and a shift β for each inner step k, meta-learned, and not adapted in the inner loop.
+    """Give batch norm layers a scale γ and a shift β for each inner step k, which do not adapt.
 
         y = γ[k] · (x − mean) / √(variance + ε) + β[k]
         γ, β of shape (K, channels)
 
-    The support pass of step k and the query pass after its update both use γ[k] and β[k]. They start at the model's own values, which are
-    then no longer used. Statistics are those of the batch, as in the reference code, or stored ones, as the learner's `batch_norm` says.
+    The support pass of step k and the query pass after its update both use γ[k] and β[k]. They are
+    meta-learned from the model's own values, which are then no longer used. Statistics are those of
+    the batch, as in the reference code, or stored ones, as the learner's `batch_norm` says.
 
-    Source: Antoniou et al. 2019 (arXiv 1810.09502), section 4, "Per-Step Batch Normalization Weights and Biases".
+    Source: Antoniou et al. 2019 (arXiv 1810.09502), section 4, "Per-Step Batch Normalization
+    Weights and Biases".
     """
 
     class Config(LearnedPluginConfig):
@@ -46,8 +48,8 @@ class PerStepBatchNorm(Plugin):
         names = [name for name, layer in context.layers.items() if _of_batch_norm(layer)]
         if not names:
             raise RequestError(
-                f"plugin '{self.name}' needs batch norm layers with trainable scales and shifts, and the model has none: "
-                "leave it out, or use a model that has them, such as conv4"
+                f"plugin '{self.name}' needs batch norm layers with trainable scales and shifts, "
+                "and the model has none: leave it out, or use a model that has them, such as conv4"
             )
         slots = max(context.inner_steps, 1)
         self.values = nn.ParameterDict(
@@ -58,27 +60,18 @@ class PerStepBatchNorm(Plugin):
     @hookimpl
     def transform_parameters(self, parameters: Parameters, step: InnerStep) -> Parameters:
         slot, tasks = step.slot, len(next(iter(parameters.values())))
-        return {
-            **parameters,
-            **{name: self.values[key_of(name)][slot].expand(tasks, -1) for name in self._names},
-        }
+        own = {name: self.values[key_of(name)][slot].expand(tasks, -1) for name in self._names}
+        return {**parameters, **own}
 
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
-        kinds = {
-            kind: [name for name in self._names if name.endswith(kind)]
-            for kind in ("weight", "bias")
-        }
-        means = {
-            kind: sum(self.values[key_of(name)].detach().mean(1) for name in names) / len(names)
-            for kind, names in kinds.items()
-            if names
-        }
-        return {
-            f"{kind}/{slot}": float(value)
-            for kind, mean in means.items()
-            for slot, value in enumerate(mean)
-        }
+        figures: dict[str, float] = {}
+        for kind in ("weight", "bias"):
+            names = [name for name in self._names if name.endswith(kind)]
+            rows = [self.values[key_of(name)].detach().mean(1) for name in names]
+            for slot, value in enumerate(sum(rows) / len(rows) if rows else ()):
+                figures[f"{kind}/{slot}"] = float(value)
+        return figures
 
 
 def _of_batch_norm(layer: type[nn.Module]) -> bool:

@@ -1,4 +1,4 @@
-"""Per-step learning rates: one learned inner learning rate for each inner step and parameter tensor (MAML++'s LSLR)."""
+"""Per-step learning rates: one for each inner step and parameter tensor (MAML++'s LSLR)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from metaplug import (
 
 
 class PerStepLearningRates(Plugin):
-    """Meta-learn the inner learning rate of every inner step k and adapted tensor p, layer by layer and step by step.
+    """Meta-learn the inner learning rate of every inner step k and adapted tensor p.
 
-        α[k,p] ← (α_in[p] / α₀) · rates[k,p]        α₀ the inner learning rate, at which rates starts; shape (K, tensors)
+        α[k,p] ← (α_in[p] / α₀) · rates[k,p]        α₀ the inner learning rate; shape (K, tensors)
 
-    Alone, the rates are the learning rates. Behind another plugin that changes them they multiply what it gives, so that the two compose
-    in either order. The tensors are the adapted parameters in the model's order.
+    The rates start at α₀, and alone they are the learning rates. After another plugin that changes
+    these they multiply what it gives, so the two compose in either order. The tensors are the
+    adapted parameters in the model's order.
 
-    Source: Antoniou et al. 2019 (arXiv 1810.09502), section 4, "Learning Per-Layer Per-Step Learning Rates".
+    Source: Antoniou et al. 2019 (arXiv 1810.09502), section 4, "Learning Per-Layer Per-Step
+    Learning Rates".
     """
 
     class Config(LearnedPluginConfig):
@@ -36,7 +38,8 @@ class PerStepLearningRates(Plugin):
     def setup(self, context: Context) -> None:
         if context.inner_lr == 0:
             raise RequestError(
-                f"plugin '{self.name}' learns rates that start at inner_lr, which is 0: give an inner_lr above 0"
+                f"plugin '{self.name}' learns rates that start at inner_lr, which is 0: "
+                "give an inner_lr above 0"
             )
         self._start = context.inner_lr
         self._columns = {name: column for column, name in enumerate(context.adapted)}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from metaplug import Outcome, Plugin, hookimpl
+from metaplug import Context, Outcome, Plugin, hookimpl
 
 
 class Reptile(Plugin):
@@ -16,27 +16,26 @@ class Reptile(Plugin):
         G = mean over t of (θ − θ[t,K])
         θ ← θ + ε · mean over t of (θ[t,K] − θ)        with SGD of rate ε in the outer loop
 
-    What the inner loop does not move, such as other plugins' meta-parameters, keeps the gradient of the outer loss. No second derivatives
-    are needed: put `derivative-order` beside it, as the preset `reptile` does, to save their graph.
+    What the inner loop does not adapt, such as other plugins' meta-parameters, keeps the gradient
+    of the outer loss. No second derivatives are needed: put `derivative-order` beside it, as the
+    preset `reptile` does, to save their graph.
 
-    Source: Nichol et al. 2018, "On First-Order Meta-Learning Algorithms" (arXiv 1803.02999), sections 2 and 5.
+    Source: Nichol et al. 2018 (arXiv 1803.02999), sections 2 and 5.
     """
 
     conflicts_with = ("multi-step-loss",)  # which would change a loss that is not used
+
+    @hookimpl
+    def setup(self, context: Context) -> None:
+        self._adapted = context.adapted if context.inner_steps else ()
 
     @hookimpl
     def compute_meta_gradients(
         self, outcome: Outcome, outer_loss: Tensor, meta_parameters: Mapping[str, nn.Parameter]
     ) -> Mapping[str, Tensor]:
         start, end = outcome.initial_parameters, outcome.adapted_parameters
-        moved = {
-            name: (start[name] - end[name]).detach().mean(0)
-            for name in start
-            if end[name] is not start[name]
-        }
-        others = {
-            name: parameter for name, parameter in meta_parameters.items() if name not in moved
-        }
+        moved = {name: (start[name] - end[name]).detach().mean(0) for name in self._adapted}
+        others = {name: each for name, each in meta_parameters.items() if name not in moved}
         if not others:
             return moved
         taken = torch.autograd.grad(

@@ -23,10 +23,7 @@ class WeightDecayToInit(Plugin):
         """How strong the pull is."""
 
         strength: float = Field(
-            0.1,
-            ge=0,
-            le=1e6,
-            description="Weight of half the squared distance, in units of the loss.",
+            0.1, ge=0, le=1e6, description="Weight of half the squared distance, in units of loss."
         )
 
     config: Config
@@ -35,11 +32,8 @@ class WeightDecayToInit(Plugin):
     @hookimpl
     def setup(self, context: Context) -> None:
         self._adapted = context.adapted
-        self.register_buffer(
-            "distance",
-            torch.zeros((), dtype=context.dtype, device=context.device),
-            persistent=False,
-        )
+        distance = torch.zeros((), dtype=context.dtype, device=context.device)
+        self.register_buffer("distance", distance, persistent=False)
 
     @hookimpl
     def transform_inner_losses(self, losses: Tensor, step: InnerStep) -> Tensor | None:

@@ -10,9 +10,9 @@ import pytest
 import metaplug
 from metaplug import Plugin
 from metaplug.contract import hookspecs
-from metaplug.contract.answers import CHECKS
 from metaplug.contract.chain import Chain
 from metaplug.contract.hookspecs import KINDS
+from metaplug.contract.return_checks import CHECKS
 from metaplug.errors import reason, said_by
 
 ROOT = Path(__file__).parents[1]

@@ -13,8 +13,9 @@ import typer
 
 from metaplug.cli.main import app
 from metaplug.cli.options import SHARED, resolve_options
+from metaplug.cli.variants import parse_plugin, parse_variant
 from metaplug.contract import hookspecs, registry
-from metaplug.contract.presets import PluginUse, find_preset, parse_plugin, parse_variant
+from metaplug.contract.presets import PluginUse, find_preset
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

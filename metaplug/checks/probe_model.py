@@ -17,7 +17,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metaplug.contract.answers import form
+from metaplug.contract.return_checks import form
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Kind
 from metaplug.core.functional_model import PLAIN, Place, clone, give_parameters, set_mode, version

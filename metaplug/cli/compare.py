@@ -83,7 +83,7 @@ def compare(
         "compare",
         "start it without torchrun, or train each variant with torchrun -m metaplug train",
     )
-    from metaplug.contract.presets import parse_variant
+    from metaplug.cli.variants import parse_variant
     from metaplug.experiments.comparison import Variant, to_values
     from metaplug.experiments.comparison import compare as compare_variants
     from metaplug.experiments.experiment import to_json

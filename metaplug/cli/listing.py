@@ -50,8 +50,9 @@ def explain(
 
     Takes the options of train, and trains nothing.
     """
+    from metaplug.cli.variants import parse_plugin
     from metaplug.contract.chain import Chain
-    from metaplug.contract.presets import find_preset, make_plugins, parse_plugin
+    from metaplug.contract.presets import find_preset, make_plugins
     from metaplug.report.terminal import explanation
     from metaplug.settings import own_first
 

@@ -198,7 +198,7 @@ def _check_not_of_preset(path: str, preset: Any) -> None:
 
 def setting(text: str) -> tuple[str, Any]:
     """A path and a value from "path.to.field=value"; the value is read as YAML."""
-    from metaplug.contract.presets import read_scalar
+    from metaplug.cli.variants import read_scalar
 
     path, equals, value = text.partition("=")
     if not equals or not path.strip():

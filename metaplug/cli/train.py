@@ -78,7 +78,7 @@ def train(
     The run is kept in OUT/NAME: config.yaml, run.json, metrics.jsonl, last.pt, best.pt, curves.png and summary.json. Ctrl-C stops it after
     the current step with a checkpoint.
     """
-    from metaplug.contract.presets import parse_plugin
+    from metaplug.cli.variants import parse_plugin
     from metaplug.experiments.runs import read_metrics
     from metaplug.experiments.runs import train as train_in
     from metaplug.experiments.runs.repeating import check_same, configuration_of

@@ -1,0 +1,8 @@
+"""The contract between metaplug and the parts that others write.
+
+* `hookspecs`: every hook, its kind and what it may touch; `values`, `task_batch`: what passes.
+* `plugin`, `function_plugins`: a plugin and its Config; a module or function as one.
+* `chain`: the plugins of one run, folded and asked; `schedule`, `naming`: epochs and names.
+* `plugin_checks`, `return_checks`: what a class must keep to, and what a hook may return.
+* `registry`, `presets`: what is installed; algorithms as lists of plugins.
+"""

@@ -17,10 +17,10 @@ import pluggy
 from torch import Tensor, nn
 
 from metaplug.contract import hookspecs
-from metaplug.contract.answers import CHECKS
 from metaplug.contract.hookspecs import KINDS
 from metaplug.contract.plugin import Plugin
-from metaplug.contract.plugin_rules import check_plugin
+from metaplug.contract.plugin_checks import check_plugin
+from metaplug.contract.return_checks import CHECKS
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Context
 from metaplug.errors import MetaplugError, RequestError, RunError, quoted
@@ -37,50 +37,45 @@ class Link:
     arguments: tuple[str, ...]
 
     def call(self, given: Mapping[str, Any]) -> Any:
-        """Call the implementation with the arguments that it names; what goes wrong in it names plugin, hook, link and step."""
-        step = given.get("step")
+        """Call the implementation with the arguments that it names.
+
+        Raises:
+            RunError: it raises something; names plugin, hook, link and step.
+        """
+        values = [
+            given[name].seen_by(self.plugin) if name == "step" else given[name]
+            for name in self.arguments
+        ]
         try:
-            return self.function(
-                *[
-                    step.seen_by(self.plugin) if name == "step" else given[name]
-                    for name in self.arguments
-                ]
-            )  # type: ignore[union-attr]
+            return self.function(*values)
         except MetaplugError:
             raise
         except Exception as error:
-            raise self.fault(
-                f"failed{self._line_of(error)}: {type(error).__name__}: {error}", given
-            ) from error
+            what = f"failed{self._line_of(error)}: {type(error).__name__}: {error}"
+            raise self.fault(what, given) from error
 
     def _line_of(self, error: Exception) -> str:
-        """Where in the plugin's own file an error came up, " at FILE:LINE"; nothing where that is not known."""
+        """Find the line of the plugin's own file that raised, " at FILE:LINE"; "" if unknown."""
         file = getattr(sys.modules.get(type(self.plugin).__module__), "__file__", None)
-        lines = [
-            line
-            for frame, line in traceback.walk_tb(error.__traceback__)
-            if frame.f_code.co_filename == file
-        ]
+        frames = traceback.walk_tb(error.__traceback__)
+        lines = [line for frame, line in frames if frame.f_code.co_filename == file]
         return f" at {Path(file).name}:{lines[-1]}" if file and lines else ""
 
     def fault(self, what: str, given: Mapping[str, Any]) -> RunError:
-        """The error for a fault of this link: `what` follows the plugin's name."""
-        step = given.get("step")
-        when = (
-            f", iteration {step.meta_iteration}, inner step {step.index}"
-            if step is not None
-            else ""
-        )
-        when = when or (
-            f", iteration {given['iteration']}" if given.get("iteration") is not None else ""
-        )
+        """Make the error for a fault of this link: `what` follows the plugin's name."""
+        step, iteration, when = given.get("step"), given.get("iteration"), ""
+        if step is not None:
+            when = f", iteration {step.meta_iteration}, inner step {step.index}"
+        elif iteration is not None:
+            when = f", iteration {iteration}"
         return RunError(f"plugin '{self.plugin.name}' in {self.hook} ({self.place}{when}) {what}")
 
 
 class Observer(Protocol):
-    """Looks at every value of one iteration, in the order in which they are made."""
+    """Looks at every value of one iteration in the order in which they are made."""
 
     offset: int
+    """The tasks of the batch before those that are computed now."""
 
     def look(
         self, values: Any, say: Callable[[str], str], advice: str, *, by_task: bool = False
@@ -98,14 +93,21 @@ class Chain:
         plugins: in the order in which every fold applies them.
 
     Raises:
-        RequestError: two plugins of one name, a wrong order, a conflict, or a class that does not keep to the contract.
+        RequestError: two plugins of one name, a wrong order, a conflict, or a class that breaks
+            the contract.
+
+    >>> from metaplug.contract.function_plugins import plugin_of
+    >>> def scale_meta_learning_rate(factor, iteration): return factor / (1 + iteration)
+    >>> chain = Chain([plugin_of(scale_meta_learning_rate)()])
+    >>> chain.fold("scale_meta_learning_rate", 1.0, iteration=3, total=9)
+    0.25
     """
 
     def __init__(self, plugins: Iterable[Plugin]) -> None:
         self.plugins = tuple(plugins)
-        self._told: set[str] = set()
         self.watch: Observer | None = None
-        """What looks at every value that a plugin returns or keeps, for NaN and Inf: costly, there only to find a culprit."""
+        """Looks for NaN and Inf in what plugins return and keep; set only while one is sought."""
+        self._warned: set[str] = set()
         for plugin in self.plugins:
             if not isinstance(plugin, Plugin):
                 raise RequestError(
@@ -120,7 +122,7 @@ class Chain:
         self._links = {hook: _links(manager, hook) for hook in KINDS}
 
     def fold(self, hook: str, value: Any, **arguments: Any) -> Any:
-        """Pass `value` through every plugin that implements `hook`, in the order of the list, checking after each."""
+        """Pass `value` through every plugin that implements `hook`, checking after each."""
         for link in self._links[hook]:
             value = MappingProxyType(value) if isinstance(value, dict) else value
             given = {_FOLDED[hook]: value, **arguments}
@@ -132,23 +134,20 @@ class Chain:
         return value
 
     def choose(self, hook: str, default: Any, **arguments: Any) -> Any:
-        """The one answer to `hook`, or `default` where no plugin answers.
+        """Ask for the one answer to `hook`; `default` if no plugin answers.
 
         Raises:
             RequestError: two plugins answer.
         """
-        answers = [
-            (link, answer)
-            for link in self._links[hook]
-            if (answer := link.call(arguments)) is not None
-        ]
+        answers = [(link, link.call(arguments)) for link in self._links[hook]]
+        answers = [(link, answer) for link, answer in answers if answer is not None]
         if len(answers) > 1:
             both = " and ".join(f"'{link.plugin.name}'" for link, _ in answers[:2])
             raise RequestError(
                 f"plugins {both} both answer {hook}, which only one may: leave one of them out"
             )
         for link, answer in answers:
-            if fault := hook in CHECKS and CHECKS[hook](default, answer, arguments):
+            if fault := CHECKS[hook](default, answer, arguments):
                 raise link.fault(fault, arguments)
             self._look(link, answer, arguments)
             return answer
@@ -156,10 +155,10 @@ class Chain:
 
     def setup(self, context: Context) -> None:
         """Let every plugin create its meta-parameters and buffers, once in its life."""
-        used = [plugin.name for plugin in self.plugins if plugin.is_set_up]
-        if used:
+        if used := [plugin.name for plugin in self.plugins if plugin.is_set_up]:
             raise RequestError(
-                f"plugin {quoted(used)} already belongs to another learner: make a new instance for each learner"
+                f"plugin {quoted(used)} already belongs to another learner: "
+                "make a new instance for each learner"
             )
         for plugin in self.plugins:
             plugin.is_set_up = True
@@ -175,30 +174,29 @@ class Chain:
                 link.call({"kept": kept[link.plugin.name], "iteration": iteration})
 
     def figures(self, iteration: int = 0, total: int = 0) -> dict[str, float]:
-        """What the plugins have to log after an iteration (counted from 0) of a run of `total`, as "PLUGIN.FIGURE"."""
+        """Collect what to log after an iteration (from 0) of a run of `total`, "PLUGIN.FIGURE"."""
         found: dict[str, float] = {}
+        given = {"iteration": iteration, "total": total}
         for link in self._links["end_meta_step"]:
-            given = {"iteration": iteration, "total": total}
             answer = link.call(given)
             if answer is None:
                 continue
             if fault := CHECKS["end_meta_step"](None, answer, given):
                 raise link.fault(fault, given)
-            found.update(
-                {f"{link.plugin.name}.{name}": float(value) for name, value in answer.items()}
-            )
-        for name in (name for name, value in found.items() if not math.isfinite(value)):
-            if name not in self._told:
-                self._told.add(name)
+            found |= {f"{link.plugin.name}.{name}": float(each) for name, each in answer.items()}
+        for name, value in found.items():
+            if not math.isfinite(value) and name not in self._warned:
+                self._warned.add(name)
                 warnings.warn(
-                    f"the figure '{name}' of a plugin's end_meta_step is NaN or Inf after iteration {int(iteration) + 1}: it is logged as "
-                    "null, and as nothing is computed from it, training goes on; see what the plugin computes there",
+                    f"the figure '{name}' of a plugin's end_meta_step is NaN or Inf after "
+                    f"iteration {int(iteration) + 1}: it is logged as null, and as nothing is "
+                    "computed from it, training goes on; see what the plugin computes there",
                     stacklevel=3,
                 )
         return found
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Every plugin's meta-parameters, as "PLUGIN.NAME"; those that do not learn (requires_grad False) are constants, and left out."""
+        """Every plugin's meta-parameters that learn (requires_grad), as "PLUGIN.NAME"."""
         return {
             f"{plugin.name}.{name}": parameter
             for plugin in self.plugins
@@ -207,37 +205,34 @@ class Chain:
         }
 
     def order(self) -> dict[str, tuple[str, ...]]:
-        """For every hook that some plugin implements, the names of its plugins in the order of application."""
-        return {
-            hook: tuple(link.plugin.name for link in links)
-            for hook, links in self._links.items()
-            if links
-        }
+        """By hook that some plugin implements, its plugins' names in the order of application."""
+        used = {hook: links for hook, links in self._links.items() if links}
+        return {hook: tuple(link.plugin.name for link in used[hook]) for hook in used}
 
     def links(self, hook: str) -> tuple[Link, ...]:
         """The implementations of a hook, in the order of application."""
         return self._links[hook]
 
     def wrap(self, around: Callable[[Link], Link]) -> None:
-        """Put `around(link)` in the place of every link: to look at what goes in and what comes out."""
-        self._links = {
-            hook: tuple(around(link) for link in links) for hook, links in self._links.items()
-        }
+        """Replace every link by `around(link)`, which sees what goes in and what comes out."""
+        self._links = {hook: tuple(map(around, links)) for hook, links in self._links.items()}
 
     def _look(self, link: Link, result: Any, given: Mapping[str, Any]) -> None:
-        """In a replay that looks for a culprit: at what a link has kept, and has returned."""
+        """Show the observer, if there is one, what a link has kept and returned."""
         if self.watch is None:
             return
-        advice = f"see what '{link.plugin.name}' computes there, or leave it out"
-        step = given.get("step")
-        kept = step.statistics.get(link.plugin.name, {}) if step is not None else {}
-        self.watch.look(kept, lambda fault: str(link.fault(f"kept {fault}", given)), advice)
-        self.watch.look(
-            result,
-            lambda fault: str(link.fault(f"returned {fault}", given)),
-            advice,
-            by_task=link.hook in _BY_TASK,
+        step, name = given.get("step"), link.plugin.name
+        kept = step.statistics.get(name, {}) if step is not None else {}
+
+        def saying(verb: str) -> Callable[[str], str]:
+            return lambda fault: str(link.fault(f"{verb} {fault}", given))
+
+        advice, by_task = (
+            f"see what '{name}' computes there, or leave it out",
+            link.hook in _BY_TASK,
         )
+        self.watch.look(kept, saying("kept"), advice)
+        self.watch.look(result, saying("returned"), advice, by_task=by_task)
 
     @property
     def scheduled(self) -> tuple[str, ...]:
@@ -258,37 +253,25 @@ class Chain:
 
 
 def _links(manager: pluggy.PluginManager, hook: str) -> tuple[Link, ...]:
-    implementations = list(reversed(getattr(manager.hook, hook).get_hookimpls()))
-    places = [
-        f"link {index} of {len(implementations)}" for index in range(1, len(implementations) + 1)
-    ]
+    found = list(reversed(getattr(manager.hook, hook).get_hookimpls()))
     return tuple(
-        Link(
-            implementation.plugin,
-            hook,
-            place,
-            implementation.function,
-            tuple(implementation.argnames),
-        )
-        for implementation, place in zip(implementations, places, strict=True)
+        Link(each.plugin, hook, f"link {k} of {len(found)}", each.function, tuple(each.argnames))
+        for k, each in enumerate(found, 1)
     )
 
 
 def _check_list(plugins: Sequence[Plugin]) -> None:
-    kinds = [plugin.kind() for plugin in plugins]
+    names, kinds = [each.name for each in plugins], [each.kind() for each in plugins]
     for index, plugin in enumerate(plugins):
-        if plugin.name in [other.name for other in plugins[:index]]:
-            raise RequestError(
-                f"plugin '{plugin.name}' stands twice in the list: give one of them a name of its own, or leave it out"
-            )
-        if conflicts := [kind for kind in kinds if kind in plugin.conflicts_with]:
-            raise RequestError(
-                f"plugin '{plugin.name}' conflicts with {quoted(conflicts)}: leave one of them out"
-            )
-        if late := [kind for kind in kinds[index + 1 :] if kind in plugin.runs_after]:
-            raise RequestError(
-                f"plugin '{plugin.name}' must run after {quoted(late)}: move it behind in the list of plugins"
-            )
+        if plugin.name in names[:index]:
+            fault = "stands twice in the list: give one of them a name of its own, or leave it out"
+        elif conflicts := [kind for kind in kinds if kind in plugin.conflicts_with]:
+            fault = f"conflicts with {quoted(conflicts)}: leave one of them out"
+        elif late := [kind for kind in kinds[index + 1 :] if kind in plugin.runs_after]:
+            fault = f"must run after {quoted(late)}: move it behind in the list of plugins"
+        else:
+            continue
+        raise RequestError(f"plugin '{plugin.name}' {fault}")
 
 
 _NO_CODE = (lambda: None).__code__
@@ -307,3 +290,4 @@ _FOLDED = {
     for hook, kind in KINDS.items()
     if kind == "fold"
 }
+"""By fold, the name of its first argument: the value that passes."""

@@ -1,4 +1,4 @@
-"""The shortest forms of a plugin: a module of functions that are marked `@hookimpl`, or one function."""
+"""The shortest forms of a plugin: a module of functions marked `@hookimpl`, or one function."""
 
 from __future__ import annotations
 
@@ -15,36 +15,42 @@ from metaplug.errors import RequestError, did_you_mean
 Shortest: TypeAlias = ModuleType | Callable[..., Any]
 """A module, or a function; not a class, nor any other object that can be called."""
 
-_STATEFUL = ("setup", "commit")
+_DECLARATIONS = ("runs_after", "conflicts_with", "couples_tasks")
 
 
 def is_shortest(part: Any) -> bool:
-    """Whether `part` is of a form that `plugin_of` takes."""
+    """Whether `plugin_of` takes `part`."""
     return isinstance(part, FunctionType | ModuleType)
 
 
 def plugin_of(part: Shortest) -> type[Plugin]:
-    """The plugin that a module or a function is, as a class without configuration.
+    """Make a plugin's class, without configuration, of a module or function.
 
-    A module is called as its last part in kebab-case, a function as itself. What a class would declare (`runs_after`, `conflicts_with`,
-    `couples_tasks`) stands in the module, or is an attribute of the function.
+    A module gives its last name in kebab-case, a function its own. What a class would declare
+    (`runs_after`, `conflicts_with`, `couples_tasks`) stands in the module, or is an attribute of
+    the function.
 
     Args:
-        part: a module with at least one function that is marked `@hookimpl`; or a function that is named as a hook, which marks it, or is
-            marked `@hookimpl(specname=HOOK)`.
+        part: a module with at least one function marked `@hookimpl`; or a function that has the
+            name of a hook, or is marked `@hookimpl(specname=HOOK)`.
 
     Raises:
-        RequestError: there is no hook in it; two functions implement one hook; or it has `setup` or `commit`, and no place for state.
+        RequestError: there is no hook in it; two functions implement one hook; or it has `setup`
+            or `commit`, without a place for state.
+
+    >>> def transform_inner_losses(losses): return losses * 2
+    >>> plugin_of(transform_inner_losses).kind()
+    'transform-inner-losses'
     """
-    functions = _of_module(part) if isinstance(part, ModuleType) else [_of_function(part)]
-    name = kebab(part.__name__.rpartition(".")[2])
-    hooks: dict[str, Any] = {}
-    for function in functions:
-        hook = _hook(function)
-        if hook in _STATEFUL:
+    is_module = isinstance(part, ModuleType)
+    name, hooks = kebab(part.__name__.rpartition(".")[2]), dict[str, Any]()
+    for function in _of_module(part) if isinstance(part, ModuleType) else [_of_function(part)]:
+        hook = getattr(function, "metaplug_impl", {}).get("specname") or function.__name__
+        if hook in ("setup", "commit"):
             raise RequestError(
-                f"plugin '{name}': function {function.__name__} is for meta-parameters and statistics, for which a {_noun(part)} has no "
-                "place: write a subclass of metaplug.Plugin"
+                f"plugin '{name}': function {function.__name__} is for meta-parameters and "
+                f"statistics, for which a {'module' if is_module else 'function'} has no place: "
+                "write a subclass of metaplug.Plugin"
             )
         if hook in hooks:
             both = f"{hooks[hook].__name__} and {function.__name__}"
@@ -52,33 +58,26 @@ def plugin_of(part: Shortest) -> type[Plugin]:
                 f"plugin '{name}': functions {both} both implement {hook}: make one of the two"
             )
         hooks[hook] = function
-    declared = {
-        key: value
-        for key, value in vars(part).items()
-        if key in ("runs_after", "conflicts_with", "couples_tasks")
-    }
+    place = part.__name__ if is_module else part.__module__
     namespace = {
         **{hook: staticmethod(function) for hook, function in hooks.items()},
-        **declared,
+        **{key: value for key, value in vars(part).items() if key in _DECLARATIONS},
         "__doc__": inspect.getdoc(part) or "",
-        "__module__": part.__name__ if isinstance(part, ModuleType) else part.__module__,
-        "written_as": part.__name__
-        if isinstance(part, ModuleType)
-        else f"{part.__module__}:{part.__qualname__}",  # as entry points have it
+        "__module__": place,
+        # As entry points have it.
+        "written_as": place if is_module else f"{place}:{getattr(part, '__qualname__', '')}",
     }
-    return cast(
-        "type[Plugin]",
-        type(name if is_kebab(name) else kebab(next(iter(hooks))), (Plugin,), namespace),
-    )
+    kind = name if is_kebab(name) else kebab(next(iter(hooks)))
+    return cast("type[Plugin]", type(kind, (Plugin,), namespace))
 
 
 def _of_module(module: ModuleType) -> list[FunctionType]:
-    """Its marked functions, and those of its own that should be, which are refused with every other plugin's."""
+    """Its marked functions, and its own that lack the mark, which are refused as in a class."""
     functions = [value for value in vars(module).values() if isinstance(value, FunctionType)]
     if not any(hasattr(function, "metaplug_impl") for function in functions):
         raise RequestError(
-            f"the module {module.__name__} is no plugin, as no function of it is marked @hookimpl: mark its hooks, "
-            f"or name a class as {module.__name__}:CLASS"
+            f"the module {module.__name__} is no plugin, as no function of it is marked @hookimpl: "
+            f"mark its hooks, or name a class as {module.__name__}:CLASS"
         )
     return [
         function
@@ -92,17 +91,9 @@ def _of_function(function: Any) -> FunctionType:
     if not hasattr(function, "metaplug_impl"):
         if function.__name__ not in KINDS:
             raise RequestError(
-                f"the function {function.__name__} is no plugin, as no hook has its name ({did_you_mean(function.__name__, KINDS)}): "
-                "name it as a hook, or mark it @hookimpl(specname=HOOK)"
+                f"the function {function.__name__} is no plugin, as no hook has its name "
+                f"({did_you_mean(function.__name__, KINDS)}): name it as a hook, or mark it "
+                "@hookimpl(specname=HOOK)"
             )
         hookimpl(function)
     return cast("FunctionType", function)
-
-
-def _hook(function: FunctionType) -> str:
-    specname: str | None = getattr(function, "metaplug_impl", {}).get("specname")
-    return specname or function.__name__
-
-
-def _noun(part: Shortest) -> str:
-    return "module" if isinstance(part, ModuleType) else "function"

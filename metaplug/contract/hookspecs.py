@@ -1,19 +1,25 @@
-"""The contract between metaplug and its plugins: every hook, in the order in which a meta-step calls them.
+"""The contract between metaplug and its plugins: every hook, in the order of a meta-step.
 
-Write a method of the same name, marked `@hookimpl`, and name the arguments that you need (any subset). There are four kinds:
+Write a method of the same name, marked `@hookimpl`, with any subset of the arguments. The kinds:
 
-* **fold**: called in the order of the configured list; each plugin receives what the one before returned. Return a new value, or None for
-  "unchanged". Never write into what you were given. After every link names, shapes, dtypes and device are checked.
+* **fold**: called in the order of the configured list; each plugin receives what the one before
+  returned. Return a new value, or None for "unchanged". Never write into what you were given.
+  Names, shapes, dtypes and device are checked after every link.
 * **choose**: at most one plugin answers; return None for "not me".
 * **collect**: every answer counts.
 * **notify**: no answer.
 
-Hooks inside the loop (all that receive a `step`) write no state: they may run again, or for nothing. Hand statistics to `step.keep` and
-store them in `commit`. A decision that depends on state is a tensor (`torch.where`), never a Python branch.
+Hooks inside the loop (all that receive a `step`) write no state: they may run again, or for
+nothing. Hand statistics to `step.keep` and store them in `commit`. A decision that depends on state
+is a tensor (`torch.where`), never a Python branch.
 
-The contract only grows: a new argument goes behind the others, and no hook, argument or field is renamed or taken away. What is to go is
-first deprecated, by `warn_on_impl` or `warn_on_impl_args` on its spec with a FutureWarning, which is shown at the plugin's own line.
+The contract only grows: a new argument goes after the others, and no hook, argument or field is
+renamed or removed. What is to go is first deprecated, by `warn_on_impl` or `warn_on_impl_args` on
+its spec with a FutureWarning, which is shown at the plugin's own line.
 T is the number of tasks, K the number of inner steps.
+
+>>> KINDS["transform_gradients"], KINDS["derivative_order"]
+('fold', 'choose')
 """
 
 from __future__ import annotations
@@ -60,16 +66,16 @@ fold, choose, collect, notify = (_declare(kind) for kind in ("fold", "choose", "
 def select_adapted(
     names: tuple[str, ...], layers: Mapping[str, type[nn.Module]]
 ) -> tuple[str, ...] | None:
-    """Which parameters the inner loop adapts: a subset of `names`, in any order. Starts with every trainable parameter of the model.
+    """The parameters that the inner loop adapts: a subset of `names`; at first all trainable ones.
 
-    What is left out is still meta-learned. Frozen parameters (requires_grad False) are neither adapted nor meta-learned.
-    `layers` has, by name, the class of the module that a parameter belongs to.
+    What is left out is still meta-learned. Frozen parameters (requires_grad False) are neither
+    adapted nor meta-learned. `layers` has, by name, the class of the module of a parameter.
     """
 
 
 @notify
 def setup(context: Context) -> None:
-    """Create your meta-parameters (nn.Parameter) and statistics (buffers) here, with `context.dtype` and `context.device`."""
+    """Create your nn.Parameters and buffers here, with `context.dtype` and `context.device`."""
 
 
 # In every meta-training iteration, before adaptation.
@@ -79,7 +85,7 @@ def setup(context: Context) -> None:
 def transform_tasks(
     batch: TaskBatch, iteration: int, generator: torch.Generator
 ) -> TaskBatch | None:
-    """Meta-training batches before adaptation: augmentation, label noise, mixing. Draw from `generator` (CPU) only."""
+    """Augment, relabel or mix meta-training batches; draw from `generator` (CPU) only."""
 
 
 # In every inner step k of training and of evaluation.
@@ -87,7 +93,7 @@ def transform_tasks(
 
 @fold
 def transform_parameters(parameters: Parameters, step: InnerStep) -> Parameters | None:
-    """The values that a forward pass uses, (T, *shape) each; support, and query (the query pass after update k gets step k)."""
+    """The values of a forward pass, (T, *shape) each; the query pass after update k has step k."""
 
 
 @fold
@@ -97,7 +103,7 @@ def transform_inner_losses(losses: Tensor, step: InnerStep) -> Tensor | None:
 
 @choose
 def derivative_order(step: InnerStep) -> int | None:
-    """2 (the default) or 1: whether meta-gradients flow through this step's gradients. Meta-training only."""
+    """2, the default, or 1: without meta-gradients through this step's gradients. In training."""
 
 
 @fold
@@ -109,7 +115,7 @@ def transform_gradients(gradients: Gradients, step: InnerStep) -> Gradients | No
 def transform_learning_rates(
     learning_rates: LearningRates, step: InnerStep
 ) -> LearningRates | None:
-    """Learning rates by name, each broadcastable to (T, *shape). Starts at the inner learning rate, a tensor of shape ()."""
+    """Rates by name, broadcastable to (T, *shape); at first the inner learning rate, shape ()."""
 
 
 # In every meta-training iteration, after adaptation.
@@ -117,9 +123,9 @@ def transform_learning_rates(
 
 @choose
 def outer_step_weights(iteration: int, inner_steps: int, total: int) -> Sequence[float] | None:
-    """K weights over the query losses after each update (default: 1 for the last). A query loss of weight 0 is not computed.
+    """K weights over the query losses after each update, by default 1 for the last.
 
-    `total` is the iterations of the whole run; 0 where none has begun.
+    A loss of weight 0 is not computed. `total` is the run's iterations; 0 where none has begun.
     """
 
 
@@ -132,9 +138,10 @@ def transform_outer_losses(losses: Tensor, outcome: Outcome) -> Tensor | None:
 def compute_meta_gradients(
     outcome: Outcome, outer_loss: Tensor, meta_parameters: Mapping[str, nn.Parameter]
 ) -> Mapping[str, Tensor] | None:
-    """Replace differentiation through the loop. Answer by the names of `meta_parameters`: the model's, and PLUGIN.NAME for a plugin's.
+    """Replace differentiation through the loop. Answer by the names of `meta_parameters`.
 
-    Leave no plugin's parameter out. `outer_loss` () carries the graph of the loop, for what is still to be differentiated.
+    Those are the model's, and PLUGIN.NAME for a plugin's, of which none is left out. `outer_loss`
+    () carries the graph of the loop, for what is still to be differentiated.
     """
 
 
@@ -147,14 +154,14 @@ def transform_meta_gradients(
 
 @fold
 def scale_meta_learning_rate(factor: float, iteration: int, total: int) -> float | None:
-    """A schedule: a factor >= 0 on the meta learning rate of every group, starting at 1. `total` is the iterations of the whole run."""
+    """A schedule: a factor >= 0, at first 1, on every meta learning rate, of `total` iterations."""
 
 
 @notify
 def commit(kept: Mapping[str, Tensor]) -> None:
-    """After a meta-update: store the statistics that you kept in this iteration, by the names you gave, into your buffers."""
+    """Store the statistics of this iteration, by the names you gave, after the meta-update."""
 
 
 @collect
 def end_meta_step(iteration: int, total: int) -> Mapping[str, float] | None:
-    """Figures to log after the meta-update of `iteration` (counted from 0), by name: gate values, learning rates, norms."""
+    """Figures by name to log after the meta-update of `iteration`, counted from 0."""

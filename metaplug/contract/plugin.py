@@ -1,4 +1,4 @@
-"""What a plugin is: an nn.Module with a validated configuration, whose hooks are marked `@hookimpl`."""
+"""A plugin: an nn.Module with a validated configuration, whose hooks are marked `@hookimpl`."""
 
 from __future__ import annotations
 
@@ -17,37 +17,59 @@ hookimpl = pluggy.HookimplMarker("metaplug")
 
 
 class PluginConfig(Settings):
-    """A plugin's configuration: a frozen pydantic model that refuses unknown fields. Describe and bound every field."""
+    """A plugin's configuration: frozen, without unknown fields. Describe and bound every field.
+
+    >>> class Config(PluginConfig): strength: float = Field(0.1, ge=0, description="How strong.")
+    >>> Config(strength=0.5)
+    Config(strength=0.5)
+    """
 
 
 class LearnedPluginConfig(PluginConfig):
-    """The configuration of a plugin that has meta-parameters."""
+    """The configuration of a plugin that has meta-parameters.
+
+    >>> LearnedPluginConfig(meta_lr=0.01).meta_lr
+    0.01
+    """
 
     meta_lr: float | None = Field(
         None,
         gt=0,
         le=10,
-        description="Meta learning rate of the plugin's own parameters; null: that of the model's weights.",
+        description="Meta learning rate of the plugin's own parameters; null: that of the model's "
+        "weights.",
     )
 
 
 def key_of(name: str) -> str:
-    """A parameter's name as nn.ParameterDict and buffers take it, without dots: "head.weight" is "head/weight"."""
+    """Write a parameter's name without dots, as nn.ParameterDict and buffers take it.
+
+    >>> key_of("head.weight")
+    'head/weight'
+    """
     return name.replace(".", "/")
 
 
 class Plugin(nn.Module):
-    """The base of every plugin. A subclass is final: it implements hooks, and is not subclassed again.
+    """The base of every plugin. A subclass is final: it implements hooks, and has no subclass.
 
-    Its meta-parameters are its `nn.Parameter`s and its statistics its buffers, both created in `setup`; devices, checkpoints and the
-    meta-optimizer find them there.
+    Its meta-parameters are its `nn.Parameter`s and its statistics its buffers, both created in
+    `setup`; devices, checkpoints and the meta-optimizer find them there.
 
     Args:
-        name: what this instance is called in a chain; needed only where a plugin stands twice. Default: the class's name, in kebab-case.
+        name: of this instance in a chain, needed only where a plugin stands twice; default: the
+            class's name, in kebab-case.
         settings: the fields of `Config`.
 
     Raises:
         RequestError: a field is unknown, or its value out of bounds.
+
+    >>> class HalfStep(Plugin):
+    ...     @hookimpl
+    ...     def transform_gradients(self, gradients):
+    ...         return {name: gradient / 2 for name, gradient in gradients.items()}
+    >>> HalfStep().name
+    'half-step'
     """
 
     class Config(PluginConfig):
@@ -56,11 +78,11 @@ class Plugin(nn.Module):
     config: PluginConfig
 
     runs_after: ClassVar[tuple[str, ...]] = ()
-    """Plugins that must stand before this one in the list, where both are used. Checked, never used to reorder."""
+    """Plugins that must stand before this one in the list. Checked, never used to reorder."""
     conflicts_with: ClassVar[tuple[str, ...]] = ()
     """Plugins that cannot be used beside this one."""
     couples_tasks: ClassVar[bool] = False
-    """Whether a task's result depends on other tasks of its meta-training batch. `InnerStep.task_mean` asks for it."""
+    """Whether a task's result depends on other tasks of its batch; `task_mean` asks for it."""
 
     def __init__(self, *, name: str | None = None, **settings: Any) -> None:
         super().__init__()
@@ -68,7 +90,8 @@ class Plugin(nn.Module):
         self.name = self.kind() if name is None else name
         if not is_kebab(self.name):
             raise RequestError(
-                f"'{self.name}' cannot name a plugin: use lower-case letters, digits and single hyphens, as in 'my-plugin'"
+                f"'{self.name}' cannot name a plugin: use lower-case letters, digits and single "
+                "hyphens, as in 'my-plugin'"
             )
         self.config = validated(self.Config, settings, f"plugin '{self.name}'")
 
@@ -76,31 +99,32 @@ class Plugin(nn.Module):
         super().__init_subclass__(**kwargs)
         if Plugin not in cls.__bases__:
             raise TypeError(
-                f"{cls.__name__} extends the plugin {cls.__bases__[0].__name__}: a plugin is final; subclass metaplug.Plugin instead"
+                f"{cls.__name__} extends the plugin {cls.__bases__[0].__name__}: a plugin is "
+                "final; subclass metaplug.Plugin instead"
             )
         config: Any = cls.Config
         if not isinstance(config, type) or not issubclass(config, PluginConfig):
             raise TypeError(
-                f"{cls.__name__}.Config is no subclass of metaplug.PluginConfig, so that settings would go unchecked: "
-                "write class Config(PluginConfig)"
+                f"{cls.__name__}.Config is no subclass of metaplug.PluginConfig, so that settings "
+                "would go unchecked: write class Config(PluginConfig)"
             )
         if config.model_config.get("extra") != "forbid" or not config.model_config.get("frozen"):
             raise TypeError(
-                f"{cls.__name__}.Config lets unknown fields pass, or its fields be changed, which no run could tell: "
-                "take extra and frozen out of its model_config"
+                f"{cls.__name__}.Config lets unknown fields pass, or its fields be changed, which "
+                "no run could tell: take extra and frozen out of its model_config"
             )
 
     @classmethod
     def kind(cls) -> str:
-        """The plugin's own name, whatever an instance is called: `GradientSharing` is "gradient-sharing"."""
+        """The plugin's own name, whatever an instance is called: "gradient-sharing"."""
         return kebab(cls.__name__)
 
     @property
     def meta_lr(self) -> float | None:
-        """The meta learning rate of this plugin's meta-parameters, as its configuration says; None for the learner's."""
+        """The meta learning rate of this plugin's meta-parameters; None for the learner's."""
         return self.config.meta_lr if isinstance(self.config, LearnedPluginConfig) else None
 
     @property
     def transductive(self) -> bool:
-        """Whether, as configured, test tasks may share. The result of an evaluation is then labelled transductive."""
+        """Whether, as configured, test tasks may share; results are then labelled transductive."""
         return False

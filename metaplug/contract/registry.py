@@ -1,9 +1,17 @@
-"""What is installed: plugins, presets, task sources and models, found by entry point. Listing names imports nothing."""
+"""Installed plugins, presets, task sources and models, found by entry point.
+
+Listing names imports nothing; `load` imports the one part that is asked for, and checks its kind.
+
+>>> "conv4" in names("model"), origin_of("model", "conv4").split()[0]
+(True, 'metaplug')
+>>> load("preset", "maml").name
+'maml'
+"""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.metadata import EntryPoint
 from typing import Any
@@ -18,13 +26,21 @@ GROUPS = {
 }
 """The entry-point group of every kind of part."""
 
+_EXPECTED = {
+    "plugin": "a subclass of metaplug.Plugin or a module with hooks",
+    "preset": "a metaplug.Preset",
+    "task source": "a subclass of metaplug.tasks.TaskSource",
+    "model": "a class or function that makes a model",
+}
+
 
 @dataclass(frozen=True)
 class Part:
     """One row of a listing: an installed part, or the error that it gives when loaded.
 
     Attributes:
-        distribution, version: of the package that it comes from; of one without metadata the module, and None.
+        distribution, version: of the package that it comes from; of one without metadata the
+            module, and None.
     """
 
     kind: str
@@ -41,9 +57,10 @@ class Part:
 
 
 def entry_points(group: str) -> list[EntryPoint]:
-    """What installed packages offer in a group; of one that is found twice, what Python would import counts.
+    """List what installed packages offer in a group; of two copies, the one that Python imports.
 
-    The current folder offers nothing: it may be what somebody sent. Nor does what a build has left there hide what is installed.
+    The current folder offers nothing: it may be what somebody sent. Nor does what a build has left
+    there hide what is installed.
     """
     found: dict[str, list[EntryPoint]] = {}
     for distribution in metadata.distributions(path=[place for place in sys.path if place]):
@@ -53,76 +70,99 @@ def entry_points(group: str) -> list[EntryPoint]:
 
 
 def names(kind: str) -> list[str]:
-    """The names of the installed parts of a kind ("plugin", "preset", "task source", "model"), sorted. Imports nothing."""
+    """List the installed parts of a kind, a key of GROUPS, sorted, without importing any."""
     return sorted({entry.name for entry in entry_points(group=GROUPS[kind])})
 
 
 def load(kind: str, name: str) -> Any:
-    """The part of this kind and name. A plugin in its shortest form, a module or function, is its class.
+    """Import the part of this kind and name. A plugin in its shortest form becomes a class.
 
     Raises:
-        RequestError: nothing of that name is installed (the nearest is offered), two distributions offer it, or it breaks the contract.
+        RequestError: nothing of that name is installed (the nearest is offered), two distributions
+            offer it, or it breaks the contract.
         RunError: it is installed but does not import, or is no part of its kind.
     """
-    from metaplug.contract.parts import checked  # noqa: PLC0415 - torch takes seconds to import, and names need none of it
-
     found = _found(kind, name)
     if not found:
         raise unknown(kind, name, names(kind))
     origins = sorted({_origin(entry) for entry in found})
     if len({entry.value for entry in found}) > 1:
         raise RequestError(
-            f"two installed packages offer the {kind} '{name}': {' and '.join(origins)}; uninstall one of them"
+            f"two installed packages offer the {kind} '{name}': {' and '.join(origins)}; "
+            "uninstall one of them"
         )
     try:
         value = found[0].load()
     except (Exception, SystemExit) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise RunError(
-            f"the {kind} '{name}' of {origins[0]} does not load: {reason}; correct it there, or uninstall it"
+            f"the {kind} '{name}' of {origins[0]} does not load: {reason}; "
+            "correct it there, or uninstall it"
         ) from error
-    return checked(kind, name, value, origins[0])
+    part = _checked(kind, name, value)
+    if part is None:
+        is_class = isinstance(value, type)
+        given = f"the class {value.__name__}" if is_class else f"of type {type(value).__name__}"
+        raise RunError(
+            f"the {kind} '{name}' of {origins[0]} is {given}, not {_EXPECTED[kind]}: "
+            "correct its entry point, or uninstall it"
+        )
+    return part
+
+
+def _checked(kind: str, name: str, value: Any) -> Any:
+    """The part, a plugin held to the contract; None for something else than its kind asks for."""
+    # torch takes seconds to import, and names need none of it.
+    from metaplug.contract.function_plugins import is_shortest, plugin_of  # noqa: PLC0415
+    from metaplug.contract.plugin import Plugin  # noqa: PLC0415
+    from metaplug.contract.plugin_checks import check_plugin  # noqa: PLC0415
+    from metaplug.contract.presets import Preset  # noqa: PLC0415
+
+    if kind == "plugin":
+        value = plugin_of(value) if is_shortest(value) else value
+        fits = isinstance(value, type) and issubclass(value, Plugin) and value is not Plugin
+        if fits:
+            check_plugin(value, name)
+    elif kind == "task source":
+        # TaskSource stands above the contract, so it is known by its mark.
+        fits = isinstance(value, type) and getattr(value, "part_kind", None) == kind
+    else:
+        fits = isinstance(value, Preset) if kind == "preset" else callable(value)
+    return value if fits else None
 
 
 def name_of(kind: str, part: type) -> str | None:
-    """The name under which a class is installed as a part of this kind; None where it is not. Imports nothing."""
-    value = getattr(
-        part, "written_as", f"{part.__module__}:{part.__qualname__}"
-    )  # what a shortest form is made of, or the class itself
-    return next(
-        (entry.name for entry in entry_points(group=GROUPS[kind]) if entry.value == value), None
-    )
+    """Find the name under which a class is installed, without importing; None if it is not."""
+    # Of a shortest form it is the module or function that the entry point names.
+    value = getattr(part, "written_as", f"{part.__module__}:{part.__qualname__}")
+    entries = entry_points(group=GROUPS[kind])
+    return next((entry.name for entry in entries if entry.value == value), None)
 
 
 def parts(kind: str) -> list[Part]:
-    """Every installed part of a kind, loaded; a broken one is a row with its error."""
+    """Load every installed part of a kind; a broken one is a row with its error."""
     return [_part(kind, name) for name in names(kind)]
 
 
 def origin_of(kind: str, name: str) -> str:
-    """The distribution, with its version, that a part comes from; several where several offer it. Imports nothing."""
+    """Name the distributions, with versions, that offer a part, without importing it."""
     return ", ".join(sorted({_origin(entry) for entry in _found(kind, name)}))
 
 
 def versions_of(kind: str, name: str) -> dict[str, str]:
-    """The version of the distribution that a part comes from, by its name. Imports nothing."""
-    return {
-        distribution: version
-        for distribution, version in map(_package, _found(kind, name))
-        if version
-    }
+    """Map the distributions that offer a part to their versions, without importing it."""
+    packages = map(_package, _found(kind, name))
+    return {distribution: version for distribution, version in packages if version}
 
 
 def _part(kind: str, name: str) -> Part:
-    found = _found(kind, name)
-    distributions, versions = (
-        ", ".join(sorted({each for each in column if each}))
-        for column in zip(*map(_package, found), strict=True)
-    )
+    columns = zip(*map(_package, _found(kind, name)), strict=True)
+    distributions, versions = (", ".join(sorted({*filter(None, each)})) for each in columns)
+    row = Part(kind, name, distributions, versions or None)
     try:
-        return Part(kind, name, distributions, versions or None, value=load(kind, name))
+        return replace(row, value=load(kind, name))
     except (RequestError, RunError) as error:
-        return Part(kind, name, distributions, versions or None, error=str(error))
+        return replace(row, error=str(error))
 
 
 def _found(kind: str, name: str) -> list[EntryPoint]:

@@ -7,12 +7,15 @@ EPOCHS = 100
 
 
 def epoch_of(iteration: int, total: int, iterations_per_epoch: int | None) -> int:
-    """The epoch of an iteration: ⌊i / n⌋ with n iterations in an epoch; without n an epoch is a hundredth of the run: ⌊100 i / total⌋.
+    """Count iterations in epochs: ⌊i / n⌋, or ⌊100 i / total⌋ without n.
 
     Args:
         iteration: i, counted from 0.
         total: the iterations of the whole run; 0 where none has begun, which is epoch 0.
         iterations_per_epoch: n, at least 1; None for a hundredth of the run.
+
+    >>> epoch_of(1_000, 50_000, 500), epoch_of(1_000, 50_000, None)
+    (2, 2)
     """
     if iterations_per_epoch is not None:
         return iteration // iterations_per_epoch

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaplug.errors import RequestError, RunError, quoted
 
-_FIELDS = ("support_x", "support_y", "query_x", "query_y")
+FIELDS = ("support_x", "support_y", "query_x", "query_y")
 
 
 IGNORED = -100
@@ -29,7 +29,12 @@ class TaskBatch:
         query_y: (T, n_query, *target): integer where support_y is, floating-point where it is.
 
     Raises:
-        RequestError: a field is no tensor, or its shape, dtype or device does not fit the others; the fields and shapes are named.
+        RequestError: a field is no tensor, or its shape, dtype or device does not fit the others;
+            names the fields and shapes.
+
+    >>> x, y = torch.zeros(8, 5, 28), torch.zeros(8, 5, dtype=torch.long)
+    >>> TaskBatch(x, y, x, y).num_tasks
+    8
     """
 
     support_x: Tensor
@@ -38,85 +43,80 @@ class TaskBatch:
     query_y: Tensor
 
     def __post_init__(self) -> None:
-        for name in _FIELDS:
+        for name in FIELDS:
             value = getattr(self, name)
             if not isinstance(value, Tensor):
-                raise RequestError(
-                    f"TaskBatch: {name} is a {type(value).__name__}, not a tensor: give torch.as_tensor({name})"
-                )
+                given = f"a {type(value).__name__}, not a tensor"
+                raise RequestError(f"TaskBatch: {name} is {given}: give torch.as_tensor({name})")
             if value.ndim < 2 or 0 in value.shape[:2]:
                 raise RequestError(
-                    f"TaskBatch: {name} has shape {_shape(value)}: give (tasks, examples, ...) with at least one task and one example"
+                    f"TaskBatch: {name} has shape {tuple(value.shape)}: give (tasks, examples, "
+                    "...) with at least one task and one example"
                 )
-            if value.device != self.support_x.device:
+            if value.device != self.device:
                 raise RequestError(
-                    f"TaskBatch: {name} is on {value.device}, support_x on {self.support_x.device}: move all four to one device"
+                    f"TaskBatch: {name} is on {value.device}, support_x on {self.device}: "
+                    "move all four to one device"
                 )
-            if value.shape[0] != self.support_x.shape[0]:
-                raise self._misfit(
-                    "support_x", name, "every field must stack the same number of tasks"
-                )
+            self._match("support_x", name, len, "every field must stack the same number of tasks")
         for part in ("support", "query"):
-            if getattr(self, f"{part}_x").shape[1] != getattr(self, f"{part}_y").shape[1]:
-                raise self._misfit(f"{part}_x", f"{part}_y", "give one target for every example")
-        if self.support_x.shape[2:] != self.query_x.shape[2:]:
-            raise self._misfit(
-                "support_x", "query_x", "support and query examples must have one input shape"
-            )
-        if self.support_y.shape[2:] != self.query_y.shape[2:]:
-            raise self._misfit(
-                "support_y", "query_y", "support and query examples must have one target shape"
-            )
-        if self.support_x.dtype != self.query_x.dtype:
-            raise self._mixed("support_x", "query_x", "convert one of them")
-        if self.support_y.is_floating_point() != self.query_y.is_floating_point():
-            raise self._mixed(
-                "support_y",
-                "query_y",
-                "give integer labels in both, or floating-point targets in both",
+            advice = "give one target for every example"
+            self._match(f"{part}_x", f"{part}_y", lambda x: x.shape[1], advice)
+        for axis, word in (("x", "input"), ("y", "target")):
+            advice = f"support and query examples must have one {word} shape"
+            self._match(f"support_{axis}", f"query_{axis}", lambda x: x.shape[2:], advice)
+        self._match("support_x", "query_x", lambda x: x.dtype, "convert one of them")
+        advice = "give integer labels in both, or floating-point targets in both"
+        self._match("support_y", "query_y", Tensor.is_floating_point, advice)
+
+    def _match(self, one: str, other: str, of: Callable[[Tensor], Any], advice: str) -> None:
+        first, second = getattr(self, one), getattr(self, other)
+        if of(first) != of(second):
+            a, b = (f"{str(x.dtype)[6:]} of shape {tuple(x.shape)}" for x in (first, second))
+            raise RequestError(
+                f"TaskBatch: {one} is {a} and {other} {b}, which do not fit: {advice}"
             )
 
     @classmethod
     def stack(cls, tasks: Sequence[TaskBatch]) -> TaskBatch:
-        """Several batches as one, in their order: of tasks that you made one by one, for example.
+        """Join several batches, such as tasks made one by one, in their order.
 
         Raises:
-            RequestError: there is none, or they differ in size. Padded examples would count in batch norm and in every mean over
-                examples, so that tasks of unequal size are not padded.
+            RequestError: there is none, or they differ in size.
         """
         if not tasks:
             raise RequestError("TaskBatch.stack: there is no task: give at least one")
-        for name in _FIELDS:
-            shapes = [getattr(task, name).shape[1:] for task in tasks]
+        for name in FIELDS:
+            shapes = [tuple(getattr(task, name).shape[1:]) for task in tasks]
             if different := [place for place, shape in enumerate(shapes) if shape != shapes[0]]:
                 raise RequestError(
-                    f"TaskBatch.stack: {name} of batch {different[0]} is {tuple(shapes[different[0]])} for a task, of batch 0 "
-                    f"{tuple(shapes[0])}, but tasks that are computed together must be of one size, as padding would count in batch norm "
-                    "and in every mean over examples: draw tasks of one size, or put those of another into batches of their own"
+                    f"TaskBatch.stack: {name} of batch {different[0]} is {shapes[different[0]]} "
+                    f"for a task, of batch 0 {shapes[0]}, but tasks computed together must be of "
+                    "one size, as padding would count in every mean over examples: draw tasks of "
+                    "one size, or put those of another into batches of their own"
                 )
-        return cls(*(torch.cat([getattr(task, name) for task in tasks]) for name in _FIELDS))
+        return cls(*(torch.cat([getattr(task, name) for task in tasks]) for name in FIELDS))
 
     @classmethod
     def from_torchmeta(cls, batch: Any) -> TaskBatch:
-        """A batch of torchmeta's BatchMetaDataLoader; shapes and dtypes stay as they are.
+        """Convert a batch of torchmeta's BatchMetaDataLoader; shapes and dtypes stay as they are.
 
         Args:
-            batch: {"train": (x, y), "test": (x, y)}, or with "support" and "query", each (T, examples, ...).
+            batch: {"train": (x, y), "test": (x, y)}, or with "support" and "query", each
+                (T, examples, ...).
 
         Raises:
-            RequestError: it has not these two parts, its targets are no tensors, or as TaskBatch raises.
+            RequestError: it lacks these two parts, or its targets are no tensors; as TaskBatch.
         """
         parts = batch if isinstance(batch, Mapping) else {}
-        names = next(
-            (pair for pair in (("train", "test"), ("support", "query")) if set(pair) <= set(parts)),
-            None,
-        )
-        if names is None:
+        pairs = [pair for pair in (("train", "test"), ("support", "query")) if {*pair} <= {*parts}]
+        if not pairs:
             raise RequestError(
-                f"TaskBatch.from_torchmeta: the batch has the parts {quoted(map(str, parts))}, not 'train' and 'test': "
-                f"give its data set a ClassSplitter with num_train_per_class and num_test_per_class"
+                f"TaskBatch.from_torchmeta: the batch has the parts {quoted(map(str, parts))}, not "
+                "'train' and 'test': give its data set a ClassSplitter with num_train_per_class "
+                "and num_test_per_class"
             )
-        (support_x, support_y), (query_x, query_y) = (parts[name] for name in names)
+        (support_x, support_y), (query_x, query_y) = (parts[name] for name in pairs[0])
         if not isinstance(support_y, Tensor):
             raise RequestError(
                 "TaskBatch.from_torchmeta: the targets are names of classes, not integers: "
@@ -135,20 +135,16 @@ class TaskBatch:
         return self.support_x.device
 
     def to(self, device: torch.device | str) -> TaskBatch:
-        """The batch on `device`; the batch itself where it is there already. To CUDA it goes by pinned memory, and nobody waits for it."""
-        tensors = [getattr(self, name) for name in _FIELDS]
-        if torch.device(device).type == "cuda" and self.device.type == "cpu":
-            return TaskBatch(
-                *(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
-            )
-        moved = [tensor.to(device) for tensor in tensors]
-        return (
-            self
-            if all(
-                tensor is getattr(self, name) for name, tensor in zip(_FIELDS, moved, strict=True)
-            )
-            else TaskBatch(*moved)
-        )
+        """Move the batch to `device`; the batch itself if it is there already.
+
+        It goes to CUDA through pinned memory, without a host synchronization.
+        """
+        tensors = [getattr(self, name) for name in FIELDS]
+        pins = torch.device(device).type == "cuda" and self.device.type == "cpu"
+        given = [tensor.pin_memory() for tensor in tensors] if pins else tensors
+        moved = [tensor.to(device, non_blocking=pins) for tensor in given]
+        stays = all(new is old for new, old in zip(moved, tensors, strict=True))
+        return self if stays else TaskBatch(*moved)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TaskBatch:
         """The batch of what `function` makes of each of the four tensors."""
@@ -167,27 +163,29 @@ class TaskBatch:
     def check_values(
         self, outputs: int | None, number: Callable[[int], int] = lambda task: task
     ) -> None:
-        """Check what shapes do not show; it waits for the device once per tensor.
+        """Check what shapes do not show, with one host synchronization per tensor.
 
         Args:
-            outputs: the model's number of outputs (>= 1), against which integer labels are checked; None leaves labels unchecked.
-            number: from a place in the batch to the number by which an error names that task; default: the place.
+            outputs: the model's number of outputs (>= 1), against which integer labels are checked;
+                None leaves labels unchecked.
+            number: from a place in the batch to the number that errors give that task.
 
         Raises:
-            RunError: NaN or Inf in an input or in a floating-point target; the field and the first such task are named.
+            RunError: NaN or Inf in an input or in a floating-point target; names field and task.
             RequestError: an integer label is not one of 0 ... outputs - 1.
         """
-        for name in _FIELDS:
+        for name in FIELDS:
             value: Tensor = getattr(self, name)
             if value.is_floating_point() and not torch.isfinite(value).all():
                 task = int((~torch.isfinite(value)).flatten(1).any(1).nonzero()[0])
                 raise RunError(
-                    f"{name} of task {number(task)} holds NaN or Inf, on which no loss is defined: clean the data of that task"
+                    f"{name} of task {number(task)} holds NaN or Inf, on which no loss is defined: "
+                    "clean the data of that task"
                 )
         self.check_labels(outputs)
 
     def check_labels(self, outputs: int | None) -> None:
-        """The part of `check_values` that concerns integer labels."""
+        """Check integer labels alone, as `check_values` does."""
         for name in ("support_y", "query_y"):
             value: Tensor = getattr(self, name)
             if outputs is None or value.is_floating_point():
@@ -198,24 +196,7 @@ class TaskBatch:
             low, high = (int(bound) for bound in value.aminmax())
             if low < 0 or high >= outputs:
                 raise RequestError(
-                    f"labels out of range: {name} has the label {low if low < 0 else high}, but the model has {outputs} outputs, "
-                    f"for the labels 0 to {outputs - 1}: give the model more outputs, or the tasks fewer ways"
+                    f"labels out of range: {name} has the label {low if low < 0 else high}, but "
+                    f"the model has {outputs} outputs, for the labels 0 to {outputs - 1}: "
+                    "give the model more outputs, or the tasks fewer ways"
                 )
-
-    def _misfit(self, one: str, other: str, mend: str) -> RequestError:
-        return RequestError(
-            f"TaskBatch: {one} has shape {_shape(getattr(self, one))} and {other} {_shape(getattr(self, other))}, which do not fit: {mend}"
-        )
-
-    def _mixed(self, one: str, other: str, mend: str) -> RequestError:
-        return RequestError(
-            f"TaskBatch: {one} has dtype {_dtype(getattr(self, one))} and {other} {_dtype(getattr(self, other))}, which do not fit: {mend}"
-        )
-
-
-def _shape(value: Tensor) -> str:
-    return str(tuple(value.shape))
-
-
-def _dtype(value: Tensor) -> str:
-    return str(value.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The values that pass through the hooks. T is the number of tasks in a batch, K the number of inner steps."""
+"""Values that pass through the hooks: T tasks in a batch, K inner steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from metaplug.errors import RequestError
 Kind: TypeAlias = Literal["classification", "regression"]
 
 Gradients: TypeAlias = Mapping[str, Tensor]
-"""Read-only, by parameter name, each (T, *parameter.shape); only adapted parameters that received a gradient."""
+"""Read-only, by name of an adapted parameter that received a gradient, (T, *parameter.shape)."""
 
 Parameters: TypeAlias = Mapping[str, Tensor]
 """Read-only, by the model's own parameter name, each (T, *parameter.shape)."""
@@ -25,7 +25,7 @@ LearningRates: TypeAlias = Mapping[str, Tensor]
 
 
 class Owner(Protocol):
-    """What a step knows of the plugin that holds it."""
+    """The plugin that holds a step."""
 
     @property
     def name(self) -> str: ...
@@ -36,7 +36,7 @@ class Owner(Protocol):
 
 
 class TaskShare(Protocol):
-    """This rank's share of a meta-batch: its weight, and the mean over all ranks."""
+    """This rank's share of a meta-batch."""
 
     @property
     def weight(self) -> float: ...
@@ -54,8 +54,11 @@ class InnerStep:
         meta_iteration: the meta-iteration, counted from 0.
         meta_iterations: the meta-iterations of the whole run; 0 where none has begun.
         training: whether this is meta-training; False when test tasks are adapted.
-        parameters: the fast weights that this forward pass starts from, all parameters of the model.
+        parameters: the fast weights of this forward pass, all parameters of the model.
         initial_parameters: the weights that every task started from.
+
+    >>> InnerStep(7, 8, trained_steps=5, meta_iteration=0, meta_iterations=0, training=False).slot
+    4
     """
 
     index: int
@@ -74,40 +77,36 @@ class InnerStep:
 
     @property
     def slot(self) -> int:
-        """min(k, trained steps − 1): the place of this step's meta-parameters.
-
-        Raises:
-            RequestError: the model is trained with no inner step, so that no per-step value exists.
-        """
+        """min(k, trained steps − 1): the place of this step's meta-parameters."""
         if self.trained_steps == 0:
             raise RequestError(
-                f"plugin '{self._owner.name}' keeps a value for each inner step, but the model is trained with none: "
-                "train with inner_steps of at least 1, or leave the plugin out"
+                f"plugin '{self._owner.name}' keeps a value for each inner step, but the model is "
+                "trained with none: train with inner_steps of at least 1, or leave the plugin out"
             )
         return min(self.index, self.trained_steps - 1)
 
     @property
     def losses(self) -> Tensor:
-        """(T,) support losses of this step, before `transform_inner_losses`; not known yet in `transform_parameters`."""
+        """(T,) support losses, before `transform_inner_losses`."""
         return self._of_forward("losses", self.support_losses)
 
     @property
     def predictions(self) -> Tensor:
-        """(T, n_support, *output) of this step's support pass; for classification the logits. Not known yet in `transform_parameters`."""
+        """(T, n_support, *output) of the support pass; logits in classification."""
         return self._of_forward("predictions", self.support_predictions)
 
     def task_mean(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The mean over axis 0, that is over all tasks of the meta-batch, those of other ranks too: Σ_t w[t]·x[t] / T. Differentiable.
+        """Σ_t w[t]·x[t] / T over all tasks of the meta-batch, across ranks too; differentiable.
 
-        Ranks wait for each other here: call it as often, and with the same shapes, whatever the tasks are.
+        Ranks wait for each other here: call it equally often, with equal shapes, for all tasks.
 
         Args:
             x: (T, ...), a floating dtype.
-            weights: (T,), of x's dtype; default: all 1. One matrix product, far cheaper than a product by element.
+            weights: (T,), of x's dtype; default: all 1. Cheaper than a product by element.
 
         Raises:
-            RequestError: at evaluation, where tasks must not see each other, unless the plugin says that it is transductive;
-                or by a plugin that does not declare `couples_tasks`.
+            RequestError: at evaluation, where tasks must not see each other, unless the plugin is
+                transductive; or the plugin does not declare `couples_tasks`.
         """
         if not self._owner.couples_tasks:
             raise RequestError(
@@ -116,20 +115,19 @@ class InnerStep:
             )
         if not self.training and not self._owner.transductive:
             raise RequestError(
-                f"plugin '{self._owner.name}' takes a mean over test tasks, which must not see each other: "
-                "use what was stored in training when step.training is False"
+                f"plugin '{self._owner.name}' takes a mean over test tasks, which must not see "
+                "each other: use what was stored in training when step.training is False"
             )
-        mean: Tensor = (
-            x.mean(0)
-            if weights is None
-            else ((weights / len(weights)) @ x.reshape(len(x), -1)).view(x.shape[1:])
-        )
+        if weights is None:
+            mean = x.mean(0)
+        else:  # one matrix product
+            mean = ((weights / len(weights)) @ x.reshape(len(x), -1)).view(x.shape[1:])
         return mean if self.share is None else self.share.mean(mean)
 
     def keep(self, name: str, tensor: Tensor) -> None:
-        """Hand a statistic to the engine, detached; after the meta-update, and only then, `commit` receives it by this name.
+        """Hand over a statistic, detached; `commit` receives it by this name after the meta-update.
 
-        Where other ranks have tasks too, it receives the mean over ranks, weighted by their tasks: keep a floating-point mean over tasks.
+        Across ranks it receives the mean weighted by their tasks: keep a mean over tasks, a float.
         """
         self.statistics.setdefault(self._owner.name, {})[name] = tensor.detach()
 
@@ -140,8 +138,9 @@ class InnerStep:
     def _of_forward(self, what: str, value: Tensor | None) -> Tensor:
         if value is None:
             raise RequestError(
-                f"plugin '{self._owner.name}' asks for this step's {what} in transform_parameters, before the forward pass "
-                "that makes them: use them in transform_inner_losses, transform_gradients or transform_learning_rates"
+                f"plugin '{self._owner.name}' asks for this step's {what} in transform_parameters, "
+                "before the forward pass that makes them: use them in transform_inner_losses, "
+                "transform_gradients or transform_learning_rates"
             )
         return value
 
@@ -153,16 +152,16 @@ class InnerStep:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What adapting a batch of tasks gave.
+    """The result of adapting a batch of tasks.
 
     Attributes:
         batch: the tasks.
         initial_parameters: what every task started from, (T, *shape) each.
-        adapted_parameters: the fast weights after the last update, (T, *shape) each; all parameters of the model.
-        support_losses: K tensors (T,), before `transform_inner_losses`; the k-th is taken before update k.
-        query_losses: by the number of updates done (1 … K; 0 where K = 0), (T,) each; only those that count.
+        adapted_parameters: the fast weights after the last update, (T, *shape) each, all of them.
+        support_losses: K tensors (T,), before `transform_inner_losses`; the k-th before update k.
+        query_losses: those that count, (T,) each, by the number of updates before (1 … K, or 0).
         query_predictions: (T, n_query, *output) of the last query pass, detached.
-        query_parameters: the values that the last query pass used, after `transform_parameters`.
+        query_parameters: of the last query pass, after `transform_parameters`.
         statistics: what plugins kept, by plugin and name.
         adapted: the names of the parameters that the inner loop updated.
     """
@@ -180,18 +179,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Context:
-    """What a plugin may know of the run when it creates its meta-parameters and buffers.
+    """The run as a plugin sees it when it creates its meta-parameters and buffers.
 
     Attributes:
-        shapes: by name, the shape of every trainable parameter of the model, without the task axis.
-        parameters: by name, their values as meta-training begins, detached: copy what you start from.
+        shapes: by name, of every trainable parameter of the model, without the task axis.
+        parameters: by name, their values as meta-training begins, detached: copy what you need.
         layers: by name, the class of the module that each belongs to.
         adapted: the names of the parameters that the inner loop adapts, in the model's order.
         dtype, device: of the model's parameters; create yours with both.
         inner_steps: K in training, 0 or more.
         inner_lr: the inner learning rate.
         kind: "classification" or "regression".
-        ranks: the number of processes that the tasks of a meta-batch are spread over.
+        ranks: the processes over which the tasks of a meta-batch are spread.
     """
 
     shapes: Mapping[str, torch.Size]

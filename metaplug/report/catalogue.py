@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from metaplug.contract import registry
 from metaplug.contract.hookspecs import KINDS
-from metaplug.contract.plugin_rules import implementations
+from metaplug.contract.plugin_checks import implementations
 from metaplug.contract.presets import Preset
 from metaplug.contract.registry import Part
 from metaplug.experiments.configuration import flatten

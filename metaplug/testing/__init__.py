@@ -1,13 +1,19 @@
-"""For authors of plugins: a suite that holds any plugin to the contract, with small models, tasks and plain loops to compare with.
+"""For authors of plugins: a suite that holds any plugin to the contract, and its parts.
 
-It needs pytest and hypothesis: pip install 'metaplug[testing]'. Nothing else of metaplug imports it.
+* `suite`: the clauses as a class of tests and as one call; `clauses`: what a clause is.
+* `forms`, `states`, `numbers`, `separation`, `derivations`, `composing`: the clauses themselves.
+* `comparing`, `watching`: what they look at; `first_party`: our plugins, with settings.
+* `problems`, `strategies`: small models and tasks; `reference`: the algorithms as plain loops.
+
+It needs pytest and hypothesis (pip install 'metaplug[testing]'); nothing else of metaplug does.
 """
 
 from importlib.util import find_spec
 
 if missing := [name for name in ("pytest", "hypothesis") if find_spec(name) is None]:
+    are = "is" if len(missing) == 1 else "are"
     raise ModuleNotFoundError(
-        f"metaplug.testing needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
+        f"metaplug.testing needs {' and '.join(missing)}, which {are} not installed: "
         "pip install 'metaplug[testing]'",
         name=missing[0],
     )

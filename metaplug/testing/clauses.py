@@ -1,4 +1,4 @@
-"""What a clause of the contract is, what it is held against, and how its failure reads."""
+"""A clause of the contract, what it is tried on, and how its failure reads."""
 
 from __future__ import annotations
 
@@ -26,31 +26,33 @@ DEFAULT_MODELS = ("mlp", "batch-norm", "conv4")
 """The models that a plugin is tried on where its author names none."""
 
 PAGE = "docs/conformance.md"
-"""Where every clause is explained."""
+"""The page that explains every clause."""
 
 
 class ConformanceError(MetaplugError, AssertionError):
     """A plugin breaks a clause of the contract.
 
-    Its text is the clause and what is wrong, why that cannot be and what to do; the smallest example found; and where the docs explain it.
+    Its text is the clause and what is wrong, why that cannot be and what to do; the smallest
+    example found; and where the docs explain it.
     """
 
 
 class BreachError(Exception):
-    """A clause is broken; in words that follow "plugin 'my-plugin' breaks CLAUSE: ", with what it was tried on."""
+    """A clause is broken, in words that follow "plugin 'my-plugin' breaks CLAUSE: "."""
 
     example: Example | None = None
 
 
 @dataclass(frozen=True)
 class Example:
-    """What a clause is tried on: a problem, and the meta-iterations that were done before on other tasks for its model."""
+    """A problem that a clause is tried on, after `done` meta-iterations on other tasks."""
 
     problem: Problem
     done: int = 0
 
     def __str__(self) -> str:
-        return f"{self.problem}, {f'after {self.done} iteration' + 's' * (self.done != 1) if self.done else 'untrained'}"
+        done = f"after {self.done} iteration{'s' * (self.done != 1)}" if self.done else "untrained"
+        return f"{self.problem}, {done}"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Subject:
     """The plugin that is held to the contract.
 
     Attributes:
-        source: its class; a function or a module in the shortest form; or the name of an installed plugin.
+        source: its class; a function or a module in the shortest form; or the name of an installed
+            plugin.
         settings: fields of its Config under which it does something.
         off: fields at which it does nothing; None where it has none.
         models: names of MODELS that it fits.
@@ -74,30 +77,29 @@ class Subject:
     def __post_init__(self) -> None:
         if not self.models:
             raise RequestError(
-                "models = (): a plugin that fits no model cannot be tried; give names of metaplug.testing.MODELS"
+                "models = (): a plugin that fits no model cannot be tried; "
+                "give names of metaplug.testing.MODELS"
             )
         for name in self.models:
             if name not in MODELS:
                 raise unknown("model of metaplug.testing", name, MODELS)
         if isinstance(self.source, Plugin):
             raise RequestError(
-                f"{type(self.source).__name__}(...) is an instance, which serves one learner: give the class, with its settings beside it"
+                f"{type(self.source).__name__}(...) is an instance, which serves one learner: "
+                "give the class, with its settings beside it"
             )
         if self.settings and not isinstance(self.source, type | str):
             raise RequestError(
-                "a plugin in the shortest form has no configuration: leave settings out, or write it as a class with a Config"
+                "a plugin in the shortest form has no configuration: leave settings out, "
+                "or write it as a class with a Config"
             )
 
     def make(self, given: Mapping[str, Any] | None = None) -> Plugin:
-        """A new instance with `given` as fields of its Config, by default `settings`."""
-        given = self.settings if given is None else given
+        """Make a new instance with `given` as fields of its Config, by default `settings`."""
         if not isinstance(self._part, type):
             return make_plugins(None, [self._part])[0]
-        made = (
-            self._part(name=self.source, **given)
-            if isinstance(self.source, str)
-            else self._part(**given)
-        )
+        named = {"name": self.source} if isinstance(self.source, str) else {}
+        made = self._part(**named, **(self.settings if given is None else given))
         if not isinstance(made, Plugin):
             raise RequestError(
                 f"{self._part.__name__} is not a plugin: give a subclass of metaplug.Plugin"
@@ -106,12 +108,12 @@ class Subject:
 
     @cached_property
     def _part(self) -> Any:
-        """The plugin's class, or what it is in the shortest form; an installed one is looked up once."""
+        """The class, function or module; an installed plugin is looked up once."""
         return registry.load("plugin", self.source) if isinstance(self.source, str) else self.source
 
     @cached_property
     def name(self) -> str:
-        """What it is called in messages."""
+        """Its name in messages."""
         try:
             return self.make().name
         except MetaplugError:
@@ -134,17 +136,16 @@ class Subject:
     def learner(
         self, example: Example, given: Mapping[str, Any] | None = None, **options: Any
     ) -> MetaLearner:
-        """A learner with a new instance, after the example's iterations; random numbers of `setup` are always the same.
+        """Make a learner after the example's iterations; `setup` always draws the same numbers.
 
         Args:
             given: fields of the plugin's Config, by default `settings`.
             options: of MetaLearner.
         """
+        options = {"plugins": [self.make(given)], "task_batching": "vectorized", **options}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(example.problem.seed)
-            learner = example.problem.learner(
-                **{"plugins": [self.make(given)], "task_batching": "vectorized", **options}
-            )
+            learner = example.problem.learner(**options)
         fit(learner, example, example.done)
         return learner
 
@@ -157,35 +158,22 @@ def fit(learner: MetaLearner, example: Example, iterations: int, *, tasks: int =
 
 def stream(example: Example, split: str = "train") -> Stream:
     """Tasks for the example's model, of its form and dtype."""
-    case = example.problem
-    support, query = case.batch.support_x.shape[1], case.batch.query_x.shape[1]
-    return _Kept(
-        case.name, split=split, support=support, query=query, dtype=case.batch.support_x.dtype
-    )
+    case, batch = example.problem, example.problem.batch
+    support, query = batch.support_x.shape[1], batch.query_x.shape[1]
+    return _Cached(case.name, split, support, query, batch.support_x.dtype)
 
 
-class _Kept(Stream):
+class _Cached(Stream):
     """The same tasks, drawn once: most clauses ask for the same."""
 
     def batch(self, iteration: int, indices: Sequence[int]) -> TaskBatch:
-        return TaskBatch.stack(
-            [
-                _drawn(
-                    self.name, self.split, self.support, self.query, self.dtype, iteration, index
-                )
-                for index in indices
-            ]
-        )
+        form = self.name, self.split, self.support, self.query, self.dtype
+        return TaskBatch.stack([_drawn(form, iteration, index) for index in indices])
 
 
 @lru_cache(maxsize=256)
-def _drawn(
-    name: str, split: str, support: int, query: int, dtype: torch.dtype, *place: int
-) -> TaskBatch:
-    iteration, index = place
-    return Stream(name, split=split, support=support, query=query, dtype=dtype).batch(
-        iteration, [index]
-    )
+def _drawn(form: tuple[Any, ...], iteration: int, index: int) -> TaskBatch:
+    return Stream(*form).batch(iteration, [index])
 
 
 @dataclass(frozen=True)
@@ -195,7 +183,6 @@ class Clause:
     Attributes:
         name: such as "no-mutation".
         statement: what holds of a plugin that keeps it, in one line.
-        link: where the docs explain it.
     """
 
     name: str
@@ -215,36 +202,33 @@ class Clause:
         Raises:
             ConformanceError: the plugin breaks it; with the smallest example that hypothesis finds.
         """
-
-        def once(example: Example | None) -> None:
-            with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", "adapting for .* inner steps, trained with", UserWarning
-                )
-                try:
-                    self._check(subject, *(() if example is None else (example,)))
-                except BreachError as breach:
-                    breach.example = example
-                    raise
-                except Exception as error:
-                    unexpected = BreachError(in_words(error))
-                    unexpected.example = example
-                    raise unexpected from error
-
         try:
             if self._draws is None:
-                once(None)
+                self._once(subject)
             else:
-                _settings(max(subject.examples // self._cost, 1))(
-                    given(_examples(subject, **self._draws))(once)
-                )()
+                examples = _examples(subject, **self._draws)
+                runs = _settings(max(subject.examples // self._cost, 1))
+                runs(given(examples)(lambda example: self._once(subject, example)))()
         except BreachError as breach:
             raise self._error(subject, breach) from breach.__cause__
-        except FlakyFailure as flaky:  # what the plugin remembers from one example decides the next
+        except FlakyFailure as flaky:  # what the plugin remembers of one example decides the next
             breaches = [each for each in flaky.exceptions if isinstance(each, BreachError)]
             if not breaches:
                 raise
             raise self._error(subject, breaches[0]) from breaches[0].__cause__
+
+    def _once(self, subject: Subject, *example: Example) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "adapting for .* inner steps, trained", UserWarning)
+            try:
+                self._check(subject, *example)
+            except Exception as error:
+                is_breach = isinstance(error, BreachError)
+                breach = error if is_breach else BreachError(in_words(error))
+                breach.example = example[0] if example else None  # type: ignore[attr-defined]
+                if is_breach:
+                    raise
+                raise breach from error
 
     def _error(self, subject: Subject, breach: BreachError) -> ConformanceError:
         example = f"\nsmallest example: {breach.example}" if breach.example else ""
@@ -254,14 +238,14 @@ class Clause:
 
 
 def clause(name: str, statement: str) -> Callable[[Callable[[Subject], None]], Clause]:
-    """Marks a check that draws nothing: it raises BreachError where the clause does not hold."""
+    """Mark a check that draws nothing: it raises BreachError where the clause does not hold."""
     return lambda check: Clause(name, statement, check)
 
 
 def clause_on(
     name: str, statement: str, *, cost: int = 1, **draws: Any
 ) -> Callable[[Callable[[Subject, Example], None]], Clause]:
-    """Marks a check that is tried on examples.
+    """Mark a check that is tried on examples.
 
     Args:
         cost: it is tried on one in so many of the examples.
@@ -271,12 +255,10 @@ def clause_on(
 
 
 def in_words(error: Exception) -> str:
-    """An error that should not have come."""
-    return (
-        str(error)
-        if isinstance(error, MetaplugError)
-        else f"{type(error).__name__}: {' '.join(str(error).split())}"
-    )
+    """Write an error that should not have come in one line."""
+    if isinstance(error, MetaplugError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _settings(examples: int) -> settings:

@@ -1,8 +1,8 @@
-"""What a learner finds on one batch, and whether two findings are the same, in words."""
+"""Findings of a learner on one batch, and the first difference between two of them, in words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,52 +15,47 @@ from metaplug.core.outer_loop import MetaGradients
 from metaplug.learner import MetaLearner
 
 ROUNDING = (1e-6, 1e-7)
-"""Relative and absolute tolerance, in float64, of what is equal but for the order of sums: batch norm over three examples amplifies it."""
+"""Relative and absolute tolerance, in float64, of what is equal but for the order of sums, which
+batch norm over three examples amplifies."""
 
 SAME_SUMS = (1e-7, 1e-9)
 """The same where the same sums are taken in the same order, by other kernels."""
 
 
 def found(learner: MetaLearner, batch: TaskBatch) -> MetaGradients:
-    """The engine's own account of one meta-iteration on `batch`: meta-gradients, outer loss and outcome; nothing is updated."""
-    return learner.engine.meta_gradients(
-        learner.prepare_batch(batch), learner.iteration, learner.engine.total
-    )
+    """Derive one meta-iteration on `batch`: meta-gradients, losses, outcome; updates nothing."""
+    engine = learner.engine
+    return engine.meta_gradients(learner.prepare_batch(batch), learner.iteration, engine.total)
+
+
+def adapted(learner: MetaLearner, batch: TaskBatch) -> dict[str, Tensor]:
+    """Adapt as one meta-iteration does: the weights, detached, (T, *shape) by name."""
+    weights = outcome_of(found(learner, batch)).adapted_parameters
+    return {name: weight.detach() for name, weight in weights.items()}
 
 
 def outcome_of(given: MetaGradients) -> Outcome:
-    """How the tasks were adapted; every derivation but that in chunks keeps it."""
+    """The outcome, which every derivation but that in chunks keeps."""
     assert given.outcome is not None
     return given.outcome
 
 
-def adapted(learner: MetaLearner, batch: TaskBatch) -> dict[str, Tensor]:
-    """The adapted weights of one meta-iteration, detached, (T, *shape) by name."""
-    return {
-        name: weight.detach()
-        for name, weight in outcome_of(found(learner, batch)).adapted_parameters.items()
-    }
-
-
 def assert_close(actual: Any, expected: Any, *, rtol: float = 1e-10, atol: float = 1e-11) -> None:
-    """Two mappings (or tensors) are equal up to the tolerances; float64 rounding over a few inner steps unless a test says otherwise."""
-    if isinstance(expected, dict):
-        assert dict(actual).keys() == expected.keys()
-        for name in expected:
-            torch.testing.assert_close(
-                actual[name],
-                expected[name],
-                rtol=rtol,
-                atol=atol,
-                msg=lambda text, name=name: f"{name}: {text}",
-            )  # type: ignore[misc]
-    else:
+    """Assert that two mappings or tensors are equal up to float64 rounding over a few steps."""
+    if not isinstance(expected, dict):
         torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+        return
+    assert dict(actual).keys() == expected.keys()
+    for name, value in expected.items():
+        try:
+            torch.testing.assert_close(actual[name], value, rtol=rtol, atol=atol)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a learner found on one batch, detached.
+    """Values that a learner found on one batch, detached.
 
     Attributes:
         by_task: (T, ...) each, by what it is in words.
@@ -74,66 +69,55 @@ class Findings:
         """The same with the tasks in this order."""
         return Findings({name: value[order] for name, value in self.by_task.items()}, self.whole)
 
+    def without(self, prefix: str) -> Findings:
+        """The same without what of `whole` begins with `prefix`."""
+        kept = {name: value for name, value in self.whole.items() if not name.startswith(prefix)}
+        return Findings(self.by_task, kept)
+
     def non_finite(self) -> str | None:
-        """The first of it that holds NaN or Inf, in words; None where all of it is finite."""
+        """Name the first value that holds NaN or Inf; None if all are finite."""
         for name, value in (*self.by_task.items(), *self.whole.items()):
             wrong = ~torch.isfinite(value)
             if bool(wrong.any()):
-                task = f" of task {int(wrong.flatten(1).any(1).nonzero()[0]) if value.dim() > 1 else int(wrong.nonzero()[0])}"
-                return f"{name}{task if name in self.by_task else ''} is NaN or Inf"
+                task = int(wrong.reshape(len(value), -1).any(1).nonzero()[0]) if value.dim() else 0
+                return f"{name}{f' of task {task}' * (name in self.by_task)} is NaN or Inf"
         return None
 
 
 def training(learner: MetaLearner, batch: TaskBatch, *, order: int | None = None) -> Findings:
-    """What one meta-iteration on `batch` finds; nothing is updated.
+    """Find what one meta-iteration on `batch` computes; update nothing.
 
     Args:
-        order: the derivative order of all inner steps, whatever the plugins say; meta-gradients are then those before they are transformed.
+        order: the derivative order of all inner steps, whatever the plugins say; meta-gradients
+            are then those before they are transformed.
     """
     taken = found(learner, batch) if order is None else _of_order(learner, batch, order)
     outcome = outcome_of(taken)
-    by_task = {
-        f"the adapted weight '{name}'": weight
-        for name, weight in outcome.adapted_parameters.items()
-    }
-    by_task |= {
-        f"the support loss of inner step {step}": losses
-        for step, losses in enumerate(outcome.support_losses)
-    }
-    by_task |= {
-        f"the query loss after update {after}": losses
-        for after, losses in outcome.query_losses.items()
-    }
-    whole = {
-        "the outer loss": taken.outer_loss,
-        **{f"the meta-gradient of '{name}'": value for name, value in taken.gradients.items()},
-    }
-    whole |= {
-        f"the statistic '{name}' of {plugin}": value
-        for plugin, kept in taken.statistics.items()
-        for name, value in kept.items()
-    }
-    return Findings(_detached(by_task), _detached(whole))
+    by_task = _weights(outcome)
+    for step, losses in enumerate(outcome.support_losses):
+        by_task[f"the support loss of inner step {step}"] = losses
+    for after, losses in outcome.query_losses.items():
+        by_task[f"the query loss after update {after}"] = losses
+    return Findings(_detached(by_task), derived(taken).whole)
+
+
+def derived(taken: MetaGradients) -> Findings:
+    """Find what every derivation of meta-gradients gives, traced ones too."""
+    whole = {"the outer loss": taken.outer_loss}
+    whole |= {f"the meta-gradient of '{name}'": value for name, value in taken.gradients.items()}
+    for plugin, kept in taken.statistics.items():
+        whole |= {f"the statistic '{name}' of {plugin}": value for name, value in kept.items()}
+    return Findings({}, _detached(whole))
 
 
 def evaluation(learner: MetaLearner, batch: TaskBatch, *, steps: int | None = None) -> Findings:
-    """How the tasks of `batch` are adapted as test tasks."""
+    """Find how the tasks of `batch` are adapted as test tasks."""
     steps = learner.settings.inner_steps if steps is None else steps
     outcome = learner.engine.evaluate(learner.prepare_batch(batch), steps)
-    by_task = {
-        f"the adapted weight '{name}'": weight
-        for name, weight in outcome.adapted_parameters.items()
-    }
-    return Findings(
-        _detached(
-            {
-                **by_task,
-                "the query prediction": outcome.query_predictions,
-                "the query loss": outcome.query_losses[steps],
-            }
-        ),
-        {},
-    )
+    by_task = _weights(outcome)
+    by_task["the query prediction"] = outcome.query_predictions
+    by_task["the query loss"] = outcome.query_losses[steps]
+    return Findings(_detached(by_task), {})
 
 
 def difference(
@@ -144,62 +128,55 @@ def difference(
     tolerance: tuple[float, float] = ROUNDING,
     only: list[int] | None = None,
 ) -> str | None:
-    """The first thing in which two findings differ, in words with both values; None where they are the same.
+    """Describe the first difference with both values; None if there is none.
 
     Args:
         exact: bit for bit; else to `tolerance`, relative and absolute.
-        only: the tasks that are compared, and nothing without a task axis; default: all of it.
+        only: the tasks that are compared, and nothing without a task axis; default: everything.
     """
-    for task_axis, one, other in (
-        (True, ours.by_task, theirs.by_task),
-        (False, ours.whole, theirs.whole),
-    ):
-        if only is not None and not task_axis:
-            continue
-        for name in {**one, **other}:
-            if name not in one or name not in other:
-                return f"{name} is found in one of the two only"
-            first, second = (
-                found[name] if only is None else found[name][only] for found in (one, other)
-            )
-            if text := _unlike(first, second, None if exact else tolerance):
-                place, values = text
-                task = f" of task {place if only is None else only[place]}" if task_axis else ""
-                return f"{name}{task} is {values}"
+    for name, one, other in _pairs(ours.by_task, theirs.by_task):
+        if one is None or other is None:
+            return f"{name} is found in one of the two only"
+        rows = list(range(len(one))) if only is None else only
+        if text := _unlike(one[rows], other[rows], None if exact else tolerance):
+            return f"{name} of task {rows[text[0]]} is {text[1]}"
+    for name, one, other in _pairs(ours.whole, theirs.whole) if only is None else ():
+        if one is None or other is None:
+            return f"{name} is found in one of the two only"
+        if text := _unlike(one, other, None if exact else tolerance):
+            return f"{name} is {text[1]}"
     return None
+
+
+def _pairs(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
+    return ((name, ours.get(name), theirs.get(name)) for name in {**ours, **theirs})
 
 
 def _unlike(
     one: Tensor, other: Tensor, tolerance: tuple[float, float] | None
 ) -> tuple[int, str] | None:
-    """The index on axis 0, and the two numbers in words, where two tensors differ most; None where they do not."""
+    """Find where two tensors differ most: the index on axis 0, and both numbers; None if equal."""
     if one.shape != other.shape:
         return 0, f"of shape {tuple(one.shape)} in one and {tuple(other.shape)} in the other"
-    same = (
-        torch.equal(one, other)
-        if tolerance is None
-        else torch.allclose(one, other, *tolerance, equal_nan=True)
-    )
-    if same:
+    if tolerance is None and torch.equal(one, other):
+        return None
+    if tolerance is not None and torch.allclose(one, other, *tolerance, equal_nan=True):
         return None
     gap = torch.nan_to_num((one.double() - other.double()).abs(), nan=torch.inf).flatten()
-    place = int(gap.argmax())
-    digits = 17 if tolerance is None else 6
-    values = f"{float(one.flatten()[place]):.{digits}g} in one and {float(other.flatten()[place]):.{digits}g} in the other"
-    return (place // max(one[0].numel(), 1) if one.dim() else 0), values
+    place, digits = int(gap.argmax()), 17 if tolerance is None else 6
+    first, second = (f"{float(each.flatten()[place]):.{digits}g}" for each in (one, other))
+    row = place // max(one[0].numel(), 1) if one.dim() else 0
+    return row, f"{first} in one and {second} in the other"
 
 
 def _of_order(learner: MetaLearner, batch: TaskBatch, order: int) -> MetaGradients:
     engine, taken = learner.engine, list[MetaGradients]()
+    orders: Sequence[int] = [order] * engine.inner.inner_steps
 
-    def derive(
-        batch: TaskBatch, iteration: int, total: int, weights: Mapping[int, float]
-    ) -> MetaGradients:
-        taken.append(
-            engine.derive(
-                batch, iteration, total, weights, orders=[order] * engine.inner.inner_steps
-            )
-        )
+    def derive(*given: Any) -> MetaGradients:
+        taken.append(engine.derive(*given, orders=orders))
         return taken[0]
 
     usual, engine.derivation = engine.derivation, derive
@@ -208,6 +185,11 @@ def _of_order(learner: MetaLearner, batch: TaskBatch, order: int) -> MetaGradien
     finally:
         engine.derivation = usual
     return taken[0]
+
+
+def _weights(outcome: Outcome) -> dict[str, Tensor]:
+    weights = outcome.adapted_parameters
+    return {f"the adapted weight '{name}'": weight for name, weight in weights.items()}
 
 
 def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

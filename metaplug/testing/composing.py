@@ -1,4 +1,4 @@
-"""Clauses on a plugin among others, and on what it does: on, off, and in longer inner loops than it was trained for."""
+"""Clauses on a plugin among others, and on what it does: on, off, and in longer inner loops."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ from metaplug.testing.strategies import compatible
 @clause_on("more-steps", "tasks can be adapted for more inner steps than were trained")
 def more_steps(subject: Subject, example: Example) -> None:
     """A user decides how long to adapt."""
-    learner, steps = subject.learner(example), example.problem.steps + 3
+    learner, steps, batch = (
+        subject.learner(example),
+        example.problem.steps + 3,
+        example.problem.batch,
+    )
+    when = f"adapting for {steps} inner steps after training with {example.problem.steps}"
     try:
-        found = evaluation(learner, example.problem.batch, steps=steps)
-        learner.adapt(
-            example.problem.batch.support_x[0],
-            example.problem.batch.support_y[0],
-            inner_steps=steps,
-        )
+        found = evaluation(learner, batch, steps=steps)
+        learner.adapt(batch.support_x[0], batch.support_y[0], inner_steps=steps)
     except Exception as error:
         raise BreachError(
-            f"{in_words(error)}, adapting for {steps} inner steps after training with {example.problem.steps}: "
-            "take the place of a per-step value from step.slot, which stays in range, not from step.index"
+            f"{in_words(error)}, {when}: take the place of a per-step value from step.slot, which "
+            "stays in range, not from step.index"
         ) from error
     if wrong := found.non_finite():
-        raise BreachError(
-            f"{wrong}, adapting for {steps} inner steps after training with {example.problem.steps}"
-        )
+        raise BreachError(f"{wrong}, {when}")
 
 
 @clause_on("off-is-baseline", "with its off settings everything is as without it, bit for bit")
@@ -42,22 +41,19 @@ def off_is_baseline(subject: Subject, example: Example) -> None:
     """A comparison needs a baseline."""
     if subject.off is None:
         return
-    off, without = (
-        subject.learner(example, subject.off),
-        example.problem.learner(task_batching="vectorized"),
-    )
+    off, batch = subject.learner(example, subject.off), example.problem.batch
+    without = example.problem.learner(task_batching="vectorized")
     fit(without, example, example.done)
-    mend = "return None where there is nothing to do, as even a product with 1 or a sum with 0 can round"
+    settings = ", ".join(f"{name} = {value!r}" for name, value in subject.off.items())
     for _ in range(2):
         for when, found in (("in training", training), ("at evaluation", evaluation)):
-            ours, theirs = found(off, example.problem.batch), found(without, example.problem.batch)
-            known = Findings(
-                ours.by_task,
-                {name: value for name, value in ours.whole.items() if name in theirs.whole},
-            )
-            if text := difference(known, theirs, exact=True):
+            ours, theirs = found(off, batch), found(without, batch)
+            known = {name: value for name, value in ours.whole.items() if name in theirs.whole}
+            if text := difference(Findings(ours.by_task, known), theirs, exact=True):
                 raise BreachError(
-                    f"{text} {when}, with the plugin off ({_settings(subject)}) and without it: {mend}"
+                    f"{text} {when}, with the plugin off ({settings}) and without it: return None "
+                    "where there is nothing to do, as even a product with 1 or a sum with 0 can "
+                    "round"
                 )
         for learner in (off, without):
             fit(learner, example, 1)
@@ -69,19 +65,20 @@ def off_is_baseline(subject: Subject, example: Example) -> None:
 )
 def does_something(subject: Subject) -> None:
     """A suite that holds nothing would pass."""
+    if not set(subject.hooks) - {"setup", "commit", "end_meta_step"}:
+        return  # it only watches
     example = subject.example(steps=3)
     learners = [subject.learner(example), example.problem.learner(task_batching="vectorized")]
     for learner in learners:
         fit(learner, example, 3)
-    watches = not set(subject.hooks) - {"setup", "commit", "end_meta_step"}
-    if watches or difference(
+    if not difference(
         *(evaluation(learner, example.problem.batch) for learner in learners), exact=True
     ):
-        return
-    raise BreachError(
-        f"with settings = {dict(subject.settings)} weights and predictions are the same as without it, after 3 iterations: "
-        "give settings under which it does something, or mark its hooks @hookimpl"
-    )
+        raise BreachError(
+            f"with settings = {dict(subject.settings)} weights and predictions are the same as "
+            "without it, after 3 iterations: give settings under which it does something, or mark "
+            "its hooks @hookimpl"
+        )
 
 
 @clause(
@@ -92,27 +89,23 @@ def composes(subject: Subject) -> None:
     """Every part of a chain is somebody's."""
     with_batch_norm = tuple(name for name in subject.models if name in WITH_BATCH_NORM)
     example = subject.example(names=with_batch_norm or subject.models, tasks=2)
-    model = copy.deepcopy(example.problem.model)
-    before = training(example.problem.learner(), example.problem.batch)
+    case, model = example.problem, copy.deepcopy(example.problem.model)
+    before = training(case.learner(), case.batch)
     for name, settings in FIRST_PARTY.items():
         other = Subject(name, settings)
         if subject.make().kind() == name or not _fits(other, example):
             continue
-        for first in (True, False):
-            plugins = [subject.make(), other.make()] if first else [other.make(), subject.make()]
-            _compose(plugins, example, f"{'before' if first else 'behind'} {name}")
-    if not all(
-        torch.equal(one, other)
-        for one, other in zip(model.parameters(), example.problem.model.parameters(), strict=True)
-    ):
+        _compose([subject.make(), other.make()], example, f"before {name}")
+        _compose([other.make(), subject.make()], example, f"behind {name}")
+    pairs = zip(model.parameters(), case.model.parameters(), strict=True)
+    if not all(torch.equal(one, other) for one, other in pairs):
         raise BreachError(
             "a learner's plugins changed a model that is not theirs: write into no parameter"
         )
-    if text := difference(
-        training(example.problem.learner(), example.problem.batch), before, exact=True
-    ):
+    if text := difference(training(case.learner(), case.batch), before, exact=True):
         raise BreachError(
-            f"{text}, of a learner without plugins before and after others were made: keep no state outside the plugin"
+            f"{text}, of a learner without plugins before and after others were made: "
+            "keep no state outside the plugin"
         )
 
 
@@ -130,23 +123,18 @@ def _compose(plugins: list[Plugin], example: Example, where: str) -> None:
     allowed = compatible(plugins) and plugins[1].kind() not in plugins[0].runs_after
     try:
         learner = example.problem.learner(plugins=plugins, task_batching="vectorized")
-        ours = training(learner, batch)
-        tests = evaluation(learner, batch)
+        ours, tests = training(learner, batch), evaluation(learner, batch)
         learner.engine.meta_step(batch, 1)
     except MetaplugError as error:
         if not allowed and isinstance(error, RequestError):
             return
-        raise BreachError(
-            f"{where}: {error}; declare conflicts_with or runs_after, where it cannot be"
-        ) from error
+        advice = "declare conflicts_with or runs_after, where it cannot be"
+        raise BreachError(f"{where}: {error}; {advice}") from error
     if wrong := ours.non_finite() or tests.non_finite():
         raise BreachError(f"{where} {wrong}: bound what you divide by, or declare conflicts_with")
     for name in learner.chain.named_parameters():
         if f"the meta-gradient of '{name}'" not in ours.whole:
             raise BreachError(
-                f"{where} no meta-gradient reaches {name}, which would never learn: declare conflicts_with"
+                f"{where} no meta-gradient reaches {name}, which would never learn: "
+                "declare conflicts_with"
             )
-
-
-def _settings(subject: Subject) -> str:
-    return ", ".join(f"{name} = {value!r}" for name, value in (subject.off or {}).items())

@@ -1,4 +1,4 @@
-"""The plugins that come with metaplug, with settings under which each does something within two iterations."""
+"""The plugins of metaplug, with settings under which each acts within two iterations."""
 
 from __future__ import annotations
 

@@ -10,41 +10,42 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from metaplug.contract.answers import form
 from metaplug.contract.chain import Chain, Link
 from metaplug.contract.plugin import PluginConfig
+from metaplug.contract.return_checks import form
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import MetaplugError
 from metaplug.testing.clauses import BreachError, Example, Subject, clause, clause_on, fit
 from metaplug.testing.comparing import difference, evaluation, training
 
-_UNKNOWN = "no_such_setting"
-
 
 @clause(
     "strict-config",
-    "Config refuses fields that it does not know, cannot be changed once made, and describes every field",
+    "Config refuses fields that it does not know, cannot be changed once made, and describes every "
+    "field",
 )
 def strict_config(subject: Subject) -> None:
     """Settings that are misspelt would be passed over in silence."""
     config = subject.make().config
     kind = type(config)
-    if accepted := [
-        name
-        for name in (_UNKNOWN, *_misspelt(kind))
-        if _accepts(kind, {**config.model_dump(), name: 1})
-    ]:
-        raise BreachError(
-            f"Config accepts the unknown field '{accepted[0]}', so that a misspelt setting would pass unseen: "
-            "extend PluginConfig, keep extra='forbid', and take no field out in a validator"
-        )
+    fields = kind.model_fields
+    unknown = ["no_such_setting", *(f"{name}s" for name in fields if f"{name}s" not in fields)]
+    for name in unknown:
+        if _accepts(kind, {**config.model_dump(), name: 1}):
+            raise BreachError(
+                f"Config accepts the unknown field '{name}', so that a misspelt setting would pass "
+                "unseen: extend PluginConfig, keep extra='forbid', and take no field out in a "
+                "validator"
+            )
     if not kind.model_config.get("frozen"):
         raise BreachError(
-            "Config can be changed after it was made, which no checkpoint would tell: extend PluginConfig and keep it frozen"
+            "Config can be changed after it was made, which no checkpoint would tell: "
+            "extend PluginConfig and keep it frozen"
         )
-    if bare := [name for name, field in kind.model_fields.items() if not field.description]:
+    if bare := [name for name, field in fields.items() if not field.description]:
         raise BreachError(
-            f"the field '{bare[0]}' says nothing of itself, and `metaplug plugins` shows it: give Field(description=...)"
+            f"the field '{bare[0]}' says nothing of itself, and `metaplug plugins` shows it: "
+            "give Field(description=...)"
         )
 
 
@@ -61,21 +62,24 @@ def config_round_trip(subject: Subject) -> None:
             read = type(config).model_validate(yaml.safe_load(text))
         except (ValidationError, ValueError, TypeError, yaml.YAMLError) as error:
             raise BreachError(
-                f"its Config does not survive YAML ({' '.join(str(error).split())}), in which experiments keep it: "
-                "use numbers, text, booleans, None, and lists and maps of these"
+                f"its Config does not survive YAML ({' '.join(str(error).split())}), in which "
+                "experiments keep it: use numbers, text, booleans, None, and lists and maps of "
+                "these"
             ) from error
         for name in type(config).model_fields:
             before, after = getattr(config, name), getattr(read, name)
             if before != after:
                 raise BreachError(
-                    f"the field '{name}' is {before!r} and comes back from YAML as {after!r}, so that a resumed run would be another: "
-                    "let a validator leave what it has made as it is"
+                    f"the field '{name}' is {before!r} and comes back from YAML as {after!r}, so "
+                    "that a resumed run would be another: let a validator leave what it has made "
+                    "as it is"
                 )
 
 
 @clause(
     "future-arguments",
-    "its hooks are marked, exist, and name the arguments that they take, so that one more changes nothing",
+    "its hooks are marked, exist, and name the arguments that they take, so that one more changes "
+    "nothing",
 )
 def future_arguments(subject: Subject) -> None:
     """The contract grows by arguments."""
@@ -84,14 +88,15 @@ def future_arguments(subject: Subject) -> None:
     now, again, grown = (subject.learner(example) for _ in range(3))
     try:
         expected, repeated = (training(learner, example.problem.batch) for learner in (now, again))
-    except MetaplugError:
+    except (MetaplugError, RuntimeError):
         return  # which other clauses say, as they do where two learners differ
     if difference(expected, repeated, exact=True):
         return
     grown.chain.__class__ = _Grown
     if text := difference(training(grown, example.problem.batch), expected, exact=True):
         raise BreachError(
-            f"{text} when every hook has one more argument, as a later metaplug may: name those that you need, and count none"
+            f"{text} when every hook has one more argument, as a later metaplug may: "
+            "name those that you need, and count none"
         )
 
 
@@ -112,23 +117,20 @@ class _Grown(Chain):
 )
 def names_and_shapes(subject: Subject, example: Example) -> None:
     """The chain checks every link; this runs all of them, on every device that there is."""
-    for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
-        case = example.problem
+    case = example.problem
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        case.model.to(device)
         learner = subject.learner(Example(case))
-        if device != "cpu":
-            case.model.to(device)
-            learner = subject.learner(Example(case))
         learner.chain.wrap(_same_tasks)
-        if (
-            training(learner, case.batch).non_finite()
-            or evaluation(learner, case.batch).non_finite()
-        ):
+        findings = [found(learner, case.batch) for found in (training, evaluation)]
+        if any(each.non_finite() for each in findings):
             return  # which other clauses say
         fit(learner, example, 1)
         for name, parameter in learner.chain.named_parameters().items():
             if parameter.device != next(learner.model.parameters()).device:
                 raise BreachError(
-                    f"the meta-parameter {name} is on {parameter.device}, away from the model: create it on context.device"
+                    f"the meta-parameter {name} is on {parameter.device}, away from the model: "
+                    "create it on context.device"
                 )
 
 
@@ -139,18 +141,15 @@ def _same_tasks(link: Link) -> Link:
 
     def call(*values: Any) -> Any:
         result = link.function(*values)
-        given: Mapping[str, Any] = dict(zip(link.arguments, values, strict=True))
-        batch = given.get("batch")
+        batch = dict(zip(link.arguments, values, strict=True)).get("batch")
         if isinstance(result, TaskBatch) and isinstance(batch, TaskBatch):
             for name in ("support_x", "query_x"):
                 before, after = getattr(batch, name), getattr(result, name)
-                if (before.dtype, before.device, before.shape[2:]) != (
-                    after.dtype,
-                    after.device,
-                    after.shape[2:],
-                ):
+                forms = [(each.dtype, each.device, each.shape[2:]) for each in (before, after)]
+                if forms[0] != forms[1]:
                     raise BreachError(
-                        f"transform_tasks made {form(after)} of {name}, {form(before)}: keep the examples' shape, dtype and device"
+                        f"transform_tasks made {form(after)} of {name}, {form(before)}: "
+                        "keep the examples' shape, dtype and device"
                     )
         return result
 
@@ -163,7 +162,3 @@ def _accepts(kind: type[PluginConfig], values: Mapping[str, Any]) -> bool:
     except ValidationError as error:
         return not any(fault["type"] == "extra_forbidden" for fault in error.errors())
     return True
-
-
-def _misspelt(kind: type[PluginConfig]) -> list[str]:
-    return [f"{name}s" for name in kind.model_fields if f"{name}s" not in kind.model_fields]

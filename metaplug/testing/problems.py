@@ -1,4 +1,4 @@
-"""Small models with every kind of layer that is hard for a differentiable inner loop, and batches of tasks for them."""
+"""Small models with every layer that is hard for a differentiable inner loop, and their tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_batch import FIELDS, TaskBatch
 from metaplug.contract.values import Kind
 from metaplug.errors import unknown
 from metaplug.learner import MetaLearner
@@ -23,7 +23,7 @@ _IMAGES = ("max-pool", "conv4")
 
 
 class Tied(nn.Module):
-    """An encoder whose weight decodes as well: one parameter under two names, and read without calling its module."""
+    """An encoder whose weight decodes too: one parameter, two names, read outside its module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,40 +39,35 @@ class Tied(nn.Module):
         return logits
 
 
-def _conv(layers: list[nn.Module], channels: int, size: int) -> nn.Module:
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size, CLASSES))
+def _perceptron(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 6), *layers, nn.Linear(6, CLASSES))
+
+
+def _conv(layers: list[nn.Module], features: int) -> nn.Module:
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, CLASSES))
 
 
 def _conv4() -> nn.Module:
     """conv4 as few-shot papers have it, with 4 filters: convolution, batch norm, ReLU, stride 2."""
     layers: list[nn.Module] = []
-    for index in range(4):
-        layers += [
-            nn.Conv2d(1 if index == 0 else 4, 4, 3, stride=2 if index < 2 else 1, padding=1),
-            nn.BatchNorm2d(4),
-            nn.ReLU(),
-        ]
-    return _conv(layers, 4, 4)
+    for channels, stride in ((1, 2), (4, 2), (4, 1), (4, 1)):
+        convolution = nn.Conv2d(channels, 4, 3, stride=stride, padding=1)
+        layers += [convolution, nn.BatchNorm2d(4), nn.ReLU()]
+    return _conv(layers, 16)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "mlp": lambda: nn.Sequential(nn.Linear(FEATURES, 6), nn.Tanh(), nn.Linear(6, CLASSES)),
+    "mlp": lambda: _perceptron(nn.Tanh()),
     "softplus": lambda: nn.Sequential(
         nn.Linear(FEATURES, 5), nn.Softplus(), nn.Linear(5, 5), nn.Softplus(), nn.Linear(5, CLASSES)
     ),
-    "batch-norm": lambda: nn.Sequential(
-        nn.Linear(FEATURES, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, CLASSES)
-    ),
-    "layer-norm": lambda: nn.Sequential(
-        nn.Linear(FEATURES, 6), nn.LayerNorm(6), nn.Softplus(), nn.Linear(6, CLASSES)
-    ),
-    "group-norm": lambda: nn.Sequential(
-        nn.Linear(FEATURES, 6), nn.GroupNorm(2, 6), nn.Tanh(), nn.Linear(6, CLASSES)
-    ),
+    "batch-norm": lambda: _perceptron(nn.BatchNorm1d(6), nn.Tanh()),
+    "layer-norm": lambda: _perceptron(nn.LayerNorm(6), nn.Softplus()),
+    "group-norm": lambda: _perceptron(nn.GroupNorm(2, 6), nn.Tanh()),
     "tied": Tied,
-    "max-pool": lambda: _conv([nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)], 3, 16),
+    "max-pool": lambda: _conv([nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)], 48),
     "conv4": _conv4,
-    "regression": lambda: nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 2)),
+    "regression": lambda: _regressor(2, 2),
 }
 """Makers of small models, by name: all classify, except "regression"."""
 
@@ -111,17 +106,16 @@ class Problem:
     seed: int = 0
 
     def learner(self, **settings: Any) -> MetaLearner:
-        """A learner over a copy of the model, so that several can be compared. `settings` are those of MetaLearner."""
+        """Make a learner over a copy of the model. `settings` are those of MetaLearner."""
         settings = {"inner_lr": self.lr, "inner_steps": self.steps, "kind": self.kind, **settings}
         return MetaLearner(copy.deepcopy(self.model), **settings)
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same in another floating dtype."""
-        return replace(
-            self,
-            model=copy.deepcopy(self.model).to(dtype),
-            batch=TaskBatch(*(_cast(each, dtype) for each in _tensors(self.batch))),
-        )
+        tensors = [getattr(self.batch, name) for name in FIELDS]
+        cast = [each.to(dtype) if each.is_floating_point() else each for each in tensors]
+        model = copy.deepcopy(self.model).to(dtype)
+        return replace(self, model=model, batch=TaskBatch(*cast))
 
     def __str__(self) -> str:
         tasks, steps = (
@@ -130,8 +124,8 @@ class Problem:
         )
         support, query = self.batch.support_x.shape[1], self.batch.query_x.shape[1]
         return (
-            f"model {self.name or type(self.model).__name__}, {tasks} of {support} support and {query} query examples, "
-            f"{steps} of rate {self.lr:g}, seed {self.seed}"
+            f"model {self.name or type(self.model).__name__}, {tasks} of {support} support and "
+            f"{query} query examples, {steps} of rate {self.lr:g}, seed {self.seed}"
         )
 
 
@@ -146,11 +140,11 @@ def problem(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
-    """A model of MODELS with random weights, and random tasks for it.
+    """Make a model of MODELS with random weights, and random tasks for it.
 
     Args:
-        name: in MODELS.
-        tasks, support, query: T, and the examples of a task; at least 3 where there is batch norm, which is a step function over two.
+        tasks, support, query: T, and the examples of a task; at least 3 for batch norm, which is a
+            step function over two.
         lr, steps: of the inner loop.
         seed: of weights and tasks; torch's own random numbers are left as they are.
         dtype: of weights and inputs.
@@ -159,9 +153,8 @@ def problem(
         RequestError: no model of that name.
     """
     if name == "regression":
-        return regression(
-            tasks=tasks, support=support, query=query, lr=lr, steps=steps, seed=seed, dtype=dtype
-        )
+        sizes = {"tasks": tasks, "support": support, "query": query, "steps": steps, "seed": seed}
+        return regression(lr=lr, dtype=dtype, **sizes)
     if name not in MODELS:
         raise unknown("model of metaplug.testing", name, MODELS)
     with torch.random.fork_rng(devices=[]):
@@ -170,9 +163,8 @@ def problem(
         shape = IMAGE if name in _IMAGES else (FEATURES,)
         x = [torch.randn(tasks, count, *shape, dtype=dtype) for count in (support, query)]
         y = [torch.randint(CLASSES, (tasks, count)) for count in (support, query)]
-    return Problem(
-        model, TaskBatch(x[0], y[0], x[1], y[1]), lr, steps, "classification", name, seed
-    )
+    batch = TaskBatch(x[0], y[0], x[1], y[1])
+    return Problem(model, batch, lr, steps, "classification", name, seed)
 
 
 def regression(
@@ -187,10 +179,10 @@ def regression(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
-    """A small perceptron from `features` to `outputs` numbers, and random tasks for it; otherwise as `problem`."""
+    """Make a perceptron from `features` to `outputs` numbers, and random tasks, as `problem`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(features, 5), nn.Tanh(), nn.Linear(5, outputs)).to(dtype)
+        model = _regressor(features, outputs).to(dtype)
         tensors = [
             torch.randn(tasks, count, width).to(dtype)
             for count in (support, query)
@@ -199,8 +191,13 @@ def regression(
     return Problem(model, TaskBatch(*tensors), lr, steps, "regression", "regression", seed)
 
 
+def _regressor(features: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(features, 5), nn.Tanh(), nn.Linear(5, outputs))
+
+
+@dataclass(eq=False)
 class Stream:
-    """A TaskStream over tasks of one model of MODELS: task (iteration, index) is drawn from a seed of its own.
+    """A TaskStream over tasks of one model of MODELS, each drawn from a seed of its own.
 
     Args:
         name: in MODELS.
@@ -208,35 +205,15 @@ class Stream:
         support, query, dtype: as for `problem`.
     """
 
-    def __init__(
-        self,
-        name: str = "mlp",
-        *,
-        split: str = "train",
-        support: int = 5,
-        query: int = 4,
-        dtype: torch.dtype = torch.float64,
-    ) -> None:
-        self.name, self.split, self.support, self.query, self.dtype = (
-            name,
-            split,
-            support,
-            query,
-            dtype,
-        )
+    name: str = "mlp"
+    split: str = "train"
+    support: int = 5
+    query: int = 4
+    dtype: torch.dtype = torch.float64
 
     def batch(self, iteration: int, indices: Sequence[int]) -> TaskBatch:
         """The tasks of these indices."""
+        sizes = {"tasks": 1, "support": self.support, "query": self.query}
         seeds = [1000 * iteration + index + len(self.split) for index in indices]
-        given = {"tasks": 1, "support": self.support, "query": self.query}
-        return TaskBatch.stack(
-            [problem(self.name, **given, seed=seed, dtype=self.dtype).batch for seed in seeds]
-        )
-
-
-def _tensors(batch: TaskBatch) -> tuple[Tensor, ...]:
-    return batch.support_x, batch.support_y, batch.query_x, batch.query_y
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+        drawn = [problem(self.name, seed=seed, dtype=self.dtype, **sizes) for seed in seeds]
+        return TaskBatch.stack([each.batch for each in drawn])

@@ -1,4 +1,4 @@
-"""The algorithms once more, as plainly as they can be written: one task after the other, `torch.autograd.grad` over `functional_call`.
+"""The algorithms once more, as plainly as possible: one task after the other, nothing stacked.
 
 Nothing here is shared with metaplug, so that agreement means something.
 """
@@ -22,7 +22,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass
 class Reference:
-    """What a plain loop found: meta-gradients by name, the outer loss, and each task's adapted weights."""
+    """Results of a plain loop: meta-gradients by name, the outer loss, each task's weights."""
 
     gradients: dict[str, Tensor]
     outer_loss: Tensor
@@ -31,12 +31,11 @@ class Reference:
 
 
 def predict(model: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """The model's output with these weights, in the mode that the model is in; its buffers stay as they are."""
-    names = {
-        id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    }
+    """The model's output with these weights, in its own mode; its buffers stay as they are."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    names = {id(tensor): name for name, tensor in tensors}
     given = {**{name: buffer.clone() for name, buffer in model.named_buffers()}, **weights}
-    # Every place once: where torch ties weights itself, it leaves a module that stands at two places without its parameters.
+    # Every place once: torch itself leaves a module that stands at two places without parameters.
     places = {
         f"{path}.{key}" if path else key: given[names[id(tensor)]]
         for path, module in model.named_modules()
@@ -47,48 +46,38 @@ def predict(model: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> Tenso
     return prediction
 
 
+@dataclass
 class Sgd:
     """θ ← θ − α b, with b the momentum buffer over g + weight_decay θ: torch.optim.SGD's rule."""
 
-    def __init__(
-        self,
-        momentum: float = 0.0,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-    ) -> None:
-        self.momentum, self.dampening, self.weight_decay, self.nesterov = (
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
-        )
-        self.buffer: Tensor | None = None
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    buffer: Tensor | None = None
 
     def __call__(self, weight: Tensor, gradient: Tensor, lr: float | Tensor) -> Tensor:
         """The weight after one step, differentiable."""
         gradient = gradient + self.weight_decay * weight
         if self.momentum:
-            self.buffer = (
-                gradient
-                if self.buffer is None
-                else self.momentum * self.buffer + (1 - self.dampening) * gradient
-            )
+            if self.buffer is None:
+                self.buffer = gradient
+            else:
+                self.buffer = self.momentum * self.buffer + (1 - self.dampening) * gradient
             gradient = gradient + self.momentum * self.buffer if self.nesterov else self.buffer
         return weight - lr * gradient
 
 
+@dataclass
 class Adam:
     """Kingma and Ba 2015, algorithm 1."""
 
-    def __init__(
-        self,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
-        self.steps, self.first, self.second = 0, torch.zeros(()), torch.zeros(())
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    steps: int = 0
+    first: Tensor | float = 0.0
+    second: Tensor | float = 0.0
 
     def __call__(self, weight: Tensor, gradient: Tensor, lr: float | Tensor) -> Tensor:
         """The weight after one step, differentiable."""
@@ -101,19 +90,24 @@ class Adam:
         return weight - lr * first / (second.sqrt() + self.eps)
 
 
+@dataclass
 class RmsProp:
-    """θ ← θ − α g / (√v + ε), v a running mean of g²; centred: of the variance; with momentum: the buffer of these steps."""
+    """θ ← θ − α g / (√v + ε), v a running mean of g², or, centred, of its variance.
 
-    def __init__(
-        self, alpha: float = 0.99, eps: float = 1e-8, momentum: float = 0.0, centered: bool = False
-    ) -> None:
-        self.alpha, self.eps, self.momentum, self.centered = alpha, eps, momentum, centered
-        self.second, self.first, self.buffer = torch.zeros(()), torch.zeros(()), torch.zeros(())
+    With momentum, θ moves by the buffer of these steps.
+    """
+
+    alpha: float = 0.99
+    eps: float = 1e-8
+    momentum: float = 0.0
+    centered: bool = False
+    second: Tensor | float = 0.0
+    first: Tensor | float = 0.0
+    buffer: Tensor | float = 0.0
 
     def __call__(self, weight: Tensor, gradient: Tensor, lr: float | Tensor) -> Tensor:
         """The weight after one step, differentiable."""
-        self.second = self.alpha * self.second + (1 - self.alpha) * gradient**2
-        variance = self.second
+        self.second = variance = self.alpha * self.second + (1 - self.alpha) * gradient**2
         if self.centered:
             self.first = self.alpha * self.first + (1 - self.alpha) * gradient
             variance = self.second - self.first**2
@@ -139,36 +133,8 @@ def maml(
         rule: makes the inner update of one tensor: (weight, gradient, learning rate) → weight.
         adapted: names of what the inner loop moves; default: everything trainable.
     """
-    parameters = dict(model.named_parameters())
-    trainable = [name for name, parameter in parameters.items() if parameter.requires_grad]
-    adapted = trainable if adapted is None else adapted
-    losses, results = [], []
-    for task in range(batch.num_tasks):
-        weights: dict[str, Tensor] = dict(parameters)
-        rules = {name: rule() for name in adapted}
-        for _ in range(steps):
-            objective = loss(predict(model, weights, batch.support_x[task]), batch.support_y[task])
-            gradients = torch.autograd.grad(
-                objective,
-                [weights[name] for name in adapted],
-                create_graph=order == 2,
-                allow_unused=True,
-            )
-            for name, gradient in zip(adapted, gradients, strict=True):
-                if gradient is not None:
-                    weights[name] = rules[name](weights[name], gradient, lr)
-        losses.append(loss(predict(model, weights, batch.query_x[task]), batch.query_y[task]))
-        results.append({name: weight.detach() for name, weight in weights.items()})
-    outer_loss = torch.stack(losses).mean()
-    gradients = torch.autograd.grad(
-        outer_loss, [parameters[name] for name in trainable], allow_unused=True
-    )
-    named = {
-        name: gradient
-        for name, gradient in zip(trainable, gradients, strict=True)
-        if gradient is not None
-    }
-    return Reference(named, outer_loss.detach(), results)
+    given: dict[str, Any] = {"order": order, "loss": loss, "rule": rule, "adapted": adapted}
+    return loop(model, batch, steps=steps, rate=lambda k, name: lr, **given)
 
 
 def loop(
@@ -185,54 +151,50 @@ def loop(
     transform: Callable[[int, str, Tensor], Tensor] | None = None,
     extra: Mapping[str, Tensor] | None = None,
     loss: Loss = F.cross_entropy,
+    rule: Callable[[], Any] = Sgd,
 ) -> Reference:
     """The inner and outer loop with everything that the family changes in it, task by task.
 
     Args:
         rate: (k, name) → the learning rate of a tensor in step k.
         outer_weights: K weights of the query losses after each update; default: the last counts.
-        values: k → weights by name that take the place of the model's in every forward pass of step k and in the query pass after it.
-        inner: (support loss, fast weights, first weights, prediction, target) → the loss that the inner gradient is taken of.
+        values: k → weights by name that replace the model's in every forward pass of step k and
+            in the query pass after it.
+        inner: (support loss, fast weights, first weights, prediction, target) → the loss that the
+            inner gradient is taken of.
         transform: (k, name, gradient) → the gradient that is used.
         extra: leaf tensors by name, whose meta-gradients are wanted too.
+        rule: as for `maml`.
     """
     parameters = dict(model.named_parameters())
-    adapted = (
-        list(parameters) if adapted is None else [name for name in parameters if name in adapted]
-    )
+    trainable = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    moved = [name for name in trainable if adapted is None or name in adapted]
     outer_weights = [0.0] * (steps - 1) + [1.0] if outer_weights is None else outer_weights
     outer_losses, results = [], []
-    for task in range(batch.num_tasks):
+    for x, y, query_x, query_y in zip(
+        batch.support_x, batch.support_y, batch.query_x, batch.query_y, strict=True
+    ):
         weights: dict[str, Tensor] = dict(parameters)
-        outer = torch.zeros(())
+        rules = {name: rule() for name in moved}
+        outer = torch.zeros(()) if steps else loss(predict(model, weights, query_x), query_y)
         for k in range(steps):
             own: Mapping[str, Tensor] = {} if values is None else values(k)
-            prediction = predict(model, {**weights, **own}, batch.support_x[task])
-            objective = loss(prediction, batch.support_y[task])
+            prediction = predict(model, {**weights, **own}, x)
+            objective = loss(prediction, y)
             if inner is not None:
-                objective = inner(objective, weights, parameters, prediction, batch.support_y[task])
-            gradients = torch.autograd.grad(
-                objective, [weights[name] for name in adapted], create_graph=order == 2
-            )
-            for name, gradient in zip(adapted, gradients, strict=True):
-                weights[name] = weights[name] - rate(k, name) * (
-                    gradient if transform is None else transform(k, name, gradient)
-                )
+                objective = inner(objective, weights, parameters, prediction, y)
+            wanted = [weights[name] for name in moved]
+            for name, gradient in zip(moved, _grad(objective, wanted, order == 2), strict=True):
+                if gradient is not None:
+                    used = gradient if transform is None else transform(k, name, gradient)
+                    weights[name] = rules[name](weights[name], used, rate(k, name))
             if outer_weights[k]:
-                outer = outer + outer_weights[k] * loss(
-                    predict(model, {**weights, **own}, batch.query_x[task]), batch.query_y[task]
-                )
+                prediction = predict(model, {**weights, **own}, query_x)
+                outer = outer + outer_weights[k] * loss(prediction, query_y)
         outer_losses.append(outer)
-        results.append({name: weight.detach() for name, weight in weights.items()})
-    outer_loss = torch.stack(outer_losses).mean()
-    wanted: dict[str, Tensor] = {**parameters, **(extra or {})}
-    gradients = torch.autograd.grad(outer_loss, list(wanted.values()), allow_unused=True)
-    named = {
-        name: gradient
-        for name, gradient in zip(wanted, gradients, strict=True)
-        if gradient is not None
-    }
-    return Reference(named, outer_loss.detach(), results)
+        results.append(weights)
+    wanted_by_name = {**{name: parameters[name] for name in trainable}, **(extra or {})}
+    return _reference(outer_losses, wanted_by_name, results)
 
 
 def gradient_sharing(
@@ -247,58 +209,59 @@ def gradient_sharing(
     order: int = 2,
     loss: Loss = F.cross_entropy,
 ) -> Reference:
-    """Gradient sharing with unit normalisation over all parameters together; all tasks in lock-step.
+    """Gradient sharing with unit normalisation over all parameters; all tasks in lock-step.
 
     Args:
         gate, momentum: K logits each, as leaf tensors that receive meta-gradients.
         running: K stored means, flat; None before the first batch.
     """
     parameters = dict(model.named_parameters())
-    names = list(parameters)
+    sizes = [parameter.numel() for parameter in parameters.values()]
     fast: list[dict[str, Tensor]] = [dict(parameters) for _ in range(batch.num_tasks)]
     stored = []
     for k in range(steps):
         flat = []
-        for task, weights in enumerate(fast):
-            objective = loss(predict(model, weights, batch.support_x[task]), batch.support_y[task])
+        for weights, x, y in zip(fast, batch.support_x, batch.support_y, strict=True):
+            objective = loss(predict(model, weights, x), y)
             gradients = torch.autograd.grad(
                 objective, list(weights.values()), create_graph=order == 2
             )
             flat.append(torch.cat([gradient.flatten() for gradient in gradients]))
         lengths = [torch.linalg.vector_norm(gradient) for gradient in flat]
-        mean = torch.stack(
-            [gradient / length for gradient, length in zip(flat, lengths, strict=True)]
-        ).sum(0) / len(flat)
+        units = [gradient / length for gradient, length in zip(flat, lengths, strict=True)]
+        mean = torch.stack(units).sum(0) / len(flat)
         m, weight = 1 / (1 + torch.exp(-momentum[k])), 1 / (1 + torch.exp(-gate[k]))
         shared = mean if running is None else m * running[k] + (1 - m) * mean
         stored.append(shared.detach())
-        for task, (gradient, length) in enumerate(zip(flat, lengths, strict=True)):
+        for weights, gradient, length in zip(fast, flat, lengths, strict=True):
             direction = (1 - weight) * gradient + weight * length * shared
-            pieces = direction.split([parameters[name].numel() for name in names])
-            fast[task] = {
-                name: fast[task][name] - lr * piece.view_as(parameters[name])
-                for name, piece in zip(names, pieces, strict=True)
-            }
+            for name, piece in zip(parameters, direction.split(sizes), strict=True):
+                weights[name] = weights[name] - lr * piece.view_as(parameters[name])
     losses = [
-        loss(predict(model, weights, batch.query_x[task]), batch.query_y[task])
-        for task, weights in enumerate(fast)
+        loss(predict(model, weights, x), y)
+        for weights, x, y in zip(fast, batch.query_x, batch.query_y, strict=True)
     ]
-    outer_loss = torch.stack(losses).mean()
-    wanted: dict[str, Tensor] = {
-        **parameters,
-        "gradient-sharing.gate": gate,
-        "gradient-sharing.momentum": momentum,
-    }
-    gradients = torch.autograd.grad(outer_loss, list(wanted.values()), allow_unused=True)
-    named = {
-        name: gradient
-        for name, gradient in zip(wanted, gradients, strict=True)
-        if gradient is not None
-    }
-    adapted = [{name: weight.detach() for name, weight in weights.items()} for weights in fast]
-    return Reference(named, outer_loss.detach(), adapted, {"running": stored})
+    own = {"gradient-sharing.gate": gate, "gradient-sharing.momentum": momentum}
+    return _reference(losses, {**parameters, **own}, fast, running=stored)
 
 
 def logit(weight: float) -> float:
     """σ⁻¹: what a sigmoid maps to `weight`, strictly between 0 and 1."""
     return math.log(weight / (1 - weight))
+
+
+def _grad(loss: Tensor, wanted: Sequence[Tensor], graph: bool = False) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(loss, wanted, create_graph=graph, allow_unused=True)
+
+
+def _reference(
+    losses: list[Tensor],
+    wanted: Mapping[str, Tensor],
+    weights: list[dict[str, Tensor]],
+    **extra: Any,
+) -> Reference:
+    outer_loss = torch.stack(losses).mean()
+    gradients = zip(wanted, _grad(outer_loss, list(wanted.values())), strict=True)
+    named = {name: gradient for name, gradient in gradients if gradient is not None}
+    adapted = [{name: weight.detach() for name, weight in each.items()} for each in weights]
+    return Reference(named, outer_loss.detach(), adapted, extra)

@@ -1,4 +1,4 @@
-"""Clauses on tasks: their order means nothing, and none sees another but where that is declared."""
+"""Clauses on tasks: their order means nothing, and none sees another but where declared."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from metaplug.contract.chain import Link
-from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_batch import FIELDS, TaskBatch
 from metaplug.learner import MetaLearner
 from metaplug.testing.clauses import BreachError, Example, Subject, clause_on
 from metaplug.testing.comparing import SAME_SUMS, Findings, difference, evaluation, training
@@ -22,14 +22,13 @@ from metaplug.testing.problems import problem
 )
 def task_permutation(subject: Subject, example: Example) -> None:
     """Tasks are a set."""
-    batch, order = example.problem.batch, list(reversed(range(example.problem.batch.num_tasks)))
-    learner = subject.learner(example)
-    if text := difference(
-        _training(learner, _rows(batch, order)), _training(learner, batch).rows(order)
-    ):
+    learner, batch = subject.learner(example), example.problem.batch
+    order = list(reversed(range(batch.num_tasks)))
+    permuted = _training(learner, _rows(batch, order))
+    if text := difference(permuted, _training(learner, batch).rows(order)):
         raise BreachError(
-            f"{text}, of the tasks in reverse order and the same put in reverse order afterwards, so that a task's place decides: "
-            "treat all rows of axis 0 alike"
+            f"{text}, of the tasks in reverse order and the same put in reverse order afterwards, "
+            "so that a task's place decides: treat all rows of axis 0 alike"
         )
 
 
@@ -43,20 +42,19 @@ def tasks_apart(subject: Subject, example: Example) -> None:
     learner, batch = subject.learner(example), example.problem.batch
     if learner.chain.plugins[0].couples_tasks:
         return
-    text = difference(
-        _training(learner, batch), _training(learner, _others_replaced(example)), only=[0]
-    )
-    mend = "declare couples_tasks = True and take step.task_mean, or reduce no axis 0"
-    if text:
+    advice = "declare couples_tasks = True and take step.task_mean, or reduce no axis 0"
+    ours, theirs = _training(learner, batch), _training(learner, _others_replaced(example))
+    if text := difference(ours, theirs, only=[0]):
         raise BreachError(
-            f"{text}, when the other tasks of the batch are replaced, and the plugin does not say that it couples tasks: {mend}"
+            f"{text}, when the other tasks of the batch are replaced, and the plugin does not say "
+            f"that it couples tasks: {advice}"
         )
     if "compute_meta_gradients" in subject.hooks:
         pieces = subject.learner(example, chunk_size=1)
         ours, theirs = (Findings({}, each.meta_gradients(batch)) for each in (pieces, learner))
         if text := difference(ours, theirs):
             raise BreachError(
-                f"the meta-gradient {text}, taken task by task and of all tasks at once: {mend}"
+                f"the meta-gradient {text}, taken task by task and of all tasks at once: {advice}"
             )
 
 
@@ -71,15 +69,20 @@ def apart_at_evaluation(subject: Subject, example: Example) -> None:
     if learner.chain.plugins[0].transductive:
         return
     together = evaluation(learner, batch)
-    mend = "use what was stored in training where step.training is False, and draw no random numbers there"
-    if text := difference(together, evaluation(learner, _others_replaced(example)), only=[0]):
-        raise BreachError(
-            f"{text} at evaluation, when the other test tasks are replaced, which must not see each other: {mend}"
+    cases = [
+        (
+            evaluation(learner, _rows(batch, [task])),
+            [task],
+            f"of task {task} alone and among others",
         )
-    for task in range(batch.num_tasks):
-        if text := difference(evaluation(learner, _rows(batch, [task])), together.rows([task])):
+        for task in range(batch.num_tasks)
+    ]
+    others = evaluation(learner, _others_replaced(example)).rows([0])
+    for alone, rows, how in [(others, [0], "when the other test tasks are replaced"), *cases]:
+        if text := difference(alone, together.rows(rows)):
             raise BreachError(
-                f"{text} at evaluation, of task {task} alone and among others, which must not see each other: {mend}"
+                f"{text} at evaluation, {how}, which must not see each other: use what was stored "
+                "in training where step.training is False, and draw no random numbers there"
             )
 
 
@@ -89,24 +92,19 @@ def apart_at_evaluation(subject: Subject, example: Example) -> None:
 )
 def vectorized_equals_sequential(subject: Subject, example: Example) -> None:
     """Batching is a choice of speed."""
-    vectorized, sequential = (
-        subject.learner(example, task_batching=batching)
-        for batching in ("vectorized", "sequential")
-    )
+    learners = [subject.learner(example, task_batching=b) for b in ("vectorized", "sequential")]
     for found in (training, evaluation):
-        if text := difference(
-            found(vectorized, example.problem.batch),
-            found(sequential, example.problem.batch),
-            tolerance=SAME_SUMS,
-        ):
+        findings = [found(learner, example.problem.batch) for learner in learners]
+        if text := difference(*findings, tolerance=SAME_SUMS):
             raise BreachError(
-                f"{text}, vectorised and sequential, where values are equal but laid out otherwise in memory: "
-                "depend on values and shapes, not on strides (as randn_like does: draw torch.randn(x.shape))"
+                f"{text}, vectorised and sequential, where values are equal but laid out otherwise "
+                "in memory: depend on values and shapes, not on strides (as randn_like does: draw "
+                "torch.randn(x.shape))"
             )
 
 
 def _training(learner: MetaLearner, batch: TaskBatch) -> Findings:
-    """What a meta-iteration finds, with the tasks' outer losses as its own plugins leave them."""
+    """Find what a meta-iteration computes, with each task's outer loss as its plugins give it."""
     seen: dict[str, torch.Tensor] = {}
 
     def around(link: Link) -> Link:
@@ -118,30 +116,27 @@ def _training(learner: MetaLearner, batch: TaskBatch) -> Findings:
 
         return replace(link, function=call) if link.hook == "transform_outer_losses" else link
 
-    usual = {link.plugin: link for link in learner.chain.links("transform_outer_losses")}
+    usual = {
+        (link.plugin, link.hook): link for link in learner.chain.links("transform_outer_losses")
+    }
     learner.chain.wrap(around)
     found = training(learner, batch)
-    learner.chain.wrap(
-        lambda link: usual[link.plugin] if link.hook == "transform_outer_losses" else link
-    )
+    learner.chain.wrap(lambda link: usual.get((link.plugin, link.hook), link))
     return Findings({**found.by_task, **seen}, found.whole)
 
 
 def _rows(batch: TaskBatch, rows: list[int]) -> TaskBatch:
-    return TaskBatch(
-        batch.support_x[rows], batch.support_y[rows], batch.query_x[rows], batch.query_y[rows]
-    )
+    return TaskBatch(*(getattr(batch, name)[rows] for name in FIELDS))
 
 
 def _others_replaced(example: Example) -> TaskBatch:
     """The batch with all tasks but the first replaced by others."""
-    case = example.problem
-    support, query = case.batch.support_x.shape[1], case.batch.query_x.shape[1]
+    case, batch = example.problem, example.problem.batch
     others = problem(
         case.name,
-        tasks=case.batch.num_tasks - 1,
-        support=support,
-        query=query,
+        tasks=batch.num_tasks - 1,
+        support=batch.support_x.shape[1],
+        query=batch.query_x.shape[1],
         seed=case.seed + 1000,
-    ).batch
-    return TaskBatch.stack([_rows(case.batch, [0]), others])
+    )
+    return TaskBatch.stack([_rows(batch, [0]), others.batch])

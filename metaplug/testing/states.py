@@ -16,12 +16,13 @@ from metaplug.errors import MetaplugError
 from metaplug.learner import MetaLearner
 from metaplug.testing.clauses import BreachError, Example, Subject, clause_on, fit, stream
 from metaplug.testing.comparing import difference, evaluation, training
-from metaplug.testing.watching import Watch, fingerprint
+from metaplug.testing.watching import Watch, fingerprint, frozen
 
 
 @clause_on(
     "no-mutation",
-    "no hook writes into what it is given, or into the model: neither into a mapping nor into a tensor",
+    "no hook writes into what it is given, or into the model: neither into a mapping nor into a "
+    "tensor",
 )
 def no_mutation(subject: Subject, example: Example) -> None:
     """What a hook is given, other plugins and autograd use too."""
@@ -29,11 +30,13 @@ def no_mutation(subject: Subject, example: Example) -> None:
     for name, parameter in learner.model.named_parameters():
         if not torch.equal(parameter, example.problem.model.get_parameter(name)):
             raise BreachError(
-                f"setup wrote into the model's parameter '{name}', which is its author's: clone what you start from"
+                f"setup wrote into the model's parameter '{name}', which is its author's: "
+                "clone what you start from"
             )
     if writes := _watched(learner, example).writes:
         raise BreachError(
-            f"{writes[0]}, which other plugins and autograd use too: return a new value, and write none"
+            f"{writes[0]}, which other plugins and autograd use too: "
+            "return a new value, and write none"
         )
 
 
@@ -45,19 +48,21 @@ def no_state_in_loop(subject: Subject, example: Example) -> None:
     """Hooks in the loop run again, and for nothing."""
     if states := _watched(subject.learner(Example(example.problem)), example).states:
         raise BreachError(
-            f"{states[0]}, though a hook may run again, or for nothing: hand it to step.keep, and store it in commit"
+            f"{states[0]}, though a hook may run again, or for nothing: "
+            "hand it to step.keep, and store it in commit"
         )
 
 
 def _watched(learner: MetaLearner, example: Example) -> Watch:
-    """What is seen while it trains and is evaluated; where that fails, other clauses say so."""
+    """Watch it train and be evaluated; where that fails, other clauses say so."""
     watch, batch = Watch(learner, learner.chain.plugins[0]), example.problem.batch
-    with suppress(MetaplugError, RuntimeError, TypeError, ValueError, LookupError):
-        training(learner, batch)
-    with suppress(MetaplugError, RuntimeError, TypeError, ValueError, LookupError):
-        evaluation(learner, batch)
-    with suppress(MetaplugError, RuntimeError, TypeError, ValueError, LookupError):
-        fit(learner, example, 1)
+    for run in (
+        lambda: training(learner, batch),
+        lambda: evaluation(learner, batch),
+        lambda: fit(learner, example, 1),
+    ):
+        with suppress(MetaplugError, RuntimeError, TypeError, ValueError, LookupError):
+            run()
     return watch
 
 
@@ -65,13 +70,20 @@ def _watched(learner: MetaLearner, example: Example) -> Watch:
 def deterministic(subject: Subject, example: Example) -> None:
     """A run is its seed."""
     one, other = (subject.learner(example) for _ in range(2))
-    first = training(one, example.problem.batch)
-    mend = "draw with torch, which starts from the seed in every iteration, or from the generator that transform_tasks is given"
-    if text := difference(training(other, example.problem.batch), first, exact=True):
-        raise BreachError(f"{text}, of two learners of one seed: {mend}")
-    if text := difference(training(one, example.problem.batch), first, exact=True):
+    batch, advice = (
+        example.problem.batch,
+        (
+            "draw with torch, which starts from the seed in every iteration, or from the generator "
+            "that transform_tasks is given"
+        ),
+    )
+    first = training(one, batch)
+    if text := difference(training(other, batch), first, exact=True):
+        raise BreachError(f"{text}, of two learners of one seed: {advice}")
+    if text := difference(training(one, batch), first, exact=True):
         raise BreachError(
-            f"{text}, of two calls of meta_gradients, which change nothing: {mend}, and write no state"
+            f"{text}, of two calls of meta_gradients, which change nothing: {advice}, and write no "
+            "state"
         )
 
 
@@ -82,73 +94,66 @@ def deterministic(subject: Subject, example: Example) -> None:
 )
 def evaluation_leaves_no_trace(subject: Subject, example: Example) -> None:
     """Validation happens in the middle of training."""
-    mend = "keep nothing where step.training is False"
-    found = []
+    advice, found = "keep nothing where step.training is False", []
     for split in (None, "test", "validation"):
         learner = subject.learner(example)
         if split is not None:
-            _evaluated(learner, example, split, mend)
+            _evaluated(learner, example, split, advice)
         fit(learner, example, 1)
         found.append(training(learner, example.problem.batch))
     for one, other in ((0, 1), (1, 2)):
         if text := difference(found[one], found[other], exact=True):
             raise BreachError(
-                f"{text}, of two learners that differ in what they were evaluated on before: {mend}"
+                f"{text}, of two learners that differ in what they were evaluated on before: "
+                f"{advice}"
             )
 
 
-def _evaluated(learner: MetaLearner, example: Example, split: str, mend: str) -> None:
+def _evaluated(learner: MetaLearner, example: Example, split: str, advice: str) -> None:
     """Evaluate, and hold against it what it may not change."""
     plugin, batch = learner.chain.plugins[0], example.problem.batch
-    random_before, before, own = (
-        _random_states(),
-        copy.deepcopy(_state(learner)),
-        fingerprint(plugin),
-    )
+    drawn, state, own = _random_states(), frozen(_state(learner), 8), fingerprint(plugin)
     learner.evaluate(stream(example, split), num_tasks=2)
     learner.adapt(batch.support_x[0], batch.support_y[0])
-    if moved := [
-        name
-        for name, state in _random_states().items()
-        if not np.array_equal(state, random_before[name])
-    ]:
-        raise BreachError(
-            f"an evaluation moves the random numbers of {moved[0]}, which are the caller's: draw none, or from a generator of your own"
-        )
+    for name, now in _random_states().items():
+        if not np.array_equal(now, drawn[name]):
+            raise BreachError(
+                f"an evaluation moves the random numbers of {name}, which are the caller's: "
+                "draw none, or from a generator of your own"
+            )
     if changed := [path for path, value in fingerprint(plugin).items() if own.get(path) != value]:
-        raise BreachError(f"an evaluation changes {changed[0]}: {mend}")
-    if not _same(before, _state(learner)):
-        raise BreachError(f"an evaluation changes the learner's state: {mend}")
+        raise BreachError(f"an evaluation changes {changed[0]}: {advice}")
+    if frozen(_state(learner), 8) != state:
+        raise BreachError(f"an evaluation changes the learner's state: {advice}")
 
 
 @clause_on(
     "checkpoint",
-    "what it remembers is in a checkpoint: a learner that is loaded goes on as the one that was saved, bit for bit",
+    "what it remembers is in a checkpoint: a learner that is loaded goes on as the one that was "
+    "saved, bit for bit",
     cost=2,
 )
 def checkpoint(subject: Subject, example: Example) -> None:
     """A plain tensor attribute is in no state_dict."""
-    learner = subject.learner(Example(example.problem))
+    learner, batch = subject.learner(Example(example.problem)), example.problem.batch
     fit(learner, example, 2)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "learner.pt"
         learner.save(path)
-        loaded = MetaLearner.load(
-            path, model=copy.deepcopy(example.problem.model), plugins=[subject.make()]
-        )
-    mend = "register what must last with register_buffer or as an nn.Parameter, in setup"
-    batch = example.problem.batch
-    for when, found in (("at evaluation", evaluation), ("in the next iteration", training)):
+        model = copy.deepcopy(example.problem.model)
+        loaded = MetaLearner.load(path, model=model, plugins=[subject.make()])
+    for when, found, iterations in (
+        ("at evaluation", evaluation, 0),
+        ("in the next iteration", training, 0),
+        ("an iteration later", training, 1),
+    ):
+        for each in (learner, loaded):
+            fit(each, example, iterations)
         if text := difference(found(loaded, batch), found(learner, batch), exact=True):
             raise BreachError(
-                f"{text} {when}, of the learner that was loaded and the one that was saved: {mend}"
+                f"{text} {when}, of the learner that was loaded and the one that was saved: "
+                "register what must last with register_buffer or as an nn.Parameter, in setup"
             )
-    for each in (learner, loaded):
-        fit(each, example, 1)
-    if text := difference(training(loaded, batch), training(learner, batch), exact=True):
-        raise BreachError(
-            f"{text} an iteration later, of the learner that was loaded and the one that was saved: {mend}"
-        )
 
 
 def _state(learner: MetaLearner) -> dict[str, Any]:
@@ -166,13 +171,3 @@ def _random_states() -> dict[str, Any]:
         "random": np.array(random.getstate()[1]),
         "numpy": np.array([kind, *keys, *rest]),
     }
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(_same(*pair) for pair in zip(one, other, strict=True))
-    return bool(one == other)

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: models, tasks, both together with steps and learning rates, and chains of first-party plugins."""
+"""Hypothesis strategies: models, tasks, problems, and chains of first-party plugins."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def problems(
     steps: tuple[int, int] = (0, 3),
     lrs: tuple[float, float] = (0.0, 0.5),
 ) -> Problem:
-    """A small model, its tasks, the number of inner steps and the inner learning rate.
+    """Draw a small model, its tasks, the number of inner steps and the inner learning rate.
 
     Args:
         names: of models in MODELS.
@@ -37,9 +37,7 @@ def problems(
     return problem(
         draw(st.sampled_from(list(names))),
         tasks=draw(st.integers(*tasks)),
-        support=draw(
-            st.integers(3, 6)
-        ),  # over two examples batch norm is a step function, which rounding decides
+        support=draw(st.integers(3, 6)),  # over two, batch norm is a step function
         query=draw(st.integers(3, 5)),
         steps=draw(st.integers(*steps)),
         lr=draw(st.floats(*lrs)),
@@ -48,20 +46,20 @@ def problems(
 
 
 def models(names: Sequence[str] = CLASSIFIERS) -> st.SearchStrategy[nn.Module]:
-    """A small model in float64, with random weights."""
+    """Draw a small model in float64, with random weights."""
     return problems(names, tasks=(1, 1)).map(lambda drawn: drawn.model)
 
 
 def tasks(name: str = "mlp", *, tasks: tuple[int, int] = (1, 6)) -> st.SearchStrategy[TaskBatch]:
-    """Random tasks for the model of this name in MODELS."""
+    """Draw random tasks for the model of this name in MODELS."""
     return problems((name,), tasks=tasks).map(lambda drawn: drawn.batch)
 
 
 @st.composite
 def chains(draw: st.DrawFn, *, least: int = 2, most: int = 6) -> tuple[list[PluginUse], Problem]:
-    """`least` to `most` first-party plugins that do not refuse each other, in any order; and a model that has what they need, with tasks.
+    """Draw first-party plugins in any order, and a model that has what they need, with tasks.
 
-    Where some of those drawn refuse each other there may be fewer.
+    There are `least` to `most`, fewer where some of those drawn refuse each other.
     """
     uses: list[PluginUse] = []
     for name in draw(st.permutations(list(FIRST_PARTY)))[: draw(st.integers(least, most))]:
@@ -74,7 +72,5 @@ def chains(draw: st.DrawFn, *, least: int = 2, most: int = 6) -> tuple[list[Plug
 
 def compatible(plugins: Sequence[Plugin]) -> bool:
     """Whether no plugin of these refuses to be beside another."""
-    return all(
-        other.kind() not in plugin.conflicts_with
-        for plugin, other in itertools.permutations(plugins, 2)
-    )
+    pairs = itertools.permutations(plugins, 2)
+    return all(other.kind() not in plugin.conflicts_with for plugin, other in pairs)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 
 from metaplug.errors import RequestError, unknown
-from metaplug.testing import composing, forms, numbers, separation, states
+from metaplug.testing import composing, derivations, forms, numbers, separation, states
 from metaplug.testing.clauses import DEFAULT_MODELS, Clause, Subject
 
 CLAUSES: dict[str, Clause] = {
@@ -29,10 +29,11 @@ CLAUSES: dict[str, Clause] = {
         separation.apart_at_evaluation,
         states.evaluation_leaves_no_trace,
         separation.vectorized_equals_sequential,
-        numbers.first_order,
-        numbers.recomputed,
-        numbers.meta_parameters_learn,
-        numbers.meta_gradients,
+        derivations.first_order,
+        derivations.recomputed,
+        derivations.traced_equals_eager,
+        derivations.meta_parameters_learn,
+        derivations.meta_gradients,
         states.checkpoint,
         composing.more_steps,
         composing.off_is_baseline,
@@ -40,18 +41,23 @@ CLAUSES: dict[str, Clause] = {
         composing.composes,
     )
 }
-"""Every clause of the contract, by name, in the order in which they are tried: what the later ones build on comes first."""
+"""Every clause of the contract, by name, in the order in which they are tried: what later ones
+build on comes first."""
 
 
 class PluginConformance:
-    """Holds one plugin to the contract: subclass it in a test file as a class named Test…, and pytest runs one test for each clause.
+    """Holds one plugin to the contract: pytest runs one test of a subclass for each clause.
+
+    Name the subclass Test…, in a test file.
 
     Attributes:
-        plugin: the plugin's class, a function or module in the shortest form, or the name of an installed plugin.
+        plugin: the plugin's class, a function or module in the shortest form, or the name of an
+            installed plugin.
         settings: fields of its Config under which it does something.
         off: fields at which it does nothing; None where it has none.
         models: names of metaplug.testing.MODELS that it fits.
-        exceptions: by the name of a clause that does not hold of it, the reason; its test is then skipped with that reason.
+        exceptions: by the name of a clause that does not hold of it, the reason, with which its
+            test is skipped.
         examples: how many examples each clause is tried on.
     """
 
@@ -89,16 +95,14 @@ def check(
     exceptions: Mapping[str, str] | None = None,
     examples: int = 5,
 ) -> None:
-    """Hold a plugin to every clause of the contract; the arguments are the attributes of PluginConformance.
+    """Hold a plugin to every clause of the contract; for the arguments see PluginConformance.
 
     Raises:
         ConformanceError: of the first clause that it breaks.
         RequestError: a clause or model is unknown, or a setting is wrong.
     """
-    subject, excepted = (
-        Subject(plugin, dict(settings or {}), off, tuple(models), examples),
-        _checked(exceptions or {}),
-    )
+    subject = Subject(plugin, dict(settings or {}), off, tuple(models), examples)
+    excepted = _checked(exceptions or {})
     for name, clause in CLAUSES.items():
         if name not in excepted:
             clause.hold(subject)
@@ -110,6 +114,7 @@ def _checked(exceptions: Mapping[str, str]) -> Mapping[str, str]:
             raise unknown("clause", name, CLAUSES)
         if not isinstance(reason, str) or not reason.strip():
             raise RequestError(
-                f"exceptions: the clause '{name}' is left out without a reason: say why it does not hold"
+                f"exceptions: the clause '{name}' is left out without a reason: "
+                "say why it does not hold"
             )
     return exceptions

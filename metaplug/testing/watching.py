@@ -1,4 +1,4 @@
-"""Looks at what goes into a plugin's hooks, and at the plugin, before and after every call."""
+"""Watches what goes into a plugin's hooks, and the plugin, before and after every call."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FIELDS: dict[type, tuple[str, ...]] = {
     ),
     Context: ("parameters",),
 }
-"""What of these values is looked at."""
+"""The fields of these values that are looked at."""
 
 _SHOWN = {"support_losses": "losses", "support_predictions": "predictions"}
 """What a step calls these fields."""
@@ -69,56 +69,37 @@ class Watch:
         if link.plugin is not self.plugin:
             return link
         known = inspect.signature(getattr(hookspecs, link.hook)).parameters
-        arguments = (
-            *link.arguments,
-            *(
-                name
-                for name in ("step", "iteration")
-                if name in known and name not in link.arguments
-            ),
-        )
+        more = [name for name in ("step", "iteration") if name in known]
+        # The step and iteration are asked for beside its own arguments, to say when.
+        arguments = tuple(dict.fromkeys((*link.arguments, *more)))
 
         def call(*values: Any) -> Any:
             given = dict(zip(arguments, values, strict=True))
             when = _when(link.hook, given)
             before, grads, own = self._tensors(given), self._grads(), fingerprint(self.plugin)
             try:
-                result = link.function(*values[: len(link.arguments)])
+                return link.function(*values[: len(link.arguments)])
             except Exception as error:
                 if any(refusal in str(error) for refusal in _REFUSALS):
-                    self.writes.append(
-                        f"{when} tried to write into what it was given ({type(error).__name__}: {error})"
-                    )
+                    what = f"what it was given ({type(error).__name__}: {error})"
+                    self.writes.append(f"{when} tried to write into {what}")
                 raise
             finally:
-                self.writes += [
-                    f"{when} wrote into {path}"
-                    for path, tensor, version, copy in before
-                    if _changed(tensor, version, copy)
-                ]
-                self.writes += [
-                    f"{when} wrote into {path}"
-                    for path, grad in self._grads().items()
-                    if grads[path] != grad
-                ]
+                written = [each[0] for each in before if _changed(*each[1:])]
+                written += [path for path, grad in self._grads().items() if grads[path] != grad]
+                self.writes += [f"{when} wrote into {path}" for path in written]
                 after = fingerprint(self.plugin)
                 if link.hook not in _WRITERS:
-                    self.states += [
-                        f"{when} changed {path}"
-                        for path in {**own, **after}
-                        if own.get(path) != after.get(path)
-                    ]
-            return result
+                    changed = [path for path in own | after if own.get(path) != after.get(path)]
+                    self.states += [f"{when} changed {path}" for path in changed]
 
         return replace(link, function=call, arguments=arguments)
 
     def _tensors(self, given: Mapping[str, Any]) -> list[tuple[str, Tensor, int, Tensor]]:
-        """Every tensor that can be reached, with its version and a copy."""
+        """List every tensor that can be reached, with its version and a copy."""
         reached = [pair for name, value in given.items() for pair in _reach(value, name)]
-        reached += [
-            (f"the model's parameter '{name}'", parameter)
-            for name, parameter in self.model.named_parameters()
-        ]
+        for name, parameter in self.model.named_parameters():
+            reached.append((f"the model's parameter '{name}'", parameter))
         return [
             (path, tensor, tensor._version, tensor.detach().clone())
             for path, tensor in reached
@@ -126,36 +107,28 @@ class Watch:
         ]
 
     def _grads(self) -> dict[str, Any]:
+        parameters = self.model.named_parameters()
         return {
-            f"the .grad of the model's parameter '{name}'": _frozen(each.grad)
-            for name, each in self.model.named_parameters()
+            f"the .grad of the model's parameter '{name}'": frozen(each.grad)
+            for name, each in parameters
         }
 
 
 def fingerprint(plugin: Plugin) -> dict[str, Any]:
-    """Everything that a plugin remembers, by path: what of it compares unequal has changed."""
+    """Map everything that a plugin remembers, by path, to a copy that compares by value."""
     internals = vars(nn.Module()).keys()
-    found = {
-        f"self.{name}": _frozen(value)
-        for name, value in vars(plugin).items()
-        if name not in internals
-    }
-    found |= {
-        f"self.{name}": _frozen(value)
-        for name, value in (*plugin.named_parameters(), *plugin.named_buffers())
-    }
+    own = {name: value for name, value in vars(plugin).items() if name not in internals}
+    own |= {**dict(plugin.named_parameters()), **dict(plugin.named_buffers())}
+    found = {f"self.{name}": frozen(value) for name, value in own.items()}
     for place, values in ((type(plugin).__name__, vars(type(plugin))), *_modules(plugin)):
-        own = {
-            name: value
-            for name, value in values.items()
-            if not name.startswith("__") and not callable(value)
-        }
-        found |= {f"{place}.{name}": _frozen(value) for name, value in own.items()}
+        for name, value in values.items():
+            if not name.startswith("__") and not callable(value):
+                found[f"{place}.{name}"] = frozen(value)
     return found
 
 
 def _modules(plugin: Plugin) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """What the module remembers that a plugin in the shortest form is: it has no other place."""
+    """The module that a plugin in the shortest form is: it has no other place for state."""
     if ":" in getattr(plugin, "written_as", ":"):
         return
     for hook in vars(type(plugin)).values():
@@ -168,7 +141,8 @@ def _when(hook: str, given: Mapping[str, Any]) -> str:
     step = given.get("step")
     if not isinstance(step, InnerStep):
         return hook + (f" (iteration {given['iteration']})" if "iteration" in given else "")
-    return f"{hook} (iteration {step.meta_iteration}, inner step {step.index}{'' if step.training else ', at evaluation'})"
+    when = f"iteration {step.meta_iteration}, inner step {step.index}"
+    return f"{hook} ({when}{'' if step.training else ', at evaluation'})"
 
 
 def _reach(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
@@ -186,29 +160,24 @@ def _reach(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _changed(tensor: Tensor, version: int, copy: Tensor) -> bool:
-    return tensor._version != version or _frozen(tensor) != _frozen(copy)
+    return tensor._version != version or frozen(tensor) != frozen(copy)
 
 
-def _frozen(value: Any, depth: int = 4) -> Any:
-    """A copy that compares by value: of tensors the bits, of containers what they hold, of other objects what their attributes hold."""
+def frozen(value: Any, depth: int = 4) -> Any:
+    """Copy to what compares by value: bits of tensors, contents of containers and attributes."""
     if isinstance(value, Tensor):
-        return (
-            tuple(value.shape),
-            str(value.dtype),
-            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(),
-        )
+        flat = value.detach().cpu().contiguous().flatten()
+        return tuple(value.shape), str(value.dtype), flat.view(torch.uint8).numpy().tobytes()
     if isinstance(value, torch.Generator):
-        return _frozen(value.get_state())
+        return frozen(value.get_state())
     if isinstance(value, str | bytes | int | float | complex | bool | None):
         return value
     if depth == 0:
         return id(value)
     if isinstance(value, Mapping):
-        return [
-            (_frozen(name, depth - 1), _frozen(each, depth - 1)) for name, each in value.items()
-        ]
+        return [(frozen(name, depth - 1), frozen(each, depth - 1)) for name, each in value.items()]
     if isinstance(value, list | tuple):
-        return [_frozen(each, depth - 1) for each in value]
+        return [frozen(each, depth - 1) for each in value]
     if isinstance(value, set | frozenset):
         return sorted(map(repr, value))
     if (
@@ -217,4 +186,4 @@ def _frozen(value: Any, depth: int = 4) -> Any:
         or not hasattr(value, "__dict__")
     ):
         return id(value)
-    return [id(value), _frozen(vars(value), depth - 1)]
+    return [id(value), frozen(vars(value), depth - 1)]

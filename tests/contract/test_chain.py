@@ -311,12 +311,7 @@ def test_a_plugin_is_final_and_well_named():
     assert [
         type(name, (Plugin,), {}).kind()
         for name in ("MetaSGD", "Anil", "PerStepBatchNorm", "L2Penalty")
-    ] == [
-        "meta-sgd",
-        "anil",
-        "per-step-batch-norm",
-        "l2-penalty",
-    ]
+    ] == ["meta-sgd", "anil", "per-step-batch-norm", "l2-penalty"]
 
 
 def test_one_instance_serves_one_learner():
@@ -783,13 +778,7 @@ def test_setup_knows_the_run():
         context.inner_steps,
         context.inner_lr,
         context.kind,
-    ) == (
-        torch.float64,
-        "cpu",
-        2,
-        0.3,
-        "classification",
-    )
+    ) == (torch.float64, "cpu", 2, 0.3, "classification")
 
 
 # Keep and commit.

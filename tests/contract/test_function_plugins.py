@@ -12,7 +12,7 @@ from metaplug import MetaLearner, Plugin, PluginUse, RequestError, RunError, hoo
 from metaplug.contract import registry
 from metaplug.contract.chain import Chain
 from metaplug.contract.function_plugins import plugin_of
-from metaplug.contract.plugin_rules import VERSION, check_plugin, implementations
+from metaplug.contract.plugin_checks import VERSION, check_plugin, implementations
 from metaplug.contract.presets import make_plugins
 from metaplug.report.catalogue import entries
 from metaplug.testing import Stream, assert_close, problem

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from metaplug import PluginUse, Preset, RequestError
+from metaplug.cli.variants import parse_plugin, parse_variant
 from metaplug.contract import registry
-from metaplug.contract.presets import find_preset, parse_plugin, parse_variant
+from metaplug.contract.presets import find_preset
 from metaplug.experiments.configuration import ExperimentConfig, resolve, to_yaml
 from metaplug.experiments.experiment import build
 from metaplug.experiments.runs import load, train

@@ -31,7 +31,8 @@ from torch import nn
 from metaplug import MetaLearner, Plugin, checkpoint, hookimpl
 from metaplug.checkpoint import archive, structure
 from metaplug.cli.main import main
-from metaplug.contract.presets import find_preset, parse_plugin, read_scalar
+from metaplug.cli.variants import parse_plugin, read_scalar
+from metaplug.contract.presets import find_preset
 from metaplug.errors import RequestError, RunError
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.runs import load, read_metrics, read_summary, train

@@ -75,6 +75,20 @@ class WritesTheGrad(Plugin):
                 step.initial_parameters[name]._base.grad = gradient.detach().mean(0)
 
 
+class WritesIntoTheRates(Plugin):
+    """Halves the learning rates in place, and with them those of every later step."""
+
+    caught_by = "no-mutation"
+    says = (
+        "transform_learning_rates (iteration 0, inner step 0) wrote into learning_rates['0.weight']"
+    )
+
+    @hookimpl
+    def transform_learning_rates(self, learning_rates):
+        for rate in learning_rates.values():
+            rate.mul_(0.5)
+
+
 class RemembersInTheLoop(Plugin):
     """A running mean that is updated in the step itself."""
 
@@ -149,6 +163,7 @@ class ForgetsWhenLoaded(Plugin):
     """A statistic in a plain attribute, which is in no checkpoint."""
 
     caught_by = "checkpoint"
+    exceptions = {"traced-equals-eager": "a trace freezes such a statistic too"}
     says = "of the learner that was loaded and the one that was saved"
 
     @hookimpl

@@ -50,30 +50,36 @@ def test_moving_a_batch_moves_all_of_it() -> None:
         ),
         (
             {"query_x": torch.zeros(3, 5, 4)},
-            "TaskBatch: support_x has shape (2, 3, 4) and query_x (3, 5, 4), which do not fit: "
+            "TaskBatch: support_x is float32 of shape (2, 3, 4) and query_x float32 of shape (3, 5, 4), "
+            "which do not fit: "
             "every field must stack the same number of tasks",
         ),
         (
             {"support_y": torch.zeros(2, 4, dtype=torch.int64)},
-            "TaskBatch: support_x has shape (2, 3, 4) and support_y (2, 4), which do not fit: give one target for every example",
+            "TaskBatch: support_x is float32 of shape (2, 3, 4) and support_y int64 of shape (2, 4), "
+            "which do not fit: give one target for every example",
         ),
         (
             {"query_x": torch.zeros(2, 5, 6)},
-            "TaskBatch: support_x has shape (2, 3, 4) and query_x (2, 5, 6), which do not fit: "
+            "TaskBatch: support_x is float32 of shape (2, 3, 4) and query_x float32 of shape (2, 5, 6), "
+            "which do not fit: "
             "support and query examples must have one input shape",
         ),
         (
             {"query_y": torch.zeros(2, 5, 1, dtype=torch.int64)},
-            "TaskBatch: support_y has shape (2, 3) and query_y (2, 5, 1), which do not fit: "
+            "TaskBatch: support_y is int64 of shape (2, 3) and query_y int64 of shape (2, 5, 1), "
+            "which do not fit: "
             "support and query examples must have one target shape",
         ),
         (
             {"query_x": torch.zeros(2, 5, 4, dtype=torch.float64)},
-            "TaskBatch: support_x has dtype float32 and query_x float64, which do not fit: convert one of them",
+            "TaskBatch: support_x is float32 of shape (2, 3, 4) and query_x float64 of shape (2, 5, 4), "
+            "which do not fit: convert one of them",
         ),
         (
             {"query_y": torch.zeros(2, 5)},
-            "TaskBatch: support_y has dtype int64 and query_y float32, which do not fit: "
+            "TaskBatch: support_y is int64 of shape (2, 3) and query_y float32 of shape (2, 5), "
+            "which do not fit: "
             "give integer labels in both, or floating-point targets in both",
         ),
         (
@@ -131,8 +137,8 @@ def test_batches_are_stacked_in_their_order_and_unequal_sizes_refused() -> None:
     with pytest.raises(RequestError) as error:
         TaskBatch.stack([one, larger])
     assert str(error.value) == (
-        "TaskBatch.stack: query_x of batch 1 is (6, 4) for a task, of batch 0 (5, 4), but tasks that are computed together must be of one "
-        "size, as padding would count in batch norm and in every mean over examples: draw tasks of one size, or put those of another into "
+        "TaskBatch.stack: query_x of batch 1 is (6, 4) for a task, of batch 0 (5, 4), but tasks computed together must be of one "
+        "size, as padding would count in every mean over examples: draw tasks of one size, or put those of another into "
         "batches of their own"
     )
     with pytest.raises(

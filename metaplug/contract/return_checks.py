@@ -1,6 +1,6 @@
-"""What a plugin may return: one check for each fold, choose and collect hook, made after every link.
+"""Checks of what a plugin returns, one for each hook that has an answer, made after every link.
 
-A check answers None, or the fault in words that follow the plugin's name.
+A check gives None, or the fault in words that follow the plugin's name.
 """
 
 from __future__ import annotations
@@ -12,8 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_batch import FIELDS, TaskBatch
 from metaplug.errors import did_you_mean, quoted
+
+
+def form(tensor: Tensor) -> str:
+    """Describe a tensor in errors.
+
+    >>> form(torch.ones(2, 3))
+    'shape (2, 3), torch.float32 on cpu'
+    """
+    return f"shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}"
 
 
 def _check_tensor(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
@@ -22,6 +31,16 @@ def _check_tensor(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
     if (after.shape, after.dtype, after.device) != (before.shape, before.dtype, before.device):
         return f"returned {form(after)}; it was given {form(before)}, which it must keep"
     return None
+
+
+def _check_names(before: Mapping[str, Tensor], after: Any) -> str | None:
+    if not isinstance(after, Mapping):
+        return f"returned {type(after).__name__}, not a mapping from names to tensors"
+    if after.keys() == before.keys():
+        return None
+    missing = quoted(name for name in before if name not in after)
+    extra = quoted(name for name in after if name not in before)
+    return f"returned other names than it was given: missing {missing}, not known {extra}"
 
 
 def _check_mapping(before: Any, after: Any, arguments: Mapping[str, Any]) -> str | None:
@@ -33,63 +52,54 @@ def _check_mapping(before: Any, after: Any, arguments: Mapping[str, Any]) -> str
     return None
 
 
-def _check_names(before: Mapping[str, Tensor], after: Any) -> str | None:
-    if not isinstance(after, Mapping):
-        return f"returned {type(after).__name__}, not a mapping from names to tensors"
-    if after.keys() == before.keys():
-        return None
-    missing, extra = (
-        [name for name in before if name not in after],
-        [name for name in after if name not in before],
-    )
-    return f"returned other names than it was given: missing {quoted(missing)}, not known {quoted(extra)}"
-
-
 def _check_learning_rates(before: Any, after: Any, arguments: Mapping[str, Any]) -> str | None:
     if fault := _check_names(before, after):
         return fault
     for name, rate in after.items():
         target = arguments["step"].parameters[name]
-        if not isinstance(rate, Tensor) or (rate.dtype, rate.device) != (
+        kept = isinstance(rate, Tensor) and (rate.dtype, rate.device) == (
             target.dtype,
             target.device,
-        ):
+        )
+        if not kept:
             given = form(rate) if isinstance(rate, Tensor) else type(rate).__name__
-            return (
-                f"returned {given} for '{name}', not a tensor of {target.dtype} on {target.device}"
-            )
+            wanted = f"a tensor of {target.dtype} on {target.device}"
+            return f"returned {given} for '{name}', not {wanted}"
         if not _broadcasts(rate.shape, target.shape):
-            return f"returned shape {tuple(rate.shape)} for '{name}', which does not broadcast to (tasks, *shape) = {tuple(target.shape)}"
+            return (
+                f"returned shape {tuple(rate.shape)} for '{name}', which does not broadcast to "
+                f"(tasks, *shape) = {tuple(target.shape)}"
+            )
     return None
 
 
 def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
-    return len(shape) <= len(target) and all(
-        own in (1, other) for own, other in zip(reversed(shape), reversed(target), strict=False)
-    )
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(own in (1, other) for own, other in pairs)
 
 
 def _check_subset(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
     if isinstance(after, str) or not isinstance(after, Collection):
         return f"returned {after!r}, not a tuple of names"
-    wrong = [name for name in after if name not in before]
-    return (
-        f"selects {quoted(wrong)}, not among what it was given: {did_you_mean(wrong[0], before)}"
-        if wrong
-        else None
-    )
+    if not (wrong := [name for name in after if name not in before]):
+        return None
+    hint = did_you_mean(wrong[0], before)
+    return f"selects {quoted(wrong)}, not among what it was given: {hint}"
 
 
 def _check_batch(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
-    """Tasks may be more or fewer, and examples of another shape; integer labels may become probabilities of the inputs' dtype."""
+    """Let tasks be more or fewer, and integer labels become probabilities of the inputs' dtype."""
     if not isinstance(after, TaskBatch):
         return f"returned {type(after).__name__}, not a TaskBatch"
-    for name in ("support_x", "support_y", "query_x", "query_y"):
+    for name in FIELDS:
         old, new = getattr(before, name), getattr(after, name)
         softened = name.endswith("_y") and not old.is_floating_point() and new.is_floating_point()
         dtype = before.support_x.dtype if softened else old.dtype
         if (new.dtype, new.device) != (dtype, old.device):
-            return f"returned a batch whose {name} is {new.dtype} on {new.device}; it must be {dtype} on {old.device}"
+            return (
+                f"returned a batch whose {name} is {new.dtype} on {new.device}; "
+                f"it must be {dtype} on {old.device}"
+            )
     return None
 
 
@@ -104,29 +114,28 @@ def _check_order(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
 
 def _check_weights(before: Any, after: Any, arguments: Mapping[str, Any]) -> str | None:
     steps = arguments["inner_steps"]
-    numbers = isinstance(after, Sequence) and all(
-        isinstance(weight, int | float) and math.isfinite(weight) for weight in after
-    )
-    fits = numbers and len(after) == steps and any(after)
-    return (
-        None
-        if fits
-        else f"answered {after!r}: give {steps} finite weights, one for each inner step, not all of them 0"
-    )
+    if (
+        isinstance(after, Sequence)
+        and len(after) == steps
+        and all(isinstance(weight, int | float) and math.isfinite(weight) for weight in after)
+        and any(after)
+    ):
+        return None
+    wanted = f"give {steps} finite weights, one for each inner step, not all of them 0"
+    return f"answered {after!r}: {wanted}"
 
 
 def _check_meta_gradients(before: Any, after: Any, arguments: Mapping[str, Any]) -> str | None:
     known, learned = arguments["meta_parameters"], arguments["learned"]
     if not isinstance(after, Mapping):
         return f"answered {type(after).__name__}, not a mapping from names to tensors"
-    wrong, left_out = (
-        [name for name in after if name not in known],
-        [name for name in learned if name not in after],
-    )
+    wrong = [name for name in after if name not in known]
+    left_out = [name for name in learned if name not in after]
     if wrong or left_out:
         return (
-            f"answered names that are not meta-learned ({quoted(wrong)}) or left out a plugin's parameters ({quoted(left_out)}), "
-            "which would then never learn: answer by the names of MetaLearner.meta_gradients"
+            f"answered names that are not meta-learned ({quoted(wrong)}) or left out a plugin's "
+            f"parameters ({quoted(left_out)}), which would then never learn: "
+            "answer by the names of MetaLearner.meta_gradients"
         )
     for name, gradient in after.items():
         if fault := _check_tensor(known[name], gradient, arguments):
@@ -135,14 +144,9 @@ def _check_meta_gradients(before: Any, after: Any, arguments: Mapping[str, Any])
 
 
 def _check_figures(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
-    fits = isinstance(after, Mapping) and all(
-        isinstance(figure, int | float) for figure in after.values()
-    )
-    return None if fits else f"returned {after!r}, not numbers by name"
-
-
-def form(tensor: Tensor) -> str:
-    return f"shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+    if isinstance(after, Mapping) and all(isinstance(each, int | float) for each in after.values()):
+        return None
+    return f"returned {after!r}, not numbers by name"
 
 
 CHECKS: dict[str, Callable[[Any, Any, Mapping[str, Any]], str | None]] = {
@@ -160,3 +164,4 @@ CHECKS: dict[str, Callable[[Any, Any, Mapping[str, Any]], str | None]] = {
     "scale_meta_learning_rate": _check_factor,
     "end_meta_step": _check_figures,
 }
+"""By hook, its check: (value before, value after, the hook's other arguments) → a fault or None."""

@@ -1,4 +1,4 @@
-"""What a class must keep to in order to be a plugin; pluggy would pass over most of it in silence."""
+"""Rules that a plugin's class must keep, most of which pluggy would pass over in silence."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ VERSION = version("metaplug")
 
 
 def implementations(plugin: type[Plugin]) -> dict[str, Callable[..., Any]]:
-    """By hook, in the order of a meta-step, the functions that a class marks as its implementations; only of hooks that exist."""
-    marked = {
-        _marks(function)["specname"] or name: function
-        for name, function in _members(plugin)
-        if _marks(function)
-    }
+    """Map the hooks that a class implements, in the order of a meta-step, to their functions.
+
+    >>> from metaplug_plugins.meta_sgd import MetaSgd
+    >>> list(implementations(MetaSgd))
+    ['setup', 'transform_learning_rates', 'end_meta_step']
+    """
+    members = inspect.getmembers(plugin, callable)
+    marked = {_hook(name, function): function for name, function in members if _marks(function)}
     return {hook: marked[hook] for hook in KINDS if hook in marked}
 
 
 def check_plugin(plugin: type[Plugin], name: str) -> None:
-    """Refuse unmarked and misspelt hooks, arguments that no hook fills, ways to jump the queue, and declarations of another form.
+    """Refuse unmarked and misspelt hooks, arguments that no hook fills, and wrong declarations.
 
     Args:
         name: what the plugin is called in the error.
@@ -37,34 +39,34 @@ def check_plugin(plugin: type[Plugin], name: str) -> None:
         RequestError: names the plugin, and the method or function.
     """
     seen: dict[str, str] = {}
-    for attribute, function in _members(plugin):
+    for attribute, function in inspect.getmembers(plugin, callable):
+        marks, hook = _marks(function), _hook(attribute, function)
         raw = inspect.getattr_static(plugin, attribute)
-        member = (
-            f"function {function.__name__}"
-            if isinstance(raw, staticmethod)
-            else f"method {attribute}"
-        )
-        where, marks = f"plugin '{name}': {member}", _marks(function)
+        is_static = isinstance(raw, staticmethod)
+        member = f"function {function.__name__}" if is_static else f"method {attribute}"
+        where = f"plugin '{name}': {member}"
         if not marks and attribute in KINDS:
             raise RequestError(
                 f"{where} overrides a hook but is not marked: put @hookimpl above it, or rename it"
             )
-        hook = marks.get("specname") or attribute
         if not marks or (hook not in KINDS and marks["optionalhook"]):
             continue
         if hook not in KINDS:
             raise RequestError(
-                f"{where} is marked @hookimpl, but metaplug {VERSION} has no hook '{hook}' ({did_you_mean(hook, KINDS)}): "
-                "rename it, or install a newer metaplug, which may have it"
+                f"{where} is marked @hookimpl, but metaplug {VERSION} has no hook '{hook}' "
+                f"({did_you_mean(hook, KINDS)}): rename it, or install a newer metaplug, which may "
+                "have it"
             )
         if hook in seen:
             raise RequestError(
-                f"plugin '{name}': {seen[hook]} and {member} both implement {hook}: make one of the two"
+                f"plugin '{name}': {seen[hook]} and {member} both implement {hook}: "
+                "make one of the two"
             )
         seen[hook] = member
         if marks["tryfirst"] or marks["trylast"] or marks["hookwrapper"] or marks["wrapper"]:
             raise RequestError(
-                f"{where} asks for a place of its own: the order is the configured list; take tryfirst, trylast and wrapper out"
+                f"{where} asks for a place of its own: the order is the configured list; "
+                "take tryfirst, trylast and wrapper out"
             )
         _check_arguments(where, hook, function, owned=inspect.isfunction(raw))
     own = [
@@ -74,44 +76,16 @@ def check_plugin(plugin: type[Plugin], name: str) -> None:
     ]
     if own and not seen:
         raise RequestError(
-            f"plugin '{name}' implements no hook, so that nothing would call its method {own[0]} ({did_you_mean(own[0], KINDS)}): "
-            "name it as a hook and put @hookimpl above it"
+            f"plugin '{name}' implements no hook, so that nothing would call its method {own[0]} "
+            f"({did_you_mean(own[0], KINDS)}): name it as a hook and put @hookimpl above it"
         )
     for declared in ("runs_after", "conflicts_with"):
         names = getattr(plugin, declared)
         if not isinstance(names, tuple) or not all(isinstance(each, str) for each in names):
             raise RequestError(
-                f"plugin '{name}': {declared} = {names!r} is no tuple of names: write it as in ('gradient-sharing',)"
+                f"plugin '{name}': {declared} = {names!r} is no tuple of names: "
+                "write it as in ('gradient-sharing',)"
             )
-    _check_config(plugin, name)
-
-
-def _check_arguments(where: str, hook: str, function: Callable[..., Any], *, owned: bool) -> None:
-    """`owned`: the first argument is the instance."""
-    known = list(inspect.signature(getattr(hookspecs, hook)).parameters)
-    parameters = list(inspect.signature(function).parameters.values())
-    if owned and (not parameters or parameters[0].name in known):
-        raise RequestError(
-            f"{where} has no self, so that it would get the plugin as its first argument: write self before the others"
-        )
-    for parameter in parameters[owned:]:
-        if parameter.default is not parameter.empty:
-            raise RequestError(
-                f"{where} gives an argument a default, so that the hook would never fill it: take the default out"
-            )
-        if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            raise RequestError(
-                f"{where} has the argument {parameter.name} behind a star, which the hook would never fill: "
-                f"name those that you need of {', '.join(known)}"
-            )
-        if parameter.name not in known:
-            raise RequestError(
-                f"{where} asks for '{parameter.name}', which {hook} does not have in metaplug {VERSION} "
-                f"({did_you_mean(parameter.name, known)}): rename it, or install a newer metaplug, which may have it"
-            )
-
-
-def _check_config(plugin: type[Plugin], name: str) -> None:
     try:
         plugin.Config.model_rebuild()
     except (PydanticUserError, PydanticUndefinedAnnotation) as error:
@@ -121,10 +95,39 @@ def _check_config(plugin: type[Plugin], name: str) -> None:
         ) from None
 
 
-def _members(plugin: type[Plugin]) -> list[tuple[str, Any]]:
-    return inspect.getmembers(plugin, callable)
+def _check_arguments(where: str, hook: str, function: Callable[..., Any], *, owned: bool) -> None:
+    """`owned`: the first argument is the instance."""
+    known = list(inspect.signature(getattr(hookspecs, hook)).parameters)
+    parameters = list(inspect.signature(function).parameters.values())
+    if owned and (not parameters or parameters[0].name in known):
+        raise RequestError(
+            f"{where} has no self, so that it would get the plugin as its first argument: "
+            "write self before the others"
+        )
+    for parameter in parameters[owned:]:
+        if parameter.default is not parameter.empty:
+            raise RequestError(
+                f"{where} gives an argument a default, so that the hook would never fill it: "
+                "take the default out"
+            )
+        if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            raise RequestError(
+                f"{where} has the argument {parameter.name} behind a star, which the hook would "
+                f"never fill: name those that you need of {', '.join(known)}"
+            )
+        if parameter.name not in known:
+            raise RequestError(
+                f"{where} asks for '{parameter.name}', which {hook} does not have in metaplug "
+                f"{VERSION} ({did_you_mean(parameter.name, known)}): rename it, or install a newer "
+                "metaplug, which may have it"
+            )
 
 
 def _marks(function: Any) -> dict[str, Any]:
     marks: dict[str, Any] | None = getattr(function, "metaplug_impl", None)
     return marks or {}
+
+
+def _hook(attribute: str, function: Any) -> str:
+    """The hook that a member implements, if it is marked."""
+    return _marks(function).get("specname") or attribute

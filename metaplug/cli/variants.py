@@ -1,0 +1,72 @@
+"""Presets and plugins as they stand on a command line: "maml+gradient-sharing:gate=0.3"."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from metaplug.contract import registry
+from metaplug.contract.presets import PluginUse
+from metaplug.errors import RequestError, did_you_mean, one_line
+from metaplug.yaml_text import StrictLoader
+
+_COMMA = r",(?![^\[]*\])"
+"""A comma between settings, not one inside a [list]."""
+
+
+def parse_variant(text: str) -> tuple[str, list[PluginUse]]:
+    """Read a preset and plugins from "preset+plugin:field=value,field=value+plugin".
+
+    The preset is the longest known name at the start, or the path of a YAML file there.
+
+    Raises:
+        RequestError: no preset of that name, or a plugin without a name.
+
+    >>> parse_variant("maml+gradient-sharing:gate=0.3")[1][0].settings
+    {'gate': 0.3}
+    """
+    compact, known = text.replace(" ", ""), registry.names("preset")
+    if file := re.match(r"([^:=]+?\.ya?ml)(?=\+|$)", compact):
+        preset = file[1]
+    elif fitting := [name for name in known if f"{compact}+".startswith(f"{name}+")]:
+        preset = max(fitting, key=len)  # a name may hold a +, as maml++ does
+    else:
+        hint = did_you_mean(compact.split("+")[0], known)
+        raise RequestError(f"unknown preset at the start of '{text}': {hint}")
+    return preset, [parse_plugin(part) for part in compact[len(preset) :].split("+")[1:]]
+
+
+def parse_plugin(text: str) -> PluginUse:
+    """Read a plugin from "plugin" or "plugin:field=value,field=value", values as YAML."""
+    name, _, settings = text.strip().partition(":")
+    if not name:
+        raise RequestError(
+            f"'{text}' names no plugin: write plugin or plugin:field=value,field=value"
+        )
+    pairs = re.split(_COMMA, settings) if settings else []
+    return PluginUse(plugin=name, settings=dict(_setting(name, pair) for pair in pairs))
+
+
+def _setting(plugin: str, pair: str) -> tuple[str, Any]:
+    field, equals, value = pair.partition("=")
+    if not equals or not field:
+        raise RequestError(f"'{pair}' is no setting of plugin '{plugin}': write field=value")
+    return field, read_scalar(value)
+
+
+def read_scalar(text: str) -> Any:
+    """Read a value as YAML: a number, true or false, null, a [list], a {map}, else text.
+
+    >>> read_scalar("1e-3"), read_scalar("[1, two]"), read_scalar("null")
+    (0.001, [1, 'two'], None)
+    """
+    try:
+        return yaml.load(text, Loader=StrictLoader)
+    except yaml.YAMLError as error:
+        reason = one_line(error)
+        if isinstance(error, yaml.MarkedYAMLError):
+            what = one_line(error.problem or error.context)
+            reason = f"{what}; put it in quotes to have text"
+        raise RequestError(f"'{text}' cannot be read as a value: {reason}") from None

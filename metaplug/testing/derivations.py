@@ -1,0 +1,150 @@
+"""Clauses on meta-gradients: the derivative of the outer loss, however they are derived."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from metaplug.contract.task_batch import TaskBatch
+from metaplug.errors import MetaplugError, quoted
+from metaplug.execution.traced import CompiledDerivation
+from metaplug.learner import MetaLearner
+from metaplug.testing.clauses import BreachError, Example, Subject, clause, clause_on, fit
+from metaplug.testing.comparing import SAME_SUMS, derived, difference, found, training
+
+STEP, ACCURACY = 1e-5, 1e-5
+"""Of central differences in float64: the step, and the error allowed relative to the gradient."""
+
+GRADIENTS = "the meta-gradient"
+"""How findings of meta-gradients begin."""
+
+
+@clause_on(
+    "first-order",
+    "with derivatives of first order it runs, and the values on the way are those of second order",
+)
+def first_order(subject: Subject, example: Example) -> None:
+    """Inner gradients are constants then, without a graph."""
+    learner, batch = subject.learner(example), example.problem.batch
+    first, second = (training(learner, batch, order=order) for order in (1, 2))
+    if wrong := first.non_finite():
+        raise BreachError(f"{wrong} in first order")
+    if text := difference(first.without(GRADIENTS), second.without(GRADIENTS)):
+        raise BreachError(
+            f"{text}, in first and in second order, though only derivatives may differ: "
+            "let no value depend on requires_grad"
+        )
+
+
+@clause_on(
+    "recomputed",
+    "steps that are taken again in the backward pass (checkpoint_steps) give the same numbers",
+)
+def recomputed(subject: Subject, example: Example) -> None:
+    """The first time no graph is kept, and the second time no statistics."""
+    plain, batch = subject.learner(example), example.problem.batch
+    advice = (
+        "let a hook depend on its arguments alone, not on how often it was called nor on "
+        "step.statistics"
+    )
+    for kept, order in ((1, None), (example.problem.steps, 1)):
+        again = subject.learner(example, checkpoint_steps=kept)
+        try:
+            ours = training(again, batch, order=order)
+        except MetaplugError as error:
+            raise BreachError(f"with checkpoint_steps={kept}: {error}: {advice}") from error
+        if text := difference(ours, training(plain, batch, order=order), tolerance=SAME_SUMS):
+            raise BreachError(f"{text}, with checkpoint_steps={kept} and without: {advice}")
+
+
+@clause(
+    "traced-equals-eager",
+    "a compiled step gives the eager numbers in three iterations in a row, or it is refused by the "
+    "plugin's name",
+)
+def traced_equals_eager(subject: Subject) -> None:
+    """A trace is right only for what it saw: it freezes what Python decided."""
+    example = subject.example(steps=2, tasks=2)
+    eager, ours = (subject.learner(example) for _ in range(2))
+    trace = ours.engine.derivation = CompiledDerivation(ours.engine, lambda graph, _: graph)
+    advice = (
+        "keep what changes between iterations in buffers, and decide on it by torch.where, not by "
+        "a Python branch or index"
+    )
+    for iteration in range(3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a refusal, which is looked at here
+            taken = [found(learner, example.problem.batch) for learner in (ours, eager)]
+            if trace.refusal is not None and f"'{subject.name}'" not in trace.refusal:
+                raise BreachError(
+                    f"the compiled step is refused without its name ({trace.refusal}): {advice}"
+                )
+            if text := difference(*map(derived, taken), tolerance=SAME_SUMS):
+                raise BreachError(
+                    f"{text} in iteration {iteration} of a compiled step and of an eager one: "
+                    f"{advice}"
+                )
+            for learner in (ours, eager):
+                learner.engine.meta_step(example.problem.batch, 3)
+
+
+@clause(
+    "meta-parameters-learn", "every one of its meta-parameters receives a gradient that is not zero"
+)
+def meta_parameters_learn(subject: Subject) -> None:
+    """One that receives none stays as it was made, in silence."""
+    idle: set[str] = set()
+    for seed in range(3):
+        example = subject.example(steps=3, seed=seed)
+        learner = subject.learner(example)
+        fit(learner, example, 2)
+        gradients, names = learner.meta_gradients(example.problem.batch), learner.chain
+        moved = {name for name, gradient in gradients.items() if bool(gradient.any())}
+        zero = names.named_parameters().keys() - moved
+        idle = zero if seed == 0 else idle & zero
+        if not idle:
+            return
+    raise BreachError(
+        f"no meta-gradient reaches its meta-parameter {quoted(sorted(idle)[:3])}, which would then "
+        "never learn: use it without .detach(), .data, .item() or torch.no_grad(), or make it a "
+        "buffer"
+    )
+
+
+@clause_on(
+    "meta-gradients",
+    "meta-gradients are the derivative of the outer loss, its own meta-parameters included",
+    smooth=True,
+    tasks=(1, 3),
+)
+def meta_gradients(subject: Subject, example: Example) -> None:
+    """Central differences along a random direction of each meta-parameter, as in gradcheck."""
+    if "compute_meta_gradients" in subject.hooks:
+        return
+    learner, batch = subject.learner(example), example.problem.batch
+    whole, generator = training(learner, batch, order=2).whole, torch.Generator().manual_seed(0)
+    for name, parameter in learner.engine.meta_parameters.items():
+        gradient = whole.get(f"{GRADIENTS} of '{name}'", torch.zeros_like(parameter))
+        direction = torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator)
+        direction = direction / direction.norm()
+        analytic = float((gradient * direction).sum())
+        numeric = _slope(learner, batch, parameter, direction)
+        if abs(analytic - numeric) > ACCURACY * max(float(gradient.norm()), 1.0):
+            raise BreachError(
+                f"along a random direction of '{name}' the outer loss rises by {numeric:.6g}, but "
+                f"the meta-gradient says {analytic:.6g}: use no .detach(), .data, .item() or "
+                "torch.no_grad() on the way from a meta-parameter or weight to what a hook returns"
+            )
+
+
+def _slope(learner: MetaLearner, batch: TaskBatch, parameter: Tensor, direction: Tensor) -> float:
+    """dL/dε at 0 of the outer loss L with ε · direction added, by central differences."""
+    start, losses = parameter.detach().clone(), []
+    for sign in (1, -1, 0):
+        with torch.no_grad():
+            parameter.copy_(start + sign * STEP * direction)
+        if sign:
+            losses.append(float(training(learner, batch, order=1).whole["the outer loss"]))
+    return (losses[0] - losses[1]) / (2 * STEP)
