@@ -172,7 +172,7 @@ def test_learners_that_come_and_go_leave_nothing_behind(times):
 
 
 def test_what_a_model_keeps_for_its_backward_pass_is_let_go_of_when_it_was_counted():
-    """A hook that gives the tensor itself, to choose the batching, would hold the graph for good."""
+    """A hook that gives the tensor itself, to choose the batching, would hold a graph for good."""
     x, y = torch.rand(1, 5, 1, 28, 28), torch.arange(5).unsqueeze(0)
 
     def begin():
