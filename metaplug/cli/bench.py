@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from metaplug.cli.options import Json
-from metaplug.errors import RequestError
+from metaplug.errors import RequestError, RunError
 from metaplug.report.console import CONSOLE, emit, line
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from metaplug.bench.meters import Meter
 
 _BENCH_EXAMPLES = """**Examples**
@@ -31,6 +33,15 @@ _BENCH_EXAMPLES = """**Examples**
 
 - metaplug bench --soak --workload sinusoid --plot soak.png"""
 
+_STEPS = ("workload", "device", "tf32", "use", "repeats", "threads", "only", "memory", "compiled")
+_USED = {
+    "": _STEPS,
+    "--scaling": ("device", "tf32", "repeats", "threads", "plot"),
+    "--drawing": ("device", "repeats", "threads"),
+    "--soak": ("workload", "device", "tf32", "threads", "plot", "soak_steps"),
+}
+"""By what is measured, the options that make a difference to it, beside --json."""
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
@@ -43,14 +54,13 @@ def bench(
     workload: Annotated[
         list[str] | None,
         typer.Option(
-            "--workload",
-            help="Which, such as sinusoid-25x5: 25 tasks, 5 steps; of --soak sinusoid or conv4. Repeatable.",
+            help="Which, such as sinusoid-25x5: 25 tasks, 5 steps; of --soak sinusoid or conv4. "
+            "Repeatable.",
             show_default="all",
         ),
     ] = None,
     device: Annotated[
-        str,
-        typer.Option("--device", help="cpu, cuda or cuda:N; cuda adds metaplug's captured steps."),
+        str, typer.Option(help="cpu, cuda or cuda:N; cuda adds metaplug's captured steps.")
     ] = "cpu",
     tf32: Annotated[
         bool,
@@ -68,13 +78,12 @@ def bench(
         ),
     ] = None,
     repeats: Annotated[
-        int, typer.Option("--repeats", min=1, max=1000, help="How often each is timed, in turn.")
+        int, typer.Option(min=1, max=1000, help="How often each is timed, in turn.")
     ] = 9,
-    threads: Annotated[int, typer.Option("--threads", min=1, max=1024, help="CPU threads.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads.")] = 1,
     only: Annotated[
         list[str] | None,
         typer.Option(
-            "--only",
             metavar="CONTESTANT",
             help="Only this one, as the table names it. Repeatable.",
             show_default="all",
@@ -87,7 +96,8 @@ def bench(
         bool,
         typer.Option(
             "--compiled",
-            help="Compile the stacked loop as one more contestant: half a minute or minutes each.",
+            help="Add compiled steps, half a minute or minutes each: metaplug's, and the stacked "
+            "loop's by hand.",
         ),
     ] = False,
     scaling: Annotated[
@@ -99,26 +109,27 @@ def bench(
     ] = False,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", metavar="FILE.png", help="Draw what --scaling measures, or --soak."),
+        typer.Option(metavar="FILE.png", help="Draw what --scaling measures, or --soak."),
     ] = None,
     drawing: Annotated[
         bool,
         typer.Option(
             "--drawing",
-            help="Instead, time the drawing of 32 tasks, 5-way 1-shot with 15 queries, beside torchmeta's loader.",
+            help="Instead, time the drawing of 32 tasks, 5-way 1-shot with 15 queries, beside "
+            "torchmeta's loader.",
         ),
     ] = False,
     soak: Annotated[
         bool,
         typer.Option(
             "--soak",
-            help="Instead, train a long run with all plugins that compose: are memory, open files and the time of a step flat?",
+            help="Instead, train a long run with all plugins that compose: are memory, open files "
+            "and the time of a step flat?",
         ),
     ] = False,
     soak_steps: Annotated[
         int | None,
         typer.Option(
-            "--soak-steps",
             min=50,
             help="Meta-steps of --soak.",
             show_default="20,000 of sinusoid, 2,000 of conv4",
@@ -126,24 +137,24 @@ def bench(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Time a meta-step side by side: metaplug in every batching, plain torch, higher, and every peer that is installed (make bench-peers).
+    """Time a meta-step side by side: metaplug in every batching, plain torch, higher, and every
+    peer that is installed (make bench-peers).
 
-    On one device, in one process, in turn: medians with half the distance of the quartiles, each one's share of what the device allows, and
-    the error of its meta-gradient. --soak ends with status 1 where a run did not stay as it began.
+    On one device, in one process, in turn: medians with half the distance of the quartiles, each
+    one's share of what the device allows, and the error of its meta-gradient. --soak ends with
+    status 1 where a run did not stay as it began.
     """
     # torch's profiler would talk of itself on standard error; both are read when torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    modes = [
-        name
-        for name, given in (("--scaling", scaling), ("--drawing", drawing), ("--soak", soak))
-        if given
-    ]
+    given = {"--scaling": scaling, "--drawing": drawing, "--soak": soak}
+    modes = [mode for mode, wanted in given.items() if wanted]
     if len(modes) > 1:
         raise RequestError(
-            f"{' and '.join(modes)} are measurements of their own, of which a command makes one: give one of them"
+            f"{' and '.join(modes)} are measurements of their own, of which a command makes one: "
+            "give one of them"
         )
-    _refuse_unused(context, modes[0] if modes else "")
+    _refuse_unused(context, "".join(modes))
     import torch
 
     from metaplug.bench.meters import Meter
@@ -157,173 +168,135 @@ def bench(
         )
     if drawing and meter.cuda:
         raise RequestError(
-            f"--drawing --device {device}: torchmeta's loader draws on the CPU, and is timed beside it there: leave --device out"
+            f"--drawing --device {device}: torchmeta's loader draws on the CPU, and is timed "
+            "beside it there: leave --device out"
         )
+    show = partial(_show, as_json=as_json)
     if drawing:
-        _bench_drawing(repeats, threads, as_json)
+        _bench_drawing(meter, repeats, show)
     elif scaling:
-        _bench_scaling(meter, repeats, plot, as_json)
+        _bench_scaling(meter, repeats, plot, show)
     elif soak:
-        _bench_soak(meter, workload, soak_steps, plot, as_json)
+        _bench_soak(meter, workload, soak_steps, plot, show)
     else:
-        plugins = use or ["gradient-sharing"]
-        _bench_steps(
-            meter,
-            workload,
-            plugins,
-            only or (),
-            repeats=repeats,
-            memory=memory,
-            compiled=compiled,
-            as_json=as_json,
-        )
-
-
-_USED = {
-    "": ("workload", "device", "tf32", "use", "repeats", "threads", "only", "memory", "compiled"),
-    "--scaling": ("device", "tf32", "repeats", "threads", "plot"),
-    "--drawing": ("device", "repeats", "threads"),
-    "--soak": ("workload", "device", "tf32", "threads", "plot", "soak_steps"),
-}
-"""By what is measured, the options that make a difference to it, beside --json."""
+        settings = {"repeats": repeats, "memory": memory, "compiled": compiled, "meter": meter}
+        _bench_steps(workload, use or ["gradient-sharing"], only or (), settings, show)
 
 
 def _refuse_unused(context: typer.Context, mode: str) -> None:
     """Refuse an option that would change nothing about what is measured."""
-    flags = {str(parameter.name): parameter.opts[0] for parameter in context.command.params}
-    for name, flag in flags.items():
+    for parameter in context.command.params:
+        name, flag = str(parameter.name), parameter.opts[0]
         users = [f"bench {each}".rstrip() for each, used in _USED.items() if name in used]
         source = context.get_parameter_source(name)
-        if (
-            users
-            and name not in _USED[mode]
-            and source is not None
-            and source.name == "COMMANDLINE"
-        ):
-            asked = " ".join(("bench", *([mode] if mode else []), flag))
+        given = source is not None and source.name == "COMMANDLINE"
+        if users and given and name not in _USED[mode]:
             raise RequestError(
-                f"{asked}: {flag} is an option of {' and '.join(users)}, and changes nothing here: leave it out, or bench that"
+                f"{' '.join(['bench', mode, flag]).replace('  ', ' ')}: {flag} is an option of "
+                f"{' and '.join(users)}, and changes nothing here: leave it out, or bench that"
             )
 
 
+_Show = Callable[[dict[str, Any], "Callable[[], RenderableType]", str], None]
+
+
+def _show(
+    values: dict[str, Any], table: Callable[[], RenderableType], header: str, *, as_json: bool
+) -> None:
+    """Give programs the values, or people the table below what it was measured on."""
+    from metaplug.experiments.experiment import to_json
+
+    if as_json:
+        emit(to_json(values, indent=2))
+    else:
+        line(header)
+        CONSOLE.print(table())
+
+
 def _bench_steps(
-    meter: Meter,
     workloads: list[str] | None,
     plugins: list[str],
     only: Sequence[str],
-    *,
-    repeats: int,
-    memory: bool,
-    compiled: bool,
-    as_json: bool,
+    settings: dict[str, Any],
+    show: _Show,
 ) -> None:
     from metaplug.bench import WORKLOADS, as_json_values, run
     from metaplug.bench.workloads import ONLY_BY_NAME_ON_A_CPU
-    from metaplug.experiments.experiment import to_json
     from metaplug.report.bench import bench_table
 
+    meter, repeats = settings["meter"], settings["repeats"]
+    usual = [name for name in WORKLOADS if meter.cuda or name not in ONLY_BY_NAME_ON_A_CPU]
     rows = run(
-        workloads
-        or [name for name in WORKLOADS if meter.cuda or name not in ONLY_BY_NAME_ON_A_CPU],
+        workloads or usual,
         plugins,
-        repeats=repeats,
-        memory=memory,
         only=only,
-        compiled=compiled,
-        meter=meter,
         on_workload=lambda name: line(f"measuring {name}"),
+        **settings,
     )
-    if as_json:
-        emit(to_json(as_json_values(rows, repeats, meter), indent=2))
-        return
-    line(_measured(meter, repeats))
-    CONSOLE.print(bench_table(rows))
+    show(as_json_values(rows, repeats, meter), lambda: bench_table(rows), _where(meter, repeats))
 
 
-def _bench_scaling(meter: Meter, repeats: int, plot: Path | None, as_json: bool) -> None:
+def _bench_scaling(meter: Meter, repeats: int, plot: Path | None, show: _Show) -> None:
     from metaplug.bench.scaling import MOST_MIB, as_json_values, run
-    from metaplug.experiments.experiment import to_json
     from metaplug.report.bench import scaling_table
     from metaplug.report.scaling import scaling_figure
 
     points = run(repeats=repeats, meter=meter, on_series=lambda series: line(f"measuring {series}"))
     if plot:
         scaling_figure(points, plot)
-    if as_json:
-        emit(to_json(as_json_values(points, repeats, meter), indent=2))
-        return
-    line(
-        f"{_measured(meter, repeats)}; a series ends before a step of more than {MOST_MIB:,.0f} MiB"
-    )
-    CONSOLE.print(scaling_table(points))
+    ends = f"a series ends before a step of more than {MOST_MIB:,.0f} MiB"
+    header = f"{_where(meter, repeats)}; {ends}"
+    show(as_json_values(points, repeats, meter), lambda: scaling_table(points), header)
 
 
-def _measured(meter: Meter, repeats: int) -> str:
-    """On what, for a header: cpu (its name), 1 CPU thread, ..."""
-    import torch
-
-    return f"{_where(meter)}, torch {torch.__version__}, median of {repeats}"
-
-
-def _where(meter: Meter) -> str:
-    import torch
-
-    threads = torch.get_num_threads()
-    return f"{meter.device} ({meter.name}), {threads} CPU thread{'s' if threads > 1 else ''}"
-
-
-def _bench_drawing(repeats: int, threads: int, as_json: bool) -> None:
+def _bench_drawing(meter: Meter, repeats: int, show: _Show) -> None:
     from dataclasses import asdict
 
+    import torch
+
     from metaplug.bench.drawing import run
-    from metaplug.experiments.experiment import to_json
     from metaplug.report.bench import drawing_table
 
     rows = run(repeats=repeats)
-    if as_json:
-        emit(
-            to_json(
-                {"threads": threads, "repeats": repeats, "rows": [asdict(row) for row in rows]},
-                indent=2,
-            )
-        )
-        return
-    CONSOLE.print(drawing_table(rows))
-    line(
-        f"32 5-way 1-shot tasks with 15 queries from 1,600 classes of 20 images, {threads} CPU thread{'s' if threads > 1 else ''}"
-    )
+    values = {"threads": torch.get_num_threads(), "repeats": repeats}
+    tasks = "32 5-way 1-shot tasks with 15 queries from 1,600 classes of 20 images"
+    header = f"{tasks}; {_where(meter, repeats)}"
+    show({**values, "rows": [asdict(row) for row in rows]}, lambda: drawing_table(rows), header)
 
 
 def _bench_soak(
-    meter: Meter, workloads: list[str] | None, steps: int | None, plot: Path | None, as_json: bool
+    meter: Meter, workloads: list[str] | None, steps: int | None, plot: Path | None, show: _Show
 ) -> None:
-    import torch
-
-    from metaplug.bench.soak import as_json_values, check_workloads, run
+    from metaplug.bench.measuring import check_names
+    from metaplug.bench.soak import as_json_values, run
     from metaplug.bench.soak_workloads import SOAKS
-    from metaplug.errors import RunError
-    from metaplug.experiments.experiment import to_json
     from metaplug.report.bench import soak_table
     from metaplug.report.soak import soak_figure
     from metaplug.report.terminal import TrainingProgress
 
-    check_workloads(names := workloads or list(SOAKS))
+    check_names("soak workload", names := workloads or list(SOAKS), SOAKS)
     runs = []
     for name in names:
         length = steps or SOAKS[name].steps
         line(f"{name}: {length:,} meta-steps with {', '.join(SOAKS[name].plugins)}")
         with TrainingProgress(CONSOLE, length) as progress:
-            runs.append(
-                run(name, steps=length, meter=meter, on_record=partial(progress.record, label=name))
-            )
+            record = partial(progress.record, label=name)
+            runs.append(run(name, steps=length, meter=meter, on_record=record))
     if plot:
         soak_figure(runs, plot)
-    if as_json:
-        emit(to_json(as_json_values(runs, meter), indent=2))
-    else:
-        line(f"{_where(meter)}, torch {torch.__version__}")
-        CONSOLE.print(soak_table(runs))
+    show(as_json_values(runs, meter), lambda: soak_table(runs), _where(meter))
     if broken := [f"{each.workload}: {bound}" for each in runs for bound in each.broken]:
         raise RunError(
-            f"the soak did not stay as it began: {'; '.join(broken)}; see where with --plot, or --json"
+            f"the soak did not stay as it began: {'; '.join(broken)}; see where with --plot, or "
+            "--json"
         )
+
+
+def _where(meter: Meter, repeats: int | None = None) -> str:
+    """Return on what was measured, for a header: cpu (its name), 1 CPU thread, torch 2.6.0, ..."""
+    import torch
+
+    threads = torch.get_num_threads()
+    cpu = f"{threads} CPU thread{'s' * (threads > 1)}"
+    often = "" if repeats is None else f", median of {repeats}"
+    return f"{meter.device} ({meter.name}), {cpu}, torch {torch.__version__}{often}"

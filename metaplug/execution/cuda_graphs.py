@@ -1,8 +1,8 @@
-"""Captured steps: what a trace launches on a CUDA device is recorded once, in a CUDA graph, and launched again as a whole.
+"""Captured steps: a trace's launches on a CUDA device, recorded in a CUDA graph and replayed.
 
-A replay computes where it was recorded. So inputs are copied to where the recording read them, and outputs to new tensors, before the next
-replay, or that of another graph in the same pool of memory, overwrites them: gradients and statistics may be kept. Nothing waits for the
-device.
+A replay computes where it was recorded. So inputs are copied to where the recording read them, and
+outputs to new tensors, before the next replay, or that of another graph in the same pool of memory,
+overwrites them: gradients and statistics may be kept. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -20,48 +20,45 @@ from metaplug.execution.engine import Engine
 from metaplug.execution.traced import Compile, CompiledDerivation, inductor, warn_refusal
 
 PATIENCE = 10
-"""With "auto", steps of one form in a row that are computed uncaptured before a trace is paid for."""
+"""With "auto", uncaptured steps of one form in a row before a trace is paid for."""
 
 WARM_UP = 3
-"""Runs before a recording, so that what libraries set up on first use is not recorded; as many as torch takes."""
+"""Runs before a recording, as many as torch takes: what libraries set up first is not recorded."""
 
-Record = Callable[
-    [Callable[..., Sequence[Tensor]], Sequence[Tensor]], tuple[Callable[[], None], Sequence[Tensor]]
-]
-"""(function, inputs) → (replay, outputs): a replay reads the values that then stand in the inputs, and writes to the outputs."""
+Function = Callable[..., Sequence[Tensor]]
+Record = Callable[[Function, Sequence[Tensor]], tuple[Callable[[], None], Sequence[Tensor]]]
+"""(function, inputs) → (replay, outputs): a replay reads the inputs, and writes to the outputs."""
 
 
 class CudaGraphs:
-    """Records functions in CUDA graphs that share one pool of memory. They are never replayed at the same time.
-
-    Args:
-        device: a CUDA device.
-    """
+    """Records functions in CUDA graphs that share one pool of memory, and never replay together."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(
-            device
-        )  # of the warm-up too, as libraries set themselves up by stream
+        # The warm-up runs on it too, as libraries set themselves up by stream.
+        self._stream = torch.cuda.Stream(device)
 
     def __call__(
-        self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
+        self, function: Function, inputs: Sequence[Tensor]
     ) -> tuple[Callable[[], None], Sequence[Tensor]]:
-        """The function recorded for these inputs; they and the function, whose constants a replay reads, must live as long.
+        """Record the function for these inputs.
+
+        A replay reads them and the function's constants, so both must live as long.
 
         Raises:
-            RuntimeError: the function waits for the device, or does something else that cannot be recorded.
+            RuntimeError: the function waits for the device, or does what cannot be recorded.
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
             self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(
-                self._stream
-            ):  # leaves the stream even where torch.cuda.graph cannot
+            # Leaves the stream even where torch.cuda.graph cannot.
+            with torch.cuda.stream(self._stream):
                 for _ in range(WARM_UP - 1):
                     function(*inputs)
-                with _waiting_refused():  # here, as a recording that is broken off leaves torch's allocator in an odd state
+                # A recording that is broken off leaves torch's allocator in an odd state, so a
+                # wait is looked for before.
+                with _waiting_refused():
                     function(*inputs)
                 try:
                     # Another thread, such as a loader's, may go on using the device.
@@ -73,7 +70,8 @@ class CudaGraphs:
                     ):
                         outputs = function(*inputs)
                 except RuntimeError as error:
-                    raise error.__context__ or error  # noqa: B904 -- the end of a broken recording hides what broke it
+                    # The end of a broken recording hides what broke it.
+                    raise error.__context__ or error  # noqa: B904
             torch.cuda.current_stream().wait_stream(self._stream)
         return graph.replay, outputs
 
@@ -83,7 +81,8 @@ class Capture:
 
     Args:
         record: what records a function: `CudaGraphs`.
-        compile_graph: what compiles the trace before; None records it as it is. Then a step that cannot be captured goes on compiled.
+        compile_graph: what compiles the trace before; None records it as it is. A compiled step
+            that cannot be captured goes on compiled.
     """
 
     def __init__(self, record: Record, compile_graph: Compile | None = None) -> None:
@@ -92,7 +91,7 @@ class Capture:
         """Why compiled steps are not, or no longer, captured; None while they are."""
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        """The captured graph, for inputs of these forms.
+        """Return the captured graph, for inputs of these forms.
 
         Raises:
             RuntimeError: it cannot be captured, and is not compiled either.
@@ -129,43 +128,40 @@ class _Captured:
 
 
 def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    """Every source to its target; those of one dtype together, as a launch for each would take the time that a replay saves."""
+    """Copy those of one dtype together: a launch for each takes the time that a replay saves."""
     for dtype in {target.dtype for target in targets}:
-        pairs = [
-            (source, target)
-            for source, target in zip(sources, targets, strict=True)
-            if target.dtype == dtype
-        ]
-        torch._foreach_copy_([target for _, target in pairs], [source for source, _ in pairs])
+        pairs = zip(sources, targets, strict=True)
+        same = [(source, target) for source, target in pairs if target.dtype == dtype]
+        torch._foreach_copy_([target for _, target in same], [source for source, _ in same])
 
 
 def _check(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> None:
-    """Refuse a graph that draws random numbers, as a recording has its own way with generators, or one that begins on several devices.
+    """Refuse a graph that draws random numbers, or whose inputs are on several devices.
+
+    A recording has its own way with generators, and a replay would not see another device's
+    inputs change.
 
     Raises:
-        RuntimeError: an operation draws, and is named; or an input is on another device, which a replay would not see change.
+        RuntimeError: an operation draws, and is named; or an input is on another device.
     """
     if len(devices := {str(tensor.device) for tensor in inputs}) > 1:
         raise RuntimeError(
-            f"what the step reads is on several devices ({quoted(sorted(devices))}): make a plugin's on context.device"
+            f"what the step reads is on several devices ({quoted(sorted(devices))}): make a "
+            "plugin's on context.device"
         )
-    operations = {
-        node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)
-    }
-    if drawing := sorted(
-        str(operation)
-        for operation in operations
-        if torch.Tag.nondeterministic_seeded in operation.tags
-    ):
+    targets = {node.target for node in graph.graph.nodes}
+    operations = [target for target in targets if isinstance(target, torch._ops.OpOverload)]
+    seeded = torch.Tag.nondeterministic_seeded
+    if drawing := sorted(str(operation) for operation in operations if seeded in operation.tags):
         raise RuntimeError(
-            f"the step draws random numbers ({quoted(drawing)}), which a captured step does not: leave capture out, or the layer or plugin "
-            "that draws them"
+            f"the step draws random numbers ({quoted(drawing)}), which a captured step does not: "
+            "leave capture out, or the layer or plugin that draws them"
         )
 
 
 @contextmanager
 def _waiting_refused() -> Iterator[None]:
-    """Inside, an operation that waits for the device raises a RuntimeError, as far as torch notices."""
+    """Let an operation that waits for the device raise a RuntimeError, as far as torch notices."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls this mode a prototype
@@ -179,18 +175,14 @@ def _waiting_refused() -> Iterator[None]:
 def capturing(
     engine: Engine, *, compiles: bool, patience: int = 0, record: Record | None = None
 ) -> CompiledDerivation:
-    """The engine's derivation, captured.
+    """Return the engine's derivation, captured.
 
     Args:
         engine: on a CUDA device.
         compiles: whether the trace is compiled before.
-        patience: steps of one form in a row that are computed uncaptured first; none where a trace is paid for anyway.
+        patience: uncaptured steps of one form in a row before; none where a trace is made anyway.
         record: default: CUDA graphs on the engine's device.
     """
     capture = Capture(record or CudaGraphs(engine.device), inductor if compiles else None)
-    return CompiledDerivation(
-        engine,
-        capture,
-        what="compiled" if compiles else "captured",
-        patience=0 if compiles else patience,
-    )
+    what, waits = ("compiled", 0) if compiles else ("captured", patience)
+    return CompiledDerivation(engine, capture, what=what, patience=waits)

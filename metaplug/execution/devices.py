@@ -9,7 +9,7 @@ from metaplug.execution.ranks import ALONE, World
 
 
 def resolve_device(name: str, world: World = ALONE) -> torch.device:
-    """The device for "auto" (a CUDA device where one is present, else the CPU), "cpu", "cuda" or "cuda:N".
+    """Return the device for "auto" (CUDA where there is one, else the CPU), "cpu", "cuda[:N]".
 
     Of several ranks on a machine, each takes a CUDA device of its own: "cuda" is cuda:LOCAL_RANK.
 
@@ -20,7 +20,8 @@ def resolve_device(name: str, world: World = ALONE) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if world.size > 1 and name.startswith("cuda:"):
         raise RequestError(
-            f"device '{name}' for {world.size} ranks: each needs a device of its own; give auto, cuda or cpu"
+            f"device '{name}' for {world.size} ranks: each needs a device of its own; give auto, "
+            "cuda or cpu"
         )
     if world.size > 1 and name == "cuda":
         name = f"cuda:{world.local_rank}"
@@ -30,8 +31,9 @@ def resolve_device(name: str, world: World = ALONE) -> torch.device:
         raise RequestError(f"unknown device '{name}': give auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise RequestError(f"device '{name}' is not supported: metaplug runs on cpu and cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
         raise RequestError(
-            f"device '{name}' is not here: torch finds {torch.cuda.device_count()} CUDA devices; use --device cpu"
+            f"device '{name}' is not here: torch finds {count} CUDA devices; use --device cpu"
         )
     return device

@@ -1,9 +1,9 @@
-"""How coarsely a step rounds: in float32, or with products in TF32 or bfloat16. Nothing of it outlasts the step."""
+"""The precision of a step: float32, or products in TF32 or bfloat16; it ends with the step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -21,37 +21,42 @@ def check_precision(precision: Precision, dtype: torch.dtype, device: torch.devi
     """Refuse what the model's dtype or device cannot have.
 
     Raises:
-        RequestError: an unknown name; anything but "float32" for a model in another dtype; TF32 on a CPU; bfloat16 where a device lacks it.
+        RequestError: an unknown name; anything but "float32" for a model in another dtype; TF32 on
+            a CPU; bfloat16 where a device lacks it.
     """
     if precision not in get_args(Precision):
         raise unknown("precision", precision, get_args(Precision))
     if precision != "float32" and dtype != torch.float32:
+        own = str(dtype).removeprefix("torch.")
         raise RequestError(
-            f"precision '{precision}' is for models in float32, but this one is in {str(dtype).removeprefix('torch.')}: "
+            f"precision '{precision}' is for models in float32, but this one is in {own}: "
             "leave precision out, or call model.float()"
         )
     if precision == "tf32" and device.type != "cuda":
         raise RequestError(
-            f"precision 'tf32' is for CUDA devices, but the model is on {device.type}: leave precision out, or use bfloat16"
+            f"precision 'tf32' is for CUDA devices, but the model is on {device.type}: "
+            "leave precision out, or use bfloat16"
         )
     if precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise RequestError(
-            "precision 'bfloat16' cannot be had, as this CUDA device does not support it: use float32 or tf32"
+            "precision 'bfloat16' cannot be had, as this CUDA device does not support it: use "
+            "float32 or tf32"
         )
 
 
 @contextmanager
 def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Inside, matrix products and convolutions of float32 tensors on a CUDA device are in TF32, or not, as `precision` says.
+    """Compute float32 products and convolutions on CUDA in TF32 where `precision` says so.
 
-    torch's own default is neither: TF32 in convolutions, float32 in matrix products. Its settings are the whole process's; after this they
-    read as before.
+    torch's own default is mixed: TF32 in convolutions, float32 in matrix products. Its settings
+    are the whole process's; after this they read as before.
     """
     if device.type != "cuda":
         yield
         return
-    # Two interfaces to the same settings, which torch refuses to read where they disagree. The old one, as it sets both, is used inside;
-    # what it cannot express is put back by the new one, which torch has since 2.9.
+    # Two interfaces to the same settings, which torch refuses to read where they disagree. The old
+    # one sets both, so it is used inside; what it cannot express is put back by the new one, which
+    # torch has since 2.9.
     backends: Any = torch.backends
     matmul, cudnn, onednn = backends.cuda.matmul, backends.cudnn, backends.mkldnn
     finer: list[tuple[Any, Any]] = []
@@ -59,16 +64,13 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
         finer = [(cudnn.conv, cudnn), (cudnn.rnn, cudnn), (matmul, cudnn), (onednn.matmul, onednn)]
     values = [setting.fp32_precision for setting, _ in finer]
     products = _readable(torch.get_float32_matmul_precision)
-    matrices, convolutions = (
-        _readable(lambda: matmul.allow_tf32),
-        _readable(lambda: cudnn.allow_tf32),
-    )
+    matrices = _readable(lambda: matmul.allow_tf32)
+    convolutions = _readable(lambda: cudnn.allow_tf32)
     try:
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         cudnn.allow_tf32 = precision == "tf32"
-        for setting, _ in finer[
-            :2
-        ]:  # where the old one says no, a wider setting of the new one would count
+        # Where the old interface says no, a wider setting of the new one would count.
+        for setting, _ in finer[:2]:
             setting.fp32_precision = "tf32" if precision == "tf32" else "ieee"
         yield
     finally:
@@ -79,9 +81,8 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
         if convolutions is not None:
             cudnn.allow_tf32 = convolutions
         for (setting, above), value in zip(finer, values, strict=True):
-            setting.fp32_precision = (
-                "none" if value == above.fp32_precision else value
-            )  # "none": what stands above counts
+            # "none" lets the setting above count.
+            setting.fp32_precision = "none" if value == above.fp32_precision else value
 
 
 def _readable(read: Callable[[], T]) -> T | None:
@@ -91,49 +92,35 @@ def _readable(read: Callable[[], T]) -> T | None:
         return None
 
 
-def forward(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
-    """Inside, under "bfloat16", a model's matrix products and convolutions take and give bfloat16, and its normalisations float32."""
-    return _bfloat16(device) if precision == "bfloat16" else nullcontext()
-
-
 @contextmanager
-def _bfloat16(device: torch.device) -> Iterator[None]:
+def forward(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Run a model under "bfloat16" with its products in bfloat16, its normalisations in float32."""
+    if precision != "bfloat16":
+        yield
+        return
     # A cast that autocast keeps for later would carry the graph of one inner step into the next.
     with torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False), _Layers():
         yield
 
 
 class _Layers(TorchFunctionMode):
-    """Casts for layers which vmap takes apart before autocast sees them, so that stacked tasks are computed as single ones.
+    """Casts for layers that vmap takes apart before autocast sees them.
 
-    Normalisations are in float32 on every device, as not all devices take their weights and their input in two dtypes.
+    So stacked tasks round as single ones do. Normalisations are in float32 on every device, as not
+    all devices take their weights and their input in two dtypes.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if dtype := _DTYPES.get(func):
-            args, kwargs = (
-                tuple(_cast(value, dtype) for value in args),
-                {name: _cast(value, dtype) for name, value in kwargs.items()},
-            )
+            args = tuple(_cast(value, dtype) for value in args)
+            kwargs = {name: _cast(value, dtype) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
-_CONVOLUTIONS = (
-    F.conv1d,
-    F.conv2d,
-    F.conv3d,
-    F.conv_transpose1d,
-    F.conv_transpose2d,
-    F.conv_transpose3d,
-)
-_NORMALISATIONS = (F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm)
+_CONVOLUTIONS: list[Any] = [F.conv1d, F.conv2d, F.conv3d]
+_CONVOLUTIONS += [F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d]
+_NORMALISATIONS: list[Any] = [F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm]
 _DTYPES: dict[Any, torch.dtype] = {
     **dict.fromkeys(_CONVOLUTIONS, torch.bfloat16),
     **dict.fromkeys(_NORMALISATIONS, torch.float32),
