@@ -148,7 +148,7 @@ class TaskBatch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TaskBatch:
         """The batch of what `function` makes of each of the four tensors."""
-        return TaskBatch(*(function(getattr(self, name)) for name in _FIELDS))
+        return TaskBatch(*(function(getattr(self, name)) for name in FIELDS))
 
     def tasks(self, rows: slice) -> TaskBatch:
         """The batch of some of the tasks."""
@@ -156,7 +156,7 @@ class TaskBatch:
 
     def recordable(self) -> TaskBatch:
         """The batch, or copies of tensors made under inference_mode, which autograd cannot save."""
-        if not any(getattr(self, name).is_inference() for name in _FIELDS):
+        if not any(getattr(self, name).is_inference() for name in FIELDS):
             return self
         return self.map(torch.clone)
 
