@@ -98,10 +98,34 @@ def traced(learner):
     return learner
 
 
-@pytest.mark.parametrize(
-    "name", [None, *(name for name in plugins.NAMES if name != "gradient-noise")]
-)
-@settings(max_examples=2)  # a trace takes a second
+TRACED = [name for name in plugins.NAMES if name != "gradient-noise"]
+"""Gradient noise computes with the meta-iteration, and so has no trace."""
+
+
+def assert_a_trace_is_the_engine(case, name):
+    chain = [[plugins.make(name)] if name else [] for _ in range(2)]
+    plain, ours = case.learner(plugins=chain[0]), traced(case.learner(plugins=chain[1]))
+    expected, actual = found(plain, case.batch), found(ours, case.batch)
+    assert ours.engine.derivation.refusal is None
+    assert_close(actual.gradients, dict(expected.gradients), rtol=1e-8, atol=1e-10)
+    assert_close(actual.outer_loss, expected.outer_loss, rtol=1e-12, atol=1e-14)
+    for plugin, kept in expected.statistics.items():
+        assert_close(dict(actual.statistics[plugin]), dict(kept), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_a_trace_gives_the_meta_gradients_of_the_engine_with_every_plugin(name):
+    assert_a_trace_is_the_engine(problem("batch-norm", tasks=3, steps=2), name)
+
+
+@pytest.mark.parametrize("model", ["conv4", "layer-norm", "tied"])
+def test_a_trace_gives_the_meta_gradients_of_the_engine_for_other_models(model):
+    assert_a_trace_is_the_engine(problem(model, tasks=2, steps=2), "gradient-sharing")
+
+
+@pytest.mark.slow  # a trace takes seconds
+@pytest.mark.parametrize("name", [None, *TRACED])
+@settings(max_examples=2)
 @given(
     problems(
         ("batch-norm", "conv4", "layer-norm", "tied"), tasks=(1, 3), steps=(1, 2), lrs=(0.01, 0.3)
@@ -112,14 +136,7 @@ def test_a_trace_gives_the_meta_gradients_of_the_engine(name, case):
         isinstance(m, nn.modules.batchnorm._BatchNorm) for m in case.model.modules()
     ):
         return
-    chain = [[plugins.make(name)] if name else [] for _ in range(2)]
-    plain, ours = case.learner(plugins=chain[0]), traced(case.learner(plugins=chain[1]))
-    expected, actual = found(plain, case.batch), found(ours, case.batch)
-    assert ours.engine.derivation.refusal is None
-    assert_close(actual.gradients, dict(expected.gradients), rtol=1e-8, atol=1e-10)
-    assert_close(actual.outer_loss, expected.outer_loss, rtol=1e-12, atol=1e-14)
-    for plugin, kept in expected.statistics.items():
-        assert_close(dict(actual.statistics[plugin]), dict(kept), rtol=1e-8, atol=1e-10)
+    assert_a_trace_is_the_engine(case, name)
 
 
 @pytest.mark.parametrize("preset", ["maml", "maml++", "reptile"])

@@ -1,5 +1,6 @@
 """Several ranks on this machine, for tests: forked from the test, which has imported everything, and joined over the loopback."""
 
+import itertools
 import os
 import socket
 import sys
@@ -51,10 +52,25 @@ def forked(action, size=2):
         ], words.read_text()
 
 
+_ports = itertools.count()
+
+
 def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """A port that nobody else is given before the ranks listen on it.
+
+    The kernel gives ports from 32768 upwards to whoever asks for any, so those below are free of
+    it, and each worker of pytest-xdist tries a hundred of its own in turn.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for _ in range(100):
+        port = 20_000 + 100 * (worker % 100) + next(_ports) % 100
+        with socket.socket() as asked:
+            try:
+                asked.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("each of a hundred ports is taken")
 
 
 def _fork(action, environment, file, words):
