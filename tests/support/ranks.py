@@ -1,4 +1,4 @@
-"""Several ranks on this machine, for tests: forked from the test, which has imported everything, and joined over the loopback."""
+"""Several ranks on this machine, forked from a test, which has imported everything."""
 
 import itertools
 import os
@@ -14,7 +14,7 @@ import torch
 from metaplug import TaskBatch
 from metaplug.execution.ranks import joined
 
-LIMIT = 60
+LIMIT = 300
 """Seconds after which ranks that have not ended are killed."""
 
 FIELDS = ("support_x", "support_y", "query_x", "query_y")
@@ -25,8 +25,11 @@ def shard(batch, world):
     return TaskBatch(*(getattr(batch, field)[world.rank :: world.size] for field in FIELDS))
 
 
-def on_ranks(action, size=2, timeout=20.0):
-    """What `action(world)` returned, or the exception that it raised, on each of `size` ranks; None of a rank that was killed."""
+def on_ranks(action, size=2, timeout=120.0):
+    """Run `action(world)` on each of `size` ranks: what it returned or raised, None if killed.
+
+    A test's own step takes milliseconds. The limits are for a machine that is busy with others'.
+    """
 
     def join():
         with joined(timeout) as world:
@@ -36,7 +39,7 @@ def on_ranks(action, size=2, timeout=20.0):
 
 
 def forked(action, size=2):
-    """The same for processes that torchrun might have started, which have not joined; and all that they wrote to stdout and stderr."""
+    """Run it in processes as torchrun starts them, not joined: answers, and all that they wrote."""
     with tempfile.TemporaryDirectory() as folder:
         files, words = [Path(folder) / f"{rank}.pt" for rank in range(size)], Path(folder) / "words"
         words.touch()
