@@ -5,13 +5,17 @@ BIN := .venv/bin
 READY := .venv/ready
 PEERS := .venv-peers/bin
 ARGS ?=
+# Two workers of one thread each take two cores; a worker that has no test left takes over half of
+# another's.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: help setup demo test test-long test-torchmeta bench-peers lint docs clean
+.PHONY: help setup demo test test-long test-isa test-torchmeta bench-peers lint docs clean
 
 help:
 	@echo "make demo       MAML against MAML + gradient sharing on letters of unseen scripts (under 4 minutes)"
 	@echo "make test       the tests"
 	@echo "make test-long  the tests with many more hypothesis examples, and the slow ones"
+	@echo "make test-isa   the tests as processors without AVX, with AVX2 and with AVX-512 would run them"
 	@echo "make test-torchmeta  torchmeta's own tests, with our mends"
 	@echo "make bench-peers  metaplug bench beside the libraries of others, in .venv-peers; options as ARGS=\"--workload sinusoid-25x5\""
 	@echo "make lint       format, lint, types, and the direction of imports"
@@ -32,10 +36,17 @@ demo: $(READY)
 	$(BIN)/metaplug compare --tasks glyphs --ways 5 --shots 1 --variant maml --variant maml+gradient-sharing --iterations 200 --set runtime.threads=1 --out runs/demo
 
 test: $(READY)
-	$(BIN)/pytest
+	$(PYTEST) $(ARGS)
 
 test-long: $(READY)
-	HYPOTHESIS_PROFILE=long $(BIN)/pytest --run-slow
+	HYPOTHESIS_PROFILE=long $(PYTEST) --run-slow $(ARGS)
+
+# torch's own kernels, oneDNN's and MKL's each choose their instructions at start, by these variables.
+# One that the processor lacks is not imitated: torch then takes the best that it has.
+test-isa: $(READY)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(PYTEST) $(ARGS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(PYTEST) $(ARGS)
+	ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE MKL_ENABLE_INSTRUCTIONS=AVX512 $(PYTEST) $(ARGS)
 
 # Its package has its tests; one of them wants flaky, which stays out of .venv, as it would run in our tests too.
 test-torchmeta: $(READY)

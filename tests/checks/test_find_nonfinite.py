@@ -195,9 +195,10 @@ HOOKS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "inf"), [*((way, False) for way in WAYS), ("vectorized", True), ("window", True)]
+)
 @pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("inf", [False, True])
 def test_every_hook_and_way(hook, way, inf):
     """The first plugin is named with hook, iteration, inner step, tensor and task; weights, optimizer, plugins are as before the step."""
     where, did, what = HOOKS[hook]

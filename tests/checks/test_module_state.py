@@ -43,7 +43,7 @@ class Keeping(nn.Module):
 def setting(**values):
     def begin(model):
         for name, value in values.items():
-            setattr(model, name, value)
+            setattr(model, name, copy.copy(value))  # no two tests share a container
 
     return begin
 

@@ -897,10 +897,11 @@ def test_every_task_draws_its_own_dropout(batching):
     class Noted(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = nn.Linear(4, 3)
+            self.layer = nn.Linear(64, 3)
 
         def forward(self, x):
-            return self.layer(F.dropout(x, 0.5, self.training))
+            """Of 64 values, so that two masks are alike by chance once in 10^19 pairs."""
+            return self.layer(F.dropout(x.repeat(1, 16), 0.5, self.training))
 
     model, batch = double(Noted), problem(tasks=64).batch
     batch = type(batch)(

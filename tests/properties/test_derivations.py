@@ -98,20 +98,11 @@ def traced(learner):
     return learner
 
 
-@pytest.mark.parametrize(
-    "name", [None, *(name for name in plugins.NAMES if name != "gradient-noise")]
-)
-@settings(max_examples=2)  # a trace takes a second
-@given(
-    problems(
-        ("batch-norm", "conv4", "layer-norm", "tied"), tasks=(1, 3), steps=(1, 2), lrs=(0.01, 0.3)
-    )
-)
-def test_a_trace_gives_the_meta_gradients_of_the_engine(name, case):
-    if name == "per-step-batch-norm" and not any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in case.model.modules()
-    ):
-        return
+TRACED = [name for name in plugins.NAMES if name != "gradient-noise"]
+"""Gradient noise computes with the meta-iteration, and so has no trace."""
+
+
+def assert_a_trace_is_the_engine(case, name):
     chain = [[plugins.make(name)] if name else [] for _ in range(2)]
     plain, ours = case.learner(plugins=chain[0]), traced(case.learner(plugins=chain[1]))
     expected, actual = found(plain, case.batch), found(ours, case.batch)
@@ -122,13 +113,39 @@ def test_a_trace_gives_the_meta_gradients_of_the_engine(name, case):
         assert_close(dict(actual.statistics[plugin]), dict(kept), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", TRACED)
+def test_a_trace_gives_the_meta_gradients_of_the_engine_with_every_plugin(name):
+    assert_a_trace_is_the_engine(problem("batch-norm", tasks=3, steps=2), name)
+
+
+@pytest.mark.parametrize("model", ["conv4", "layer-norm", "tied"])
+def test_a_trace_gives_the_meta_gradients_of_the_engine_for_other_models(model):
+    assert_a_trace_is_the_engine(problem(model, tasks=2, steps=2), "gradient-sharing")
+
+
+@pytest.mark.slow  # a trace takes seconds
+@pytest.mark.parametrize("name", [None, *TRACED])
+@settings(max_examples=2)
+@given(
+    problems(
+        ("batch-norm", "conv4", "layer-norm", "tied"), tasks=(1, 3), steps=(1, 2), lrs=(0.01, 0.3)
+    )
+)
+def test_a_trace_gives_the_meta_gradients_of_the_engine(name, case):
+    if name == "per-step-batch-norm" and not any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in case.model.modules()
+    ):
+        return
+    assert_a_trace_is_the_engine(case, name)
+
+
 @pytest.mark.parametrize("preset", ["maml", "maml++", "reptile"])
 def test_a_traced_run_is_the_untraced_run(preset):
     """Weights, plugins' parameters and statistics go in anew at every step; changed orders and outer weights are traced anew."""
-    case = problem("conv4", steps=2)
+    case = problem("batch-norm", steps=2)
     plain, ours = (case.learner(preset=preset, plugins=["gradient-sharing"]) for _ in range(2))
     for learner in (plain, traced(ours)):
-        learner.fit(Stream("conv4"), iterations=5, tasks_per_batch=3)
+        learner.fit(Stream("batch-norm"), iterations=5, tasks_per_batch=3)
     assert ours.engine.derivation.refusal is None
     assert_close(
         dict(ours.model.state_dict()), dict(plain.model.state_dict()), rtol=1e-6, atol=1e-8

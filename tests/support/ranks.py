@@ -1,5 +1,6 @@
-"""Several ranks on this machine, for tests: forked from the test, which has imported everything, and joined over the loopback."""
+"""Several ranks on this machine, forked from a test, which has imported everything."""
 
+import itertools
 import os
 import socket
 import sys
@@ -13,7 +14,7 @@ import torch
 from metaplug import TaskBatch
 from metaplug.execution.ranks import joined
 
-LIMIT = 60
+LIMIT = 300
 """Seconds after which ranks that have not ended are killed."""
 
 FIELDS = ("support_x", "support_y", "query_x", "query_y")
@@ -24,8 +25,11 @@ def shard(batch, world):
     return TaskBatch(*(getattr(batch, field)[world.rank :: world.size] for field in FIELDS))
 
 
-def on_ranks(action, size=2, timeout=20.0):
-    """What `action(world)` returned, or the exception that it raised, on each of `size` ranks; None of a rank that was killed."""
+def on_ranks(action, size=2, timeout=120.0):
+    """Run `action(world)` on each of `size` ranks: what it returned or raised, None if killed.
+
+    A test's own step takes milliseconds. The limits are for a machine that is busy with others'.
+    """
 
     def join():
         with joined(timeout) as world:
@@ -35,7 +39,7 @@ def on_ranks(action, size=2, timeout=20.0):
 
 
 def forked(action, size=2):
-    """The same for processes that torchrun might have started, which have not joined; and all that they wrote to stdout and stderr."""
+    """Run it in processes as torchrun starts them, not joined: answers, and all that they wrote."""
     with tempfile.TemporaryDirectory() as folder:
         files, words = [Path(folder) / f"{rank}.pt" for rank in range(size)], Path(folder) / "words"
         words.touch()
@@ -51,10 +55,25 @@ def forked(action, size=2):
         ], words.read_text()
 
 
+_ports = itertools.count()
+
+
 def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """A port that nobody else is given before the ranks listen on it.
+
+    The kernel gives ports from 32768 upwards to whoever asks for any, so those below are free of
+    it, and each worker of pytest-xdist tries a hundred of its own in turn.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for _ in range(100):
+        port = 20_000 + 100 * (worker % 100) + next(_ports) % 100
+        with socket.socket() as asked:
+            try:
+                asked.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("each of a hundred ports is taken")
 
 
 def _fork(action, environment, file, words):
