@@ -125,7 +125,7 @@ def test_help_is_quick_as_it_imports_no_torch() -> None:
             "Meta-train several algorithms at an equal budget",
             "--variant --seeds --json --out --set",
         ),
-        ("explain", "Show what a configuration comes to", "--preset --with --set"),
+        ("explain", "Show what a configuration resolves to", "--preset --with --set"),
         ("plugins", "List what is installed", "--json"),
         ("tasks", "List the task sources", "--json"),
         ("new-plugin", "Write a package with a plugin of your own", "--kind --out"),
@@ -923,8 +923,9 @@ def test_a_plugin_of_the_preset_is_not_changed_in_passing(metaplug: Any) -> None
     answer = metaplug("explain", "--preset", "maml++", "--set", "plugins.derivative-order.switch=0")
     assert (answer.status, answer.err) == (
         2,
-        "metaplug: --set plugins.derivative-order.switch: 'derivative-order' is a plugin of the preset maml++, and its settings are part "
-        "of it: write a preset of your own with other ones (metaplug plugins maml++ shows this one), and give its file by --preset\n",
+        "metaplug: --set plugins.derivative-order.switch: 'derivative-order' is part of the preset "
+        "maml++, with its settings: write your own preset (metaplug plugins maml++ shows this one), "
+        "and give its file by --preset\n",
     )
 
 

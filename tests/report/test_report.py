@@ -22,9 +22,10 @@ from metaplug.experiments.comparison import Comparison, Curve, Point, SeedRun, V
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.report import figures
 from metaplug.report.catalogue import SettingRow, rows
+from metaplug.report.comparison import comparison_report
 from metaplug.report.console import line
 from metaplug.report.figures import _wrapped, comparison_figure, run_figure
-from metaplug.report.terminal import TrainingProgress, comparison_report, result_line, value_text
+from metaplug.report.terminal import TrainingProgress, result_line, value_text
 
 
 def shown(what: RenderableType, width: int = 80) -> str:
