@@ -10,7 +10,7 @@ from html import escape
 from typing import Literal
 
 WIDTH, ROW, GAP = 340, 34, 18
-"""The width of a picture, the height of a box and the space between two, in pixels of a wide page."""
+"""Width of a picture, height of a box and gap between boxes, in pixels of a wide page."""
 
 
 @dataclass(frozen=True)

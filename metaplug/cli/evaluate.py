@@ -25,10 +25,10 @@ def evaluate(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="The folder of a run, or one of its checkpoints.")
     ],
-    num_tasks: Annotated[int | None, _of_run(min=2, help="How many tasks.")] = None,
+    num_tasks: Annotated[int | None, _of_run(metavar="N", min=2, help="How many tasks.")] = None,
     inner_steps: Annotated[
         int | None,
-        typer.Option(min=0, max=1000, help="Inner steps K.", show_default="as trained"),
+        typer.Option(metavar="K", min=0, max=1000, help="Inner steps.", show_default="as trained"),
     ] = None,
     split: Annotated[Literal["test", "val", "train"], typer.Option(help="Which tasks.")] = "test",
     interval: Annotated[

@@ -113,8 +113,7 @@ def shared(command: Callable[..., None]) -> Any:
             parameters.append(parameter)
             continue
         for name, path in paths.items():
-            option = inspect.Parameter(name, parameter.KEYWORD_ONLY, default=None)
-            parameters.append(option.replace(annotation=SHARED[path]))
+            parameters.append(parameter.replace(name=name, annotation=SHARED[path], default=None))
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:

@@ -69,13 +69,12 @@ def train(
             )
         config, name = configuration_of(source), name or f"{source.resolve().name}-repeated"
     if name is not None and (Path(name).name != name or name == ".."):
-        raise RequestError(
-            f"--name {name}: a name is no path; give the folder that holds runs by --out, "
-            "and a plain name"
-        )
+        instead = "give the folder that holds runs by --out, and a plain name"
+        raise RequestError(f"--name {name}: a name is no path; {instead}")
     with ranks() as world:
-        resolved = options.resolve_options(given, sets, config=config, preset=preset, uses=use)
-        settings = resolved.config
+        settings = options.resolve_options(
+            given, sets, config=config, preset=preset, uses=use
+        ).config
         folder = out / (name or (config.stem if config is not None else _default_name(settings)))
         if source is not None:
             check_same(source, settings, given.get("model.name"))

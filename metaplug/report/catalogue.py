@@ -52,7 +52,7 @@ class Entry(Part):
     fields: tuple[SettingRow, ...] = ()
 
     def values(self, *, whole: bool) -> dict[str, Any]:
-        """The JSON values of a row of the list, or of the whole page."""
+        """Give the JSON values of a row of the list, or of the whole page."""
         values = asdict(self)
         values["error"], values["settings"] = values.pop("error"), values.pop("fields")
         left_out = ("value",) if whole else ("value", "documentation", "facts")
@@ -81,8 +81,9 @@ def _description(part: Part) -> dict[str, Any]:
     facts: dict[str, str] = {}
     if isinstance(part.value, Preset):
         preset = part.value
-        uses = [f"{use.plugin}:{_pairs(use.settings, ',')}".rstrip(":") for use in preset.plugins]
-        facts = {"plugins": ", ".join(uses) or "none", "source": preset.source}
+        uses = [(use.plugin, _pairs(use.settings, ",")) for use in preset.plugins]
+        plugins = ", ".join(":".join(filter(None, use)) for use in uses) or "none"
+        facts = {"plugins": plugins, "source": preset.source}
         if preset.defaults:
             facts["training defaults"] = _pairs(flatten(preset.defaults), ", ")
         return {"summary": preset.summary, "documentation": preset.summary, "facts": facts}

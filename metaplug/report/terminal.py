@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
@@ -34,7 +33,7 @@ def value_text(metric: str, mean: float | None, interval: float | None = None) -
 
 
 def scale_of(metric: str) -> tuple[int, int, str]:
-    """The factor, the digits and the unit that a metric is shown with."""
+    """Give the factor, the digits and the unit that a metric is shown with."""
     return (100, 2, " %") if metric == "accuracy" else (1, 4, "")
 
 
@@ -63,11 +62,8 @@ def statements(result: Mapping[str, Any]) -> list[str]:
 
 def skipped_line(skipped: int, iterations: int) -> str:
     """Write how many batches were left out: "3 of 400 batches were skipped"."""
-    were = "was" if skipped == 1 else "were"
-    return (
-        f"{skipped} of {iterations} batches {were} skipped, for NaN or Inf: "
-        "metrics.jsonl says where"
-    )
+    count = f"{skipped} of {iterations} batches {'was' if skipped == 1 else 'were'} skipped"
+    return f"{count}, for NaN or Inf: metrics.jsonl says where"
 
 
 def heading(experiment: Experiment) -> str:
@@ -103,7 +99,7 @@ def memory_lines(experiment: Experiment) -> tuple[str, str | None]:
 
 
 def show_memory(experiment: Experiment, label: str = "") -> None:
-    """Print it for the run that `label` names."""
+    """Print the memory of a meta-step, of the run that `label` names."""
     text, warning = memory_lines(experiment)
     line(f"{label}{text}")
     if warning:
@@ -111,7 +107,7 @@ def show_memory(experiment: Experiment, label: str = "") -> None:
 
 
 class TrainingProgress:
-    """Shows iterations: on a terminal a bar with the time left, elsewhere a line per validation.
+    """Show iterations: on a terminal a bar with the time left, elsewhere a line per validation.
 
     Args:
         console: where to.
@@ -138,12 +134,7 @@ class TrainingProgress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.console.is_terminal:
             self._bar.stop()
 
