@@ -1,5 +1,7 @@
-"""Fills in what the code knows best when the site is built: `<!-- hooks -->`, `<!-- presets -->`, `<!-- plugin NAME -->`,
-`<!-- include PATH -->` (a file of this folder, as it is) and `<!-- meta-step -->` (the picture).
+"""Fill in, when the site is built, what the code knows best.
+
+Replaces `<!-- hooks -->`, `<!-- presets -->`, `<!-- plugin NAME -->`, `<!-- meta-step -->` (the
+picture) and `<!-- include PATH -->` (a file of this folder, as it is).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ NEEDED: dict[str, dict[str, Any]] = {"gradient-clipping": {"max_norm": 1.0}}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Called by MkDocs for every page."""
+    """Fill in one page; MkDocs calls this for each."""
     markdown = re.sub("<!-- hooks -->", lambda _: hook_reference(), markdown)
     markdown = re.sub("<!-- presets -->", lambda _: preset_table(), markdown)
     markdown = re.sub("<!-- meta-step -->", lambda _: pictures(), markdown)
@@ -35,12 +37,12 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def hook_reference() -> str:
-    """Every hook of the contract: its signature, kind and description, in the order of a meta-step."""
+    """Describe every hook by signature, kind and text, in the order of a meta-step."""
     return "\n\n".join(_section(name, kind) for name, kind in hookspecs.KINDS.items())
 
 
 def plugin_reference(name: str) -> str:
-    """A plugin: its documentation, a table of its settings, and a line of what else holds of it."""
+    """Describe a plugin: documentation, a table of settings, and a line of facts."""
     learned = _meta_parameters(name)
     entry = next(entry for entry in entries("plugin") if entry.name == name)
     settings = _table(
@@ -75,13 +77,13 @@ def plugin_reference(name: str) -> str:
 
 
 def included(path: str) -> str:
-    """A file below this folder, as a block of code."""
+    """Show a file of this folder as a block of code."""
     language = {".py": "python", ".toml": "toml"}[Path(path).suffix]
     return f'```{language} title="{path}"\n{(DOCS / path).read_text(encoding="utf-8")}```'
 
 
 def preset_table() -> str:
-    """The presets of this distribution: plugins with settings, training defaults, summary and source."""
+    """List the presets of this distribution."""
     presets = [
         part.value for part in registry.parts("preset") if part.origin.startswith("metaplug ")
     ]
@@ -106,7 +108,7 @@ def _preset_row(preset: Preset) -> tuple[str, ...]:
 
 
 def _meta_parameters(name: str) -> list[str]:
-    """What a plugin meta-learns, as it says when it is set up with a model that has a bit of everything."""
+    """Set a plugin up, with a model that has batch norm too, and name what it meta-learns."""
     plugin = registry.load("plugin", name)(**NEEDED.get(name, {}))
     chain = MetaLearner(
         nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)), plugins=[plugin]
@@ -123,7 +125,7 @@ def _section(name: str, kind: str) -> str:
 
 
 def _block(text: str) -> str:
-    """A paragraph of a docstring as it is; an indented one, which holds equations, as a block of text."""
+    """Keep a paragraph of a docstring; make an indented one, equations, a block of text."""
     return f"```text\n{textwrap.dedent(text)}\n```" if text.startswith(" ") else text
 
 
@@ -134,7 +136,7 @@ def _table(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _whole(text: str) -> str:
-    """Text that stays on one line."""
+    """Keep a text on one line."""
     return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 

@@ -1,6 +1,6 @@
-"""Draws the path of a meta-step through the hooks, for the page of concepts: two SVGs side by side, below each other on a narrow page.
+"""Draw the path of a meta-step through the hooks as two SVGs, for the page of concepts.
 
-They stand in the page itself, so that their colours are the theme's, light or dark, and every hook is a link to its entry.
+The SVGs are part of the page: they take the theme's colours, and every hook links to its entry.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from html import escape
 from typing import Literal
 
 WIDTH, ROW, GAP = 340, 34, 18
-"""Of a picture, of a box and between two boxes, in units that are pixels where the page is wide enough."""
+"""Width of a picture, height of a box and gap between boxes, in pixels of a wide page."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """What the engine does, the inner loop as a whole, or a hook in which plugins are asked."""
+    """A piece of the engine's work, the inner loop as a whole, or a hook."""
 
     text: str
     kind: Literal["work", "loop", "hook"] = "work"
@@ -51,7 +51,7 @@ STEP = [
 
 
 def pictures() -> str:
-    """Both pictures, as HTML for a page beside the hook reference."""
+    """Draw both pictures, as HTML for a page next to the hook reference."""
     both = _picture("One meta-iteration", ITERATION, repeated=False) + _picture(
         "One inner step", STEP, repeated=True
     )
@@ -80,9 +80,13 @@ def _picture(title: str, boxes: list[Box], *, repeated: bool) -> str:
         parts.append(f'<path class="arrow" d="{around}"/>' + _head(right + 4, first, "left"))
         middle = (first + last) // 2
         parts.append(
-            f'<text class="note" transform="translate({right + 36} {middle}) rotate(-90)" text-anchor="middle">K times</text>'
+            f'<text class="note" transform="translate({right + 36} {middle}) rotate(-90)"'
+            ' text-anchor="middle">K times</text>'
         )
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="group" aria-label="{escape(words)}">{"".join(parts)}</svg>'
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="group"'
+        f' aria-label="{escape(words)}">{"".join(parts)}</svg>'
+    )
 
 
 def _drawn(box: Box, x: int, y: int, width: int) -> str:
@@ -90,7 +94,10 @@ def _drawn(box: Box, x: int, y: int, width: int) -> str:
     rectangle = (
         f'<rect class="{box.kind}" x="{x}" y="{y}" width="{width}" height="{ROW}" rx="{radius}"/>'
     )
-    text = f'<text class="{box.kind}" x="{x + width // 2}" y="{y + ROW // 2 + 5}" text-anchor="middle">{escape(box.text)}</text>'
+    text = (
+        f'<text class="{box.kind}" x="{x + width // 2}" y="{y + ROW // 2 + 5}"'
+        f' text-anchor="middle">{escape(box.text)}</text>'
+    )
     return (
         f'<a href="../hooks/#{box.text}">{rectangle}{text}</a>'
         if box.kind == "hook"
@@ -99,6 +106,6 @@ def _drawn(box: Box, x: int, y: int, width: int) -> str:
 
 
 def _head(x: int, y: int, to: str = "down") -> str:
-    """The point of an arrow."""
+    """Draw the head of an arrow."""
     shape = "-4 -6 h8 z" if to == "down" else "6 -4 v8 z"
     return f'<path class="head" d="M{x} {y} l{shape}"/>'

@@ -1,4 +1,4 @@
-"""`python -m metaplug` is the `metaplug` command."""
+"""Run the `metaplug` command by `python -m metaplug`."""
 
 from metaplug.cli.main import main
 

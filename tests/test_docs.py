@@ -1,4 +1,4 @@
-"""Every Python block of the README and of the documentation runs, page by page, in order; every metaplug command is one that it knows."""
+"""Every Python block of the pages runs, in order, and every metaplug command parses."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_metaplug_commands_parse(page: Path) -> None:
 
 
 def _commands(text: str) -> list[list[str]]:
-    """The words behind `metaplug` of every command in a block of shell, but for those with variables."""
+    """Split each metaplug command of a block of shell into words, variables left out."""
     found = []
     for block in re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():

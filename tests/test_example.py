@@ -1,10 +1,12 @@
-"""The third-party example, as a stranger meets it: a distribution of its own, installed into an environment of its own.
+"""The third-party example, as a stranger meets it: installed into an environment of its own.
 
-The environment is new and needs no network: it sees the packages of this one, and the example is built and installed into it alone.
+The environment is new and needs no network: it sees the packages of this one, and the example is
+built and installed into it alone.
 """
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,39 +20,11 @@ from metaplug.templates import write_package
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "conflict-projection"
 MODULE = EXAMPLE / "conflict_projection.py"
-TRAIN = (
-    *(
-        "train",
-        "--preset",
-        "maml++",
-        "--with",
-        "gradient-sharing",
-        "--with",
-        "conflict-projection:strength=0.5",
-    ),
-    *(
-        "--tasks",
-        "glyphs",
-        "--ways",
-        "2",
-        "--queries",
-        "1",
-        "--tasks-per-batch",
-        "3",
-        "--iterations",
-        "2",
-        "--inner-steps",
-        "2",
-    ),
-    *(
-        "--set",
-        "model.settings.filters=2",
-        "--set",
-        "training.validation_tasks=2",
-        "--set",
-        "training.test_tasks=2",
-    ),
-    *("--set", "runtime.threads=1", "--device", "cpu", "--name", "mine"),
+TRAIN = shlex.split(
+    "train --preset maml++ --with gradient-sharing --with conflict-projection:strength=0.5 "
+    "--tasks glyphs --ways 2 --queries 1 --tasks-per-batch 3 --iterations 2 --inner-steps 2 "
+    "--set model.settings.filters=2 --set training.validation_tasks=2 "
+    "--set training.test_tasks=2 --set runtime.threads=1 --device cpu --name mine"
 )
 
 COMMANDS = """
@@ -67,7 +41,7 @@ for arguments in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory):
-    """A folder with the example's files, installed into an environment of its own; runs that environment's Python there."""
+    """Install a copy of the example into a new environment, whose Python is returned."""
     folder = tmp_path_factory.mktemp("stranger")
     venv.create(folder / "venv")
     python = folder / "venv" / "bin" / "python"
@@ -92,7 +66,7 @@ def stranger(tmp_path_factory):
     )
 
     def run(*arguments):
-        # Not what this process was started with: coverage, a path to other sources, a profile of hypothesis.
+        # Leave out what this process was started with: coverage, sources, a hypothesis profile.
         kept = {
             name: value
             for name, value in os.environ.items()
@@ -121,6 +95,7 @@ def stranger(tmp_path_factory):
         folder / "example" / MODULE.name
     ).unlink()  # what is imported from here on is what was installed
     shutil.rmtree(folder / "example" / "build", ignore_errors=True)
+    run.folder = folder / "example"
     return run
 
 
@@ -146,10 +121,9 @@ def test_it_is_listed_and_trains_behind_mamlpp_and_gradient_sharing_with_its_fig
     report = stranger("-c", COMMANDS, json.dumps([["plugins", "conflict-projection"], TRAIN]))
     assert "conflict-projection: a plugin of metaplug-conflict-projection 0.1.0" in report
     assert "Share that is taken out; 0: nothing." in report
-    shown = stranger("-c", "print(open('runs/mine/metrics.jsonl').read())")
-    summary = stranger("-c", "print(open('runs/mine/summary.json').read())")
-    assert '"metaplug-conflict-projection": "0.1.0"' in summary
-    lines = [json.loads(line) for line in shown.splitlines() if line]
+    made = stranger.folder / "runs" / "mine"
+    assert '"metaplug-conflict-projection": "0.1.0"' in (made / "summary.json").read_text()
+    lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [1, 2]
     for line in lines:
         figures = {

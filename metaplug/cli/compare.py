@@ -1,108 +1,85 @@
-"""compare."""
+"""metaplug compare."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metaplug.cli.options import Set, resolve_options, shared
-from metaplug.cli.own_model import say_model
-from metaplug.cli.ranks import refuse_several
+from metaplug.cli.options import Set, examples, resolve_options, shared
+from metaplug.cli.ranks import world_size
 from metaplug.errors import RequestError
 from metaplug.report.console import CONSOLE, emit, line
 
 if TYPE_CHECKING:
     from metaplug.evaluation.history import Record
-    from metaplug.experiments.comparison import Comparison
+    from metaplug.experiments.comparison import Variant
     from metaplug.experiments.experiment import Experiment
 
-_COMPARE_EXAMPLES = """**Examples**
-
-- metaplug compare --variant maml --variant maml+gradient-sharing --seeds 3 --json out.json
-
-- metaplug compare --variant maml --variant "fomaml + gradient-sharing:gate=0.3" --tasks sinusoid --model mlp --inner-lr 0.01"""
+_option = partial(typer.Option, rich_help_panel="Comparison")
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command(epilog=_COMPARE_EXAMPLES)(shared(compare))
-
-
+@shared
+@examples(
+    "metaplug compare --variant maml --variant maml+gradient-sharing --seeds 3 --json out.json",
+    'metaplug compare --variant maml --variant "fomaml + gradient-sharing:gate=0.3" '
+    "--tasks sinusoid --model mlp --inner-lr 0.01",
+)
 def compare(
     *,
     variant: Annotated[
         list[str] | None,
-        typer.Option(
-            "--variant",
+        _option(
             metavar="PRESET[+PLUGIN[:FIELD=VALUE,...]]...",
             help="One algorithm; give two or more, the baseline first. PRESET may be a YAML file.",
-            show_default=False,
-            rich_help_panel="Comparison",
         ),
     ] = None,
-    seeds: Annotated[
-        int,
-        typer.Option(
-            "--seeds",
-            min=1,
-            max=1000,
-            help="How many seeds, from --seed on.",
-            rich_help_panel="Comparison",
-        ),
-    ] = 1,
+    seeds: Annotated[int, _option(min=1, max=1000, help="How many seeds, from --seed on.")] = 1,
     given: dict[str, Any],
     sets: Set = None,
     json_to: Annotated[
         str | None,
-        typer.Option(
-            "--json",
-            metavar="FILE|-",
-            help="Write everything that was measured as JSON, to a file or to standard output.",
-            show_default=False,
-            rich_help_panel="Comparison",
+        _option(
+            "--json", metavar="FILE|-", help="Write all values as JSON; -: to standard output."
         ),
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            help="A new folder for comparison.json, curves.png and report.txt.",
-            show_default=False,
-            rich_help_panel="Comparison",
-        ),
+        Path | None, _option(help="A new folder for comparison.json, curves.png and report.txt.")
     ] = None,
 ) -> None:
-    """Meta-train several algorithms at an equal budget on the same tasks, and say how much faster each is than the first.
+    """Meta-train several algorithms at an equal budget, and say how much faster each is.
 
-    Acceleration: the target is the best validation value that the first variant reaches; (iterations that it needs / iterations that the
-    other needs - 1) x 100 %, for each seed.
+    Acceleration: the target is the best validation value that the first variant reaches;
+    (iterations that it needs / iterations that the other needs - 1) x 100 %, for each seed.
     """
-    refuse_several(
-        "compare",
-        "start it without torchrun, or train each variant with torchrun -m metaplug train",
-    )
-    from metaplug.cli.variants import parse_variant
-    from metaplug.experiments.comparison import Variant, to_values
-    from metaplug.experiments.comparison import compare as compare_variants
-    from metaplug.experiments.experiment import to_json
-    from metaplug.report.terminal import FirstStepMemory, TrainingProgress, comparison_report
-
-    for text in sets or ():
-        if text.partition("=")[0].split(".")[0] in ("preset", "plugins"):
-            raise RequestError(
-                f"--set {text}: in a comparison every variant has its own; write it into --variant, as PRESET+PLUGIN:FIELD=VALUE"
-            )
-    variants = []
-    for text in variant or ():
-        preset, uses = parse_variant(text)
-        variants.append(
-            Variant(
-                text.replace(" ", ""), resolve_options(given, sets, preset=preset, uses=uses).config
-            )
+    if (ranks := world_size()) != "1":
+        raise RequestError(
+            f"metaplug compare on {ranks} ranks: it runs in one process; start it without "
+            "torchrun, or train each variant with torchrun -m metaplug train"
         )
-    _check_outputs(json_to, out)
+    from rich.console import Console
+
+    from metaplug.experiments.comparison import compare as compare_variants
+    from metaplug.experiments.comparison import to_values
+    from metaplug.experiments.experiment import to_json
+    from metaplug.files import replacing
+    from metaplug.report.comparison import comparison_report
+    from metaplug.report.figures import comparison_figure
+    from metaplug.report.terminal import FirstStepMemory, TrainingProgress, show_model_factory
+
+    variants = _variants(variant or [], given, sets)
+    # Refuse before the training what could not be written after it.
+    file = Path(json_to or "-")
+    if file.is_dir() or not file.parent.is_dir():
+        fault = f"lies in a folder {file.parent} that does not exist"
+        raise RequestError(
+            f"--json {file}: it {'is a folder' if file.is_dir() else fault}; "
+            "give a file in a folder that exists, or - for standard output"
+        )
+    if out is not None and out.exists():
+        raise RequestError(f"the folder {out} already exists: give another --out")
     first = variants[0].config.seed if variants else 0
     iterations = sum(one.config.training.iterations for one in variants)
 
@@ -111,63 +88,51 @@ def compare(
     def begin(one: Variant, experiment: Experiment) -> None:
         if experiment.config.seed == first:
             memory.begin(experiment, f"{one.label}: ")
-            say_model(experiment, f"{one.label}: ")
+            show_model_factory(experiment, f"{one.label}: ")
 
-    def record_in(one: Variant, seed: int, record: Record) -> None:
+    def record(one: Variant, seed: int, made: Record) -> None:
         memory.record()
-        progress.record(record, f"{one.label}, seed {seed}")
+        progress.record(made, f"{one.label}, seed {seed}")
 
     with TrainingProgress(CONSOLE, iterations * seeds) as progress:
         comparison = compare_variants(
             variants,
             range(first, first + seeds),
             on_start=begin,
-            on_record=record_in,
+            on_record=record,
         )
-    report = comparison_report(comparison)
-    CONSOLE.print(report)
+    CONSOLE.print(report := comparison_report(comparison))
+    values = to_json(to_values(comparison), indent=2)
+    files = [] if json_to in (None, "-") else [file]
     if out is not None:
-        _write_folder(comparison, report, out)
+        out.mkdir(parents=True)
+        files.append(out / "comparison.json")
+    for path in files:
+        with replacing(path) as target:
+            target.write(f"{values}\n".encode())
+    if out is not None:
+        comparison_figure(comparison, out / "curves.png")
+        with (out / "report.txt").open("w", encoding="utf-8") as text:
+            Console(file=text, width=120).print(report)
+        line(f"comparison.json, curves.png and report.txt are in {out}")
     if json_to == "-":
-        emit(to_json(to_values(comparison), indent=2))
-    elif json_to is not None:
-        _write_json(to_values(comparison), Path(json_to))
+        emit(values)
 
 
-def _check_outputs(json_to: str | None, out: Path | None) -> None:
-    """Refuse before an hour of training what could not be written after it."""
-    if json_to not in (None, "-"):
-        target = Path(json_to)
-        if target.is_dir() or not target.parent.is_dir():
-            what = (
-                "is a folder"
-                if target.is_dir()
-                else f"lies in a folder {target.parent} that does not exist"
-            )
+def _variants(texts: list[str], given: dict[str, Any], sets: list[str] | None) -> list[Variant]:
+    """Resolve each variant with the shared options."""
+    from metaplug.cli.variants import parse_variant
+    from metaplug.experiments.comparison import Variant
+
+    for text in sets or ():
+        if text.partition("=")[0].split(".")[0] in ("preset", "plugins"):
             raise RequestError(
-                f"--json {target}: it {what}; give a file in a folder that exists, or - for standard output"
+                f"--set {text}: in a comparison every variant has its own; write it into "
+                "--variant, as PRESET+PLUGIN:FIELD=VALUE"
             )
-    if out is not None and out.exists():
-        raise RequestError(f"the folder {out} already exists: give another --out")
-
-
-def _write_folder(comparison: Comparison, report: Any, out: Path) -> None:
-    from rich.console import Console
-
-    from metaplug.experiments.comparison import to_values
-    from metaplug.report.figures import comparison_figure
-
-    out.mkdir(parents=True)
-    _write_json(to_values(comparison), out / "comparison.json")
-    comparison_figure(comparison, out / "curves.png")
-    with (out / "report.txt").open("w", encoding="utf-8") as file:
-        Console(file=file, width=120).print(report)
-    line(f"comparison.json, curves.png and report.txt are in {out}")
-
-
-def _write_json(values: Any, path: Path) -> None:
-    from metaplug.experiments.experiment import to_json
-    from metaplug.files import replacing
-
-    with replacing(path) as file:
-        file.write((to_json(values, indent=2) + "\n").encode())
+    variants = []
+    for text in texts:
+        preset, uses = parse_variant(text)
+        resolved = resolve_options(given, sets, preset=preset, uses=uses)
+        variants.append(Variant(text.replace(" ", ""), resolved.config))
+    return variants

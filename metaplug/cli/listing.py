@@ -1,204 +1,140 @@
-"""explain, plugins and tasks."""
+"""metaplug explain, metaplug plugins and metaplug tasks: what a run would be made of."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from metaplug.cli.options import (
-    Config,
-    Json,
-    PresetName,
-    Set,
-    With,
-    resolve_options,
-    setting,
-    shared,
-)
+from metaplug.cli import options
 from metaplug.errors import RequestError, unknown
 from metaplug.report.console import CONSOLE, emit, line
 
 if TYPE_CHECKING:
-    from metaplug.experiments.configuration import ExperimentConfig
+    from metaplug.experiments.configuration import ExperimentConfig, TaskSettings
+
+_count = partial(typer.Option, min=1, max=1000)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    app.command(epilog=_EXPLAIN_EXAMPLES)(shared(explain))
-    app.command(epilog=_PLUGINS_EXAMPLES)(plugins)
-    app.command(epilog=_TASKS_EXAMPLES)(tasks)
-
-
-_EXPLAIN_EXAMPLES = """**Examples**
-
-- metaplug explain experiment.yaml
-
-- metaplug explain --preset fomaml --with gradient-sharing --inner-lr 1.0"""
-
-
+@options.shared
+@options.examples(
+    "metaplug explain experiment.yaml",
+    "metaplug explain --preset fomaml --with gradient-sharing --inner-lr 1.0",
+)
 def explain(
     *,
     given: dict[str, Any],
-    config: Config = None,
-    preset: PresetName = None,
-    use: With = None,
-    sets: Set = None,
+    config: options.Config = None,
+    preset: options.PresetName = None,
+    use: options.With = None,
+    sets: options.Set = None,
 ) -> None:
-    """Show what a configuration comes to: the order of plugins at every hook, their settings, and where every value is from.
+    """Show what a configuration resolves to: the plugins at every hook, and each value's origin.
 
     Takes the options of train, and trains nothing.
     """
-    from metaplug.cli.variants import parse_plugin
     from metaplug.contract.chain import Chain
     from metaplug.contract.presets import find_preset, make_plugins
-    from metaplug.report.terminal import explanation
-    from metaplug.settings import own_first
+    from metaplug.report.tables import explanation
 
-    resolved = resolve_options(
-        given, sets, config=config, preset=preset, uses=[parse_plugin(text) for text in use or ()]
-    )
+    resolved = options.resolve_options(given, sets, config=config, preset=preset, uses=use)
     algorithm = find_preset(resolved.config.preset)
     chain = Chain(make_plugins(algorithm, resolved.config.plugins))
-    dumped = {
-        plugin.name: (own_first(type(plugin.config)), plugin.config.model_dump(mode="json"))
-        for plugin in chain.plugins
-    }
-    settings = {
-        name: {field: values[field] for field in fields}
-        for name, (fields, values) in dumped.items()
-    }
-    CONSOLE.print(explanation(resolved, chain.order(), settings, algorithm.summary))
+    CONSOLE.print(explanation(resolved, chain, algorithm.summary))
 
 
-_PLUGINS_EXAMPLES = """**Examples**
-
-- metaplug plugins
-
-- metaplug plugins gradient-sharing
-
-- metaplug plugins gradient-sharing --json"""
-
-
+@options.examples(
+    "metaplug plugins",
+    "metaplug plugins gradient-sharing",
+    "metaplug plugins gradient-sharing --json",
+)
 def plugins(
     name: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="NAME", help="One part, with its settings and hooks.", show_default=False
-        ),
+        str | None, typer.Argument(metavar="NAME", help="One part, with its settings and hooks.")
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
-    """List what is installed: plugins, the presets that are made of them, and models; or show one of them in full."""
+    """List what is installed: plugins, presets and models; or show one of them in full."""
     from metaplug.experiments.experiment import to_json
     from metaplug.report.catalogue import entries
-    from metaplug.report.terminal import catalogue_page, catalogue_table
+    from metaplug.report.tables import catalogue_page, catalogue_table
 
     found = entries("plugin", "preset", "model")
     chosen = [entry for entry in found if name in (None, entry.name)]
     if not chosen:
-        raise unknown(
-            "plugin, preset or model", str(name), dict.fromkeys(entry.name for entry in found)
-        )
+        known = dict.fromkeys(entry.name for entry in found)
+        raise unknown("plugin, preset or model", str(name), known)
     if as_json:
         emit(to_json([entry.values(whole=name is not None) for entry in chosen], indent=2))
     elif name is None:
         CONSOLE.print(catalogue_table(chosen, "Installed"))
         line("metaplug plugins NAME shows one with its settings; metaplug tasks lists task sources")
     else:
-        CONSOLE.print(*(catalogue_page(entry) for entry in chosen), sep="\n")
+        CONSOLE.print(*map(catalogue_page, chosen), sep="\n")
 
 
-_TASKS_EXAMPLES = """**Examples**
-
-- metaplug tasks
-
-- metaplug tasks glyphs
-
-- metaplug tasks folder path/to/images --draw task.png --ways 5 --shots 1"""
-
-
+@options.examples(
+    "metaplug tasks",
+    "metaplug tasks glyphs",
+    "metaplug tasks folder path/to/images --draw task.png --ways 5 --shots 1",
+)
 def tasks(
     name: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="NAME", help="One source, with its settings and its data.", show_default=False
-        ),
+        str | None, typer.Argument(metavar="NAME", help="One source, with its settings and data.")
     ] = None,
     argument: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="ARGUMENT",
-            help="What the source needs, such as folder's path.",
-            show_default=False,
-        ),
+        str | None, typer.Argument(metavar="ARGUMENT", help="The source's own, as folder's path.")
     ] = None,
     *,
     draw: Annotated[
-        Path | None,
-        typer.Option(
-            "--draw", metavar="FILE.png", help="Draw one task as a picture.", show_default=False
-        ),
+        Path | None, typer.Option(metavar="FILE.png", help="Draw one task as a picture.")
     ] = None,
     split: Annotated[
-        Literal["train", "val", "test"], typer.Option("--split", help="Of which split it is.")
+        Literal["train", "val", "test"], typer.Option(help="The split of the drawn task.")
     ] = "train",
-    ways: Annotated[
-        int, typer.Option("--ways", min=2, max=1000, help="Its classes (classification).")
-    ] = 5,
-    shots: Annotated[
-        int,
-        typer.Option(
-            "--shots", min=1, max=1000, help="Its support examples, of each class or in all."
-        ),
-    ] = 1,
-    queries: Annotated[
-        int,
-        typer.Option(
-            "--queries", min=1, max=1000, help="Its query examples, of each class or in all."
-        ),
-    ] = 5,
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, help="Another seed draws another task.")
-    ] = 0,
+    ways: Annotated[int, _count(min=2, help="Its classes (classification).")] = 5,
+    shots: Annotated[int, _count(help="Its support examples, of each class or in all.")] = 1,
+    queries: Annotated[int, _count(help="Its query examples, of each class or in all.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed draws another task.")] = 0,
     sets: Annotated[
         list[str] | None,
         typer.Option(
             "--set", metavar="FIELD=VALUE", help="A setting of the source, as YAML. Repeatable."
         ),
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
-    """List the task sources; or show one of them, with the classes and images of its splits, and draw one of its tasks."""
+    """List the task sources; or show one, with the classes of its splits, and draw a task."""
     from metaplug.experiments.configuration import ExperimentConfig, TaskSettings
     from metaplug.experiments.experiment import to_json
     from metaplug.report.catalogue import entries
-    from metaplug.report.terminal import catalogue_page, catalogue_table, values_table
+    from metaplug.report.tables import catalogue_page, catalogue_table, values_table
 
     found = entries("task source")
     if name is None:
         if draw is not None:
-            raise RequestError(
-                "--draw draws a task of one source: name the source, as in metaplug tasks glyphs --draw task.png"
-            )
+            like = "as in metaplug tasks glyphs --draw task.png"
+            raise RequestError(f"--draw draws a task of one source: name the source, {like}")
         if as_json:
             emit(to_json([entry.values(whole=False) for entry in found], indent=2))
         else:
             CONSOLE.print(catalogue_table(found, "Task sources"))
         return
-    source, _, behind = name.partition(":")
+    source, _, rest = name.partition(":")
     chosen = next((entry for entry in found if entry.name == source), None)
     if chosen is None:
         raise unknown("task source", source, [entry.name for entry in found])
-    settings = dict(setting(text) for text in sets or ())
-    whole = f"{source}:{argument or behind}" if argument or behind else source
-    data = None if chosen.error else _describe(source, whole, settings)
+    whole = f"{source}:{argument or rest}" if argument or rest else source
+    task = partial(
+        TaskSettings, source=whole, settings=dict(map(options.parse_setting, sets or ()))
+    )
+    # The smallest tasks there are, since no data set is too small for them.
+    data = None if chosen.error else _describe(source, task(ways=2, shots=1, queries=1))
     if draw is not None:
-        task = TaskSettings(
-            source=whole, ways=ways, shots=shots, queries=queries, settings=settings
-        )
-        _draw(ExperimentConfig(tasks=task, seed=seed), split, draw)
+        drawn = task(ways=ways, shots=shots, queries=queries)
+        _draw(ExperimentConfig(tasks=drawn, seed=seed), split, draw)
     if as_json:
         emit(to_json({**chosen.values(whole=True), "data": data}, indent=2))
         return
@@ -209,30 +145,25 @@ def tasks(
         line(f"one {split} task is drawn in {draw}")
 
 
-def _describe(source: str, whole: str, given: dict[str, Any]) -> dict[str, Any] | None:
-    """The data of a source; None for one that needs an argument and has none."""
+def _describe(source: str, task: TaskSettings) -> dict[str, Any] | None:
+    """Describe the data of a source; None for one that needs an argument and has none."""
     from metaplug.contract import registry
-    from metaplug.experiments.configuration import ExperimentConfig, TaskSettings
+    from metaplug.experiments.configuration import ExperimentConfig
     from metaplug.experiments.experiment import build_tasks
 
-    if registry.load("task source", source).argument is not None and whole == source:
+    if registry.load("task source", source).argument is not None and task.source == source:
         return None
-    # The smallest tasks there are, so that no data set is too small to be described.
-    settings = TaskSettings(source=whole, ways=2, shots=1, queries=1, settings=given)
-    found = build_tasks(ExperimentConfig(tasks=settings)).describe()
-    return {
-        field: value
-        for field, value in found.items()
-        if field != "outputs" or found["kind"] == "regression"
-    }
+    found = dict(build_tasks(ExperimentConfig(tasks=task)).describe())
+    if found["kind"] != "regression":
+        found.pop("outputs", None)  # the ways of these tasks, not the data's
+    return found
 
 
 def _draw(config: ExperimentConfig, split: str, path: Path) -> None:
-    """The first task of a split as a picture."""
+    """Draw the first task of a split."""
     from metaplug.experiments.experiment import build_tasks, task_form
     from metaplug.report.episodes import episode_figure
 
     batch = getattr(build_tasks(config), split).batch(0, [0])
-    episode_figure(
-        batch, path, f"{config.tasks.source}: one {' '.join(task_form(config))} {split} task"
-    )
+    title = f"{config.tasks.source}: one {' '.join(task_form(config))} {split} task"
+    episode_figure(batch, path, title)

@@ -1,4 +1,4 @@
-"""The options that commands share, and how they become one configuration. Imports no torch: `--help` must be quick."""
+"""Options that several commands take, and the configuration that they resolve to."""
 
 from __future__ import annotations
 
@@ -18,75 +18,44 @@ if TYPE_CHECKING:
 
 TASKS, LEARNING, RUN = "Tasks and model", "Learning", "Run"
 
-
-def _option(panel: str, flag: str, kind: Any, default: object, text: str) -> Any:
-    """The annotation of an option that overrides a field; its default is shown, and stays with the field."""
-    return Annotated[
-        kind, typer.Option(flag, help=text, show_default=str(default), rich_help_panel=panel)
-    ]
-
-
-SHARED: dict[str, Any] = {
-    "tasks.source": _option(
-        TASKS,
-        "--tasks",
-        str,
-        "glyphs",
-        "Task source, with its argument behind a colon: glyphs, sinusoid, folder:PATH. See: metaplug tasks.",
-    ),
-    "tasks.ways": _option(
-        TASKS, "--ways", int, 5, "Classes in a task, 2 to 1000 (classification)."
-    ),
-    "tasks.shots": _option(
-        TASKS,
-        "--shots",
-        int,
-        1,
-        "Support examples of each class, or of a regression task; 1 to 1000.",
-    ),
-    "tasks.queries": _option(
-        TASKS,
-        "--queries",
-        int,
-        5,
-        "Query examples of each class, or of a regression task; 1 to 1000.",
-    ),
-    "model.name": _option(
-        TASKS,
-        "--model",
-        str,
-        "conv4",
-        "Model: conv4, mlp, resnet12, wrn28_10, torchvision:NAME, or MODULE:FACTORY of your own. See: metaplug plugins.",
-    ),
-    "learner.inner_steps": _option(
-        LEARNING, "--inner-steps", int, 3, "Inner steps K of a task, 0 to 1000."
-    ),
-    "learner.inner_lr": _option(
-        LEARNING, "--inner-lr", float, 0.4, "Inner learning rate, 0 to 1000."
-    ),
-    "training.tasks_per_batch": _option(
-        LEARNING, "--tasks-per-batch", int, 8, "Tasks in a meta-batch, at least 1."
-    ),
-    "training.iterations": _option(
-        LEARNING, "--iterations", int, 400, "Meta-iterations, at least 1."
-    ),
-    "learner.meta_lr": _option(
-        LEARNING,
-        "--meta-lr",
-        float,
-        0.001,
-        "Meta learning rate, in the outer loop; above 0, at most 10.",
-    ),
-    "seed": _option(
-        RUN,
-        "--seed",
-        int,
-        0,
-        "Seed of the weights, the tasks and every other random number; at least 0.",
-    ),
-    "runtime.device": _option(RUN, "--device", str, "auto", "auto, cpu, cuda or cuda:N."),
+_SOURCES = "Task source (metaplug tasks lists them): glyphs, sinusoid, folder:PATH."
+_MODELS = "Model: conv4, mlp, resnet12, wrn28_10, torchvision:NAME or your own MODULE:FACTORY."
+_PER_TASK = "examples of each class, or of a regression task; 1 to 1000."
+_SHARED: dict[str, list[tuple[str, str, Any, str]]] = {
+    TASKS: [
+        ("tasks.source", "--tasks", "glyphs", _SOURCES),
+        ("tasks.ways", "--ways", 5, "Classes in a task, 2 to 1000 (classification)."),
+        ("tasks.shots", "--shots", 1, f"Support {_PER_TASK}"),
+        ("tasks.queries", "--queries", 5, f"Query {_PER_TASK}"),
+        ("model.name", "--model", "conv4", _MODELS),
+    ],
+    LEARNING: [
+        ("learner.inner_steps", "--inner-steps", 3, "Inner steps K of a task, 0 to 1000."),
+        ("learner.inner_lr", "--inner-lr", 0.4, "Inner learning rate, 0 to 1000."),
+        ("training.tasks_per_batch", "--tasks-per-batch", 8, "Tasks in a meta-batch, at least 1."),
+        ("training.iterations", "--iterations", 400, "Meta-iterations, at least 1."),
+        ("learner.meta_lr", "--meta-lr", 0.001, "Meta (outer) learning rate; above 0, at most 10."),
+    ],
+    RUN: [
+        ("seed", "--seed", 0, "Seed of weights, tasks and every other random number; at least 0."),
+        ("runtime.device", "--device", "auto", "auto, cpu, cuda or cuda:N."),
+    ],
 }
-"""By the path of the field that it sets, every option that train, compare and explain share."""
+
+
+_annotated: Any = Annotated  # for types that are values, as `type(default)`
+SHARED: dict[str, Any] = {
+    path: _annotated[
+        type(default),
+        typer.Option(flag, help=text, show_default=str(default), rich_help_panel=panel),
+    ]
+    for panel, fields in _SHARED.items()
+    for path, flag, default, text in fields
+}
+"""The options of train, compare and explain, by the path of the field that each overrides.
+
+Their defaults are only shown: a default stays with its field.
+"""
 
 Set = Annotated[
     list[str] | None,
@@ -99,9 +68,7 @@ Set = Annotated[
 ]
 Config = Annotated[
     Path | None,
-    typer.Argument(
-        metavar="CONFIG", help="A configuration in YAML. Options override it.", show_default=False
-    ),
+    typer.Argument(metavar="CONFIG", help="A configuration in YAML. Options override it."),
 ]
 PresetName = Annotated[
     str | None,
@@ -117,33 +84,44 @@ With = Annotated[
     typer.Option(
         "--with",
         metavar="PLUGIN[:FIELD=VALUE,...]",
-        help="A plugin behind the preset's own. Repeatable; the order is the order of application.",
+        help="A plugin after the preset's own, applied in the given order. Repeatable.",
         rich_help_panel=LEARNING,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead.")]
 
 
-def shared(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of SHARED in the place of its parameter `given`; there it receives those that were set, by path."""
+def examples(*commands: str) -> Callable[[Any], Any]:
+    """Give a command its `epilog`: the examples below its help."""
+
+    def decorate(command: Any) -> Any:
+        command.epilog = "\n\n".join(["**Examples**", *(f"- {text}" for text in commands)])
+        return command
+
+    return decorate
+
+
+def shared(command: Callable[..., None]) -> Any:
+    """Replace a command's parameter `given` by the options of SHARED.
+
+    The command receives those that were set, by path, as `given`.
+    """
     paths = {path.replace(".", "_"): path for path in SHARED}
-    added = [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=SHARED[path]
-        )
-        for name, path in paths.items()
-    ]
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        parameters += added if parameter.name == "given" else [parameter]
+        if parameter.name != "given":
+            parameters.append(parameter)
+            continue
+        for name, path in paths.items():
+            parameters.append(parameter.replace(name=name, annotation=SHARED[path], default=None))
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
-        given = {
-            path: value for name, path in paths.items() if (value := values.pop(name)) is not None
-        }
+        options = {path: values.pop(name) for name, path in paths.items()}
+        given = {path: value for path, value in options.items() if value is not None}
         command(given=given, **values)
 
+    # typer reads both: the signature for the order of parameters, the annotations for their types.
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapper
@@ -155,33 +133,30 @@ def resolve_options(
     *,
     config: Path | None = None,
     preset: str | None = None,
-    uses: Sequence[PluginUse] = (),
+    uses: Sequence[str | PluginUse] | None = None,
 ) -> Resolved:
-    """The configuration from a file, the shared options, a preset and plugins, and `--set`, each over what stands before."""
+    """Resolve a file, the shared options, a preset, plugins and `--set`, each over the former."""
+    from metaplug.cli.variants import parse_plugin
     from metaplug.experiments.configuration import assign, resolve
     from metaplug.yaml_text import read_yaml
 
-    layers = [] if config is None else [(str(config), read_yaml(config))]
-    pairs = [setting(text) for text in sets or ()]
+    file = {} if config is None else read_yaml(config)
+    pairs = [parse_setting(text) for text in sets or ()]
     values: dict[str, Any] = {}
     for path, value in given.items():
         values = assign(values, path, value)
     if preset is not None:
         values["preset"] = preset
     if uses or any(path.startswith("plugins.") for path, _ in pairs):
-        listed = layers[0][1].get("plugins") if layers else None
-        values["plugins"] = [
-            *(listed if isinstance(listed, list) else ()),
-            *(use.model_dump() for use in uses),
-        ]
+        listed = file.get("plugins")
+        added = [parse_plugin(use) if isinstance(use, str) else use for use in uses or ()]
+        values["plugins"] = [*listed] if isinstance(listed, list) else []
+        values["plugins"] += [use.model_dump() for use in added]
     for path, value in pairs:
         if path.startswith("plugins."):
-            _check_not_of_preset(
-                path,
-                values.get("preset") or (layers[0][1].get("preset") if layers else None) or "maml",
-            )
+            _check_not_of_preset(path, values.get("preset") or file.get("preset") or "maml")
         values = assign(values, path, value)
-    return resolve([*layers, ("option", values)])
+    return resolve([*([] if config is None else [(str(config), file)]), ("option", values)])
 
 
 def _check_not_of_preset(path: str, preset: Any) -> None:
@@ -191,13 +166,14 @@ def _check_not_of_preset(path: str, preset: Any) -> None:
     found, name = find_preset(preset) if isinstance(preset, str) else None, path.split(".")[1]
     if found is not None and name in [use.name or use.plugin for use in found.plugins]:
         raise RequestError(
-            f"--set {path}: '{name}' is a plugin of the preset {found.name}, and its settings are part of it: write a preset of your own "
-            f"with other ones (metaplug plugins {found.name} shows this one), and give its file by --preset"
+            f"--set {path}: '{name}' is part of the preset {found.name}, with its settings: write "
+            f"your own preset (metaplug plugins {found.name} shows this one), and give its file by "
+            "--preset"
         )
 
 
-def setting(text: str) -> tuple[str, Any]:
-    """A path and a value from "path.to.field=value"; the value is read as YAML."""
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Split "path.to.field=value" into the path and the value, read as YAML."""
     from metaplug.cli.variants import read_scalar
 
     path, equals, value = text.partition("=")

@@ -1,4 +1,4 @@
-"""Commands that torchrun starts several times at once: what people read stands there once. Imports no torch: `--help` must be quick."""
+"""Commands that torchrun starts in several processes: people read each thing once."""
 
 from __future__ import annotations
 
@@ -8,44 +8,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from metaplug.errors import RequestError
 from metaplug.report.console import CONSOLE
 
 if TYPE_CHECKING:
     from metaplug.execution.ranks import World
 
 
-def count() -> str:
+def world_size() -> str:
     """The number of processes that torchrun started, as it says it."""
     return os.environ.get("WORLD_SIZE", "1")
 
 
-def silence_others() -> None:
-    """Let rank 0 alone speak."""
-    CONSOLE.quiet = count() != "1" and os.environ.get("RANK") != "0"
-    if count() != "1":
-        os.environ.setdefault(
-            "TORCH_CPP_LOG_LEVEL", "ERROR"
-        )  # that a rank was lost, the others say in a line
-
-
-def refuse_several(command: str, mend: str) -> None:
-    """Refuse a command that only one process can run."""
-    if count() != "1":
-        raise RequestError(f"metaplug {command} on {count()} ranks: it runs in one process; {mend}")
+def quiet_other_ranks() -> None:
+    """Let rank 0 alone print."""
+    CONSOLE.quiet = world_size() != "1" and os.environ.get("RANK") != "0"
+    if world_size() != "1":
+        # Or torch repeats over many lines what a rank's last line says: that another rank was lost.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 @contextmanager
 def ranks() -> Iterator[World]:
-    """Inside, this process is one of those that torchrun started; the first of them to fail says why, and the others end in silence."""
+    """Join the processes that torchrun started; only the first to fail says why."""
     from metaplug.execution.ranks import joined
 
     with joined() as world:
 
         def end(*_: object) -> None:
             raise world.lost(
-                f"rank {world.rank} of {world.size} was told to end (SIGTERM), as by torchrun when another rank has ended without a word, "
-                "killed or out of memory: go on with --resume, on as many ranks as you like"
+                f"rank {world.rank} of {world.size} was told to end (SIGTERM), as by torchrun when "
+                "another rank has ended without a word, killed or out of memory: go on with "
+                "--resume, on as many ranks as you like"
             )
 
         previous = signal.signal(signal.SIGTERM, end) if world.size > 1 else None
@@ -53,7 +46,7 @@ def ranks() -> Iterator[World]:
             yield world
         except BaseException as error:
             if previous is not None:
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending, and shall say why
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already, and says why
             CONSOLE.quiet = not world.tell(error)
             raise
         if previous is not None:

@@ -1,4 +1,4 @@
-"""What people read goes to standard error, what programs read to standard output. Imports no torch: `--help` must be quick."""
+"""Standard error for people, standard output for programs. Imports no torch: `--help` is quick."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from rich.table import Table
 
 
 class _Errors:
-    """Standard error as it is at the time, or nowhere once it cannot be written: a log whose disk is full, or that nobody reads, ends no
-    training."""
+    """Standard error of the moment; a log whose disk is full, or that nobody reads, ends no run."""
 
     def write(self, text: str) -> int:
         with suppress(OSError):
@@ -34,24 +33,24 @@ CONSOLE = Console(file=cast("IO[str]", _Errors()), highlight=False)
 
 def line(text: str, style: str | None = None, console: Console = CONSOLE) -> None:
     """Show text as exactly one line, whatever the width of the terminal."""
-    console.print(
-        re.sub(r"\s*\n\s*", " ", text.strip()),
-        style=style,
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
-    )
+    one = re.sub(r"\s*\n\s*", " ", text.strip())
+    console.print(one, style=style, soft_wrap=True, markup=False, highlight=False)
+
+
+def warn(text: str) -> None:
+    """Show a warning as one line."""
+    line(f"metaplug: warning: {text}", style="yellow")
 
 
 def emit(text: str) -> None:
-    """Print text for a program on standard output, where nothing else goes; not where the console is quiet."""
+    """Print text for a program on standard output, unless the console is quiet."""
     if not CONSOLE.quiet:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
 
 def new_table(title: str, *columns: str) -> Table:
-    """A table without rows, in the one style that all have."""
+    """Make a table without rows, in the style of all tables."""
     table = Table(
         title=title or None,
         title_justify="left",

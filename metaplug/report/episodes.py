@@ -1,4 +1,4 @@
-"""One task as a picture, so that a person sees what the model sees."""
+"""One task as a picture: a person sees what the model sees."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from metaplug.contract.task_batch import TaskBatch
 from metaplug.report.figures import COLOURS, DPI, INK, WIDTH, save, style
 
 MOST_ROWS, MOST_COLUMNS = 20, 12
-"""Classes, and images of one class, that a picture shows; what is left out is said."""
+"""Classes, and images of one class, that a picture shows; it says how many it leaves out."""
 
 
 def episode_figure(batch: TaskBatch, path: Path, title: str) -> None:
-    """Draw the first task of a batch: for images a row for each class, support left and query right; for regression its points.
+    """Draw the first task of a batch, support and query examples apart.
+
+    Images stand in a row for each class, support left and query right; regression is points.
 
     Args:
-        batch: images (T, n, channels, height, width) in [0, 1] with integer labels, or regression (T, n, features) with (T, n, targets).
+        batch: images (T, n, channels, height, width) in [0, 1] with integer labels, or regression
+            (T, n, features) with (T, n, targets).
         path: the PNG to write.
         title: above the picture.
     """
@@ -39,28 +42,16 @@ def _images(batch: TaskBatch) -> Figure:
     height, gap = support.shape[0], (support.shape[1] + query.shape[1]) // 12
     between = np.ones((height, gap, support.shape[2]), np.float32)
     whole = np.concatenate([support, between, query], 1)
-    figure = Figure(
-        figsize=(WIDTH, 0.7 + WIDTH * 0.9 * height / max(whole.shape[1], height)),
-        dpi=DPI,
-        layout="constrained",
-    )
+    inches = 0.7 + WIDTH * 0.9 * height / max(whole.shape[1], height)
+    figure = Figure(figsize=(WIDTH, inches), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    axes.imshow(
-        whole if whole.shape[2] == 3 else whole[..., 0],
-        cmap="gray",
-        vmin=0,
-        vmax=1,
-        interpolation="nearest",
-    )
-    for left, name, y in (
-        (0, "support", batch.support_y),
-        (whole.shape[1] - query.shape[1], "query", batch.query_y),
-    ):
+    shown = whole if whole.shape[2] == 3 else whole[..., 0]
+    axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    begin = whole.shape[1] - query.shape[1]
+    for left, name, y in ((0, "support", batch.support_y), (begin, "query", batch.query_y)):
         count = int((y[0] == 0).sum())
         text = f"{name}, {MOST_COLUMNS} of {count}" if count > MOST_COLUMNS else name
-        axes.annotate(
-            text, (left, 0), xytext=(0, 4), textcoords="offset points", fontsize=10, color=INK
-        )
+        axes.annotate(text, (left, 0), (0, 4), textcoords="offset points", fontsize=10, color=INK)
     side = batch.support_x.shape[-2] + 1
     axes.set_yticks([side * (row + 0.5) for row in range(rows)], [str(row) for row in range(rows)])
     axes.set_xticks([])
@@ -70,44 +61,32 @@ def _images(batch: TaskBatch) -> Figure:
 
 
 def _grid(part: list[Tensor]) -> NDArray[np.float32]:
-    """The images of a part in one, (height, width, 1 or 3), a row for each class, with a line of grey between."""
+    """Join images to one, (height, width, 1 or 3): a row for each class, grey lines between."""
     channels, height, width = part[0].shape[1:]
-    columns = max(len(images) for images in part)
-    grid = np.full(
-        (len(part) * (height + 1) + 1, columns * (width + 1) + 1, 3 if channels == 3 else 1),
-        0.6,
-        np.float32,
-    )
+    rows, columns, depth = len(part), max(map(len, part)), 3 if channels == 3 else 1
+    size = (rows * (height + 1) + 1, columns * (width + 1) + 1, depth)
+    grid = np.full(size, 0.6, np.float32)
     for row, images in enumerate(part):
-        for column, image in enumerate(images[:, : grid.shape[2]].movedim(1, -1).cpu().numpy()):
+        for column, image in enumerate(images[:, :depth].movedim(1, -1).cpu().numpy()):
             top, left = row * (height + 1) + 1, column * (width + 1) + 1
             grid[top : top + height, left : left + width] = image
     return grid
 
 
 def _points(batch: TaskBatch) -> Figure:
-    """The first target against the first input."""
+    """Draw the first target against the first input."""
     figure = Figure(figsize=(WIDTH, 4.0), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     for x, y, name, colour, size in (
         (batch.query_x, batch.query_y, "query", COLOURS[1], 26),
         (batch.support_x, batch.support_y, "support", COLOURS[2], 44),
     ):
-        axes.scatter(
-            x[0].flatten(1)[:, 0].cpu(),
-            y[0].flatten(1)[:, 0].cpu(),
-            s=size,
-            color=colour,
-            label=name,
-            zorder=3,
-        )
-    inputs, targets = (
-        tensor[0].flatten(1).shape[1] for tensor in (batch.support_x, batch.support_y)
-    )
-    style(
-        axes,
-        "input" if inputs == 1 else f"input 1 of {inputs}",
-        "target" if targets == 1 else f"target 1 of {targets}",
-    )
+        first_x, first_y = (values[0].flatten(1)[:, 0].cpu() for values in (x, y))
+        axes.scatter(first_x, first_y, s=size, color=colour, label=name, zorder=3)
+    labels = []
+    for name, values in (("input", batch.support_x), ("target", batch.support_y)):
+        count = values[0].flatten(1).shape[1]
+        labels.append(name if count == 1 else f"{name} 1 of {count}")
+    style(axes, *labels)
     axes.legend(frameon=False)
     return figure

@@ -1,8 +1,9 @@
-"""Curves as PNG pictures."""
+"""Curves as PNG pictures, and the style that all pictures share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from metaplug.evaluation.results import Metric
-from metaplug.experiments.comparison import Comparison, Curve
+from metaplug.experiments.comparison import Comparison, Curve, Point
 from metaplug.files import replacing
+from metaplug.report.terminal import scale_of
 
 COLOURS = ("#4D4D4D", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's colours, which colour-blind readers can tell apart; grey for the baseline."""
 
-INK, FAINT = "#222222", "#D9D9D9"
+INK, GREY, FAINT = "#222222", "#666666", "#D9D9D9"
 WIDTH, DPI = 7.5, 160
 """Inches and dots per inch: 1,200 pixels, legible at 900."""
 
@@ -26,114 +28,83 @@ MOST_GROUPS = 6
 
 
 def comparison_figure(comparison: Comparison, path: Path) -> None:
-    """Validation curves of every variant: the mean over seeds with its 95 % band, each seed thin behind it, and the acceleration."""
+    """Draw every variant's validation curve, and the acceleration of the fastest.
+
+    A curve is the mean over seeds with its 95 % band; thin lines are the single seeds.
+    """
+    metric, seeds = comparison.metric, len(comparison.seeds)
     figure = Figure(figsize=(WIDTH, 4.6), dpi=DPI, layout="constrained")
-    axes = _axes(figure, "meta-iterations", f"validation {comparison.metric}", comparison.metric)
+    axes = figure.subplots()
+    style(axes, "meta-iterations", f"validation {_with_unit(metric)}")
     for index, variant in enumerate(comparison.variants):
         colour, label = COLOURS[index % len(COLOURS)], variant.label
-        if len(comparison.seeds) > 1:
-            for run in comparison.runs[label]:
-                _line(axes, run.curve, comparison.metric, color=colour, linewidth=0.7, alpha=0.45)
-        curve = comparison.mean_curve(label)
-        _line(
-            axes,
-            curve,
-            comparison.metric,
-            color=colour,
-            linewidth=2.2,
-            label=_wrapped(label),
-            zorder=3,
-        )
-        _band(axes, curve, comparison.metric, colour)
-    _target(axes, comparison)
-    seeds = len(comparison.seeds)
-    axes.set_title(
-        f"mean over {seeds} seeds (thin: each seed), its 95 % interval over tasks, and its acceleration"
-        if seeds > 1
-        else "band: 95 % interval over tasks",
-        loc="left",
-        fontsize=9,
-        color="#666666",
-    )
-    axes.legend(
-        frameon=False, loc="lower right" if comparison.metric == "accuracy" else "upper right"
-    )
+        for run in comparison.runs[label] if seeds > 1 else ():
+            _draw(axes, run.curve, metric, color=colour, linewidth=0.7, alpha=0.45)
+        curve, name = comparison.mean_curve(label), _wrapped(label)
+        _draw(axes, curve, metric, band=True, color=colour, linewidth=2.2, label=name, zorder=3)
+    _draw_acceleration(axes, comparison)
+    title = f"mean over {seeds} seeds (thin: each seed), its 95 % interval over tasks, "
+    title = f"{title}and its acceleration" if seeds > 1 else "band: 95 % interval over tasks"
+    axes.set_title(title, loc="left", fontsize=9, color=GREY)
+    axes.legend(frameon=False, loc="lower right" if metric == "accuracy" else "upper right")
     save(figure, path)
 
 
 def run_figure(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The curves of one run: outer loss, validation, and the plugins' figures where they have any.
+    """Draw the curves of one run: outer loss, validation, and the plugins' figures.
 
     Args:
         metrics: the lines of metrics.jsonl, at least one.
+        path: the PNG to write.
     """
-    fetched = [
-        line for line in metrics if line["figures"]
-    ]  # with runtime.metrics_every, not every line
+    # With runtime.metrics_every, not every line has figures.
+    fetched = [line for line in metrics if line["figures"]]
     groups = _grouped(fetched[-1]["figures"] if fetched else ())
-    # The last plugins of the list are those that a user put behind a preset's.
-    names = {group: groups[group] for group in groups if group in list(groups)[-MOST_GROUPS:]}
-    count = 2 + len(names)
+    # The last plugins of the list are those that a user put after a preset's.
+    shown = dict(list(groups.items())[-MOST_GROUPS:])
+    count = 2 + len(shown)
     figure = Figure(figsize=(WIDTH, 0.4 + 2.1 * count), dpi=DPI, layout="constrained")
     grid = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+
     style(grid[0], "", "", "outer loss")
-    finite = [
-        (line["iteration"], line["outer_loss"])
-        for line in metrics
-        if line["outer_loss"] is not None
-    ]  # others were skipped
-    iterations, losses = [iteration for iteration, _ in finite], [loss for _, loss in finite]
+    finite = [line for line in metrics if line["outer_loss"] is not None]  # others were skipped
+    iterations, losses = _column(finite, "iteration"), _column(finite, "outer_loss")
     grid[0].plot(iterations, losses, color=COLOURS[1], linewidth=0.6, alpha=0.35)
     grid[0].plot(iterations, _smoothed(losses), color=COLOURS[1], linewidth=1.8)
+
     validated = [line for line in metrics if line.get("validation", {}).get("mean") is not None]
     metric: Metric = validated[0]["validation"]["metric"] if validated else "accuracy"
-    style(grid[1], "", "", f"validation {_unit(metric)}")
-    points = [
-        (line["iteration"], line["validation"]["mean"], line["validation"]["interval"])
+    style(grid[1], "", "", f"validation {_with_unit(metric)}")
+    curve = tuple(
+        Point(line["iteration"], line["validation"]["mean"], line["validation"]["interval"])
         for line in validated
-    ]
-    scale = _scale(metric)
-    grid[1].plot(
-        [i for i, _, _ in points],
-        [scale * mean for _, mean, _ in points],
-        color=COLOURS[2],
-        linewidth=1.8,
-        marker="o",
-        markersize=3,
     )
-    grid[1].fill_between(
-        [i for i, _, _ in points],
-        [scale * (mean - half) for _, mean, half in points],
-        [scale * (mean + half) for _, mean, half in points],
-        color=COLOURS[2],
-        alpha=0.15,
-        linewidth=0,
+    _draw(
+        grid[1], curve, metric, band=True, color=COLOURS[2], linewidth=1.8, marker="o", markersize=3
     )
-    for axes, (group, members) in zip(grid[2:], names.items(), strict=True):
+    for axes, (group, members) in zip(grid[2:], shown.items(), strict=True):
         style(axes, "", "", group)
-        for index, name in enumerate(members):
+        for index, name in enumerate(members, 1):
             having = [line for line in fetched if name in line["figures"]]
             values = [line["figures"][name] for line in having]
-            iterations, colour = (
-                [line["iteration"] for line in having],
-                COLOURS[(index + 1) % len(COLOURS)],
-            )
+            colour, label = COLOURS[index % len(COLOURS)], name.rpartition("/")[2]
             axes.plot(
-                iterations, values, color=colour, linewidth=1.5, label=name.rpartition("/")[2]
+                _column(having, "iteration"), values, color=colour, linewidth=1.5, label=label
             )
         if 1 < len(members) <= 8:
             axes.legend(frameon=False, fontsize=8, ncols=len(members), loc="best")
-    more = (
-        f" ({len(groups) - len(names)} more kinds of figures are in metrics.jsonl)"
-        if len(groups) > len(names)
-        else ""
-    )
+    left = len(groups) - len(shown)
+    more = f" ({left} more kinds of figures are in metrics.jsonl)" if left else ""
     grid[-1].set_xlabel(f"meta-iterations{more}", color=INK)
     save(figure, path)
 
 
+def _column(lines: Iterable[Mapping[str, Any]], field: str) -> list[Any]:
+    return [line[field] for line in lines]
+
+
 def _grouped(names: Iterable[str]) -> dict[str, list[str]]:
-    """Figures that differ only behind the last slash share a picture: gate/0, gate/1."""
+    """Group figures that share axes: those that differ only after the slash, as gate/0, gate/1."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(name.partition("/")[0], []).append(name)
@@ -141,79 +112,61 @@ def _grouped(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """The mean over a window of about a thirtieth of the run around each value."""
-    half, last = max(len(values) // 60, 1), len(values) - 1
-    sums = [0.0, *accumulate(values)]
-    windows = [(max(index - half, 0), min(index + half, last) + 1) for index in range(len(values))]
+    """Average around each value over a window of about a thirtieth of the run."""
+    half, sums = max(len(values) // 60, 1), [0.0, *accumulate(values)]
+    windows = [
+        (max(index - half, 0), min(index + half + 1, len(values))) for index in range(len(values))
+    ]
     return [(sums[end] - sums[begin]) / (end - begin) for begin, end in windows]
 
 
 def _wrapped(label: str, width: int = 40) -> str:
-    """A long variant in lines, broken before its plugins."""
-    lines = [""]
-    for index, part in enumerate(label.split("+")):
-        piece = part if index == 0 else f"+{part}"
-        if lines[-1] and len(lines[-1] + piece) > width:
+    """Break a long variant into lines, before its plugins."""
+    first, *rest = label.split("+")
+    lines = [first]
+    for part in rest:
+        if len(f"{lines[-1]}+{part}") > width:
             lines.append("  ")
-        lines[-1] += piece
+        lines[-1] += f"+{part}"
     return "\n".join(lines)
 
 
-def _target(axes: Axes, comparison: Comparison) -> None:
-    """The baseline's best value as a line, and an arrow from where the baseline reaches it to where the fastest variant does."""
-    means = {
-        variant.label: comparison.acceleration_of_means(variant.label)
-        for variant in comparison.variants
-    }
+def _draw_acceleration(axes: Axes, comparison: Comparison) -> None:
+    """Draw the baseline's best value, and an arrow to where the fastest variant reaches it."""
+    labels = [variant.label for variant in comparison.variants]
+    means = {label: comparison.acceleration_of_means(label) for label in labels}
     base = means[comparison.baseline]
-    target, begin = _scale(comparison.metric) * base.targets[0], base.baseline_iterations[0]
+    target, begin = scale_of(comparison.metric)[0] * base.targets[0], base.baseline_iterations[0]
     axes.axhline(target, color="#888888", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    axes.annotate(
-        f"best of {comparison.baseline}",
-        (0, target),
-        xycoords=("axes fraction", "data"),
-        xytext=(4, 4),
-        textcoords="offset points",
-        fontsize=8,
-        color="#666666",
-    )
-    faster = {label: found for label, found in means.items() if (found.percent[0] or 0) > 0}
+    near, metric = partial(axes.annotate, textcoords="offset points"), comparison.metric
+    place, text = axes.get_yaxis_transform(), f"best of {comparison.baseline}"
+    near(text, (0, target), (4, 4), xycoords=place, fontsize=8, color=GREY)
+    faster = [label for label in labels if (means[label].percent[0] or 0) > 0]
     if not faster:
         return
-    label = min(faster, key=lambda name: faster[name].iterations[0] or 0)
-    end, percent = faster[label].iterations[0] or 0, faster[label].percent[0]
-    colour = COLOURS[[variant.label for variant in comparison.variants].index(label) % len(COLOURS)]
-    axes.annotate(
-        "",
-        xy=(end, target),
-        xytext=(begin, target),
-        arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.6},
-        zorder=4,
-    )
-    for x in (begin, end):
-        axes.plot([x], [target], marker="o", markersize=4.5, color=colour, zorder=5)
-    axes.annotate(
-        f"{percent:+.0f} % faster",
-        (end, target),
-        xytext=(6, -12 if comparison.metric == "accuracy" else 12),
-        textcoords="offset points",
-        ha="left",
-        va="center",
-        fontsize=9,
-        fontweight="bold",
-        color=colour,
-        zorder=6,
-    )
+    label = min(faster, key=lambda name: means[name].iterations[0] or 0)
+    end, percent = means[label].iterations[0] or 0, means[label].percent[0]
+    colour = COLOURS[labels.index(label) % len(COLOURS)]
+    arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.6}
+    axes.annotate("", xy=(end, target), xytext=(begin, target), arrowprops=arrow, zorder=4)
+    axes.plot([begin, end], [target] * 2, "o", markersize=4.5, color=colour, zorder=5)
+    text, shift = f"{percent:+.0f} % faster", (6, -12 if metric == "accuracy" else 12)
+    bold = partial(near, va="center", fontsize=9, fontweight="bold", color=colour, zorder=6)
+    bold(text, (end, target), shift)
 
 
-def _axes(figure: Figure, x: str, y: str, metric: Metric) -> Axes:
-    axes = figure.subplots()
-    style(axes, x, y.replace(metric, _unit(metric)))
-    return axes
+def _draw(axes: Axes, curve: Curve, metric: Metric, *, band: bool = False, **drawn: Any) -> None:
+    """Draw the means of a curve, and their intervals as a band."""
+    scale, iterations = scale_of(metric)[0], [point.iteration for point in curve]
+    axes.plot(iterations, [scale * point.mean for point in curve], **drawn)
+    if band:
+        low = [scale * (point.mean - point.interval) for point in curve]
+        high = [scale * (point.mean + point.interval) for point in curve]
+        axes.fill_between(iterations, low, high, color=drawn["color"], alpha=0.15, linewidth=0)
 
 
 def style(axes: Axes, x: str, y: str, title: str = "") -> None:
-    """Labels, and quiet lines and ticks, as all pictures have them."""
+    """Set labels, and the quiet lines and ticks that all pictures have."""
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
     axes.set_title(title, loc="left", fontsize=10, color=INK)
@@ -224,28 +177,7 @@ def style(axes: Axes, x: str, y: str, title: str = "") -> None:
     axes.set_axisbelow(True)
 
 
-def _line(axes: Axes, curve: Curve, metric: Metric, **style: Any) -> None:
-    axes.plot(
-        [point.iteration for point in curve],
-        [_scale(metric) * point.mean for point in curve],
-        **style,
-    )
-
-
-def _band(axes: Axes, curve: Curve, metric: Metric, colour: str) -> None:
-    scale = _scale(metric)
-    low = [scale * (point.mean - point.interval) for point in curve]
-    high = [scale * (point.mean + point.interval) for point in curve]
-    axes.fill_between(
-        [point.iteration for point in curve], low, high, color=colour, alpha=0.15, linewidth=0
-    )
-
-
-def _scale(metric: Metric) -> float:
-    return 100 if metric == "accuracy" else 1
-
-
-def _unit(metric: Metric) -> str:
+def _with_unit(metric: Metric) -> str:
     return "accuracy (%)" if metric == "accuracy" else metric
 
 

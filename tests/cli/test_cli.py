@@ -1,10 +1,12 @@
-"""The command line: what each command prints where, every error's line and exit status, and Ctrl-C."""
+"""The command line: what each command prints where, every failure's line and status, and Ctrl-C."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,40 +26,11 @@ from metaplug.cli.options import SHARED
 from metaplug.contract import hookspecs, registry
 from metaplug.experiments.configuration import ExperimentConfig, flatten
 
-TINY = [
-    *(
-        "--tasks",
-        "sinusoid",
-        "--model",
-        "mlp",
-        "--shots",
-        "3",
-        "--queries",
-        "3",
-        "--inner-steps",
-        "1",
-        "--inner-lr",
-        "0.01",
-    ),
-    *(
-        "--tasks-per-batch",
-        "2",
-        "--iterations",
-        "4",
-        "--device",
-        "cpu",
-        "--set",
-        "training.validate_every=2",
-    ),
-    *(
-        "--set",
-        "training.test_tasks=5",
-        "--set",
-        "model.settings.hidden=[4]",
-        "--set",
-        "runtime.threads=1",
-    ),
-]
+TINY = shlex.split(
+    "--tasks sinusoid --model mlp --shots 3 --queries 3 --inner-steps 1 --inner-lr 0.01 "
+    "--tasks-per-batch 2 --iterations 4 --device cpu --set training.validate_every=2 "
+    "--set training.test_tasks=5 --set model.settings.hidden=[4] --set runtime.threads=1"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -125,14 +98,17 @@ def test_help_is_quick_as_it_imports_no_torch() -> None:
             "Meta-train several algorithms at an equal budget",
             "--variant --seeds --json --out --set",
         ),
-        ("explain", "Show what a configuration comes to", "--preset --with --set"),
+        ("explain", "Show what a configuration resolves to", "--preset --with --set"),
         ("plugins", "List what is installed", "--json"),
         ("tasks", "List the task sources", "--json"),
         ("new-plugin", "Write a package with a plugin of your own", "--kind --out"),
     ],
 )
 def test_help_teaches_a_command(metaplug: Any, command: str, purpose: str, options: str) -> None:
-    shared = "--tasks --ways --shots --queries --model --inner-steps --inner-lr --tasks-per-batch --iterations --meta-lr --seed --device"
+    shared = (
+        "--tasks --ways --shots --queries --model --inner-steps --inner-lr --tasks-per-batch"
+        " --iterations --meta-lr --seed --device"
+    )
     answer = metaplug(command, "--help")
     assert answer.status == 0
     assert purpose in answer.out
@@ -166,7 +142,10 @@ ERRORS: list[tuple[str, str]] = [
     ("train --iteration 4", "No such option: --iteration (Possible options: --iterations)"),
     (
         "train --ways five",
-        "Invalid value for '--ways': Input should be a valid integer, unable to parse string as an integer",
+        (
+            "Invalid value for '--ways': Input should be a valid integer, unable to parse string as"
+            " an integer"
+        ),
     ),
     ("train --preset mamll", "unknown preset 'mamll': did you mean 'maml'?"),
     (
@@ -187,7 +166,10 @@ ERRORS: list[tuple[str, str]] = [
     ),
     (
         "train --with gradient-sharing --with gradient-sharing",
-        "plugin 'gradient-sharing' stands twice in the list: give one of them a name of its own, or leave it out",
+        (
+            "plugin 'gradient-sharing' stands twice in the list: give one of them a name of its"
+            " own, or leave it out"
+        ),
     ),
     ("train --tasks glyph", "unknown task source 'glyph': did you mean 'glyphs'?"),
     (
@@ -208,7 +190,10 @@ ERRORS: list[tuple[str, str]] = [
     ("train --set seed", "--set seed: no value is given; write --set path.to.field=value"),
     (
         "train --set plugins.gradient-sharing.gate=0.5",
-        "'plugins.gradient-sharing.gate' is no setting of a listed plugin (known: none): write plugins.NAME.field, or add it by --with",
+        (
+            "'plugins.gradient-sharing.gate' is no setting of a listed plugin (known: none): write"
+            " plugins.NAME.field, or add it by --with"
+        ),
     ),
     ("train --device tpu", "unknown device 'tpu': give auto, cpu, cuda or cuda:N"),
     ("train --device meta", "device 'meta' is not supported: metaplug runs on cpu and cuda"),
@@ -216,7 +201,10 @@ ERRORS: list[tuple[str, str]] = [
     ("explain --preset mamll", "unknown preset 'mamll': did you mean 'maml'?"),
     (
         "evaluate nope",
-        "there is no run nope: give the folder of a run that `metaplug train` has validated at least once",
+        (
+            "there is no run nope: give the folder of a run that `metaplug train` has validated at"
+            " least once"
+        ),
     ),
     ("evaluate", "Missing argument 'RUN'."),
     (
@@ -242,11 +230,17 @@ ERRORS: list[tuple[str, str]] = [
     ),
     (
         "compare --variant maml --variant fomaml --set preset=maml",
-        "--set preset=maml: in a comparison every variant has its own; write it into --variant, as PRESET+PLUGIN:FIELD=VALUE",
+        (
+            "--set preset=maml: in a comparison every variant has its own; write it into --variant,"
+            " as PRESET+PLUGIN:FIELD=VALUE"
+        ),
     ),
     (
         "compare --variant maml --variant fomaml --json nope/out.json",
-        "--json nope/out.json: it lies in a folder nope that does not exist; give a file in a folder that exists, or - for standard output",
+        (
+            "--json nope/out.json: it lies in a folder nope that does not exist; give a file in a"
+            " folder that exists, or - for standard output"
+        ),
     ),
     (
         "compare --variant maml --variant fomaml --out .",
@@ -254,7 +248,10 @@ ERRORS: list[tuple[str, str]] = [
     ),
     (
         "compare --variant maml --variant fomaml --set training.validation_tasks=100",
-        "training.validation_tasks = 100: too few to compare by, as the target would be mostly noise; use at least 200",
+        (
+            "training.validation_tasks = 100: too few to compare by, as the target would be mostly"
+            " noise; use at least 200"
+        ),
     ),
     ("tasks glyph", "unknown task source 'glyph': did you mean 'glyphs'?"),
     (
@@ -283,7 +280,8 @@ def test_a_mistake_in_a_file_is_named_with_the_file(metaplug: Any) -> None:
     Path("e.yaml").write_text("seed: 1\nseed: 2\n")
     assert (
         metaplug("train", "e.yaml").err
-        == "metaplug: e.yaml, line 2 is not valid YAML: the key 'seed' stands twice; correct it there\n"
+        == "metaplug: e.yaml, line 2 is not valid YAML: the key 'seed' stands twice; correct it"
+        " there\n"
     )
     Path("e.yaml").write_text("plugins: gradient-sharing\n")
     answer = metaplug("train", "e.yaml", "--with", "gradient-clipping:max_norm=1")
@@ -297,8 +295,10 @@ def test_a_failed_run_is_one_line_and_exit_status_1(metaplug: Any) -> None:
     answer = metaplug("train", *TINY, "--inner-lr", "1000", "--inner-steps", "8", "--name", "wild")
     assert answer.status == 1
     assert re.fullmatch(
-        r"metaplug: iteration 0 stopped, nothing was updated: the support loss holds NaN or Inf in 'loss' of .* in iteration 0, inner step "
-        r"\d; the inner loop diverges: the support loss of task \d grew from \S+ to \S+ in \d inner steps? at inner_lr = 1000; "
+        r"metaplug: iteration 0 stopped, nothing was updated: the support loss holds NaN or Inf in"
+        r" 'loss' of .* in iteration 0, inner step "
+        r"\d; the inner loop diverges: the support loss of task \d grew from \S+ to \S+ in \d inner"
+        r" steps? at inner_lr = 1000; "
         "lower inner_lr",
         answer.err.splitlines()[-1],
     )
@@ -310,7 +310,8 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_status_1(metaplug: Any) -> No
     answer = metaplug("evaluate", "broken.pt")
     assert answer.status == 1
     assert re.fullmatch(
-        r"metaplug: broken\.pt is not a whole metaplug checkpoint \(.*\): use another one of the run\n",
+        r"metaplug: broken\.pt is not a whole metaplug checkpoint \(.*\): use another one of the"
+        r" run\n",
         answer.err,
     )
 
@@ -335,7 +336,8 @@ def test_what_nobody_foresaw_is_one_line_too(
     assert answer.status == 1
     assert (
         answer.err
-        == "metaplug: unexpected KeyError: 'lost\\nand gone'; `metaplug --debug ...` shows the traceback\n"
+        == "metaplug: unexpected KeyError: 'lost\\nand gone'; `metaplug --debug ...` shows the"
+        " traceback\n"
     )
 
 
@@ -349,11 +351,13 @@ def test_train_writes_a_run(metaplug: Any) -> None:
     assert lines[1] == f"a new run in {folder}"
     for iteration, line in zip((2, 4), lines[2:4], strict=True):
         assert re.fullmatch(
-            rf"training: iteration {iteration}  loss \d+\.\d{{4}}  validation \d+\.\d{{4}} ± \d+\.\d{{4}}",
+            rf"training: iteration {iteration}  loss \d+\.\d{{4}}  validation \d+\.\d{{4}} ±"
+            r" \d+\.\d{4}",
             line,
         )
     assert re.fullmatch(
-        r"test mean squared error \d+\.\d{4} ± \d+\.\d{4} \(95 % interval over 5 tasks, 1 inner step\)",
+        r"test mean squared error \d+\.\d{4} ± \d+\.\d{4} \(95 % interval over 5 tasks, 1 inner"
+        r" step\)",
         lines[4],
     )
     assert lines[5].endswith(f"which validated best; all of it is in {folder}")
@@ -372,7 +376,10 @@ def test_train_writes_a_run(metaplug: Any) -> None:
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
     again = metaplug("train", *TINY, "--with", "gradient-sharing")
-    refusal = f"metaplug: the run folder {folder} already exists: give another --name or --out, or --resume to go on with it\n"
+    refusal = (
+        f"metaplug: the run folder {folder} already exists: give another --name or --out, or"
+        " --resume to go on with it\n"
+    )
     assert (again.status, again.err) == (2, refusal)
     (folder / "curves.png").write_bytes(b"mine")
     finished = metaplug("train", *TINY, "--with", "gradient-sharing", "--resume")
@@ -456,6 +463,7 @@ def test_evaluate(metaplug: Any, trained: Path) -> None:
     summary = json.loads((trained / "summary.json").read_text())
     answer = metaplug("evaluate", str(trained), "--json")
     assert (answer.status, answer.err) == (0, "")
+    assert answer.json["interval_method"] == "t"
     assert (answer.json["mean"], answer.json["interval"]) == (
         summary["test"]["mean"],
         summary["test"]["interval"],
@@ -476,20 +484,23 @@ def test_evaluate(metaplug: Any, trained: Path) -> None:
         "0",
     )
     assert (other.status, other.out) == (0, "")
-    value = r"val mean squared error \d+\.\d{4} ± \d+\.\d{4} \(95 % interval over 7 tasks, 0 inner steps\)\n"
+    value = (
+        r"val mean squared error \d+\.\d{4} ± \d+\.\d{4} \(95 % interval over 7 tasks, 0 inner"
+        r" steps\)\n"
+    )
     assert re.fullmatch(value + r"transductive: no\n", other.err)
 
 
 def test_evaluate_by_a_bootstrap(metaplug: Any, trained: Path) -> None:
     given = ("evaluate", str(trained), "--interval", "bootstrap", "--num-tasks", "20")
-    made, again = metaplug(*given, "--json").json, metaplug(*given, "--json").json
-    assert made == again
+    made = metaplug(*given, "--json").json
+    assert made == metaplug(*given, "--json").json
     assert made["interval_method"] == "bootstrap"
     assert made["low"] < made["mean"] < made["high"]
     assert made["interval"] == pytest.approx((made["high"] - made["low"]) / 2)
-    assert metaplug("evaluate", str(trained), "--json").json["interval_method"] == "t"
     assert re.match(
-        r"test mean squared error \d+\.\d{4} \(95 % bootstrap interval \d+\.\d{4} to \d+\.\d{4} over 20 tasks, 1 inner step\)\n",
+        r"test mean squared error \d+\.\d{4} \(95 % bootstrap interval \d+\.\d{4} to \d+\.\d{4}"
+        r" over 20 tasks, 1 inner step\)\n",
         metaplug(*given).err,
     )
 
@@ -498,7 +509,8 @@ def test_evaluate_on_training_tasks_is_on_purpose(metaplug: Any, trained: Path) 
     refused = metaplug("evaluate", str(trained), "--split", "train")
     assert (refused.status, refused.out) == (2, "")
     assert refused.err.startswith(
-        "metaplug: the train tasks draw on 1 of 1 groups of tasks that this learner is trained on, the first being "
+        "metaplug: the train tasks draw on 1 of 1 groups of tasks that this learner is trained on,"
+        " the first being "
     )
     allowed = metaplug(
         "evaluate", str(trained), "--split", "train", "--allow-training-classes", "--json"
@@ -518,50 +530,29 @@ def test_a_warning_is_one_line(metaplug: Any, trained: Path) -> None:
     assert answer.json["inner_steps"] == 2
     assert (
         answer.err
-        == "metaplug: warning: adapting for 2 inner steps, trained with 1: later steps use the last step's values\n"
+        == "metaplug: warning: adapting for 2 inner steps, trained with 1: later steps use the last"
+        " step's values\n"
     )
 
 
 def test_compare(metaplug: Any) -> None:
-    answer = metaplug(
-        *(
-            "compare",
-            *TINY,
-            "--variant",
-            "maml",
-            "--variant",
-            "maml + gradient-sharing:gate=0.25",
-            "--seeds",
-            "2",
-            "--seed",
-            "5",
-        ),
-        *("--json", "-", "--out", "compared"),
-    )
-    assert answer.status == 0, answer.err
-    assert (answer.json["baseline"], answer.json["seeds"]) == ("maml", [5, 6])
-    assert [variant["label"] for variant in answer.json["variants"]] == [
-        "maml",
-        "maml+gradient-sharing:gate=0.25",
-    ]
-    assert answer.json["variants"][1]["config"]["plugins"][0]["settings"] == {"gate": 0.25}
-    assert [point[0] for point in answer.json["variants"][1]["runs"][1]["curve"]] == [2, 4]
-    assert sorted(path.name for path in Path("compared").iterdir()) == [
-        "comparison.json",
-        "curves.png",
-        "report.txt",
-    ]
-    assert json.loads(Path("compared/comparison.json").read_text()) == answer.json
+    variants = ("--variant", "maml", "--variant", "maml + gradient-sharing:gate=0.25")
+    seeds = ("--seeds", "2", "--seed", "5")
+    written = ("--json", "out.json", "--out", "compared")
+    answer = metaplug("compare", *TINY, *variants, *seeds, *written)
+    assert (answer.status, answer.out) == (0, "")
+    found = json.loads(Path("out.json").read_text())
+    assert (found["baseline"], found["seeds"]) == ("maml", [5, 6])
+    assert found["metric"] == "mean squared error"
+    labels = [variant["label"] for variant in found["variants"]]
+    assert labels == ["maml", "maml+gradient-sharing:gate=0.25"]
+    assert found["variants"][1]["config"]["plugins"][0]["settings"] == {"gate": 0.25}
+    assert [point[0] for point in found["variants"][1]["runs"][1]["curve"]] == [2, 4]
+    names = sorted(path.name for path in Path("compared").iterdir())
+    assert names == ["comparison.json", "curves.png", "report.txt"]
+    assert json.loads(Path("compared/comparison.json").read_text()) == found
     assert Path("compared/report.txt").read_text().split()[:2] == ["variant", "acceleration"]
     assert "maml, seed 6: iteration 4  loss " in answer.err
-
-
-def test_compare_writes_json_to_a_file(metaplug: Any) -> None:
-    answer = metaplug(
-        "compare", *TINY, "--variant", "maml", "--variant", "fomaml", "--json", "out.json"
-    )
-    assert (answer.status, answer.out) == (0, "")
-    assert json.loads(Path("out.json").read_text())["metric"] == "mean squared error"
 
 
 def test_plugins_lists_parts(metaplug: Any) -> None:
@@ -574,7 +565,9 @@ def test_plugins_lists_parts(metaplug: Any) -> None:
         "name": "gradient-sharing",
         "distribution": "metaplug",
         "version": "0.1.0",
-        "summary": "Blend every task's gradient with a running mean of the tasks' normalised gradients.",
+        "summary": (
+            "Blend every task's gradient with a running mean of the tasks' normalised gradients."
+        ),
         "hooks": ["setup", "transform_gradients", "commit", "end_meta_step"],
         "settings": rows["plugin", "gradient-sharing"]["settings"],
         "error": None,
@@ -584,7 +577,9 @@ def test_plugins_lists_parts(metaplug: Any) -> None:
         "type": "float or null",
         "bounds": "> 0",
         "default": "null",
-        "description": "c, the longest inner gradient of a task; null leaves inner gradients alone.",
+        "description": (
+            "c, the longest inner gradient of a task; null leaves inner gradients alone."
+        ),
     }
     people = metaplug("plugins")
     assert (people.status, people.out) == (0, "")
@@ -604,7 +599,9 @@ def test_plugins_shows_one_part(metaplug: Any) -> None:
         "type": "float",
         "bounds": "≥ 0, ≤ 1",
         "default": "0.5",
-        "description": "Initial weight σ(λ) of the shared direction. Exactly 0 or 1 stays so for good.",
+        "description": (
+            "Initial weight σ(λ) of the shared direction. Exactly 0 or 1 stays so for good."
+        ),
     }
     people = metaplug("plugins", "gradient-sharing")
     assert people.out == ""
@@ -619,79 +616,116 @@ BROKEN: list[tuple[str, str, str, str]] = [
         "plugin",
         "does-not-import",
         "import no_such_module",
-        "the plugin 'does-not-import' of broken_part does not load: ModuleNotFoundError: No module named 'no_such_module'; "
-        "correct it there, or uninstall it",
+        (
+            "the plugin 'does-not-import' of broken_part does not load: ModuleNotFoundError: No"
+            " module named 'no_such_module'; correct it there, or uninstall it"
+        ),
     ),
     (
         "plugin",
         "exits",
         "raise SystemExit('goodbye')",
-        "the plugin 'exits' of broken_part does not load: SystemExit: goodbye; correct it there, or uninstall it",
+        (
+            "the plugin 'exits' of broken_part does not load: SystemExit: goodbye; correct it"
+            " there, or uninstall it"
+        ),
     ),
     (
         "plugin",
         "no-plugin",
         "class Part: pass",
-        "the plugin 'no-plugin' of broken_part is the class Part, not a subclass of metaplug.Plugin or a module with hooks: "
-        "correct its entry point, or uninstall it",
+        (
+            "the plugin 'no-plugin' of broken_part is the class Part, not a subclass of"
+            " metaplug.Plugin or a module with hooks: correct its entry point, or uninstall it"
+        ),
     ),
     (
         "plugin",
         "no-such-name",
         "",
-        "the plugin 'no-such-name' of broken_part does not load: AttributeError: module 'broken_part' has no attribute 'Part'; "
-        "correct it there, or uninstall it",
+        (
+            "the plugin 'no-such-name' of broken_part does not load: AttributeError: module"
+            " 'broken_part' has no attribute 'Part'; correct it there, or uninstall it"
+        ),
     ),
     (
         "plugin",
         "no-config",
-        "from metaplug import Plugin\nfrom pydantic import BaseModel\nclass Part(Plugin):\n    class Config(BaseModel): pass",
-        "the plugin 'no-config' of broken_part does not load: TypeError: Part.Config is no subclass of metaplug.PluginConfig, "
-        "so that settings would go unchecked: write class Config(PluginConfig); correct it there, or uninstall it",
+        (
+            "from metaplug import Plugin\nfrom pydantic import BaseModel\nclass Part(Plugin):\n   "
+            " class Config(BaseModel): pass"
+        ),
+        (
+            "the plugin 'no-config' of broken_part does not load: TypeError: Part.Config is no"
+            " subclass of metaplug.PluginConfig, so that settings would go unchecked: write class"
+            " Config(PluginConfig); correct it there, or uninstall it"
+        ),
     ),
     (
         "plugin",
         "late-config",
-        "from __future__ import annotations\nfrom metaplug import Plugin, PluginConfig\n"
-        "class Part(Plugin):\n    class Config(PluginConfig):\n        how: Unheard = None",
-        "plugin 'late-config': its Config cannot be made (name 'Unheard' is not defined): "
-        "import there, when the module runs, what its fields are annotated with",
+        (
+            "from __future__ import annotations\nfrom metaplug import Plugin, PluginConfig\n"
+            "class Part(Plugin):\n    class Config(PluginConfig):\n        how: Unheard = None"
+        ),
+        (
+            "plugin 'late-config': its Config cannot be made (name 'Unheard' is not defined): "
+            "import there, when the module runs, what its fields are annotated with"
+        ),
     ),
     (
         "plugin",
         "misspelt",
-        "from metaplug import Plugin, hookimpl\nclass Part(Plugin):\n    @hookimpl\n    def transform_gradient(self): pass",
-        "plugin 'misspelt': method transform_gradient is marked @hookimpl, but metaplug 0.1.0 has no hook 'transform_gradient' "
-        "(did you mean 'transform_gradients'?): rename it, or install a newer metaplug, which may have it",
+        (
+            "from metaplug import Plugin, hookimpl\nclass Part(Plugin):\n    @hookimpl\n    def"
+            " transform_gradient(self): pass"
+        ),
+        (
+            "plugin 'misspelt': method transform_gradient is marked @hookimpl, but metaplug 0.1.0"
+            " has no hook 'transform_gradient' (did you mean 'transform_gradients'?): rename it, or"
+            " install a newer metaplug, which may have it"
+        ),
     ),
     (
         "preset",
         "no-preset",
         "Part = {}",
-        "the preset 'no-preset' of broken_part is of type dict, not a metaplug.Preset: correct its entry point, or uninstall it",
+        (
+            "the preset 'no-preset' of broken_part is of type dict, not a metaplug.Preset: correct"
+            " its entry point, or uninstall it"
+        ),
     ),
     (
         "model",
         "no-model",
         "Part = 3",
-        "the model 'no-model' of broken_part is of type int, not a class or function that makes a model: "
-        "correct its entry point, or uninstall it",
+        (
+            "the model 'no-model' of broken_part is of type int, not a class or function that makes"
+            " a model: correct its entry point, or uninstall it"
+        ),
     ),
     (
         "model",
         "unreadable",
         "class Part:\n    Config = 3",
-        "the model 'unreadable' of broken_part cannot be described: AttributeError: 'int' object has no attribute '__mro__'; "
-        "correct it, or uninstall it",
+        (
+            "the model 'unreadable' of broken_part cannot be described: AttributeError: 'int'"
+            " object has no attribute '__mro__'; correct it, or uninstall it"
+        ),
     ),
     (
         "task source",
         "no-source",
         "class Part: pass",
-        "the task source 'no-source' of broken_part is the class Part, not a subclass of metaplug.tasks.TaskSource: "
-        "correct its entry point, or uninstall it",
+        (
+            "the task source 'no-source' of broken_part is the class Part, not a subclass of"
+            " metaplug.tasks.TaskSource: correct its entry point, or uninstall it"
+        ),
     ),
 ]
+
+
+INSTALLED = functools.cache(registry.entry_points)
 
 
 @pytest.fixture
@@ -702,14 +736,11 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Any:
         Path("broken_part.py").write_text(source)
         monkeypatch.syspath_prepend(str(Path.cwd()))
         monkeypatch.delitem(sys.modules, "broken_part", raising=False)
-        real, entry = (
-            registry.entry_points,
-            EntryPoint(name, "broken_part:Part", registry.GROUPS[kind]),
-        )
+        entry = EntryPoint(name, "broken_part:Part", registry.GROUPS[kind])
         monkeypatch.setattr(
             registry,
             "entry_points",
-            lambda group: [*real(group=group), *([entry] if group == entry.group else [])],
+            lambda group: [*INSTALLED(group), *([entry] if group == entry.group else [])],
         )
 
     yield install
@@ -722,11 +753,12 @@ def test_a_broken_part_is_a_row_with_the_reason_and_no_crash(
 ) -> None:
     kind, name, source, error = part
     command = "tasks" if kind == "task source" else "plugins"
-    others = {row["name"]: row["error"] for row in metaplug(command, "--json").json}
+    kinds = ("task source",) if kind == "task source" else ("plugin", "preset", "model")
+    whole = dict.fromkeys(other for each in kinds for other in registry.names(each))
     broken(kind, name, source)
     answer = metaplug(command, "--json")
     assert (answer.status, answer.err) == (0, "")
-    assert {row["name"]: row["error"] for row in answer.json} == {**others, name: error}
+    assert {row["name"]: row["error"] for row in answer.json} == {**whole, name: error}
     people = metaplug(command, name)
     assert (people.status, people.out) == (0, "")
     assert " ".join(people.err.split()) == f"{name}: a {kind} of broken_part {error}"
@@ -738,8 +770,10 @@ def test_only_a_run_that_names_a_broken_plugin_fails(metaplug: Any, broken: Any)
     answer = metaplug("explain", "--with", "broken")
     assert (answer.status, answer.err) == (
         1,
-        "metaplug: the plugin 'broken' of broken_part does not load: ModuleNotFoundError: No module named 'no_such_module'; "
-        "correct it there, or uninstall it\n",
+        (
+            "metaplug: the plugin 'broken' of broken_part does not load: ModuleNotFoundError: No"
+            " module named 'no_such_module'; correct it there, or uninstall it\n"
+        ),
     )
     broken("plugin", "broken", BROKEN[6][2])
     answer = metaplug("explain", "--with", "broken")
@@ -758,7 +792,8 @@ def test_a_deprecation_names_the_plugins_line(
     broken(
         "plugin",
         "old",
-        "from metaplug import Plugin, hookimpl\nclass Part(Plugin):\n    @hookimpl\n    def transform_gradients(self, gradients): pass",
+        "from metaplug import Plugin, hookimpl\nclass Part(Plugin):\n    @hookimpl\n    def"
+        " transform_gradients(self, gradients): pass",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("default")
@@ -809,7 +844,8 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(metaplug: Any) -> None:
     assert "stopping after this step; Ctrl-C again stops at once" in lines
     assert (
         lines[-1]
-        == f"metaplug: stopped, with a checkpoint in {folder}: the same command with --resume goes on"
+        == f"metaplug: stopped, with a checkpoint in {folder}: the same command with --resume"
+        " goes on"
     )
     done = MetaLearner.load(folder / "last.pt").iteration
     assert done == (folder / "metrics.jsonl").read_text().count("\n")
@@ -839,7 +875,8 @@ def test_ctrl_c_twice_stops_at_once(metaplug: Any, monkeypatch: pytest.MonkeyPat
 
 def test_a_preset_of_ones_own_on_the_command_line(metaplug: Any) -> None:
     Path("own.yaml").write_text(
-        "plugins: [{plugin: gradient-sharing, settings: {gate: 0.25}}]\nsummary: sharing, and nothing else\n"
+        "plugins: [{plugin: gradient-sharing, settings: {gate: 0.25}}]\nsummary: sharing, and"
+        " nothing else\n"
     )
     answer = metaplug("explain", "--preset", "own.yaml", "--with", "meta-sgd:meta_lr=0.01")
     squeezed = [" ".join(line.split()) for line in answer.err.splitlines()]
@@ -886,7 +923,10 @@ def test_plugins_that_conflict_are_refused_before_training(metaplug: Any) -> Non
     answer = metaplug("explain", "--preset", "maml++", "--with", "multi-step-loss")
     assert (answer.status, answer.err) == (
         2,
-        "metaplug: plugin 'multi-step-loss' stands twice in the list: give one of them a name of its own, or leave it out\n",
+        (
+            "metaplug: plugin 'multi-step-loss' stands twice in the list: give one of them a name"
+            " of its own, or leave it out\n"
+        ),
     )
 
 
@@ -908,12 +948,15 @@ def test_a_task_is_drawn(metaplug: Any) -> None:
     assert answer.status == 0
     assert answer.err.endswith("one train task is drawn in task.png\n")
     assert Path("task.png").read_bytes().startswith(b"\x89PNG")
-    assert metaplug("tasks", "--draw", "task.png").err == (
-        "metaplug: --draw draws a task of one source: name the source, as in metaplug tasks glyphs --draw task.png\n"
+    assert (
+        metaplug("tasks", "--draw", "task.png").err
+        == "metaplug: --draw draws a task of one source: name the source, as in metaplug tasks"
+        " glyphs --draw task.png\n"
     )
-    assert metaplug("tasks", "glyphs", "--set", "turn=true").err == (
-        "metaplug: glyphs: unknown field 'turn': known: 'within', 'rotate', 'flip', 'shift', 'train_ways', 'train_shots', 'memory_mib', "
-        "'accents'\n"
+    assert (
+        metaplug("tasks", "glyphs", "--set", "turn=true").err
+        == "metaplug: glyphs: unknown field 'turn': known: 'within', 'rotate', 'flip', 'shift',"
+        " 'train_ways', 'train_shots', 'memory_mib', 'accents'\n"
     )
     wrong = metaplug("tasks", "glyphs", "--draw", "nowhere/task.png")
     assert (wrong.status, wrong.err.count("\n")) == (1, 1)
@@ -923,8 +966,11 @@ def test_a_plugin_of_the_preset_is_not_changed_in_passing(metaplug: Any) -> None
     answer = metaplug("explain", "--preset", "maml++", "--set", "plugins.derivative-order.switch=0")
     assert (answer.status, answer.err) == (
         2,
-        "metaplug: --set plugins.derivative-order.switch: 'derivative-order' is a plugin of the preset maml++, and its settings are part "
-        "of it: write a preset of your own with other ones (metaplug plugins maml++ shows this one), and give its file by --preset\n",
+        (
+            "metaplug: --set plugins.derivative-order.switch: 'derivative-order' is part of the"
+            " preset maml++, with its settings: write your own preset (metaplug plugins maml++"
+            " shows this one), and give its file by --preset\n"
+        ),
     )
 
 

@@ -21,10 +21,12 @@ from metaplug.execution.engine import MetaStep
 from metaplug.experiments.comparison import Comparison, Curve, Point, SeedRun, Variant
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.report import figures
-from metaplug.report.catalogue import SettingRow, rows
+from metaplug.report.catalogue import Entry, SettingRow, rows
+from metaplug.report.comparison import comparison_report
 from metaplug.report.console import line
 from metaplug.report.figures import _wrapped, comparison_figure, run_figure
-from metaplug.report.terminal import TrainingProgress, comparison_report, result_line, value_text
+from metaplug.report.tables import catalogue_table
+from metaplug.report.terminal import TrainingProgress, result_line, value_text
 
 
 def shown(what: RenderableType, width: int = 80) -> str:
@@ -85,7 +87,8 @@ def test_values_in_words() -> None:
 
 
 def test_the_comparison_table() -> None:
-    # pooled tests of both seeds: 0.4, 0.6, 0.5, 0.7, so that t(0.975; 3) s / √4 = 3.1824 · 0.12910 / 2 = 0.2054
+    # The pooled tests of both seeds are 0.4, 0.6, 0.5, 0.7:
+    # t(0.975; 3) s / √4 = 3.1824 · 0.12910 / 2 = 0.2054
     assert (
         shown(comparison_report(comparison()))
         == """\
@@ -124,7 +127,8 @@ def test_the_comparison_says_of_each_variant_whether_it_is_transductive() -> Non
     assert shown(comparison_report(replace(made, runs=apart))).endswith("\nTransductive: no.")
     mixed = replace(made, runs={**apart, "slow": made.runs["slow"]})
     assert shown(comparison_report(mixed)).endswith(
-        "\nmaml: transductive: no.\nmaml+sharing: transductive: no.\nslow: transductive: batch norm sees the batch."
+        "\nmaml: transductive: no.\nmaml+sharing: transductive: no.\nslow: transductive: batch norm"
+        " sees the batch."
     )
 
 
@@ -266,8 +270,14 @@ def test_the_comparison_table_has_a_column_over_the_base_where_it_says_something
     assert "over its base" not in shown(comparison_report(two_bases))
 
 
+def test_names_of_parts_are_never_broken() -> None:
+    entry = Entry("plugin", "a-plugin-with-a-long-name", "a-distribution-with-a-long-name", "0.1.0")
+    assert "a-plugin-with-a-long-name" in shown(catalogue_table([entry], "Installed"), width=50)
+
+
 def test_long_variants_are_broken_before_their_plugins() -> None:
     assert _wrapped("maml+++gradient-sharing") == "maml+++gradient-sharing"
-    assert _wrapped(
-        "maml+per-step-learning-rates+multi-step-loss:floor=0.1+cosine-meta-lr", 40
-    ) == ("maml+per-step-learning-rates\n  +multi-step-loss:floor=0.1\n  +cosine-meta-lr")
+    assert (
+        _wrapped("maml+per-step-learning-rates+multi-step-loss:floor=0.1+cosine-meta-lr", 40)
+        == "maml+per-step-learning-rates\n  +multi-step-loss:floor=0.1\n  +cosine-meta-lr"
+    )
