@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from metaplug import checkpoint
-from metaplug.checkpoint.form import naming
-from metaplug.checkpoint.state import give_state, rehearse, state_of
 from metaplug.checks.model import check_loss, check_model
 from metaplug.checks.prepare_batch import Intake
 from metaplug.contract.chain import Chain
@@ -509,7 +507,7 @@ class MetaLearner:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training goes on from: tensors and plain values only."""
-        return state_of(self)
+        return checkpoint.state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any], origin: str = "the state") -> None:
         """Go on from a state of the same model and plugins.
@@ -517,7 +515,7 @@ class MetaLearner:
         Raises:
             RunError: the state belongs to another model or to other plugins; `origin` is named, nothing was loaded.
         """
-        give_state(self, state, origin)
+        checkpoint.give_state(self, state, origin)
 
     def save(self, path: str | Path) -> None:
         """Write the state to a file, atomically."""
@@ -545,40 +543,7 @@ class MetaLearner:
             RunError: the file is missing, damaged, or of another model or version.
             RequestError: something is needed that the file cannot hold; it is named.
         """
-        state = checkpoint.read(Path(path))
-        if loss is None and state["custom_loss"]:
-            raise RequestError(
-                f"{path} was trained with a loss of your own, which a file cannot hold: give it as MetaLearner.load(..., loss=...)"
-            )
-        arguments: dict[str, Any] = {
-            "kind": state["kind"],
-            "loss": loss,
-            "seed": state["seed"],
-            "task_batching": state["task_batching"],
-        }
-        arguments |= state["settings"]
-        if (
-            model is None and state["model_spec"] and plugins is None
-        ):  # an instance of a plugin, as a caller gives, serves only once
-            uses = [checkpoint.plugin_use(use, path) for use in state["plugins"]]
-            rehearse(
-                lambda: cls(
-                    checkpoint.rebuilt_model(state["model_spec"], path), plugins=uses, **arguments
-                ),
-                state,
-                str(path),
-            )
-        with naming(path):
-            learner = cls(
-                checkpoint.rebuilt_model(state["model_spec"], path) if model is None else model,
-                plugins=[checkpoint.plugin_use(use, path) for use in state["plugins"]]
-                if plugins is None
-                else plugins,
-                world=world,
-                **arguments,
-            )
-        learner.load_state_dict(state, str(path))
-        return learner
+        return checkpoint.load(cls, path, model=model, plugins=plugins, loss=loss, world=world)
 
     def _select_adapted(
         self, names: tuple[str, ...], layers: Mapping[str, type[nn.Module]]

@@ -74,7 +74,7 @@ def train(
 ) -> None:
     """Meta-train a model, and test it on tasks that it has not seen.
 
-    The run is kept in OUT/NAME: config.yaml, run.json, metrics.jsonl, last.pt, best.pt, curves.png and summary.json. Ctrl-C stops it after
+    The run is kept in OUT/NAME: config.yaml, run.json, metrics.jsonl, last.safetensors, best.safetensors, curves.png and summary.json. Ctrl-C stops it after
     the current step with a checkpoint.
     """
     from metaplug.contract.presets import parse_plugin

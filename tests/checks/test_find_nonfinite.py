@@ -690,7 +690,7 @@ def test_a_run_that_stops_keeps_its_last_checkpoint(tmp_path, holed):
     ):
         train(tiny(), tmp_path / "run")
     assert len(read_metrics(tmp_path / "run")) == 6
-    assert checkpoint.read(tmp_path / "run" / "last.pt")["iteration"] == 4
+    assert checkpoint.read(tmp_path / "run" / "last.safetensors")["iteration"] == 4
     holed[:] = []
     train(tiny(), tmp_path / "run", resume=True)
     train(tiny(), tmp_path / "whole")

@@ -510,7 +510,7 @@ def test_the_best_checkpoint_is_chosen_without_the_test_tasks(tmp_path, monkeypa
     monkeypatch.setattr("metaplug.experiments.runs.training.build", built)
     with pytest.raises(RunError, match=r"^the test tasks were read$"):
         runs.train(tiny(), tmp_path / "broken")
-    for name in ("best.pt", "last.pt", "metrics.jsonl"):
+    for name in ("best.safetensors", "last.safetensors", "metrics.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (
             tmp_path / "broken" / name
         ).read_bytes(), name
@@ -544,7 +544,7 @@ def test_a_run_says_it_everywhere(tmp_path):
 def test_a_resumed_run_knows_it_too(tmp_path):
     assert runs.train(tiny(), tmp_path / "run", stop=lambda: True) is None
     assert runs.train(tiny(), tmp_path / "run", resume=True) is not None
-    loaded = runs.load(tmp_path / "run" / "last.pt")
+    loaded = runs.load(tmp_path / "run" / "last.safetensors")
     assert loaded.learner.trained_on == TrainedOn().and_by(loaded.tasks.train)
 
 

@@ -12,7 +12,7 @@ from metaplug_plugins.derivative_order import DerivativeOrder
 from metaplug_plugins.gradient_sharing import GradientSharing
 from metaplug_plugins.multi_step_loss import MultiStepLoss
 
-from metaplug import MetaLearner, RequestError, RunError
+from metaplug import MetaLearner, RequestError, RunError, checkpoint
 from metaplug.bench.meters import torch_memory
 from metaplug.bench.workloads import Workload
 from metaplug.checks.prepare_batch import Intake
@@ -661,7 +661,7 @@ class TestOnTheCommandLine:
             "metaplug: iteration 3 ran out of memory on cpu with 8 tasks of 2 inner steps; it updated nothing: "
             "use runtime.checkpoint_steps=1, or runtime.chunk_size=4"
         )
-        assert torch.load("runs/mine/last.pt", weights_only=True)["iteration"] == 2
+        assert checkpoint.read(Path("runs/mine/last.safetensors"))["iteration"] == 2
         assert len(Path("runs/mine/metrics.jsonl").read_text().splitlines()) == 3
 
 

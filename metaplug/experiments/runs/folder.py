@@ -3,7 +3,7 @@
 What a crash at any moment leaves is a run to resume, as everything that a checkpoint counts on is on the disk before it, and everything
 that is there beyond the checkpoint is cut away:
 
-    config.yaml, run.json, metrics.jsonl (empty)  →  lines of metrics  →  best.pt  →  last.pt  →  …  →  summary.json
+    config.yaml, run.json, metrics.jsonl (empty)  →  lines of metrics  →  best.safetensors  →  last.safetensors  →  …  →  summary.json
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ from __future__ import annotations
 CONFIG, METRICS, LAST, BEST, SUMMARY = (
     "config.yaml",
     "metrics.jsonl",
-    "last.pt",
-    "best.pt",
+    "last.safetensors",
+    "best.safetensors",
     "summary.json",
 )
 """The files of a run. The last is written last: a run that has it is finished."""

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from metaplug import checkpoint
-from metaplug.checkpoint.form import naming
-from metaplug.checkpoint.state import rehearse
+from metaplug.checkpoint import naming, rehearse
 from metaplug.contract.presets import YAML_ENDINGS
 from metaplug.errors import RequestError, RunError, one_line, quoted
 from metaplug.execution.ranks import ALONE, World

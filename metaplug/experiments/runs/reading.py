@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, TypeAdapter, ValidationError
 
-from metaplug.checkpoint.form import Count
+from metaplug.checkpoint import Count
 from metaplug.errors import RunError, one_line
 from metaplug.experiments.runs.layout import BEST, METRICS, SUMMARY
 from metaplug.tasks.reading import no_number

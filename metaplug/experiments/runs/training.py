@@ -221,7 +221,7 @@ def _begin(folder: RunFolder, experiment: Experiment) -> _Run:
     """A new run, or the one in the folder from its last checkpoint on, with what came after that cut away."""
     learner = experiment.learner
     learner.world.from_main(
-        lambda: checkpoint.storable(folder.path / LAST, learner.state_dict())
+        lambda: checkpoint.check_writable(folder.path / LAST, learner.state_dict())
     )  # refused now, not after hours
     found = learner.world.from_main(lambda: folder.begin(experiment.config))
     if found is None:
