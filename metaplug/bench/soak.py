@@ -20,7 +20,7 @@ from metaplug.bench.process import open_files, resident_mib, threads
 from metaplug.bench.soak_workloads import SOAKS
 from metaplug.errors import RequestError, unknown
 from metaplug.evaluation.history import Record
-from metaplug.experiments.experiment import Experiment
+from metaplug.experiments.build import Experiment
 from metaplug.experiments.runs import train
 
 WARM_UP = 0.1

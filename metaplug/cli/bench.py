@@ -219,7 +219,7 @@ def _bench_steps(
 ) -> None:
     from metaplug.bench import WORKLOADS, as_json_values, run
     from metaplug.bench.workloads import ONLY_BY_NAME_ON_A_CPU
-    from metaplug.experiments.experiment import to_json
+    from metaplug.experiments.json_values import to_json
     from metaplug.report.bench import bench_table
 
     rows = run(
@@ -242,7 +242,7 @@ def _bench_steps(
 
 def _bench_scaling(meter: Meter, repeats: int, plot: Path | None, as_json: bool) -> None:
     from metaplug.bench.scaling import MOST_MIB, as_json_values, run
-    from metaplug.experiments.experiment import to_json
+    from metaplug.experiments.json_values import to_json
     from metaplug.report.bench import scaling_table
     from metaplug.report.scaling import scaling_figure
 
@@ -276,7 +276,7 @@ def _bench_drawing(repeats: int, threads: int, as_json: bool) -> None:
     from dataclasses import asdict
 
     from metaplug.bench.drawing import run
-    from metaplug.experiments.experiment import to_json
+    from metaplug.experiments.json_values import to_json
     from metaplug.report.bench import drawing_table
 
     rows = run(repeats=repeats)
@@ -302,7 +302,7 @@ def _bench_soak(
     from metaplug.bench.soak import as_json_values, check_workloads, run
     from metaplug.bench.soak_workloads import SOAKS
     from metaplug.errors import RunError
-    from metaplug.experiments.experiment import to_json
+    from metaplug.experiments.json_values import to_json
     from metaplug.report.bench import soak_table
     from metaplug.report.soak import soak_figure
     from metaplug.report.terminal import TrainingProgress

@@ -14,8 +14,8 @@ from metaplug.errors import RequestError
 from metaplug.report.console import CONSOLE, emit, line
 
 if TYPE_CHECKING:
+    from metaplug.experiments.build import Experiment
     from metaplug.experiments.comparison import Comparison
-    from metaplug.experiments.experiment import Experiment
 
 _COMPARE_EXAMPLES = """**Examples**
 
@@ -85,7 +85,7 @@ def compare(
     from metaplug.contract.presets import parse_variant
     from metaplug.experiments.comparison import Variant, to_values
     from metaplug.experiments.comparison import compare as compare_variants
-    from metaplug.experiments.experiment import to_json
+    from metaplug.experiments.json_values import to_json
     from metaplug.report.terminal import TrainingProgress, comparison_report, show_memory
 
     for text in sets or ():
@@ -161,7 +161,7 @@ def _write_folder(comparison: Comparison, report: Any, out: Path) -> None:
 
 
 def _write_json(values: Any, path: Path) -> None:
-    from metaplug.experiments.experiment import to_json
+    from metaplug.experiments.json_values import to_json
     from metaplug.files import replacing
 
     with replacing(path) as file:

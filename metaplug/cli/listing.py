@@ -90,7 +90,7 @@ def plugins(
     as_json: Json = False,
 ) -> None:
     """List what is installed: plugins, the presets that are made of them, and models; or show one of them in full."""
-    from metaplug.experiments.experiment import to_json
+    from metaplug.experiments.json_values import to_json
     from metaplug.report.catalogue import entries
     from metaplug.report.terminal import catalogue_page, catalogue_table
 
@@ -171,7 +171,7 @@ def tasks(
 ) -> None:
     """List the task sources; or show one of them, with the classes and images of its splits, and draw one of its tasks."""
     from metaplug.experiments.configuration import ExperimentConfig, TaskSettings
-    from metaplug.experiments.experiment import to_json
+    from metaplug.experiments.json_values import to_json
     from metaplug.report.catalogue import entries
     from metaplug.report.terminal import catalogue_page, catalogue_table, values_table
 
@@ -211,8 +211,8 @@ def tasks(
 def _describe(source: str, whole: str, given: dict[str, Any]) -> dict[str, Any] | None:
     """The data of a source; None for one that needs an argument and has none."""
     from metaplug.contract import registry
+    from metaplug.experiments.build import build_tasks
     from metaplug.experiments.configuration import ExperimentConfig, TaskSettings
-    from metaplug.experiments.experiment import build_tasks
 
     if registry.load("task source", source).argument is not None and whole == source:
         return None
@@ -228,7 +228,7 @@ def _describe(source: str, whole: str, given: dict[str, Any]) -> dict[str, Any] 
 
 def _draw(config: ExperimentConfig, split: str, path: Path) -> None:
     """The first task of a split as a picture."""
-    from metaplug.experiments.experiment import build_tasks, task_form
+    from metaplug.experiments.build import build_tasks, task_form
     from metaplug.report.episodes import episode_figure
 
     batch = getattr(build_tasks(config), split).batch(0, [0])

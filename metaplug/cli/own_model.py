@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from metaplug.report.console import line
 
 if TYPE_CHECKING:
-    from metaplug.experiments.experiment import Experiment
+    from metaplug.experiments.build import Experiment
 
 
 def say_model(experiment: Experiment, before: str = "") -> None:

@@ -17,8 +17,8 @@ from metaplug.errors import RequestError, RunError
 from metaplug.report.console import CONSOLE, line
 
 if TYPE_CHECKING:
+    from metaplug.experiments.build import Experiment
     from metaplug.experiments.configuration import ExperimentConfig
-    from metaplug.experiments.experiment import Experiment
 
 _TRAIN_EXAMPLES = """**Examples**
 
@@ -188,7 +188,7 @@ def _report_repetition(source: Path, folder: Path) -> None:
 
 def _default_name(config: ExperimentConfig) -> str:
     """A name that says what the run is, and that the same options give again."""
-    from metaplug.experiments.experiment import task_form
+    from metaplug.experiments.build import task_form
 
     plugins = [use.name or use.plugin for use in config.plugins]
     source, _, argument = config.tasks.source.partition(":")

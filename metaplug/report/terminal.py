@@ -24,9 +24,9 @@ from rich.text import Text
 from metaplug.contract.hookspecs import KINDS
 from metaplug.evaluation.history import Record
 from metaplug.evaluation.results import EvaluationResult, training_classes_text, transductive_text
+from metaplug.experiments.build import Experiment, task_form
 from metaplug.experiments.comparison import Acceleration, Comparison
 from metaplug.experiments.configuration import Resolved, flatten
-from metaplug.experiments.experiment import Experiment, task_form
 from metaplug.report.catalogue import Entry, plain
 from metaplug.report.console import line, new_table
 

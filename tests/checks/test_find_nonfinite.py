@@ -23,7 +23,7 @@ from metaplug import MetaLearner, Plugin, RequestError, RunError, TaskBatch, che
 from metaplug.errors import RankError
 from metaplug.execution.engine import SKIPS_IN_A_ROW
 from metaplug.execution.traced import CompiledDerivation
-from metaplug.experiments.experiment import build
+from metaplug.experiments.build import build
 from metaplug.experiments.runs import read_metrics, train
 from metaplug.report.figures import run_figure
 from metaplug.report.terminal import TrainingProgress, skipped_line

@@ -17,8 +17,9 @@ from torch import nn
 from metaplug import MetaLearner, RequestError, RunError
 from metaplug.evaluation.results import EvaluationResult
 from metaplug.experiments import runs
+from metaplug.experiments.build import build
 from metaplug.experiments.configuration import ExperimentConfig
-from metaplug.experiments.experiment import build, result_values, to_json
+from metaplug.experiments.json_values import result_values, to_json
 from metaplug.report.terminal import result_line, statements
 from metaplug.tasks import ArrayTasks, Harmonic, Sinusoid, Tabular
 from metaplug.tasks.identities import TrainedOn, digest

@@ -15,8 +15,8 @@ from support.tiny_runs import assert_same, assert_same_run, stop_after, tiny
 from metaplug import MetaLearner, RequestError, RunError, checkpoint, files
 from metaplug.evaluation.history import Record
 from metaplug.experiments import experiment
+from metaplug.experiments.build import build, task_form
 from metaplug.experiments.configuration import ExperimentConfig, to_yaml
-from metaplug.experiments.experiment import build, task_form
 from metaplug.experiments.runs import load, read_metrics, train
 from metaplug.experiments.runs.folder import RunFolder
 from metaplug.experiments.runs.sessions import read_sessions

@@ -415,7 +415,7 @@ def test_on_a_full_disk_a_run_stops_in_one_line_and_goes_on_with_room(
         assert_same_run(commanded, folder)
 
 
-@pytest.mark.parametrize("most", [400, 9000])
+@pytest.mark.parametrize("most", [400, 4000])
 def test_a_file_that_may_not_grow_stops_a_run_in_one_line(
     commanded: Path, tmp_path: Path, most: int
 ) -> None:

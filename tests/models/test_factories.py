@@ -17,8 +17,8 @@ from torch import nn
 from metaplug import MetaLearner, TaskBatch
 from metaplug.cli.main import main
 from metaplug.errors import RequestError, RunError
+from metaplug.experiments.build import build
 from metaplug.experiments.configuration import ExperimentConfig
-from metaplug.experiments.experiment import build
 from metaplug.experiments.runs import load, train
 from metaplug.models import Conv4
 from metaplug.models.factories import make_model
@@ -223,7 +223,7 @@ def test_so_it_is_for_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, w
     config = images(tmp_path, "conv4", filters=4)
     build(config)
     monkeypatch.setattr(
-        "metaplug.experiments.experiment.make_model",
+        "metaplug.experiments.build.make_model",
         lambda *_: Conv4((3, 32, 32), width, filters=4),
     )
     assert refusal(lambda: build(config)) == (
@@ -248,7 +248,7 @@ def test_the_trial_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     model.eval().drop.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     stream = torch.random.get_rng_state()
-    monkeypatch.setattr("metaplug.experiments.experiment.make_model", lambda *_: model)
+    monkeypatch.setattr("metaplug.experiments.build.make_model", lambda *_: model)
     build(sinusoid("any:thing"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), stream)
