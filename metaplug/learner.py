@@ -10,7 +10,6 @@ from typing import Any, Literal, NoReturn, get_args
 from torch import Tensor, nn
 
 from metaplug import checkpoint
-from metaplug.checkpoint.state import give_state, load, state_of
 from metaplug.checks.model import check_loss, check_model
 from metaplug.checks.prepare_batch import PrepareBatch
 from metaplug.contract.chain import Chain
@@ -349,7 +348,7 @@ class MetaLearner:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that training goes on from: tensors and plain values only."""
-        return state_of(self)
+        return checkpoint.state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any], origin: str = "the state") -> None:
         """Go on from a state of the same model and plugins.
@@ -358,7 +357,7 @@ class MetaLearner:
             RunError: the state belongs to another model or to other plugins; `origin` is named,
                 nothing was loaded.
         """
-        give_state(self, state, origin)
+        checkpoint.give_state(self, state, origin)
 
     def save(self, path: str | Path) -> None:
         """Write the state to a file, atomically."""
@@ -386,7 +385,7 @@ class MetaLearner:
             RunError: the file is missing, damaged, or of another model or version.
             RequestError: something is needed that the file cannot hold; it is named.
         """
-        return load(cls, path, model=model, plugins=plugins, loss=loss, world=world)
+        return checkpoint.load(cls, path, model=model, plugins=plugins, loss=loss, world=world)
 
     def __reduce__(self) -> NoReturn:
         raise RequestError(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from metaplug_plugins.gradient_clipping import GradientClipping
 from metaplug_plugins.gradient_sharing import GradientSharing
+from safetensors.torch import save_file
 from torch import nn
 
 from metaplug import (
@@ -21,7 +22,7 @@ from metaplug import (
     TaskBatch,
     hookimpl,
 )
-from metaplug.checkpoint import FORMAT
+from metaplug.checkpoint import FORMAT, packed
 from metaplug.evaluation.results import EvaluationResult, score
 from metaplug.execution.engine import MetaStep
 from metaplug.testing import Stream, assert_close, problem, regression
@@ -312,9 +313,9 @@ def own(loss=None):
 def test_a_saved_learner_goes_on_bit_for_bit(tmp_path):
     learner = own()
     learner.fit(TRAIN, iterations=2)
-    learner.save(tmp_path / "learner.pt")
+    learner.save(tmp_path / "learner.safetensors")
     loaded = MetaLearner.load(
-        tmp_path / "learner.pt",
+        tmp_path / "learner.safetensors",
         model=Body(),
         plugins=[Decay(start=0.7), GradientSharing(name="share")],
     )
@@ -326,7 +327,7 @@ def test_a_saved_learner_goes_on_bit_for_bit(tmp_path):
     assert states_equal(learner.state_dict(), loaded.state_dict())
     assert [record.step for record in one.records] == [record.step for record in other.records]
     assert torch.equal(one.best[1].per_task, other.best[1].per_task)
-    assert [path.name for path in tmp_path.iterdir()] == ["learner.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["learner.safetensors"]
 
 
 def test_installed_parts_are_rebuilt_from_the_file(tmp_path):
@@ -345,8 +346,8 @@ def test_installed_parts_are_rebuilt_from_the_file(tmp_path):
         **settings,
     )
     learner.fit(TRAIN, iterations=1)
-    learner.save(tmp_path / "learner.pt")
-    loaded = MetaLearner.load(tmp_path / "learner.pt", model=problem(seed=1).model)
+    learner.save(tmp_path / "learner.safetensors")
+    loaded = MetaLearner.load(tmp_path / "learner.safetensors", model=problem(seed=1).model)
     assert [plugin.name for plugin in loaded.chain.plugins] == [
         "derivative-order",
         "gradient-sharing",
@@ -367,7 +368,7 @@ def message(action, error=RunError):
 
 
 def test_what_a_file_cannot_hold_is_asked_for(tmp_path):
-    path = tmp_path / "learner.pt"
+    path = tmp_path / "learner.safetensors"
     own().save(path)
     assert message(lambda: MetaLearner.load(path), RequestError) == (
         f"{path} holds the weights of a model of your own, which a file cannot build: give it as MetaLearner.load(..., model=...)"
@@ -382,7 +383,7 @@ def test_what_a_file_cannot_hold_is_asked_for(tmp_path):
 
 
 def test_a_file_of_another_model_or_of_other_plugins_is_refused_and_nothing_is_loaded(tmp_path):
-    path = tmp_path / "learner.pt"
+    path = tmp_path / "learner.safetensors"
     learner = problem().learner(plugins=[GradientSharing()])
     learner.fit(TRAIN, iterations=1)
     learner.save(path)
@@ -409,13 +410,13 @@ def test_a_file_of_another_model_or_of_other_plugins_is_refused_and_nothing_is_l
     longer = problem(steps=3).learner(plugins=[GradientSharing()])
     assert message(lambda: longer.load_state_dict(learner.state_dict())) == (
         "the state has another form of plugin 'gradient-sharing': 'gate' is (2, 1) there and (3, 1) here; "
-        "use the plugin and the model as they were"
+        "use it as it was"
     )
     assert states_equal(before, finer.state_dict())
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):
-    path = tmp_path / "learner.pt"
+    path = tmp_path / "learner.safetensors"
     assert (
         message(lambda: MetaLearner.load(path))
         == f"there is no checkpoint {path}: train first, or give another path"
@@ -435,11 +436,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
             f"{re.escape(str(path))} is not a whole metaplug checkpoint \\(.*\\): use another one of the run",
             text,
         )
-    torch.save({"weights": torch.zeros(2)}, path)
+    save_file({"weights": torch.zeros(2)}, path)
     assert message(lambda: MetaLearner.load(path)) == (
         f"{path} is not a metaplug checkpoint: give a file that MetaLearner.save or `metaplug train` wrote"
     )
-    torch.save({"format": FORMAT + 1}, path)
+    path.write_bytes(b"".join(packed(own().state_dict(), FORMAT + 1)))
     assert message(lambda: MetaLearner.load(path)) == (
         f"{path} has layout {FORMAT + 1}, this metaplug reads {FORMAT}: use the version of metaplug that wrote it"
     )
@@ -457,33 +458,32 @@ class Bomb:
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_code_in_a_file_is_refused_and_not_executed(tmp_path, plain):
-    path, mark = tmp_path / "learner.pt", tmp_path / "mark"
-    state = {"format": FORMAT, **own().state_dict(), "kind": Bomb(mark)}
+    path, mark = tmp_path / "learner.safetensors", tmp_path / "mark"
+    state = {"format": 2, **own().state_dict(), "kind": Bomb(mark)}
     if plain:
         path.write_bytes(pickle.dumps(state))
     else:
         torch.save(state, path)
     text = message(lambda: MetaLearner.load(path, model=Body()))
-    assert text.startswith(f"{path} is not a whole metaplug checkpoint (")
+    assert text.startswith(f"{path} is {'not a whole metaplug checkpoint' if plain else 'of torch.save'} (")
     assert not mark.exists()
 
 
 def test_a_failed_write_leaves_the_older_file(tmp_path, monkeypatch):
-    path = tmp_path / "learner.pt"
+    path = tmp_path / "learner.safetensors"
     learner = own()
     learner.save(path)
     before = path.read_bytes()
 
-    def full(state, file, **given):
-        file.write(b"half")
-        raise OSError("No space left on device")
+    def full(file):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr("os.fsync", full)
     text = message(lambda: learner.save(path))
     assert f"{path}: No space left on device; the one that stood there is untouched" in text
     assert path.read_bytes() == before
-    assert [each.name for each in tmp_path.iterdir()] == ["learner.pt"]
-    assert "cannot write" in message(lambda: learner.save(tmp_path / "nowhere" / "learner.pt"))
+    assert [each.name for each in tmp_path.iterdir()] == ["learner.safetensors"]
+    assert "cannot write" in message(lambda: learner.save(tmp_path / "nowhere" / "learner.safetensors"))
 
 
 # What stops a run.

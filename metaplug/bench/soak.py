@@ -19,7 +19,7 @@ from metaplug.bench.process import open_files, resident_mib, threads
 from metaplug.bench.soak_workloads import SOAKS
 from metaplug.errors import RequestError
 from metaplug.evaluation.history import Record
-from metaplug.experiments.experiment import Experiment
+from metaplug.experiments.build import Experiment
 from metaplug.experiments.runs import train
 
 WARM_UP = 0.1

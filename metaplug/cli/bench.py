@@ -204,7 +204,7 @@ def _show(
     values: dict[str, Any], table: Callable[[], RenderableType], header: str, *, as_json: bool
 ) -> None:
     """Give programs the values, or people the table below what it was measured on."""
-    from metaplug.experiments.experiment import to_json
+    from metaplug.experiments.json_values import to_json
 
     if as_json:
         emit(to_json(values, indent=2))

@@ -15,8 +15,8 @@ from metaplug.report.console import CONSOLE, emit, line
 
 if TYPE_CHECKING:
     from metaplug.evaluation.history import Record
+    from metaplug.experiments.build import Experiment
     from metaplug.experiments.comparison import Variant
-    from metaplug.experiments.experiment import Experiment
 
 _option = partial(typer.Option, rich_help_panel="Comparison")
 
@@ -63,7 +63,7 @@ def compare(
 
     from metaplug.experiments.comparison import compare as compare_variants
     from metaplug.experiments.comparison import to_values
-    from metaplug.experiments.experiment import to_json
+    from metaplug.experiments.json_values import to_json
     from metaplug.files import replacing
     from metaplug.report.comparison import comparison_report
     from metaplug.report.figures import comparison_figure

@@ -50,7 +50,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a trained run on tasks that it has not seen, by the weights that validated best."""
-    from metaplug.experiments.experiment import environment, result_values, to_json
+    from metaplug.experiments.json_values import environment, result_values, to_json
     from metaplug.experiments.runs import load
     from metaplug.experiments.runs.layout import SUMMARY
     from metaplug.report.terminal import result_line, show_model_factory, statements

@@ -57,7 +57,7 @@ def plugins(
     as_json: options.Json = False,
 ) -> None:
     """List what is installed: plugins, presets and models; or show one of them in full."""
-    from metaplug.experiments.experiment import to_json
+    from metaplug.experiments.json_values import to_json
     from metaplug.report.catalogue import entries
     from metaplug.report.tables import catalogue_page, catalogue_table
 
@@ -108,7 +108,7 @@ def tasks(
 ) -> None:
     """List the task sources; or show one, with the classes of its splits, and draw a task."""
     from metaplug.experiments.configuration import ExperimentConfig, TaskSettings
-    from metaplug.experiments.experiment import to_json
+    from metaplug.experiments.json_values import to_json
     from metaplug.report.catalogue import entries
     from metaplug.report.tables import catalogue_page, catalogue_table, values_table
 
@@ -148,8 +148,8 @@ def tasks(
 def _describe(source: str, task: TaskSettings) -> dict[str, Any] | None:
     """Describe the data of a source; None for one that needs an argument and has none."""
     from metaplug.contract import registry
+    from metaplug.experiments.build import build_tasks
     from metaplug.experiments.configuration import ExperimentConfig
-    from metaplug.experiments.experiment import build_tasks
 
     if registry.load("task source", source).argument is not None and task.source == source:
         return None
@@ -161,7 +161,7 @@ def _describe(source: str, task: TaskSettings) -> dict[str, Any] | None:
 
 def _draw(config: ExperimentConfig, split: str, path: Path) -> None:
     """Draw the first task of a split."""
-    from metaplug.experiments.experiment import build_tasks, task_form
+    from metaplug.experiments.build import build_tasks, task_form
     from metaplug.report.episodes import episode_figure
 
     batch = getattr(build_tasks(config), split).batch(0, [0])

@@ -17,8 +17,9 @@ from metaplug.errors import RequestError, RunError
 from metaplug.report.console import CONSOLE, line, warn
 
 if TYPE_CHECKING:
+    from metaplug.evaluation.history import Record
+    from metaplug.experiments.build import Experiment
     from metaplug.experiments.configuration import ExperimentConfig
-    from metaplug.experiments.experiment import Experiment
 
 _option = partial(typer.Option, rich_help_panel=options.RUN)
 
@@ -155,7 +156,7 @@ def _report_repetition(source: Path, folder: Path) -> None:
 
 def _default_name(config: ExperimentConfig) -> str:
     """Name a run after its options: the same options give the same name."""
-    from metaplug.experiments.experiment import task_form
+    from metaplug.experiments.build import task_form
 
     source, _, argument = config.tasks.source.partition(":")
     algorithm = "+".join([config.algorithm, *(use.name or use.plugin for use in config.plugins)])

@@ -15,14 +15,9 @@ import torch
 from metaplug.errors import MetaplugError, RequestError
 from metaplug.evaluation.history import Record
 from metaplug.evaluation.results import EvaluationResult, Metric, better, metric_of
+from metaplug.experiments.build import Experiment, build, build_tasks
 from metaplug.experiments.configuration import ExperimentConfig, flatten
-from metaplug.experiments.experiment import (
-    Experiment,
-    build,
-    build_tasks,
-    environment,
-    result_values,
-)
+from metaplug.experiments.json_values import environment, result_values
 from metaplug.tasks.sources import TaskSource
 
 LEAST_VALIDATION_TASKS = 200

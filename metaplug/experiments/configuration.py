@@ -1,4 +1,4 @@
-"""The experiment as pydantic models: YAML and options in, one resolved configuration out, with the origin of every value."""
+"""An experiment as pydantic models: YAML and options become one configuration with known origins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field
@@ -15,6 +15,10 @@ from metaplug.contract.presets import YAML_ENDINGS, PluginUse, Preset, find_pres
 from metaplug.errors import RequestError, did_you_mean
 from metaplug.execution.settings import LearnerSettings, NonFinite
 from metaplug.settings import Settings, validated
+from metaplug.yaml_text import parse_yaml
+
+AtLeastOne = Annotated[int, Field(ge=1)]
+UpTo1000 = Annotated[int, Field(ge=1, le=1000)]
 
 
 class ModelSettings(Settings):
@@ -24,8 +28,7 @@ class ModelSettings(Settings):
         "conv4", description="A model's entry-point name, MODULE:FACTORY, or torchvision:NAME."
     )
     settings: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Fields of the model's Config, or arguments of its factory.",
+        {}, description="Fields of the model's Config, or arguments of its factory."
     )
 
 
@@ -37,41 +40,35 @@ class TaskSettings(Settings):
         description="A task source's entry-point name, with its argument behind a colon: folder:PATH.",
     )
     ways: int = Field(5, ge=2, le=1000, description="Classes in a task (classification).")
-    shots: int = Field(
+    shots: UpTo1000 = Field(
         1,
-        ge=1,
-        le=1000,
         description="Support examples of each class (classification) or of the task (regression).",
     )
-    queries: int = Field(
-        5,
-        ge=1,
-        le=1000,
-        description="Query examples of each class (classification) or of the task (regression).",
+    queries: UpTo1000 = Field(
+        5, description="Query examples of each class (classification) or of the task (regression)."
     )
-    settings: dict[str, Any] = Field(
-        default_factory=dict, description="Fields of the task source's Config."
-    )
+    settings: dict[str, Any] = Field({}, description="Fields of the task source's Config.")
 
 
 class TrainingSettings(Settings):
     """How long meta-training runs, and what is measured on the way."""
 
-    iterations: int = Field(400, ge=1, description="Meta-iterations.")
-    tasks_per_batch: int = Field(8, ge=1, description="Tasks in a meta-batch.")
-    validate_every: int = Field(25, ge=1, description="Iterations between two validations.")
+    iterations: AtLeastOne = Field(400, description="Meta-iterations.")
+    tasks_per_batch: AtLeastOne = Field(8, description="Tasks in a meta-batch.")
+    validate_every: AtLeastOne = Field(25, description="Iterations between two validations.")
     validation_tasks: int = Field(
         200, ge=2, description="Validation tasks, the same at every validation."
     )
     test_tasks: int = Field(600, ge=2, description="Test tasks at the end.")
     non_finite: NonFinite = Field(
         "stop",
-        description="What NaN or Inf does: stop the run, or skip the batch, which is counted; ten in a row stop it all the same.",
+        description="What NaN or Inf does: stop the run, or skip the batch, which is counted; "
+        "ten in a row stop it all the same.",
     )
 
 
 class RuntimeSettings(Settings):
-    """How a step is computed: the same numbers up to rounding. How coarsely is rounded, `precision` says; nothing else here does."""
+    """How a step is computed: the same numbers up to rounding, which only `precision` coarsens."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     task_batching: Literal["auto", "vectorized", "sequential"] = Field(
@@ -80,12 +77,14 @@ class RuntimeSettings(Settings):
     checkpoint_steps: int | None = Field(
         None,
         ge=1,
-        description="Inner steps whose graph is kept at a time, the others' being made again; null keeps all: more memory.",
+        description="Inner steps whose graph is kept at a time, the others' being recomputed; "
+        "null keeps all: more memory.",
     )
     chunk_size: int | None = Field(
         None,
         ge=1,
-        description="Tasks that are computed together, for plugins that do not couple tasks; null takes all of a batch at once.",
+        description="Tasks that are computed together, for plugins that do not couple tasks; "
+        "null takes all of a batch at once.",
     )
     compile: bool = Field(
         False,
@@ -93,21 +92,25 @@ class RuntimeSettings(Settings):
     )
     capture: Literal[True, False, "auto"] = Field(
         False,
-        description="Replay meta-steps from CUDA graphs; auto: after 10 steps of a form, where it can be had.",
+        description="Replay meta-steps from CUDA graphs; "
+        "auto: after 10 steps of a form, where it can be had.",
     )
     metrics_every: int = Field(
         1,
         ge=1,
         le=10_000,
-        description="Meta-steps after which losses and figures are fetched from the device, so that it need not wait.",
+        description="Meta-steps after which losses and figures are fetched from the device, "
+        "so that it need not wait.",
     )
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
         "float32",
-        description="TF32 off, TF32 on (CUDA), or the model's run in bfloat16; losses and updates stay in float32.",
+        description="TF32 off, TF32 on (CUDA), or the model's run in bfloat16; "
+        "losses and updates stay in float32.",
     )
     deterministic: bool = Field(
         False,
-        description="Only algorithms that give the same bits every time, on CUDA too; an operation without one stops the run.",
+        description="Only algorithms that give the same bits every time, on CUDA too; "
+        "an operation without one stops the run.",
     )
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads; null leaves torch's choice."
@@ -144,9 +147,10 @@ class ExperimentConfig(Settings):
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration, and by dotted path where each value came from: "default", "preset …", "FILE" or "option".
+    """A configuration, and by dotted path where each value came from.
 
-    Settings of plugins, the preset's too, stand as plugins.NAME.FIELD; those that are at their default are left out.
+    An origin is "default", "preset …", "FILE" or "option". Settings of plugins, the preset's too, stand
+    as plugins.NAME.FIELD, without those that are at their default.
     """
 
     config: ExperimentConfig
@@ -154,10 +158,12 @@ class Resolved:
 
 
 def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Resolved:
-    """One configuration from (origin, nested values) pairs, a later one over an earlier; the preset's defaults lie under all of them.
+    """One configuration from (origin, nested values) pairs, each over those before it.
+
+    The preset's defaults lie under all of them.
 
     Raises:
-        RequestError: an unknown field or preset, or a value out of bounds, each named with its origin.
+        RequestError: an unknown field or preset, or a value out of bounds; names each origin.
     """
     values: dict[str, Any] = {}
     layers = [(origin, _with_whole_preset(layer, origin)) for origin, layer in layers]
@@ -165,43 +171,36 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Resolved:
         validated(ExperimentConfig, layer, origin)
         values = merge(values, layer)
     preset = find_preset(values.get("preset", ExperimentConfig.model_fields["preset"].default))
-    stack = [(f"preset {preset.name}", preset.defaults), *layers]
     validated(ExperimentConfig, preset.defaults, f"the defaults of preset {preset.name}")
     config = validated(ExperimentConfig, merge(preset.defaults, values), "configuration")
     origins = dict.fromkeys(flatten(config.model_dump(mode="json")), "default")
-    for origin, layer in stack:
-        origins.update(
-            (path, origin)
-            for path in origins
-            if any(path == given or path.startswith(f"{given}.") for given in flatten(layer))
-        )
-    listed = [(f"preset {preset.name}", preset.plugins)]
-    listed += [
-        (origin, ExperimentConfig.model_validate(layer).plugins)
-        for origin, layer in layers
-        if "plugins" in layer
-    ]
-    origins["preset"] = next(
-        (origin for origin, layer in reversed(layers) if "preset" in layer), "default"
-    )
+    listed: list[tuple[str, Sequence[PluginUse]]] = [(f"preset {preset.name}", preset.plugins)]
+    for origin, layer in [(f"preset {preset.name}", preset.defaults), *layers]:
+        for given in flatten(layer):
+            for path in origins:
+                if path == given or path.startswith(f"{given}."):
+                    origins[path] = origin
+    for origin, layer in layers:
+        if "preset" in layer:
+            origins["preset"] = origin
+        if "plugins" in layer:
+            listed.append((origin, ExperimentConfig.model_validate(layer).plugins))
     return Resolved(config, {**origins, **_plugin_origins(listed)})
 
 
 def _with_whole_preset(layer: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
-    """The layer with a preset of one's own, written out or in a file, as a Preset, so that a run's configuration is whole in itself."""
+    """The layer with a preset of one's own as a Preset, so a run's configuration is whole in itself."""
     preset = layer.get("preset")
     if isinstance(preset, Mapping):
-        return {
-            **layer,
-            "preset": validated(Preset, {"name": Path(origin).stem, **preset}, f"{origin}, preset"),
-        }
+        named = {"name": Path(origin).stem, **preset}
+        return {**layer, "preset": validated(Preset, named, f"{origin}, preset")}
     if isinstance(preset, str) and preset.endswith(YAML_ENDINGS):
         return {**layer, "preset": find_preset(preset)}
     return layer
 
 
 def _plugin_origins(listed: Sequence[tuple[str, Sequence[PluginUse]]]) -> dict[str, str]:
-    """Where every setting of a plugin came from, from the lists that stand over each other. A later list repeats what it extends."""
+    """Where every setting of a plugin came from; a later list repeats what it extends."""
     origins: dict[str, str] = {}
     seen: dict[str, Any] = {}
     for origin, uses in listed:
@@ -214,7 +213,7 @@ def _plugin_origins(listed: Sequence[tuple[str, Sequence[PluginUse]]]) -> dict[s
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`under` with every value of `over` put in its place; nested mappings are merged, everything else is replaced."""
+    """`under` with the values of `over` in their places; nested mappings are merged."""
     merged = {**under, **over}
     for key in under.keys() & over.keys():
         below, above = under[key], over[key]
@@ -235,18 +234,14 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def assign(values: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """`values` with `value` at a dotted path. An entry of the list of plugins is found by its name, or its plugin's."""
+    """`values` with `value` at a dotted path; an entry of plugins is found by its name."""
     head, _, rest = path.partition(".")
     if head == "plugins" and rest:
-        return {
-            **values,
-            "plugins": _assign_plugin(list(values.get("plugins", ())), rest, value, path),
-        }
-    inside = values.get(head, {})
-    return {
-        **values,
-        head: assign(inside if isinstance(inside, Mapping) else {}, rest, value) if rest else value,
-    }
+        value = _assign_plugin(list(values.get("plugins", ())), rest, value, path)
+    elif rest:
+        inside = values.get(head, {})
+        value = assign(inside if isinstance(inside, Mapping) else {}, rest, value)
+    return {**values, head: value}
 
 
 def _assign_plugin(uses: list[Any], path: str, value: Any, whole: str) -> list[Any]:
@@ -259,19 +254,23 @@ def _assign_plugin(uses: list[Any], path: str, value: Any, whole: str) -> list[A
     ]
     known = [entry.get("name") or entry["plugin"] for entry in entries]
     if name not in known or not field:
-        raise RequestError(
-            f"'{whole}' is no setting of a listed plugin ({did_you_mean(name, known)}): write plugins.NAME.field, or add it by --with"
-        )
-    index = known.index(name)
-    entries[index] = {
-        **entries[index],
-        "settings": {**(entries[index].get("settings") or {}), field: value},
-    }
+        fault = f"'{whole}' is no setting of a listed plugin ({did_you_mean(name, known)})"
+        raise RequestError(f"{fault}: write plugins.NAME.field, or add it by --with")
+    entry = entries[known.index(name)]
+    entry["settings"] = {**(entry.get("settings") or {}), field: value}
     return entries
 
 
 def to_yaml(config: ExperimentConfig) -> str:
-    """The configuration as YAML that `read_yaml` reads back to an equal one."""
-    return yaml.safe_dump(
-        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=sys.maxsize
-    )
+    """The configuration as YAML that `from_yaml` reads back to an equal one."""
+    values = config.model_dump(mode="json")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=sys.maxsize)
+
+
+def from_yaml(text: str, origin: str) -> ExperimentConfig:
+    """The configuration in a text, which `origin` names in errors.
+
+    Raises:
+        RequestError: it is none.
+    """
+    return validated(ExperimentConfig, parse_yaml(text, origin), origin)

@@ -21,7 +21,7 @@ from metaplug.evaluation.history import Record
 from metaplug.evaluation.results import training_classes_text, transductive_text
 from metaplug.execution.free_memory import size_text
 from metaplug.execution.memory import peak_memory, reset_peak_memory
-from metaplug.experiments.experiment import Experiment, task_form
+from metaplug.experiments.build import Experiment, task_form
 from metaplug.models.factories import origin_of
 from metaplug.report.console import line
 

@@ -23,7 +23,7 @@ from metaplug import MetaLearner, Plugin, RequestError, RunError, TaskBatch, che
 from metaplug.errors import RankError
 from metaplug.execution.engine import SKIPS_IN_A_ROW
 from metaplug.execution.traced import CompiledDerivation
-from metaplug.experiments.experiment import build
+from metaplug.experiments.build import build
 from metaplug.experiments.runs import read_metrics, train
 from metaplug.report.figures import run_figure
 from metaplug.report.terminal import TrainingProgress, skipped_line
@@ -691,7 +691,7 @@ def test_a_run_that_stops_keeps_its_last_checkpoint(tmp_path, holed):
     ):
         train(tiny(), tmp_path / "run")
     assert len(read_metrics(tmp_path / "run")) == 6
-    assert checkpoint.read(tmp_path / "run" / "last.pt")["iteration"] == 4
+    assert checkpoint.read(tmp_path / "run" / "last.safetensors")["iteration"] == 4
     holed[:] = []
     train(tiny(), tmp_path / "run", resume=True)
     train(tiny(), tmp_path / "whole")

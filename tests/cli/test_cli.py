@@ -364,10 +364,10 @@ def test_train_writes_a_run(metaplug: Any) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
         *(
             ".lock",
-            "best.pt",
+            "best.safetensors",
             "config.yaml",
             "curves.png",
-            "last.pt",
+            "last.safetensors",
             "metrics.jsonl",
             "run.json",
             "summary.json",
@@ -475,7 +475,7 @@ def test_evaluate(metaplug: Any, trained: Path) -> None:
     )
     other = metaplug(
         "evaluate",
-        str(trained / "last.pt"),
+        str(trained / "last.safetensors"),
         "--split",
         "val",
         "--num-tasks",
@@ -847,7 +847,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(metaplug: Any) -> None:
         == f"metaplug: stopped, with a checkpoint in {folder}: the same command with --resume"
         " goes on"
     )
-    done = MetaLearner.load(folder / "last.pt").iteration
+    done = MetaLearner.load(folder / "last.safetensors").iteration
     assert done == (folder / "metrics.jsonl").read_text().count("\n")
 
     again = metaplug(*command, "--resume")
@@ -856,7 +856,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(metaplug: Any) -> None:
     assert metaplug(*options, "--name", "whole").status == 0
     assert (folder / "metrics.jsonl").read_bytes() == Path("runs/whole/metrics.jsonl").read_bytes()
     one, other = (
-        checkpoint.read(Path("runs") / name / "last.pt")["model"] for name in ("stopped", "whole")
+        checkpoint.read(Path("runs") / name / "last.safetensors")["model"] for name in ("stopped", "whole")
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
 

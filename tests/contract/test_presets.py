@@ -8,8 +8,8 @@ from metaplug import PluginUse, Preset, RequestError
 from metaplug.cli.variants import parse_plugin, parse_variant
 from metaplug.contract import registry
 from metaplug.contract.presets import find_preset
+from metaplug.experiments.build import build
 from metaplug.experiments.configuration import ExperimentConfig, resolve, to_yaml
-from metaplug.experiments.experiment import build
 from metaplug.experiments.runs import load, train
 from metaplug.settings import validated
 from metaplug.testing import Stream, problem

@@ -17,8 +17,9 @@ from torch import nn
 from metaplug import MetaLearner, RequestError, RunError
 from metaplug.evaluation.results import EvaluationResult
 from metaplug.experiments import runs
+from metaplug.experiments.build import build
 from metaplug.experiments.configuration import ExperimentConfig
-from metaplug.experiments.experiment import build, result_values, to_json
+from metaplug.experiments.json_values import result_values, to_json
 from metaplug.report.terminal import result_line, statements
 from metaplug.tasks import ArrayTasks, Harmonic, Sinusoid, Tabular
 from metaplug.tasks.identities import TrainedOn, digest
@@ -510,7 +511,7 @@ def test_the_best_checkpoint_is_chosen_without_the_test_tasks(tmp_path, monkeypa
     monkeypatch.setattr("metaplug.experiments.runs.training.build", built)
     with pytest.raises(RunError, match=r"^the test tasks were read$"):
         runs.train(tiny(), tmp_path / "broken")
-    for name in ("best.pt", "last.pt", "metrics.jsonl"):
+    for name in ("best.safetensors", "last.safetensors", "metrics.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (
             tmp_path / "broken" / name
         ).read_bytes(), name
@@ -544,7 +545,7 @@ def test_a_run_says_it_everywhere(tmp_path):
 def test_a_resumed_run_knows_it_too(tmp_path):
     assert runs.train(tiny(), tmp_path / "run", stop=lambda: True) is None
     assert runs.train(tiny(), tmp_path / "run", resume=True) is not None
-    loaded = runs.load(tmp_path / "run" / "last.pt")
+    loaded = runs.load(tmp_path / "run" / "last.safetensors")
     assert loaded.learner.trained_on == TrainedOn().and_by(loaded.tasks.train)
 
 

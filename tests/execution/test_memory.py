@@ -381,7 +381,7 @@ class TestOnTheCommandLine:
             f"metaplug: iteration 3 ran out of memory on cpu {WORK}: "
             "use runtime.checkpoint_steps=1, or runtime.chunk_size=4"
         )
-        assert checkpoint.read(Path("runs/mine/last.pt"))["iteration"] == 2
+        assert checkpoint.read(Path("runs/mine/last.safetensors"))["iteration"] == 2
         assert len(Path("runs/mine/metrics.jsonl").read_text().splitlines()) == 3
 
 

@@ -665,7 +665,7 @@ def test_a_run_that_lost_a_rank_goes_on_with_another_number_of_ranks(whole, tmp_
     answers = on_ranks(act)
     assert answers[killed] is None
     assert isinstance(answers[1 - killed], RankError)
-    assert checkpoint.read(tmp_path / "run" / "last.pt")["iteration"] == 4
+    assert checkpoint.read(tmp_path / "run" / "last.safetensors")["iteration"] == 4
     if killed:
         train(config, tmp_path / "run", resume=True)
     else:
@@ -683,7 +683,7 @@ def test_a_stop_on_any_rank_stops_all_after_the_same_iteration(whole, tmp_path):
         )
 
     assert on_ranks(act) == [None, None]
-    assert checkpoint.read(tmp_path / "run" / "last.pt")["iteration"] == 6
+    assert checkpoint.read(tmp_path / "run" / "last.safetensors")["iteration"] == 6
     on_ranks(lambda world: train(config, tmp_path / "run", resume=True, world=world))
     assert_close_runs(tmp_path / "run", whole)
 
@@ -761,10 +761,10 @@ def test_the_command_line_says_everything_once(folder):
     assert {path.name for path in Path("runs/mine").iterdir()} == {
         *(
             ".lock",
-            "best.pt",
+            "best.safetensors",
             "config.yaml",
             "curves.png",
-            "last.pt",
+            "last.safetensors",
             "metrics.jsonl",
             "run.json",
             "summary.json",
@@ -850,7 +850,7 @@ def test_a_signal_stops_what_torchrun_started_with_a_checkpoint(folder, number):
         f"stopping after this step{'; Ctrl-C again stops at once' * (number == signal.SIGINT)}",
         "metaplug: stopped, with a checkpoint in runs/mine: the same command with --resume goes on",
     ]
-    assert checkpoint.read(folder / "runs/mine/last.pt")["iteration"] == len(
+    assert checkpoint.read(folder / "runs/mine/last.safetensors")["iteration"] == len(
         read_metrics(folder / "runs/mine")
     )
 

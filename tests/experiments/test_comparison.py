@@ -13,6 +13,7 @@ import torch
 
 from metaplug import EvaluationResult, RequestError, RunError
 from metaplug.evaluation.results import Metric
+from metaplug.experiments.build import build
 from metaplug.experiments.comparison import (
     Comparison,
     Curve,
@@ -26,7 +27,7 @@ from metaplug.experiments.comparison import (
     to_values,
 )
 from metaplug.experiments.configuration import ExperimentConfig
-from metaplug.experiments.experiment import build, to_json
+from metaplug.experiments.json_values import to_json
 
 
 def curve(*means: float, every: int = 50) -> Curve:

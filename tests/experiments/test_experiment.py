@@ -15,8 +15,8 @@ from support.tiny_runs import assert_same, assert_same_run, stop_after, tiny
 from metaplug import MetaLearner, RequestError, RunError, checkpoint, files
 from metaplug.evaluation.history import Record
 from metaplug.experiments import experiment
+from metaplug.experiments.build import build, task_form
 from metaplug.experiments.configuration import ExperimentConfig, to_yaml
-from metaplug.experiments.experiment import build, task_form
 from metaplug.experiments.runs import load, read_metrics, train
 from metaplug.experiments.runs.folder import RunFolder
 from metaplug.experiments.runs.sessions import read_sessions
@@ -33,7 +33,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_folder_holds_all_of_it(whole: Path) -> None:
     assert sorted(path.name for path in whole.iterdir()) == [
-        *(".lock", "best.pt", "config.yaml", "last.pt", "metrics.jsonl", "run.json", "summary.json")
+        *(".lock", "best.safetensors", "config.yaml", "last.safetensors", "metrics.jsonl", "run.json", "summary.json")
     ]
     lines = read_metrics(whole)
     assert [line["iteration"] for line in lines] == list(range(1, 13))
@@ -82,7 +82,7 @@ def test_the_summary_tests_the_best_checkpoint(whole: Path) -> None:
 
 
 def test_a_checkpoint_is_a_learner(whole: Path) -> None:
-    assert MetaLearner.load(whole / "last.pt").iteration == 12
+    assert MetaLearner.load(whole / "last.safetensors").iteration == 12
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
         folder = tmp_path / f"stopped-{iterations}"
         assert train(tiny(), folder, stop=stop_after(iterations)) is None
         assert not (folder / "summary.json").exists()
-        assert MetaLearner.load(folder / "last.pt").iteration == iterations
+        assert MetaLearner.load(folder / "last.safetensors").iteration == iterations
         assert train(tiny(), folder, resume=True) is not None
         assert_same_run(whole, folder)
 
@@ -164,7 +164,7 @@ def test_a_configuration_that_was_edited_does_not_resume_another_checkpoint(tmp_
     with pytest.raises(RequestError) as error:
         train(other, folder, resume=True)
     assert str(error.value) == (
-        f"{folder}/last.pt was trained with learner.inner_lr = 0.01, which cannot become 0.05: "
+        f"{folder}/last.safetensors was trained with learner.inner_lr = 0.01, which cannot become 0.05: "
         f"resume it as it was begun ({folder}/config.yaml), or give another --name"
     )
     (folder / "config.yaml").write_text("")
@@ -181,13 +181,13 @@ def test_without_its_last_checkpoint_a_run_goes_on_from_its_best(
 ) -> None:
     folder = tmp_path / "run"
     train(tiny(), folder, stop=stop_after(6))
-    (folder / "last.pt").write_bytes(b"damaged")
+    (folder / "last.safetensors").write_bytes(b"damaged")
     with pytest.raises(
         RunError,
-        match=r"last\.pt is not a whole .*; or remove it, and --resume goes on from best\.pt$",
+        match=r"last\.safetensors is not a whole .*; or remove it, and --resume goes on from best\.safetensors$",
     ):
         train(tiny(), folder, resume=True)
-    (folder / "last.pt").unlink()
+    (folder / "last.safetensors").unlink()
     begun: list[int] = []
     train(
         tiny(),
@@ -226,7 +226,7 @@ def test_a_lock_that_somebody_removed_ends_the_run(tmp_path: Path) -> None:
     ):
         train(tiny(), folder, on_record=remove)
     assert len(read_metrics(folder)) == 6
-    assert MetaLearner.load(folder / "last.pt").iteration == 4
+    assert MetaLearner.load(folder / "last.safetensors").iteration == 4
 
 
 def test_a_stop_in_the_test_ends_it(whole: Path, tmp_path: Path) -> None:
@@ -265,14 +265,14 @@ def test_resume_begins_where_nothing_is(whole: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_model_is_refused(whole: Path, tmp_path: Path) -> None:
     wider = tiny(model__settings={"hidden": [5]})
     train(wider, tmp_path / "wider", stop=lambda: True)
-    saved = {**checkpoint.read(whole / "last.pt"), "config": to_yaml(wider)}
+    saved = {**checkpoint.read(whole / "last.safetensors"), "config": to_yaml(wider)}
     checkpoint.write(
-        tmp_path / "wider" / "last.pt",
+        tmp_path / "wider" / "last.safetensors",
         {name: value for name, value in saved.items() if name != "format"},
     )
     with pytest.raises(
         RunError,
-        match=r"last\.pt belongs to another model: 'body\.0\.weight' is \(4, 1\) there and \(5, 1\) here",
+        match=r"last\.safetensors belongs to another model: 'body\.0\.weight' is \(4, 1\) there and \(5, 1\) here",
     ):
         train(wider, tmp_path / "wider", resume=True)
 
@@ -389,7 +389,7 @@ def test_what_load_refuses(whole: Path, tmp_path: Path) -> None:
         f"there is no run {tmp_path}/nope: give the folder of a run that `metaplug train` has validated at least once"
     )
     (tmp_path / "run").mkdir()
-    with pytest.raises(RequestError, match=r"run has no best\.pt yet: give the folder of a run"):
+    with pytest.raises(RequestError, match=r"run has no best\.safetensors yet: give the folder of a run"):
         load(tmp_path / "run")
     build(tiny()).learner.save(tmp_path / "learner.pt")
     with pytest.raises(RequestError) as error:

@@ -17,8 +17,8 @@ from torch import nn
 from metaplug import MetaLearner, TaskBatch
 from metaplug.cli.main import main
 from metaplug.errors import RequestError, RunError
+from metaplug.experiments.build import build
 from metaplug.experiments.configuration import ExperimentConfig
-from metaplug.experiments.experiment import build
 from metaplug.experiments.runs import load, train
 from metaplug.models import Conv4
 from metaplug.models.factories import make_model
@@ -223,7 +223,7 @@ def test_so_it_is_for_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, w
     config = images(tmp_path, "conv4", filters=4)
     build(config)
     monkeypatch.setattr(
-        "metaplug.experiments.experiment.make_model",
+        "metaplug.experiments.build.make_model",
         lambda *_: Conv4((3, 32, 32), width, filters=4),
     )
     assert refusal(lambda: build(config)) == (
@@ -248,7 +248,7 @@ def test_the_trial_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     model.eval().drop.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     stream = torch.random.get_rng_state()
-    monkeypatch.setattr("metaplug.experiments.experiment.make_model", lambda *_: model)
+    monkeypatch.setattr("metaplug.experiments.build.make_model", lambda *_: model)
     build(sinusoid("any:thing"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), stream)
@@ -441,11 +441,11 @@ def test_a_run_of_torchvision_is_evaluated_later(tmp_path: Path) -> None:
     assert loaded.learner.evaluate(loaded.tasks.test, num_tasks=2).mean == summary["test"]["mean"]
     with pytest.raises(
         RequestError,
-        match=r"^.*best\.pt holds the weights of a model of your own, which a file cannot build",
+        match=r"^.*best\.safetensors holds the weights of a model of your own, which a file cannot build",
     ):
-        MetaLearner.load(tmp_path / "run" / "best.pt")
+        MetaLearner.load(tmp_path / "run" / "best.safetensors")
     model = make_model("torchvision:shufflenet_v2_x0_5", (3, 32, 32), 2, {})
-    again = MetaLearner.load(tmp_path / "run" / "best.pt", model=model)
+    again = MetaLearner.load(tmp_path / "run" / "best.safetensors", model=model)
     assert all(map(torch.equal, again.model.parameters(), loaded.learner.model.parameters()))
 
 

@@ -64,7 +64,7 @@ def assert_same(one: Any, other: Any) -> None:
 def assert_same_run(one: Path, other: Path) -> None:
     """Weights, optimizer, plugins' states, best validation, metrics and summary: all of a finished run."""
     assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
-    for name in ("last.pt", "best.pt"):
+    for name in ("last.safetensors", "best.safetensors"):
         assert_same(checkpoint.read(one / name), checkpoint.read(other / name))
     assert_same(
         json.loads((one / "summary.json").read_text()),

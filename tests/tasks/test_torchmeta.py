@@ -22,8 +22,8 @@ from torch import nn
 from metaplug import MetaLearner, TaskBatch
 from metaplug.contract import registry
 from metaplug.errors import RequestError, RunError
+from metaplug.experiments.build import build_tasks, task_form
 from metaplug.experiments.configuration import ExperimentConfig, TaskSettings
-from metaplug.experiments.experiment import build_tasks, task_form
 from metaplug.tasks import adapters
 from metaplug.tasks.adapters import as_stream
 from metaplug.tasks.draws import draw, normal, uniform

@@ -1,9 +1,10 @@
-"""The folder of a run: its files, the order in which they are written, and the one process that may write them.
+"""The folder of a run: its files, the order of writing them, and the one process that may write.
 
-What a crash at any moment leaves is a run to resume, as everything that a checkpoint counts on is on the disk before it, and everything
-that is there beyond the checkpoint is cut away:
+A crash at any moment leaves a run to resume: whatever a checkpoint counts on is on the disk before it,
+and what is there beyond the checkpoint is cut away:
 
-    config.yaml, run.json, metrics.jsonl (empty)  →  lines of metrics  →  best.pt  →  last.pt  →  …  →  summary.json
+    config.yaml, run.json, metrics.jsonl (empty)
+    →  lines of metrics  →  best.safetensors  →  last.safetensors  →  …  →  summary.json
 """
 
 from __future__ import annotations
@@ -17,17 +18,26 @@ from filelock import FileLock, Timeout
 
 from metaplug import checkpoint
 from metaplug.errors import RequestError, RunError
-from metaplug.experiments.configuration import ExperimentConfig, flatten, to_yaml
-from metaplug.experiments.experiment import to_json
-from metaplug.experiments.runs.layout import BEST, CONFIG, LAST, LOCK, METRICS, SUMMARY
-from metaplug.experiments.runs.sessions import RECORD, read_sessions
+from metaplug.experiments.configuration import ExperimentConfig, flatten, from_yaml, to_yaml
+from metaplug.experiments.json_values import to_json
+from metaplug.experiments.runs.layout import (
+    BEST,
+    CONFIG,
+    FORMER,
+    LAST,
+    LOCK,
+    METRICS,
+    RECORD,
+    SUMMARY,
+)
+from metaplug.experiments.runs.sessions import read_sessions
 from metaplug.files import append, make_folder, replacing
 from metaplug.settings import validated
-from metaplug.yaml_text import parse_yaml, read_yaml
+from metaplug.yaml_text import read_yaml
 
 
 class RunFolder:
-    """The folder at `path`, as one process of a run has it. A context: at its end the folder is let go."""
+    """The folder at `path`, as one process of a run has it; a context that releases its lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,7 +52,7 @@ class RunFolder:
             self._lock.release()
 
     def check(self, config: ExperimentConfig, *, resume: bool) -> bool:
-        """Refuse a folder that is taken, or holds another run than the one to resume; take hold of an unfinished one.
+        """Refuse a folder that holds something else than the run to resume; lock an unfinished run.
 
         Returns:
             Whether the run in the folder is finished.
@@ -52,79 +62,66 @@ class RunFolder:
         """
         if not self.path.exists():
             return False
+        mend = "give another --name or --out"
         if not self.path.is_dir():
-            raise RequestError(
-                f"{self.path} is a file, not a folder for a run: give another --name or --out"
-            )
+            raise RequestError(f"{self.path} is a file, not a folder for a run: {mend}")
         taken = any(not entry.name.startswith(".") for entry in self.path.iterdir())
         if not resume and taken:
-            raise RequestError(
-                f"the run folder {self.path} already exists: give another --name or --out, or --resume to go on with it"
-            )
-        saved = self.path / CONFIG
-        if not saved.exists():
+            mend = f"{mend}, or --resume to go on with it"
+            raise RequestError(f"the run folder {self.path} already exists: {mend}")
+        if not (self.path / CONFIG).exists():
             if taken:
-                raise RequestError(
-                    f"{self.path} holds no run to resume, as it has no {CONFIG}: give another --name or --out"
-                )
+                what = f"holds no run to resume, as it has no {CONFIG}"
+                raise RequestError(f"{self.path} {what}: {mend}")
             return False
         self._check_same(begun_as(self.path), config, f"{self.path} was begun with")
-        if (self.path / SUMMARY).exists():  # and may be read, though nobody could write there
+        if (self.path / SUMMARY).exists():  # read without a lock, as nobody may be able to write
             return True
-        self._hold()
-        return (self.path / SUMMARY).exists()  # or the process that held it has finished
+        self._acquire()
+        return (self.path / SUMMARY).exists()  # the process that held it may have finished
 
     def begin(self, config: ExperimentConfig) -> tuple[Path, dict[str, Any]] | None:
-        """Make the folder, or clear up in it, and hold it; the checkpoint to go on from, where there is one.
+        """Make or clear up the folder, and lock it; the checkpoint to go on from, where there is one.
 
-        That is the last; where it is gone, the best, which has all that the last one had when it was written.
+        Without the last checkpoint that is the best, which has all that the last had when it was
+        written.
 
         Raises:
-            RequestError: another process has taken the folder meanwhile, or the checkpoint was trained with another configuration.
+            RequestError: another process took the folder meanwhile, or the checkpoint was trained
+                with another configuration.
             RunError: the folder cannot be written, or a file in it is damaged.
         """
         try:
             make_folder(self.path)
         except OSError as error:
-            raise RunError(
-                f"cannot make the run folder {self.path}: {error.strerror}; give another --out"
-            ) from error
+            said = f"cannot make the run folder {self.path}: {error.strerror}"
+            raise RunError(f"{said}; give another --out") from error
         if self._lock is None:
-            self._hold()
-            self.check(
-                config, resume=False
-            )  # since it was looked at, another process may have begun and ended here
+            self._acquire()
+            self.check(config, resume=False)  # another process may have begun and ended here
         for left in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
             with suppress(OSError):
                 left.unlink()
         saved = self.path / CONFIG
         if not saved.exists() or read_yaml(saved) != config.model_dump(mode="json"):
-            self._write_text(CONFIG, to_yaml(config))  # resumed with other settings of the runtime
-        file = next((file for name in (LAST, BEST) if (file := self.path / name).exists()), None)
+            self._write(CONFIG, to_yaml(config))  # resumed with other settings of the runtime
+        files = [self.path / name for name in (LAST, BEST, *FORMER)]
+        file = next((file for file in files if file.exists()), None)
         if file is None:
-            self._write_text(METRICS, "")
+            self._write(METRICS, "")
             return None
         try:
             state = checkpoint.read(file)
         except RunError as error:
-            other = (
-                f"; or remove it, and --resume goes on from {BEST}"
-                if file.name == LAST and (self.path / BEST).exists()
-                else ""
-            )
-            raise RunError(f"{error}{other}") from error
+            if file.name != LAST or not (self.path / BEST).exists():
+                raise
+            mend = f"or remove it, and --resume goes on from {BEST}"
+            raise RunError(f"{error}; {mend}") from error
         if state.get("config") is None:
-            raise RunError(
-                f"{file} holds a learner without its experiment, which no run wrote: put the run's own file there"
-            )
-        trained = validated(
-            ExperimentConfig,
-            parse_yaml(state["config"], f"the configuration in {file}"),
-            f"the configuration in {file}",
-        )
-        self._check_same(
-            flatten(trained.model_dump(mode="json")), config, f"{file} was trained with"
-        )
+            what = "holds a learner without its experiment, which no run wrote"
+            raise RunError(f"{file} {what}: put the run's own file there")
+        trained = from_yaml(state["config"], f"the configuration in {file}").model_dump(mode="json")
+        self._check_same(flatten(trained), config, f"{file} was trained with")
         return file, state
 
     def cut(self, iterations: int) -> None:
@@ -136,57 +133,51 @@ class RunFolder:
         path = self.path / METRICS
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         if len(lines) < iterations:
-            raise RunError(
-                f"{path} lacks lines of the {iterations} iterations that its checkpoint has done: bring them back, or train the run anew; "
-                "its weights are whole"
-            )
+            what = f"lacks lines of the {iterations} iterations that its checkpoint has done"
+            mend = "bring them back, or train the run anew; its weights are whole"
+            raise RunError(f"{path} {what}: {mend}")
         self._write(METRICS, b"".join(line + b"\n" for line in lines[:iterations]))
 
     def record(self, session: Mapping[str, Any]) -> None:
         """Add the session that begins to run.json."""
-        self._write_text(
-            RECORD, to_json({"sessions": [*read_sessions(self.path), session]}, indent=2) + "\n"
-        )
+        sessions = [*read_sessions(self.path), session]
+        self._write(RECORD, to_json({"sessions": sessions}, indent=2) + "\n")
 
     def log(self, values: Mapping[str, Any], *, durable: bool) -> None:
         """Add a line of metrics; `durable` where a checkpoint that counts on it follows."""
-        self._check_hold()
+        self._check_lock()
         append(self.path / METRICS, to_json(values) + "\n", durable=durable)
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Write a checkpoint."""
-        self._check_hold()
+        self._check_lock()
         checkpoint.write(self.path / name, state)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary."""
-        self._check_hold()
-        self._write_text(SUMMARY, to_json(summary, indent=2) + "\n")
+        self._check_lock()
+        self._write(SUMMARY, to_json(summary, indent=2) + "\n")
 
-    def _hold(self) -> None:
+    def _acquire(self) -> None:
         lock = FileLock(self.path / LOCK)
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            raise RequestError(
-                f"the run folder {self.path} is in the hands of another process{self._holder()}: wait for it, or give another --name"
-            ) from None
+            who = f"the run folder {self.path} is in the hands of another process{self._holder()}"
+            raise RequestError(f"{who}: wait for it, or give another --name") from None
         except OSError as error:
-            raise RunError(
-                f"cannot write into the run folder {self.path}: {error.strerror}; give another --out"
-            ) from error
+            said = f"cannot write into the run folder {self.path}: {error.strerror}"
+            raise RunError(f"{said}; give another --out") from error
         self._lock, self._held = lock, _identity(self.path / LOCK)
 
-    def _check_hold(self) -> None:
-        """Write no more where the lock is another file than the one that this process holds, so that somebody else may be writing."""
-        if (
-            self._held is not None
-            and (self.path / METRICS).exists()
-            and _identity(self.path / LOCK) != self._held
-        ):
+    def _check_lock(self) -> None:
+        """Write no more after somebody removed the lock, as another process may hold a new one."""
+        is_own = _identity(self.path / LOCK) == self._held
+        if self._held is not None and (self.path / METRICS).exists() and not is_own:
             raise RunError(
-                f"somebody removed {self.path / LOCK} while this process was training there, and another may have begun: stopped, and "
-                "nothing more was written; let the lock be, and go on with --resume"
+                f"somebody removed {self.path / LOCK} while this process was training there, and "
+                "another may have begun: stopped, and nothing more was written; "
+                "let the lock be, and go on with --resume"
             )
 
     def _holder(self) -> str:
@@ -199,17 +190,15 @@ class RunFolder:
     def _check_same(self, begun: Mapping[str, Any], config: ExperimentConfig, what: str) -> None:
         asked = flatten(config.model_dump(mode="json"))
         for field in differing(begun, asked):
-            raise RequestError(
-                f"{what} {field} = {_shown(begun, field)}, which cannot become {_shown(asked, field)}: "
-                f"resume it as it was begun ({self.path / CONFIG}), or give another --name"
+            one, other = (
+                repr(values[field]) if field in values else "not set" for values in (begun, asked)
             )
+            mend = f"resume it as it was begun ({self.path / CONFIG}), or give another --name"
+            raise RequestError(f"{what} {field} = {one}, which cannot become {other}: {mend}")
 
-    def _write_text(self, name: str, text: str) -> None:
-        self._write(name, text.encode())
-
-    def _write(self, name: str, content: bytes) -> None:
+    def _write(self, name: str, content: str | bytes) -> None:
         with replacing(self.path / name) as file:
-            file.write(content)
+            file.write(content.encode() if isinstance(content, str) else content)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -227,24 +216,20 @@ def begun_as(folder: Path) -> dict[str, Any]:
         RequestError: it cannot be read, or is none.
     """
     saved = folder / CONFIG
-    if not read_yaml(saved):
-        raise RequestError(
-            f"{saved} is empty, though a run has begun there: bring it back, or give another --name"
-        )
-    return flatten(
-        validated(ExperimentConfig, read_yaml(saved), str(saved)).model_dump(mode="json")
-    )
+    if not (values := read_yaml(saved)):
+        what = f"{saved} is empty, though a run has begun there"
+        raise RequestError(f"{what}: bring it back, or give another --name")
+    return flatten(validated(ExperimentConfig, values, str(saved)).model_dump(mode="json"))
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The fields of two flat configurations that differ and change results: all but those of the runtime, of which precision does."""
+    """The fields of two flat configurations that differ and change results.
+
+    Of those of the runtime, only precision does.
+    """
     return [
         field
         for field in {**one, **other}
         if one.get(field) != other.get(field)
-        and not (field.startswith("runtime.") and field != "runtime.precision")
+        and (not field.startswith("runtime.") or field == "runtime.precision")
     ]
-
-
-def _shown(values: Mapping[str, Any], field: str) -> str:
-    return repr(values[field]) if field in values else "not set"

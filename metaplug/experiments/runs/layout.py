@@ -1,15 +1,18 @@
-"""The names of a run's files, beside its record in run.json."""
+"""The names of a run's files."""
 
 from __future__ import annotations
 
-CONFIG, METRICS, LAST, BEST, SUMMARY = (
-    "config.yaml",
-    "metrics.jsonl",
-    "last.pt",
-    "best.pt",
-    "summary.json",
-)
-"""The files of a run. The last is written last: a run that has it is finished."""
+CONFIG, RECORD, METRICS, SUMMARY = "config.yaml", "run.json", "metrics.jsonl", "summary.json"
+"""SUMMARY is written last: a run that has it is finished."""
+
+LAST, BEST = "last.safetensors", "best.safetensors"
+"""The checkpoints: the newest, and the one that validated best."""
+
+FORMER = ("last.pt", "best.pt")
+"""The checkpoints of older versions, which are refused rather than passed over."""
 
 LOCK = ".lock"
-"""An empty file that the training process holds locked; the system unlocks it when that process ends, however it ends. It stays there."""
+"""An empty file that the training process holds locked, and that stays there.
+
+The system unlocks it when that process ends, however it ends.
+"""

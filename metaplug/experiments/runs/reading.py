@@ -1,4 +1,4 @@
-"""The JSON files of a run, read back: what a run did not write is refused in one line that names the file."""
+"""The JSON files of a run, read back, or refused in one line where no run wrote them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
 
-from metaplug.checkpoint.form import Count
+from metaplug.checkpoint import Count
 from metaplug.errors import RunError, one_line
 from metaplug.experiments.runs.layout import BEST, METRICS, SUMMARY
 from metaplug.tasks.reading import no_number
@@ -22,24 +22,21 @@ Figure = Annotated[float, Field(strict=True)] | None
 
 
 class _Values(BaseModel):
-    """What is read of an object; it may have more."""
+    """The fields of an object that are read; it may have more."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
-
-
-class _Result(_Values):
-    metric: StrictStr
-    mean: Figure
-    interval: Figure
-    num_tasks: Count
-    inner_steps: Count
-    transductive: list[StrictStr]
 
 
 class _Validation(_Values):
     metric: StrictStr
     mean: Figure
     interval: Figure
+
+
+class _Result(_Validation):
+    num_tasks: Count
+    inner_steps: Count
+    transductive: list[StrictStr]
 
 
 class _Line(_Values):
@@ -62,26 +59,22 @@ class _Summary(_Values):
     iterations: Count
 
 
-_LINE, _SUMMARY = TypeAdapter(_Line), TypeAdapter(_Summary)
-
-
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, one for each iteration.
 
     Raises:
-        RunError: the file cannot be read, or a line of it is not one that a run writes; the line is named.
+        RunError: the file cannot be read, or a line is not one that a run writes; names the line.
     """
     path = folder / METRICS
     lines: list[dict[str, Any]] = []
+    mend = "take it from a backup, or train the run anew"
     with _naming(path), path.open("rb") as file:
         while line := file.readline(_MOST_BYTES):
-            number = len(lines) + 1
-            lines.append(_read(line, _LINE, f"{path}, line {number},"))
-            if lines[-1]["iteration"] != number:
-                found = lines[-1]["iteration"]
-                raise RunError(
-                    f"{path}, line {number} is of iteration {found}, so that lines are missing or stand twice: train the run anew"
-                )
+            where = f"{path}, line {len(lines) + 1}"
+            lines.append(_read(line, _Line, f"{where},", mend))
+            if (found := lines[-1]["iteration"]) != len(lines):
+                what = f"is of iteration {found}, so lines are missing or stand twice"
+                raise RunError(f"{where} {what}: train the run anew")
     return lines
 
 
@@ -92,13 +85,9 @@ def read_summary(folder: Path) -> dict[str, Any]:
         RunError: the file cannot be read, or is not one that a run writes.
     """
     path = folder / SUMMARY
+    mend = f"remove it, and --resume makes it anew from {BEST}"
     with _naming(path), path.open("rb") as file:
-        return _read(
-            file.read(_MOST_BYTES),
-            _SUMMARY,
-            str(path),
-            f"remove it, and --resume makes it anew from {BEST}",
-        )
+        return _read(file.read(_MOST_BYTES), _Summary, str(path), mend)
 
 
 @contextmanager
@@ -106,23 +95,18 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(
-            f"cannot read {path}: {error.strerror}; it is in the folder of a run that has begun"
-        ) from None
+        said = f"cannot read {path}: {error.strerror}"
+        raise RunError(f"{said}; it is in the folder of a run that has begun") from None
 
 
-def _read(
-    text: bytes,
-    form: TypeAdapter[Any],
-    what: str,
-    mend: str = "take it from a backup, or train the run anew",
-) -> dict[str, Any]:
+def _read(text: bytes, form: type[BaseModel], what: str, mend: str) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(text.decode(), parse_constant=no_number)
-        form.validate_python(values)
+        form.model_validate(values)
     except ValidationError as error:
         fault = error.errors()[0]
-        reason = f"{'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
+        where = ".".join(map(str, fault["loc"])) or "it"
+        reason = f"{where}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
     except UnicodeDecodeError:
         reason = "not UTF-8 text"
     except RecursionError:

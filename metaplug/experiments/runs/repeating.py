@@ -1,4 +1,4 @@
-"""Whether a run, trained again, gave the same: every figure of every iteration, and the test."""
+"""Whether a run, trained again, gives the same: every figure of every iteration, and the test."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from typing import Any
 from metaplug.errors import RequestError
 from metaplug.experiments.configuration import ExperimentConfig, flatten
 from metaplug.experiments.runs.folder import begun_as, differing
-from metaplug.experiments.runs.layout import CONFIG, METRICS, SUMMARY
+from metaplug.experiments.runs.layout import CONFIG, METRICS, RECORD, SUMMARY
 from metaplug.experiments.runs.reading import read_metrics, read_summary
-from metaplug.experiments.runs.sessions import RECORD, read_sessions
+from metaplug.experiments.runs.sessions import read_sessions
 from metaplug.models.factories import is_own, names_code
 
 _SETTING = ("versions", "device", "threads", "precision", "deterministic", "ranks", "platform")
-"""What of a session may change the last digits of a run."""
+"""The fields of a session that may change the last digits of a run."""
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """What a comparison of two runs found.
+    """How two runs compare.
 
     Attributes:
         iterations: how many were compared: those that both have.
-        tested: whether both are finished, so that their tests were compared too.
-        fault: the first difference and the largest, in words; None where both runs are the same bit for bit.
+        tested: whether both are finished, so their tests were compared too.
+        fault: the first difference and the largest, in words; None where both runs are the same bit
+            for bit.
         changes: what differs between the machines that they ran on, in words; empty for nothing.
     """
 
@@ -42,32 +43,31 @@ def configuration_of(source: Path) -> Path:
     Raises:
         RequestError: no iteration of a run is there.
     """
-    if (
-        not (source / CONFIG).is_file()
-        or not (source / METRICS).is_file()
-        or not read_metrics(source)
-    ):
-        raise RequestError(
-            f"--from {source}: no iteration of a run is there to repeat; give a folder that metaplug train wrote"
-        )
+    files = source / CONFIG, source / METRICS
+    if not all(file.is_file() for file in files) or not read_metrics(source):
+        what = f"--from {source}: no iteration of a run is there to repeat"
+        raise RequestError(f"{what}; give a folder that metaplug train wrote")
     return source / CONFIG
 
 
 def check_same(source: Path, config: ExperimentConfig, model: str | None) -> None:
-    """Refuse to repeat the run in the folder `source` as another one, or with code that nobody named but its files.
+    """Refuse to repeat a run as another one, or with code that nobody named but its files.
 
     Args:
+        source: the folder of the run.
         model: the model that the command line names, if it does.
 
     Raises:
-        RequestError: `config` differs from the run's beyond the runtime, or its model is MODULE:FACTORY and not `model`.
+        RequestError: `config` differs from the run's beyond the runtime, or its model is
+            MODULE:FACTORY and not `model`.
     """
     saved, name = source / CONFIG, config.model.name
     if is_own(name) and name != model:
         raise RequestError(f"--from {source}: {names_code(saved, name)}")
     if fields := differing(begun_as(source), flatten(config.model_dump(mode="json"))):
+        mend = f"leave that option out, or train a new run from {saved}"
         raise RequestError(
-            f"--from {source}: with another {fields[0]} it would be another run; leave that option out, or train a new run from {saved}"
+            f"--from {source}: with another {fields[0]} it would be another run; {mend}"
         )
 
 
@@ -79,51 +79,43 @@ def compare_runs(source: Path, folder: Path) -> Repetition:
     """
     pairs = list(zip(read_metrics(source), read_metrics(folder), strict=False))
     first = next((place for place, (there, here) in enumerate(pairs, 1) if there != here), None)
-    values = [(there, here) for there, here in pairs if there != here]
+    values = [(flatten(there), flatten(here)) for there, here in pairs if there != here]
     tested = (source / SUMMARY).is_file() and (folder / SUMMARY).is_file()
     if tested:
-        there, here = (read_summary(one)["test"] for one in (source, folder))
+        there, here = (flatten(read_summary(one)["test"]) for one in (source, folder))
         values += [(there, here)] if there != here else []
     fault = None
     if values:
-        where = (
-            "the test alone differs"
-            if first is None
-            else f"iteration {first} is the first to differ"
-        )
-        fault = f"{where} ({_difference(*values[0])}; largest relative difference {_largest(values):.1e})"
+        where = f"iteration {first} is the first to differ" if first else "the test alone differs"
+        field = _differing(*values[0])[0]
+        said = f"{field} {values[0][0].get(field)} there, {values[0][1].get(field)} here"
+        largest = max(_distance(*pair) for pair in values)
+        fault = f"{where} ({said}; largest relative difference {largest:.1e})"
     return Repetition(len(pairs), tested, fault, _changes(source, folder))
 
 
-def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """The first field that differs, with both values."""
-    one, other = flatten(there), flatten(here)
-    field = next(field for field in {**one, **other} if one.get(field) != other.get(field))
-    return f"{field} {one.get(field)} there, {other.get(field)} here"
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [field for field in {**one, **other} if one.get(field) != other.get(field)]
 
 
-def _largest(values: list[tuple[Any, Any]]) -> float:
-    """The largest relative difference of two numbers in the same place; infinite where one of them is missing."""
-    largest = 0.0
-    for there, here in values:
-        one, other = flatten(there), flatten(here)
-        for field in {**one, **other}:
-            a, b = one.get(field), other.get(field)
-            if isinstance(a, int | float) and isinstance(b, int | float):
-                largest = max(largest, abs(a - b) / max(abs(a), abs(b), 1e-30))
-            elif a != b:
-                return float("inf")
-    return largest
+def _distance(there: Mapping[str, Any], here: Mapping[str, Any]) -> float:
+    """The largest relative difference of two numbers; infinite where one of them is missing."""
+    pairs = [(there.get(field), here.get(field)) for field in _differing(there, here)]
+    return max(
+        abs(a - b) / max(abs(a), abs(b), 1e-30)
+        if isinstance(a, int | float) and isinstance(b, int | float)
+        else float("inf")
+        for a, b in pairs
+    )
 
 
 def _changes(source: Path, folder: Path) -> tuple[str, ...]:
-    """Of the sessions that finished both runs, what differs."""
+    """The differences between the sessions that finished two runs."""
     sessions = [read_sessions(one)[-1:] for one in (source, folder)]
     if not all(sessions):
         return (f"{source} has no {RECORD}",)
     there, here = (flatten({key: one[0].get(key) for key in _SETTING}) for one in sessions)
-    fields = [field for field in {**there, **here} if there.get(field) != here.get(field)]
     return tuple(
         f"{field.removeprefix('versions.')} {there.get(field)} there, {here.get(field)} here"
-        for field in fields
+        for field in _differing(there, here)
     )

@@ -1,4 +1,4 @@
-"""What a run needs to be repeated, beside its configuration: commands, versions, commits and devices of the processes that trained it."""
+"""What repeating a run takes beside its configuration: commands, versions, commits and devices."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from typing import Any
 
 import metaplug
 from metaplug.errors import RunError
-from metaplug.experiments.experiment import Experiment, environment
-
-RECORD = "run.json"
-"""The file of a run that holds its sessions, each a process that trained it: {"sessions": [...]}, the oldest first."""
+from metaplug.experiments.build import Experiment
+from metaplug.experiments.json_values import environment
+from metaplug.experiments.runs.layout import RECORD
 
 
 def session(experiment: Experiment) -> dict[str, Any]:
-    """The session of this process, which goes on from the learner's iteration; plain values, with what `environment` says."""
+    """Plain values that describe this process, which goes on from the learner's iteration."""
+    surroundings = environment(experiment.learner)
+    del surroundings["batching"]  # not known before a batch
     return {
         "command": _command(),
         "folder": str(Path.cwd()),
@@ -36,37 +37,31 @@ def session(experiment: Experiment) -> dict[str, Any]:
             "metaplug": _commit(Path(metaplug.__file__).parent),
             "folder": _commit(Path.cwd()),
         },
-        **{
-            name: value
-            for name, value in environment(experiment.learner).items()
-            if name != "batching"
-        },  # not known before a batch
+        **surroundings,
     }
 
 
 def read_sessions(folder: Path) -> list[dict[str, Any]]:
-    """The sessions of the run in a folder; none where it has no run.json yet.
+    """The sessions of the run in a folder, the oldest first; none where it has no run.json yet.
 
     Raises:
         RunError: the file cannot be read, or is not one of metaplug's.
     """
     path = folder / RECORD
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        sessions: list[dict[str, Any]] = values["sessions"]
+        sessions: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["sessions"]
         if isinstance(sessions, list) and all(isinstance(one, dict) for one in sessions):
             return sessions
     except FileNotFoundError:
         return []
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass
-    raise RunError(
-        f"{path} is not the record of a run that metaplug wrote: remove it, and the run goes on with a new one"
-    )
+    mend = "remove it, and the run goes on with a new one"
+    raise RunError(f"{path} is not the record of a run that metaplug wrote: {mend}")
 
 
 def _command() -> str:
-    """What was typed, as far as Python knows it."""
+    """The command line, as far as Python knows it."""
     program, *arguments = sys.argv
     name = "metaplug" if Path(program).name in ("metaplug", "__main__.py") else program
     return shlex.join([name, *arguments])
@@ -74,31 +69,25 @@ def _command() -> str:
 
 @cache
 def _commit(folder: Path) -> str | None:
-    """The commit of the git checkout that tracks a folder, with "-dirty" where tracked files differ from it; None where none does."""
+    """The commit of the git checkout that tracks a folder, with "-dirty" where tracked files differ."""
     if not _git(folder, "ls-tree", "HEAD", "./"):
         return None
     head = _git(folder, "rev-parse", "--verify", "HEAD")
-    return (
-        f"{head}-dirty"
-        if head and _git(folder, "status", "--porcelain", "--untracked-files=no")
-        else head
-    )
+    is_dirty = head and _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return f"{head}-dirty" if is_dirty else head
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git says, on one machine and in one line; None where it fails. It writes nothing there, and asks no monitor of files."""
-    line = [
-        "git",
-        "--no-optional-locks",
-        "-c",
-        "core.fsmonitor=false",
-        "-C",
-        str(folder),
-        *arguments,
-    ]
+    """The output of git, or None where it fails; it writes nothing there, and starts no monitor."""
+    options = ["--no-optional-locks", "-c", "core.fsmonitor=false", "-C", str(folder)]
     try:
         done = subprocess.run(
-            line, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=False
+            ["git", *options, *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=10,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

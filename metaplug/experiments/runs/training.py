@@ -15,8 +15,9 @@ from metaplug.errors import RunError
 from metaplug.evaluation.history import Record
 from metaplug.evaluation.results import better
 from metaplug.execution.ranks import ALONE, World
+from metaplug.experiments.build import Experiment, build
 from metaplug.experiments.configuration import ExperimentConfig, to_yaml
-from metaplug.experiments.experiment import Experiment, build, environment, result_values
+from metaplug.experiments.json_values import environment, result_values
 from metaplug.experiments.runs.folder import RunFolder
 from metaplug.experiments.runs.layout import BEST, LAST
 from metaplug.experiments.runs.reading import read_metrics, read_summary
@@ -34,30 +35,34 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     world: World = ALONE,
 ) -> dict[str, Any] | None:
-    """Run an experiment in a folder: meta-train, keep the best validation, measure that on unseen test tasks.
+    """Run an experiment in a folder: meta-train, then test the best validation on unseen tasks.
 
-    A checkpoint is written at every validation and at a stop. Killed at any moment and resumed, a run gives bit for bit the checkpoints and
-    the metrics of one that was left alone, but for the seconds that were spent. While this process lives, no other can train in the folder.
+    A checkpoint is written at every validation and at a stop. Killed at any moment and resumed, a run
+    gives bit for bit the checkpoints and the metrics of one that was left alone, but for the seconds
+    that were spent. While this process lives, no other can train in the folder.
 
-    Every rank of `world` calls this; rank 0 alone reads and writes the folder. A run may be resumed on another number of ranks, and with
-    other settings of the runtime but its precision: then to rounding.
+    Every rank of `world` calls this; rank 0 alone reads and writes the folder. A run may be resumed on
+    another number of ranks, and with other settings of the runtime but its precision: then to
+    rounding.
 
     Args:
         folder: made here; a run that is there already is only touched to resume it.
-        resume: go on with the run in `folder`; begins one where there is none yet. A finished run is left as it is.
+        resume: go on with the run in `folder`, or begin one where there is none yet. A finished run
+            is left as it is.
         on_start: called once, with `learner.iteration` iterations done already.
         on_record: called after every iteration.
-        on_trained: called once, before the test or at a stop, while the folder is still this process's alone.
+        on_trained: called once, before the test or at a stop, while the folder is still locked.
         stop: asked after every iteration; True on any rank stops the run.
-        world: the processes that train together; `on_start`, `on_record` and `on_trained` are called on rank 0.
+        world: the processes that train together; rank 0 calls the three functions.
 
     Returns:
         The content of summary.json; None for a run that was stopped.
 
     Raises:
-        RequestError: a part is unknown or refuses its settings; the folder holds a run, and another one than this to resume; or another
-            process trains there.
-        RunError: a loss or gradient is NaN or Inf, memory runs out, or a file cannot be written; the last checkpoint is kept.
+        RequestError: a part is unknown or refuses its settings; the folder holds another run than
+            this to resume, or one to leave alone; or another process trains there.
+        RunError: a loss or gradient is NaN or Inf, memory runs out, or a file cannot be written; the
+            last checkpoint is kept.
     """
     with RunFolder(folder) as place:
         if world.from_main(lambda: place.check(config, resume=resume)):
@@ -71,30 +76,26 @@ def train(
         return run.finish(stop) if ended else None
 
 
-class _StoppedError(Exception):
-    """The test was asked to stop."""
-
-
-class _Stoppable:
-    """Test tasks that end the test where a stop is asked for."""
-
-    def __init__(self, tasks: Any, stop: Callable[[], bool]) -> None:
-        self._tasks, self._stop = tasks, stop
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tasks, name)
-
-    def batch(self, iteration: int, indices: Sequence[int] | range) -> TaskBatch:
-        """As the tasks have it."""
-        if self._stop():
-            raise _StoppedError
-        batch: TaskBatch = self._tasks.batch(iteration, indices)
-        return batch
+def _begin(folder: RunFolder, experiment: Experiment) -> _Run:
+    """A new run, or the one in the folder from its last checkpoint on; what came after is cut away."""
+    learner, path = experiment.learner, folder.path
+    # A state that no file can hold is refused now, not after hours.
+    learner.world.from_main(lambda: checkpoint.check_writable(path / LAST, learner.state_dict()))
+    found = learner.world.from_main(lambda: folder.begin(experiment.config))
+    best, seconds = None, 0.0
+    if found is not None:
+        file, state = found
+        learner.load_state_dict(state, str(file))
+        learner.world.from_main(lambda: folder.cut(learner.iteration))
+        learner.world.from_main(lambda: read_metrics(path))  # damaged lines are said now too
+        best, seconds = state["best"], state["seconds"]
+    learner.world.from_main(lambda: folder.record(session(experiment)))
+    return _Run(experiment, folder, best, seconds)
 
 
 @dataclass
 class _Run:
-    """A run under way: its experiment, its folder, the best validation so far and the seconds spent before this process."""
+    """A run under way, its best validation so far, and the seconds spent before this process."""
 
     experiment: Experiment
     folder: RunFolder
@@ -107,24 +108,14 @@ class _Run:
 
     def iterate(self, on_record: Callable[[Record], None], stop: Callable[[], bool]) -> bool:
         """Train to the end; False if stopped on the way."""
-        learner, tasks, training = (
-            self.experiment.learner,
-            self.experiment.tasks,
-            self.experiment.config.training,
-        )
-        records = learner.iterate(
-            tasks.train,
-            iterations=training.iterations - learner.iteration,
-            tasks_per_batch=training.tasks_per_batch,
-            validation=tasks.val,
-            validate_every=training.validate_every,
-            validation_tasks=training.validation_tasks,
-            non_finite=training.non_finite,
-        )
-        for record in records:
-            [stopped] = self._world.any(
-                stop() and record.step.iteration == learner.iteration
-            )  # its weights are those of this record
+        learner, tasks = self.experiment.learner, self.experiment.tasks
+        options = self.experiment.config.training.model_dump(exclude={"iterations", "test_tasks"})
+        left = self.experiment.config.training.iterations - learner.iteration
+        for record in learner.iterate(
+            tasks.train, iterations=left, validation=tasks.val, **options
+        ):
+            is_newest = record.step.iteration == learner.iteration  # of which the weights are
+            [stopped] = self._world.any(stop() and is_newest)
             if self._world.is_main:
                 self._log(record, durable=stopped or record.validation is not None)
             self._save(record, stopped)
@@ -135,25 +126,24 @@ class _Run:
         return True
 
     def finish(self, stop: Callable[[], bool]) -> dict[str, Any] | None:
-        """Measure the best validation's weights on the test tasks, and write the summary; None if stopped, as one rank alone can be."""
-        if self.best is None:
-            raise RunError(
-                f"no validation of {self.folder.path} was finite, so that there is nothing to test: try a smaller learning rate"
-            )
+        """Test the weights of the best validation, and write the summary; None if stopped.
+
+        Only a process alone can stop here: ranks would wait for one another.
+        """
         learner, config = self.experiment.learner, self.experiment.config
-        seconds, skipped = (
-            time.monotonic() - self._begun,
-            learner.skipped,
-        )  # before they become those of the best validation
         path = self.folder.path / BEST
+        if self.best is None:
+            what = f"no validation of {self.folder.path} was finite, so there is nothing to test"
+            raise RunError(f"{what}: try a smaller learning rate")
+        # Both are read before they become those of the best validation.
+        seconds, skipped = time.monotonic() - self._begun, learner.skipped
         learner.load_state_dict(self._world.from_main(lambda: checkpoint.read(path)), str(path))
-        tasks = (
-            self.experiment.tasks.test
-            if self._world.size > 1
-            else _Stoppable(self.experiment.tasks.test, stop)
-        )
+        tasks = self.experiment.tasks.test
         try:
-            test = learner.evaluate(tasks, num_tasks=config.training.test_tasks)
+            test = learner.evaluate(
+                tasks if self._world.size > 1 else _Stoppable(tasks, stop),
+                num_tasks=config.training.test_tasks,
+            )
         except _StoppedError:
             return None
         summary = {
@@ -182,57 +172,48 @@ class _Run:
         if step.skipped is not None:
             values["skipped"] = step.skipped
         if validation is not None:
-            values["validation"] = {
-                **result_values(validation),
-                "raised": (validation.raised or 0) / validation.num_tasks,
-            }
+            raised = (validation.raised or 0) / validation.num_tasks
+            values["validation"] = {**result_values(validation), "raised": raised}
         self.folder.log(values, durable=durable)
 
     def _save(self, record: Record, stopped: bool) -> None:
-        """The best checkpoint first: killed between the two, a resumed run comes by here again and writes the same."""
+        """Write the best checkpoint first: killed between the two, a resumed run writes it again."""
         validation = record.validation
-        if validation is None and not stopped:
-            return
         if validation is not None and math.isfinite(validation.mean):
-            metric, mean = validation.metric, validation.mean
-            if self.best is None or better(metric, mean, self.best["mean"]):
-                self.best = {
-                    "iteration": record.step.iteration,
-                    "mean": mean,
-                    "interval": validation.interval,
-                }
+            mean, interval = validation.mean, validation.interval
+            if self.best is None or better(validation.metric, mean, self.best["mean"]):
+                best = {"iteration": record.step.iteration, "mean": mean, "interval": interval}
+                self.best = best
                 self._write(BEST)
-        self._write(LAST)
+        if validation is not None or stopped:
+            self._write(LAST)
 
     def _write(self, name: str) -> None:
         if self._world.is_main:
-            self.folder.save(name, self._state())
-
-    def _state(self) -> dict[str, Any]:
-        own = {
-            "best": self.best,
-            "config": to_yaml(self.experiment.config),
-            "seconds": time.monotonic() - self._begun,
-        }
-        return {**self.experiment.learner.state_dict(), **own}
+            own = {
+                "best": self.best,
+                "config": to_yaml(self.experiment.config),
+                "seconds": time.monotonic() - self._begun,
+            }
+            self.folder.save(name, {**self.experiment.learner.state_dict(), **own})
 
 
-def _begin(folder: RunFolder, experiment: Experiment) -> _Run:
-    """A new run, or the one in the folder from its last checkpoint on, with what came after that cut away."""
-    learner = experiment.learner
-    learner.world.from_main(
-        lambda: checkpoint.storable(folder.path / LAST, learner.state_dict())
-    )  # refused now, not after hours
-    found = learner.world.from_main(lambda: folder.begin(experiment.config))
-    if found is None:
-        best, seconds = None, 0.0
-    else:
-        file, state = found
-        learner.load_state_dict(state, str(file))
-        learner.world.from_main(lambda: folder.cut(learner.iteration))
-        learner.world.from_main(
-            lambda: read_metrics(folder.path)
-        )  # what is damaged is said now, not after the rest of the run
-        best, seconds = state["best"], state["seconds"]
-    learner.world.from_main(lambda: folder.record(session(experiment)))
-    return _Run(experiment, folder, best, seconds)
+class _StoppedError(Exception):
+    """The test was asked to stop."""
+
+
+class _Stoppable:
+    """Test tasks that end the test where a stop is asked for."""
+
+    def __init__(self, tasks: Any, stop: Callable[[], bool]) -> None:
+        self._tasks, self._stop = tasks, stop
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tasks, name)
+
+    def batch(self, iteration: int, indices: Sequence[int] | range) -> TaskBatch:
+        """As the tasks have it."""
+        if self._stop():
+            raise _StoppedError
+        batch: TaskBatch = self._tasks.batch(iteration, indices)
+        return batch

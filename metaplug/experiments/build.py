@@ -1,0 +1,110 @@
+"""A configured experiment, built from installed parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from metaplug.checks.model import check_outputs
+from metaplug.contract import registry
+from metaplug.errors import RequestError
+from metaplug.execution import determinism
+from metaplug.execution.devices import resolve_device
+from metaplug.execution.ranks import ALONE, World
+from metaplug.experiments.configuration import ExperimentConfig
+from metaplug.learner import MetaLearner
+from metaplug.models.factories import make_model
+from metaplug.random_streams import mix, stream
+from metaplug.tasks.sources import TaskSource
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A learner and its tasks, ready to train, with the configuration that they were built from."""
+
+    config: ExperimentConfig
+    learner: MetaLearner
+    tasks: TaskSource
+
+
+def build_tasks(config: ExperimentConfig) -> TaskSource:
+    """The configured task source.
+
+    Raises:
+        RequestError: no such source, an argument too many or too few, or a setting that it refuses.
+    """
+    settings = config.tasks
+    name, colon, argument = settings.source.partition(":")
+    source = registry.load("task source", name)
+    if source.argument is None and colon:
+        fault = f"takes no argument, but '{settings.source}' gives one: write {name}"
+        raise RequestError(f"the task source '{name}' {fault}")
+    if source.argument is not None and not argument:
+        mend = f"write {name}:{source.argument.upper()}"
+        raise RequestError(
+            f"the task source '{name}' needs a {source.argument} after a colon: {mend}"
+        )
+    size = {"shots": settings.shots, "queries": settings.queries, "seed": config.seed}
+    if source.has_ways(argument):
+        size["ways"] = settings.ways
+    made: TaskSource = source(*([argument] if argument else []), **size, **settings.settings)
+    return made
+
+
+def task_form(config: ExperimentConfig) -> list[str]:
+    """The form of the configured tasks, such as ["5-way", "1-shot"], without ways that there are not."""
+    name, _, argument = config.tasks.source.partition(":")
+    ways = registry.load("task source", name).has_ways(argument)
+    return [*([f"{config.tasks.ways}-way"] if ways else []), f"{config.tasks.shots}-shot"]
+
+
+def build(
+    config: ExperimentConfig, tasks: TaskSource | None = None, world: World = ALONE
+) -> Experiment:
+    """Build everything that the configuration names, from its seed alone.
+
+    Sets torch's number of threads where the configuration does.
+
+    Args:
+        tasks: the source that `build_tasks` made of the same configuration, to share it.
+        world: the processes that train together.
+
+    Raises:
+        RequestError: a part is unknown, refuses its settings, or does not fit the others.
+    """
+    runtime = config.runtime
+    if runtime.deterministic:
+        determinism.prepare()
+    device = resolve_device(runtime.device, world)
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    if tasks is None:
+        with world.main_first():
+            tasks = build_tasks(config)
+    tasks = tasks.to(device)
+    options = runtime.model_dump(exclude={"device", "threads"})
+    learner = make_learner(config, tasks, device, world=world, **options)
+    first = tasks.train.batch(0, [0]).to(device)
+    check_outputs(learner.engine.inner, first, tasks.outputs, tasks.kind)
+    return Experiment(config, learner, tasks)
+
+
+def make_learner(
+    config: ExperimentConfig, tasks: TaskSource, device: torch.device, **options: Any
+) -> MetaLearner:
+    """The configured learner with its first weights, and `options` for how it runs."""
+    shape, settings = tuple(tasks.input_shape), config.model.settings
+    # Iterations count from 0, so -1 is a stream of its own; on the CPU it is the same for every device.
+    with stream(mix(config.seed, -1), torch.device("cpu")):
+        model = make_model(config.model.name, shape, tasks.outputs, settings)
+    return MetaLearner(
+        model.to(device),
+        preset=config.preset,
+        plugins=config.plugins,
+        kind=tasks.kind,
+        seed=config.seed,
+        **config.learner.model_dump(),
+        **options,
+    )

@@ -1,0 +1,82 @@
+"""Results and what they depend on, as values for JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+import metaplug
+from metaplug.contract import registry
+from metaplug.evaluation.results import EvaluationResult, IntervalMethod
+from metaplug.learner import MetaLearner
+
+
+def to_json(values: Any, indent: int | None = None) -> str:
+    """Values as JSON, with null for NaN and Inf, which JSON does not have."""
+    return json.dumps(_finite(values), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def result_values(result: EvaluationResult, method: IntervalMethod = "t") -> dict[str, Any]:
+    """An evaluation, with the 95 % interval from `low` to `high` by a method, and half its width.
+
+    An empty `transductive` says that it is not; None as `training_classes`, that it is not known.
+    """
+    low, high = result.bounds(method)
+    return {
+        "metric": result.metric,
+        "mean": result.mean,
+        "interval": result.interval if method == "t" else (high - low) / 2,
+        "interval_method": method,
+        "low": low,
+        "high": high,
+        "num_tasks": result.num_tasks,
+        "inner_steps": result.inner_steps,
+        "transductive": list(result.transductive),
+        "training_classes": result.training_classes,
+    }
+
+
+def environment(learner: MetaLearner) -> dict[str, Any]:
+    """What a result depends on: versions, device, threads, precision, ranks, and the batching."""
+    device, batching = learner.engine.device, learner.batching
+    is_cuda = device.type == "cuda"
+    libraries = {name: version(name) for name in ("higher", "numpy", "pillow")}
+    libraries["torch"] = torch.__version__
+    cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if is_cuda else {}
+    return {
+        "versions": {
+            **versions_of_plugins(learner),
+            **libraries,
+            **cuda,
+            "python": platform.python_version(),
+        },
+        "device": f"cuda ({torch.cuda.get_device_name(device)})" if is_cuda else device.type,
+        "threads": torch.get_num_threads(),
+        "precision": learner.engine.inner.precision,
+        "deterministic": learner.engine.deterministic,
+        "ranks": learner.world.size,
+        "batching": batching and {"choice": batching.batching, "reason": batching.reason},
+    }
+
+
+def versions_of_plugins(learner: MetaLearner) -> dict[str, str]:
+    """metaplug's own version, and those of the distributions that the learner's plugins come from."""
+    versions = {"metaplug": metaplug.__version__}
+    for plugin in learner.chain.plugins:
+        if name := registry.name_of("plugin", type(plugin)):
+            versions.update(registry.versions_of("plugin", name))
+    return versions
