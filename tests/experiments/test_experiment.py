@@ -14,7 +14,7 @@ from support.tiny_runs import assert_same, assert_same_run, stop_after, tiny
 
 from metaplug import MetaLearner, RequestError, RunError, checkpoint, files
 from metaplug.evaluation.history import Record
-from metaplug.experiments import experiment
+from metaplug.experiments import json_values
 from metaplug.experiments.build import build, task_form
 from metaplug.experiments.configuration import ExperimentConfig, to_yaml
 from metaplug.experiments.runs import load, read_metrics, train
@@ -432,7 +432,7 @@ def test_task_sources_that_are_refused(source: str, message: str) -> None:
 
 def test_precision_and_capture_reach_the_learner() -> None:
     learner = build(tiny(runtime__precision="bfloat16", runtime__capture="auto")).learner
-    assert experiment.environment(learner)["precision"] == "bfloat16"
+    assert json_values.environment(learner)["precision"] == "bfloat16"
     assert learner.engine.derivation is None
     with pytest.raises(
         RequestError, match=r"^capture is for steps on a CUDA device, but the model is on cpu: "
@@ -447,7 +447,7 @@ def test_the_form_of_tasks() -> None:
 
 def test_json_knows_no_nan() -> None:
     assert (
-        experiment.to_json({"a": [float("nan"), 1.5, (float("inf"),)]})
+        json_values.to_json({"a": [float("nan"), 1.5, (float("inf"),)]})
         == '{"a": [null, 1.5, [null]]}'
     )
 
