@@ -89,6 +89,9 @@ class FunctionalModel:
 
     def watch(self, places: Collection[Place]) -> None:
         """Put back what calls write at these modules, beside those whose classes are not torch's."""
+        for own, module in zip(self.model.modules(), self.module.modules(), strict=True):
+            # The hooks themselves are shared; that there are some is an attribute of its own.
+            module._is_full_backward_hook = own._is_full_backward_hook
         paths = {path for path, _ in places}
         self._written = Attributes(
             module

@@ -420,8 +420,8 @@ def test_the_weights_depend_on_the_seed_alone() -> None:
             "sinusoid:x",
             "the task source 'sinusoid' takes no argument, but 'sinusoid:x' gives one: write sinusoid",
         ),
-        ("folder", "the task source 'folder' needs a path behind a colon: write folder:PATH"),
-        ("folder:", "the task source 'folder' needs a path behind a colon: write folder:PATH"),
+        ("folder", "the task source 'folder' needs a path after a colon: write folder:PATH"),
+        ("folder:", "the task source 'folder' needs a path after a colon: write folder:PATH"),
     ],
 )
 def test_task_sources_that_are_refused(source: str, message: str) -> None:

@@ -343,7 +343,11 @@ def stateful_loss():
 
 
 def run(plugin, *, traced, loss=None, between=None):
-    """The weights after each of three iterations, and what was warned of."""
+    """The weights after three iterations, and what was warned of.
+
+    Args:
+        between: called after every iteration.
+    """
     random.seed(0)
     model = double(lambda: problem().model)
     learner = learner_of(model, plugins=[plugin] if plugin else [], loss=loss)
@@ -351,10 +355,7 @@ def run(plugin, *, traced, loss=None, between=None):
         learner.engine.derivation = CompiledDerivation(learner.engine, lambda graph, inputs: graph)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        for iteration in range(3):
-            learner.fit(Same(CASE.batch), iterations=1, tasks_per_batch=3, total=3)
-            if between:
-                between(iteration)
+        learner.fit(Same(CASE.batch), iterations=3, tasks_per_batch=3, on_record=between)
     texts = [str(each.message) for each in warned]
     return state(model), [text for text in texts if text.startswith("steps are not compiled")]
 
@@ -377,7 +378,7 @@ def test_a_trace_does_not_freeze_a_loss():
             None,
             traced=traced,
             loss=loss,
-            between=lambda iteration, held=temperature: held.append(held.pop() + 1),
+            between=lambda record, held=temperature: held.append(held.pop() + 1),
         )
         results.append(found)
     assert "'temperature', which the loss reads, changes from step to step" in warned[0]
@@ -443,7 +444,8 @@ def test_an_operation_with_a_first_derivative_alone_is_no_silent_zero():
 # f. Learning rates that a plugin writes to.
 
 
-def test_a_plugin_that_writes_to_learning_rates_writes_to_this_steps_alone():
+@pytest.mark.parametrize("preset", ["maml", "fomaml"])
+def test_a_plugin_that_writes_to_learning_rates_writes_to_this_steps_alone(preset):
     seen = []
 
     class InPlace(Plugin):
@@ -454,7 +456,7 @@ def test_a_plugin_that_writes_to_learning_rates_writes_to_this_steps_alone():
                 rate.mul_(0.1)
 
     model = double(lambda: problem().model)
-    learner = MetaLearner(model, plugins=[InPlace()], inner_lr=0.4, inner_steps=2)
+    learner = MetaLearner(model, preset=preset, plugins=[InPlace()], inner_lr=0.4, inner_steps=2)
     learner.fit(Stream(), iterations=2, tasks_per_batch=2)
     assert seen == [[pytest.approx(0.4)] * 4] * len(seen)
 
@@ -552,7 +554,9 @@ def test_threads_take_turns():
 
     def call(number):
         if number % 2:
-            return learner.evaluate(tasks, num_tasks=1 + number % 5, inner_steps=number % 3).per_task
+            return learner.evaluate(
+                tasks, num_tasks=1 + number % 5, inner_steps=number % 3
+            ).per_task
         task = tasks.batch(0, [number])
         adapted = learner.adapt(task.support_x[0], task.support_y[0], inner_steps=number % 3)
         return adapted(task.query_x[0]).detach()
@@ -602,7 +606,9 @@ class Numbers:
     def batch(self, iteration, indices):
         drawn = [torch.Generator().manual_seed(index) for index in indices]
         parts = [
-            torch.stack([torch.randn(5, size, generator=each, dtype=torch.float64) for each in drawn])
+            torch.stack(
+                [torch.randn(5, size, generator=each, dtype=torch.float64) for each in drawn]
+            )
             for size in (4, 2, 4, 2)
         ]
         return TaskBatch(*parts)
@@ -612,7 +618,8 @@ class Numbers:
 def test_a_task_that_draws_does_not_depend_on_its_batch(batching):
     learner = learner_of(double(Drawing), kind="regression", task_batching=batching)
     found = [
-        learner.evaluate(Numbers(), num_tasks=6, tasks_per_batch=size).per_task for size in (6, 1, 4)
+        learner.evaluate(Numbers(), num_tasks=6, tasks_per_batch=size).per_task
+        for size in (6, 1, 4)
     ]
     assert math.isfinite(float(found[0].mean()))
     assert len(set(found[0].tolist())) == 6
