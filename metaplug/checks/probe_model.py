@@ -312,11 +312,9 @@ class _Probe:
 
     def _refuse_closures(self, output: Tensor, what: str = "model") -> None:
         """Refuse the model's own weights in a graph, which the fast weights should stand in."""
-        names = {
-            id(parameter): name
-            for name, parameter in self.inner.functional.model.named_parameters()
-        }
-        if own := [names[id(leaf)] for leaf in _leaves(output) if id(leaf) in names]:
+        leaves = {id(leaf) for leaf in _leaves(output)}
+        named = self.inner.functional.model.named_parameters()
+        if own := [name for name, parameter in named if id(parameter) in leaves]:
             if what == "loss":
                 raise RequestError(
                     f"the loss reads the model's own {quoted(own[:3])}, not the fast weights of a "
@@ -338,6 +336,11 @@ class _Probe:
             before = self._tensors.get(name)
             if before and before[:2] == now[:2] and _same(before[2], now[2]):
                 continue
+            if before is None:
+                raise RequestError(
+                    f"the model makes its '{name}' in forward: pass one batch through the model "
+                    "first, or make it in __init__"
+                )
             if name not in parameters:
                 raise RequestError(
                     "the model writes to a buffer in forward, which would leak from task to task: "

@@ -55,7 +55,7 @@ def test_a_closure_stored_on_a_module_is_refused():
         def forward(self, x):
             return self.inside.route(x)
 
-    names = "'inside.2.weight', 'inside.0.weight', 'inside.0.bias'"
+    names = "'inside.0.weight', 'inside.0.bias', 'inside.2.weight'"
     assert refused(Router()) == OTHER_WEIGHTS.format(names)
 
 
@@ -100,6 +100,34 @@ def test_a_compiled_module_is_refused():
             self._orig_mod = model
 
     assert refused(OptimizedModule(body())) == expected.format("model")
+
+
+def test_a_data_parallel_module_is_refused():
+    assert refused(nn.DataParallel(body())) == (
+        "the module 'model' is a DataParallel, whose replicas do not follow a task's weights: "
+        "pass its .module; tasks spread over devices by ranks"
+    )
+
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        if not hasattr(self, "scale"):
+            self.register_buffer("scale", torch.full((4,), 2.0))
+        return self.layer(x * self.scale)
+
+
+def test_a_buffer_made_at_the_first_call_is_to_be_made_before():
+    assert refused(Lazy()) == (
+        "the model makes its 'scale' in forward: pass one batch through the model first, or make "
+        "it in __init__"
+    )
+    model = Lazy()
+    model(BATCH.support_x[0])
+    assert MetaLearner(model).meta_gradients(BATCH)
 
 
 @pytest.mark.slow

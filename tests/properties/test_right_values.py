@@ -388,7 +388,7 @@ def test_a_trace_does_not_freeze_a_loss():
 
 def test_a_cause_that_nobody_thought_of_is_found_at_the_second_step():
     """Python's own random numbers, which nothing that is looked at shows."""
-    drawing = Factor(lambda plugin, step: random.random())  # noqa: S311
+    drawing = Factor(lambda plugin, step: random.random())
     _, [warned] = run(drawing, traced=True)
     assert "its second meta-gradient is " in warned
     assert "off the untraced one" in warned
@@ -568,7 +568,7 @@ def test_threads_take_turns():
         try:
             for number in range(first, 40, 8):
                 found[number] = call(number)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             failed.append(error)
 
     threads = [threading.Thread(target=work, args=(first,)) for first in range(8)]
