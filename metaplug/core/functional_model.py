@@ -88,7 +88,7 @@ class FunctionalModel:
                 shared[name] = own[name]
 
     def watch(self, places: Collection[Place]) -> None:
-        """Put back what calls write at these modules, beside those whose classes are not torch's."""
+        """Put back what calls write at these modules, and at those of no class of torch's."""
         for own, module in zip(self.model.modules(), self.module.modules(), strict=True):
             # The hooks themselves are shared; that there are some is an attribute of its own.
             module._is_full_backward_hook = own._is_full_backward_hook
@@ -188,7 +188,7 @@ class Attributes:
 
 
 def set_mode(module: nn.Module, training: bool, batch_norm: str) -> None:
-    """Set training or evaluation mode, and what `batch_norm` says for layers that keep statistics."""
+    """Set training or evaluation mode, and what `batch_norm` says of layers with statistics."""
     module.train(training)
     for layer in module.modules():
         if isinstance(layer, nn.modules.batchnorm._NormBase):

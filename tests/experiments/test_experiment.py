@@ -209,7 +209,7 @@ def test_damaged_metrics_are_said_before_the_rest_is_trained(tmp_path: Path) -> 
         train(tiny(), folder, resume=True)
     assert (
         str(error.value)
-        == f"{path}, line 3 is of iteration 2, so that lines are missing or stand twice: train the run anew"
+        == f"{path}, line 3 is of iteration 2, so lines are missing or stand twice: train the run anew"
     )
 
 
@@ -310,7 +310,7 @@ def test_validations_that_are_not_finite_are_never_the_best(
     with pytest.raises(RunError) as error:
         train(tiny(), tmp_path / "run")
     assert str(error.value) == (
-        f"no validation of {tmp_path}/run was finite, so that there is nothing to test: try a smaller learning rate"
+        f"no validation of {tmp_path}/run was finite, so there is nothing to test: try a smaller learning rate"
     )
     validation = read_metrics(tmp_path / "run")[3]["validation"]
     assert validation["metric"] == "mean squared error"
@@ -353,14 +353,14 @@ def test_a_run_that_another_process_finishes_meanwhile_is_left_as_it_is(
 ) -> None:
     folder = tmp_path / "run"
     train(tiny(), folder, stop=stop_after(5))
-    real = RunFolder._hold
+    real = RunFolder._acquire
 
     def late(self: RunFolder) -> None:
-        monkeypatch.setattr(RunFolder, "_hold", real)
+        monkeypatch.setattr(RunFolder, "_acquire", real)
         train(tiny(), folder, resume=True)
         real(self)
 
-    monkeypatch.setattr(RunFolder, "_hold", late)
+    monkeypatch.setattr(RunFolder, "_acquire", late)
     summary = train(tiny(), folder, resume=True)
     assert summary == json.loads((folder / "summary.json").read_text())
     assert len(read_sessions(folder)) == 2
