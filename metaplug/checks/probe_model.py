@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
@@ -183,8 +185,12 @@ class _Probe:
         now = _snapshot(self.model)
         for path, name in self.written:
             value = vars(self.model.get_submodule(path)).get(name)
-            going_on = now.get((path, name)) != numbers.get((path, name))
-            if going_on and isinstance(value, PLAIN) and value == value and self._reads(path, name):  # noqa: PLR0124
+            before, after = numbers.get((path, name)), now.get((path, name))
+            if before == after:
+                continue
+            counted = isinstance(value, PLAIN) and value == value and self._reads(path, name)  # noqa: PLR0124
+            # An array, a tensor or an object of the user's is not put back after a pass.
+            if counted or (isinstance(after, _Held) and after.same_place(before)):
                 raise RequestError(WRITES.format(f"{path}.{name}".lstrip(".")))
 
     def refuse_sleepers(self) -> None:
@@ -454,8 +460,31 @@ def _snapshot(model: nn.Module) -> dict[Place, Any]:
             elif isinstance(value, list | tuple | set | dict) and name not in _TORCHS_OWN:
                 found[path, name] = (id(value), *map(id, value), *_values_of(value))
             elif name not in _TORCHS_OWN:
-                found[path, name] = id(value)
+                found[path, name] = _Held(id(value), _contents(value))
     return {place: value for place, value in found.items() if place[1] != "training"}
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A value that is no container: which one it is, and what it holds now."""
+
+    place: int
+    contents: Any
+
+    def same_place(self, before: object) -> bool:
+        return isinstance(before, _Held) and before.place == self.place
+
+
+def _contents(value: Any) -> Any:
+    """What may be written within a value: an array's numbers, a tensor's version, plain fields."""
+    if isinstance(value, np.ndarray):
+        return hash(value.tobytes())
+    if isinstance(value, Tensor):
+        return version(value)
+    if isinstance(value, nn.Module | type | FunctionType):
+        return None
+    fields = getattr(value, "__dict__", {}).items()
+    return [(key, each) for key, each in fields if isinstance(each, PLAIN) and each == each]  # noqa: PLR0124
 
 
 def _values_of(value: Any) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -165,12 +165,13 @@ class Attributes:
 
     def __init__(self, modules: Any) -> None:
         self._held = [(vars(module), dict(vars(module))) for module in modules]
-        self._contents = [
-            (value, copy.copy(value))
+        own = (
+            value
             for _, before in self._held
             for name, value in before.items()
-            if type(value) in _CONTAINERS and name not in _TORCHS_OWN
-        ]
+            if name not in _TORCHS_OWN
+        )
+        self._contents = [(each, copy.copy(each)) for each in _containers(own, set())]
 
     def put_back(self) -> None:
         """Give the modules these attributes again."""
@@ -211,6 +212,15 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from chain.from_iterable(map(_tensors, value))
     elif isinstance(value, dict):
         yield from chain.from_iterable(map(_tensors, value.values()))
+
+
+def _containers(values: Iterable[Any], seen: set[int]) -> Iterator[Any]:
+    """Yield the containers among values, and those within them, each once."""
+    for value in values:
+        if type(value) in _CONTAINERS and id(value) not in seen:
+            seen.add(id(value))
+            yield value
+            yield from _containers(value.values() if isinstance(value, dict) else value, seen)
 
 
 def _identities(container: Any) -> list[int]:

@@ -5,7 +5,9 @@ later is refused.
 """
 
 import copy
+import types
 
+import numpy as np
 import pytest
 import torch
 from test_guards import body
@@ -210,6 +212,21 @@ def toggled(model, output):
     return output
 
 
+def counted_within(model, output):
+    model.kept["calls"][0] += 1
+    return output * (1 if model.kept["calls"][0] < 50 else 2)
+
+
+def counted_in_an_array(model, output):
+    model.calls += 1
+    return output * (1 if model.calls[0] < 50 else 2)
+
+
+def counted_in_an_object(model, output):
+    model.held.calls += 1
+    return output * (1 if model.held.calls < 50 else 2)
+
+
 def last_size(model, output):
     last, model.last = model.last, len(output)
     return output + last
@@ -235,9 +252,39 @@ HARMFUL = {
     ),
     "a mean": (setting(mean=0.0), None, None, averaged, WRITES.format("mean")),
     "a count that is shown": (setting(calls=0), None, None, shown, WRITES.format("calls")),
+    "an array's count": (
+        setting(calls=np.zeros(1)),
+        None,
+        None,
+        counted_in_an_array,
+        WRITES.format("calls"),
+    ),
+    "a tensor's count": (
+        setting(calls=torch.zeros(1)),
+        None,
+        None,
+        counted_in_an_array,
+        WRITES.format("calls"),
+    ),
+    "an object's count": (
+        setting(held=types.SimpleNamespace(calls=0)),
+        None,
+        None,
+        counted_in_an_object,
+        WRITES.format("held"),
+    ),
     "a flag to and fro": (setting(odd=False), None, None, toggled, WRITES.format("odd")),
     "the last size": (setting(last=0), None, None, last_size, REMEMBERS),
 }
+
+
+def test_what_is_written_within_containers_is_put_back():
+    model = double(Keeping, setting(kept={"calls": [0]}), None, None, counted_within)
+    learner, exact = learner_of(model), exactly(double())
+    exact = {f"layers.{key}": value for key, value in exact.items()}
+    for _ in range(10):
+        assert off(learner.meta_gradients(BATCH), exact) < 1e-13
+    assert model.kept == {"calls": [0]}
 
 
 @pytest.mark.parametrize("name", HARMFUL)

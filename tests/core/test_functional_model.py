@@ -101,6 +101,6 @@ def test_a_model_that_cannot_be_copied_is_refused_with_the_reason():
         FunctionalModel(model, "batch")
     assert str(refusal.value) == (
         "the model cannot be copied (TypeError: cannot pickle 'generator' object), but tasks run "
-        "on a copy of its structure, so that yours stays as it is: leave out of its attributes what "
-        "copy.deepcopy refuses, or give its class a __deepcopy__"
+        "on a copy of its structure, so that yours stays as it is: leave out of its attributes "
+        "what copy.deepcopy refuses, or give its class a __deepcopy__"
     )
