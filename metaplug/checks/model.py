@@ -18,7 +18,7 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
 
     Raises:
         RequestError: no trainable parameter; a lazy parameter; parameters of several devices or
-            dtypes, or in float16; a compiled, scripted or data-parallel module, which runs other
+            dtypes, or in float16; a scripted, compiled or data-parallel module, which runs other
             weights than a task's; frozen batch norm asked of layers that store no statistics.
     """
     parameters = dict(model.named_parameters())
@@ -50,10 +50,11 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
                 f"the module '{name or 'model'}' is scripted and would run its original weights: "
                 "pass the module that it was made from"
             )
-        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+        if "_orig_mod" in module._modules:
             raise RequestError(
-                f"the module '{name or 'model'}' is compiled and would run its original weights: "
-                "pass it as it was before"
+                f"the module '{name or 'model'}' is compiled by torch.compile, which knows nothing "
+                "of stacked tasks: pass the module that it was made from; the learner's own "
+                "compile=True compiles whole meta-steps"
             )
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             raise RequestError(

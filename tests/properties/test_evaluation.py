@@ -157,6 +157,7 @@ def test_an_evaluation_between_two_steps_changes_no_later_step(which):
         for record in learner.iterate(
             Stream(test.name),
             iterations=3,
+            total=5,
             tasks_per_batch=2,
             validation=test if evaluates else None,
             validate_every=1,
