@@ -465,7 +465,9 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path, plain):
     else:
         torch.save(state, path)
     text = message(lambda: MetaLearner.load(path, model=Body()))
-    assert text.startswith(f"{path} is {'not a whole metaplug checkpoint' if plain else 'of torch.save'} (")
+    assert text.startswith(
+        f"{path} is {'not a whole metaplug checkpoint' if plain else 'of torch.save'} ("
+    )
     assert not mark.exists()
 
 
@@ -483,7 +485,9 @@ def test_a_failed_write_leaves_the_older_file(tmp_path, monkeypatch):
     assert f"{path}: No space left on device; the one that stood there is untouched" in text
     assert path.read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == ["learner.safetensors"]
-    assert "cannot write" in message(lambda: learner.save(tmp_path / "nowhere" / "learner.safetensors"))
+    assert "cannot write" in message(
+        lambda: learner.save(tmp_path / "nowhere" / "learner.safetensors")
+    )
 
 
 # What stops a run.

@@ -63,6 +63,13 @@ class FunctionalModel:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
+        self._holders = [
+            (f"{path}.{name}".lstrip("."), holder, name)
+            for path, module in own.items()
+            for holder in (module._parameters, module._buffers)
+            for name, tensor in holder.items()
+            if tensor is not None
+        ]
         self.watch(())
 
     def __call__(self, weights: Sequence[Tensor], x: Any) -> Any:
@@ -105,13 +112,12 @@ class FunctionalModel:
         Raises:
             RunError: one was written to. It cannot be undone, so it is not passed over.
         """
-        tensors = dict(chain(self.model.named_parameters(), self.model.named_buffers()))
-        before = {name: version(tensor) for name, tensor in tensors.items()}
+        before = [version(holder[name]) for _, holder, name in self._holders]
         yield
-        for name, tensor in tensors.items():
-            if version(tensor) != before[name]:
+        for (path, holder, name), seen in zip(self._holders, before, strict=True):
+            if version(holder[name]) != seen:
                 raise RunError(
-                    f"the model wrote to its own '{name}' in forward, as no pass before it did, "
+                    f"the model wrote to its own '{path}' in forward, as no pass before it did, "
                     "and its value is no longer the trained one: go on from a checkpoint, and let "
                     "forward make new tensors"
                 )

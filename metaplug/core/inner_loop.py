@@ -263,13 +263,11 @@ class InnerLoop:
         """
         fast, initial, state = inputs
         self._optimizer.restore(state)
-        # The first of two runs has kept the statistics; the second must not keep them again.
-        again = graph and first.training and self.checkpoint_steps is not None
-        first = replace(
-            first,
-            initial_parameters=MappingProxyType(initial),
-            statistics={} if again else first.statistics,
-        )
+        if first.training and self.checkpoint_steps is not None:
+            # The first of two runs has kept the statistics; the second must not keep them again.
+            statistics = {} if graph else first.statistics
+            begun = MappingProxyType(initial)
+            first = replace(first, initial_parameters=begun, statistics=statistics)
         support_losses, queries = [], {}
         for index in indices:
             step = replace(first, index=index, parameters=MappingProxyType(fast))

@@ -188,11 +188,12 @@ class CompiledDerivation:
             what = "forms, outer weights, derivative orders or attributes of plugins"
             raise RuntimeError(f"batches of more than {MOST_TRACES} {what} came along")
         named: dict[str, Any] = {}
-        unknown: Any = (_Unknown(iteration), _Unknown(total))
+        now: Any = _Unknown(iteration)
+        length: Any = _Unknown(total)
 
         def derivation(*tensors: Tensor) -> list[Tensor]:
             with _swapped(self.engine, tensors) as batch:
-                found = self.engine.derive(batch, *unknown, weights, orders=orders)
+                found = self.engine.derive(batch, now, length, weights, orders=orders)
             named["gradients"] = tuple(found.gradients)
             named["statistics"] = tuple(
                 (plugin, name) for plugin, kept in found.statistics.items() for name in kept

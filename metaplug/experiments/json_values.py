@@ -66,7 +66,7 @@ def environment(learner: MetaLearner) -> dict[str, Any]:
         },
         "device": f"cuda ({torch.cuda.get_device_name(device)})" if is_cuda else device.type,
         "threads": torch.get_num_threads(),
-        "precision": learner.engine.inner.precision,
+        "precision": learner.engine.precision,
         "deterministic": learner.engine.deterministic,
         "ranks": learner.world.size,
         "batching": batching and {"choice": batching.batching, "reason": batching.reason},

@@ -856,7 +856,8 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(metaplug: Any) -> None:
     assert metaplug(*options, "--name", "whole").status == 0
     assert (folder / "metrics.jsonl").read_bytes() == Path("runs/whole/metrics.jsonl").read_bytes()
     one, other = (
-        checkpoint.read(Path("runs") / name / "last.safetensors")["model"] for name in ("stopped", "whole")
+        checkpoint.read(Path("runs") / name / "last.safetensors")["model"]
+        for name in ("stopped", "whole")
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
 

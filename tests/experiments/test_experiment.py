@@ -33,7 +33,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_folder_holds_all_of_it(whole: Path) -> None:
     assert sorted(path.name for path in whole.iterdir()) == [
-        *(".lock", "best.safetensors", "config.yaml", "last.safetensors", "metrics.jsonl", "run.json", "summary.json")
+        *(
+            ".lock",
+            "best.safetensors",
+            "config.yaml",
+            "last.safetensors",
+            "metrics.jsonl",
+            "run.json",
+            "summary.json",
+        )
     ]
     lines = read_metrics(whole)
     assert [line["iteration"] for line in lines] == list(range(1, 13))
@@ -389,7 +397,9 @@ def test_what_load_refuses(whole: Path, tmp_path: Path) -> None:
         f"there is no run {tmp_path}/nope: give the folder of a run that `metaplug train` has validated at least once"
     )
     (tmp_path / "run").mkdir()
-    with pytest.raises(RequestError, match=r"run has no best\.safetensors yet: give the folder of a run"):
+    with pytest.raises(
+        RequestError, match=r"run has no best\.safetensors yet: give the folder of a run"
+    ):
         load(tmp_path / "run")
     build(tiny()).learner.save(tmp_path / "learner.pt")
     with pytest.raises(RequestError) as error:
