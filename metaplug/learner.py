@@ -421,8 +421,8 @@ class MetaLearner:
                 "divergence",
                 f"adaptation raises the support loss of {raised} of {num_tasks} validation tasks "
                 f"(mean {before:.4g} to {after:.4g} over {result.inner_steps} inner steps, "
-                f"inner_lr = {self.settings.inner_lr:.4g}{changed}): the inner loop diverges; lower "
-                "inner_lr",
+                f"inner_lr = {self.settings.inner_lr:.4g}{changed}): the inner loop diverges; "
+                "lower inner_lr",
             )
         return result
 

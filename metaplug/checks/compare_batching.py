@@ -20,7 +20,7 @@ from metaplug.core.inner_loop import InnerLoop
 from metaplug.random_streams import stream
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
-"""By dtype, the largest difference of a tensor, relative to its norm, that is taken for rounding."""
+"""By dtype, the largest difference of a tensor, relative to its norm, that counts as rounding."""
 
 _KNOWN = """
     linear conv1d conv2d relu leaky_relu elu tanh sigmoid softplus silu gelu batch_norm layer_norm

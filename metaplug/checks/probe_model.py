@@ -30,7 +30,10 @@ REMEMBERS = (
     "the model answers otherwise when it is asked again, as if it remembered, or drew random "
     "numbers from outside torch's own stream: keep nothing in forward for the next"
 )
-WRITES = "the model writes to '{}' in forward, which would leak from task to task: make it constant there"
+WRITES = (
+    "the model writes to '{}' in forward, which would leak from task to task: "
+    "make it constant there"
+)
 CHECKPOINTED = (
     "the model uses activation checkpointing, which runs forward again in the backward pass, with "
     "weights that are no longer this step's: switch it off; MetaLearner's checkpoint_steps saves "
@@ -139,8 +142,8 @@ class _Probe:
         """
         if version(self.x) != self._given:
             raise RequestError(
-                "the model changes its input in place, and with it the data of the next inner step: "
-                "give it operations that make new tensors"
+                "the model changes its input in place, and with it the data of the next inner "
+                "step: give it operations that make new tensors"
             )
         self._refuse_written_tensors()
         with torch.no_grad(), stream(0, self.x.device), _tolerated():
@@ -188,9 +191,9 @@ class _Probe:
         self._refuse_closures(self.expected)
         if not _close(prediction, self.expected):
             raise RequestError(
-                "the model answers otherwise with torch.func.functional_call than when it is called "
-                "(its forward reads weights from elsewhere than its modules, or random numbers from "
-                "outside torch): replace that part of the model"
+                "the model answers otherwise with torch.func.functional_call than when it is "
+                "called (its forward reads weights from elsewhere than its modules, or random "
+                "numbers from outside torch): replace that part of the model"
             )
 
     def refuse_other_gradients(self, prediction: Tensor) -> None:

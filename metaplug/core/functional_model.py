@@ -95,7 +95,7 @@ class FunctionalModel:
                 shared[name] = own[name]
 
     def watch(self, places: Collection[Place]) -> None:
-        """Put back what calls write at these modules, beside those whose classes are not torch's."""
+        """Put back what calls write at these modules, and at those that are not torch's own."""
         paths = {path for path, _ in places}
         self._written = Attributes(
             module
@@ -138,7 +138,7 @@ def clone(model: nn.Module, *, shared: bool = True) -> nn.Module:
     for module in model.modules():
         for name, value in vars(module).items():
             if "_hooks" in name and value is not None:
-                memo |= {id(each): each for each in ([value] if shared else value.values())}
+                memo |= {id(one): one for one in ([value] if shared else value.values())}
             # deepcopy refuses tensors with a graph, as a model that was called before may keep.
             memo |= {
                 id(each): each.detach() for each in _tensors(value) if each.grad_fn is not None
@@ -191,7 +191,7 @@ class Attributes:
 
 
 def set_mode(module: nn.Module, training: bool, batch_norm: str) -> None:
-    """Set training or evaluation mode, and what `batch_norm` says for layers that keep statistics."""
+    """Set the mode, and what `batch_norm` says for layers that keep statistics."""
     module.train(training)
     for layer in module.modules():
         if isinstance(layer, nn.modules.batchnorm._NormBase):
