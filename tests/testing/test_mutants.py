@@ -19,7 +19,7 @@ def test_a_wrong_plugin_is_caught_by_the_clause_that_it_breaks_and_by_none_befor
             off=getattr(mutant, "off", None),
             exceptions=getattr(mutant, "exceptions", {}),
             models=("mlp",),
-            examples=3,
+            examples=2,
         )
     text = str(error.value)
     assert text.startswith(f"plugin '{mutant.kind()}' breaks {mutant.caught_by}: ")
