@@ -28,7 +28,7 @@ from metaplug.errors import MetaplugError, RequestError, RunError, quoted
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One plugin's place in one hook; `place` reads "link 2 of 3"."""
+    """One plugin's place in one hook, "link 2 of 3", and its function there."""
 
     plugin: Plugin
     hook: str
@@ -37,11 +37,7 @@ class Link:
     arguments: tuple[str, ...]
 
     def call(self, given: Mapping[str, Any]) -> Any:
-        """Call the implementation with the arguments that it names.
-
-        Raises:
-            RunError: it raises something; names plugin, hook, link and step.
-        """
+        """Call the implementation with the arguments that it names; errors say where."""
         values = [
             given[name].seen_by(self.plugin) if name == "step" else given[name]
             for name in self.arguments
@@ -134,18 +130,13 @@ class Chain:
         return value
 
     def choose(self, hook: str, default: Any, **arguments: Any) -> Any:
-        """Ask for the one answer to `hook`; `default` if no plugin answers.
-
-        Raises:
-            RequestError: two plugins answer.
-        """
+        """Ask for the one answer to `hook`; `default` if no plugin answers, an error if two do."""
         answers = [(link, link.call(arguments)) for link in self._links[hook]]
         answers = [(link, answer) for link, answer in answers if answer is not None]
         if len(answers) > 1:
             both = " and ".join(f"'{link.plugin.name}'" for link, _ in answers[:2])
-            raise RequestError(
-                f"plugins {both} both answer {hook}, which only one may: leave one of them out"
-            )
+            both = f"plugins {both} both answer {hook}, which only one may"
+            raise RequestError(f"{both}: leave one of them out")
         for link, answer in answers:
             if fault := CHECKS[hook](default, answer, arguments):
                 raise link.fault(fault, arguments)
@@ -156,10 +147,8 @@ class Chain:
     def setup(self, context: Context) -> None:
         """Let every plugin create its meta-parameters and buffers, once in its life."""
         if used := [plugin.name for plugin in self.plugins if plugin.is_set_up]:
-            raise RequestError(
-                f"plugin {quoted(used)} already belongs to another learner: "
-                "make a new instance for each learner"
-            )
+            fault = f"plugin {quoted(used)} already belongs to another learner"
+            raise RequestError(f"{fault}: make a new instance for each learner")
         for plugin in self.plugins:
             plugin.is_set_up = True
         for link in self._links["setup"]:
