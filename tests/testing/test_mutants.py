@@ -1,4 +1,4 @@
-"""The conformance suite is held to what it promises: each deliberately wrong plugin fails at the clause that it breaks, and says so."""
+"""The conformance suite catches each deliberately wrong plugin by the clause that it breaks."""
 
 import warnings
 
