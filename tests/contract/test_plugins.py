@@ -455,3 +455,16 @@ def test_a_batch_with_a_transposed_task_axis_is_refused():
         RequestError, match="which do not fit: every field must stack the same number of tasks"
     ):
         TaskBatch(x, y, x, y)
+
+
+def test_reptile_trains_what_is_not_adapted_in_recomputed_steps_too():
+    """The outer loss trains the body; a recomputed step gives it a tensor of its own."""
+    case = problem("mlp", steps=3)
+    plain, recomputed = (
+        case.learner(
+            preset="reptile", plugins=["partial-adaptation"], checkpoint_steps=kept
+        ).meta_gradients(case.batch)
+        for kept in (None, 1)
+    )
+    assert float(plain["0.weight"].norm()) > 0.05
+    assert_close(recomputed, plain)
