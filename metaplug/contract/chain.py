@@ -86,11 +86,8 @@ class Chain:
     """The plugins of one run.
 
     Args:
-        plugins: in the order in which every fold applies them.
-
-    Raises:
-        RequestError: two plugins of one name, a wrong order, a conflict, or a class that breaks
-            the contract.
+        plugins: in the order in which every fold applies them; two of one name, a wrong order, a
+            conflict, or a class that breaks the contract is a RequestError.
 
     >>> from metaplug.contract.function_plugins import plugin_of
     >>> def scale_meta_learning_rate(factor, iteration): return factor / (1 + iteration)
@@ -176,10 +173,11 @@ class Chain:
         for name, value in found.items():
             if not math.isfinite(value) and name not in self._warned:
                 self._warned.add(name)
+                what = f"the figure '{name}' of a plugin's end_meta_step is NaN or Inf"
                 warnings.warn(
-                    f"the figure '{name}' of a plugin's end_meta_step is NaN or Inf after "
-                    f"iteration {int(iteration) + 1}: it is logged as null, and as nothing is "
-                    "computed from it, training goes on; see what the plugin computes there",
+                    f"{what} after iteration {int(iteration) + 1}: it is logged as null, and as "
+                    "nothing is computed from it, training goes on; see what the plugin computes "
+                    "there",
                     stacklevel=3,
                 )
         return found
@@ -218,7 +216,7 @@ class Chain:
 
         advice, by_task = (
             f"see what '{name}' computes there, or leave it out",
-            link.hook in _BY_TASK,
+            link.hook.removeprefix("transform_") in _BY_TASK,
         )
         self.watch.look(kept, saying("kept"), advice)
         self.watch.look(result, saying("returned"), advice, by_task=by_task)
@@ -251,14 +249,8 @@ def _check_list(plugins: Sequence[Plugin]) -> None:
         raise RequestError(f"plugin '{plugin.name}' {fault}")
 
 
-_BY_TASK = (
-    "transform_tasks",
-    "transform_parameters",
-    "transform_inner_losses",
-    "transform_gradients",
-    "transform_outer_losses",
-)
-"""The hooks whose values have the tasks along their first axis."""
+_BY_TASK = ("tasks", "parameters", "inner_losses", "gradients", "outer_losses")
+"""The values that have the tasks along their first axis, of the hooks transform_…."""
 
 _FOLDED = {
     hook: next(iter(inspect.signature(getattr(hookspecs, hook)).parameters))
