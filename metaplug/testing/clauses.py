@@ -207,7 +207,7 @@ class Clause:
                 self._once(subject)
             else:
                 examples = _examples(subject, **self._draws)
-                runs = _settings(max(subject.examples // self._cost, 1))
+                runs = settings(_SETTINGS, max_examples=max(subject.examples // self._cost, 1))
                 runs(given(examples)(lambda example: self._once(subject, example)))()
         except BreachError as breach:
             raise self._error(subject, breach) from breach.__cause__
@@ -261,17 +261,15 @@ def in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _settings(examples: int) -> settings:
-    return settings(
-        max_examples=examples,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=(Phase.generate, Phase.shrink),
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-        verbosity=Verbosity.quiet,
-    )
+_SETTINGS = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=(Phase.generate, Phase.shrink),
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+    verbosity=Verbosity.quiet,
+)
 
 
 @st.composite
