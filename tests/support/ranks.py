@@ -1,4 +1,4 @@
-"""Several ranks on this machine, for tests: forked from the test, which has imported everything, and joined over the loopback."""
+"""Several ranks on this machine, for tests: forked from the test, and joined over the loopback."""
 
 import os
 import socket
@@ -13,19 +13,19 @@ import torch
 from metaplug import TaskBatch
 from metaplug.execution.ranks import joined
 
-LIMIT = 60
+LIMIT = 240
 """Seconds after which ranks that have not ended are killed."""
 
 FIELDS = ("support_x", "support_y", "query_x", "query_y")
 
 
 def shard(batch, world):
-    """The tasks of a batch that are this rank's."""
+    """Return the tasks of a batch that are this rank's."""
     return TaskBatch(*(getattr(batch, field)[world.rank :: world.size] for field in FIELDS))
 
 
-def on_ranks(action, size=2, timeout=20.0):
-    """What `action(world)` returned, or the exception that it raised, on each of `size` ranks; None of a rank that was killed."""
+def on_ranks(action, size=2, timeout=60.0):
+    """Return what `action(world)` returned or raised on each rank; None of one that was killed."""
 
     def join():
         with joined(timeout) as world:
@@ -35,7 +35,7 @@ def on_ranks(action, size=2, timeout=20.0):
 
 
 def forked(action, size=2):
-    """The same for processes that torchrun might have started, which have not joined; and all that they wrote to stdout and stderr."""
+    """Do the same for processes that have not joined; return also all that they wrote."""
     with tempfile.TemporaryDirectory() as folder:
         files, words = [Path(folder) / f"{rank}.pt" for rank in range(size)], Path(folder) / "words"
         words.touch()
