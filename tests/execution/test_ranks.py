@@ -764,7 +764,6 @@ def test_the_command_line_says_everything_once(folder):
             2,
             "No such option: --iteration (Possible options: --iterations)",
         ),
-        (["train", "--tasks", "glyph"], 2, "unknown task source 'glyph': did you mean 'glyphs'?"),
         (["train", "--preset", "mamml"], 2, "unknown preset 'mamml': did you mean 'maml'?"),
         (
             ["compare", "--variant", "maml"],
