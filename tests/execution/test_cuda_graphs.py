@@ -133,8 +133,7 @@ def test_random_numbers_are_refused_and_training_goes_on_uncaptured():
         ours.fit(Stream(), iterations=2, tasks_per_batch=2)
     plain.fit(Stream(), iterations=2, tasks_per_batch=2)
     assert [str(warning.message) for warning in said] == [
-        "steps are not captured, and the run goes on uncaptured: RuntimeError: the step draws "
-        "random numbers ('aten.bernoulli.p'), "
+        "steps are not captured, and the run goes on uncaptured: RuntimeError: the step draws random numbers ('aten.bernoulli.p'), "
         "which a captured step does not: leave capture out, or the layer or plugin that draws them"
     ]
     assert not recorder.recordings
@@ -154,8 +153,7 @@ def test_a_recording_that_fails_is_said_once_and_training_goes_on():
         ours.fit(Stream(), iterations=2, tasks_per_batch=2)
     plain.fit(Stream(), iterations=2, tasks_per_batch=2)
     assert [str(warning.message) for warning in said] == [
-        "steps are not captured, and the run goes on uncaptured: RuntimeError: operation not "
-        "permitted when stream is capturing (details)"
+        "steps are not captured, and the run goes on uncaptured: RuntimeError: operation not permitted when stream is capturing (details)"
     ]
     assert all(
         torch.equal(one, other)
@@ -213,8 +211,7 @@ def test_capture_is_for_cuda_and_auto_is_never_refused():
     with pytest.raises(RequestError) as error:
         problem().learner(capture=True)
     assert str(error.value) == (
-        "capture is for steps on a CUDA device, but the model is on cpu: leave it out, or give "
-        "'auto', which does nothing there"
+        "capture is for steps on a CUDA device, but the model is on cpu: leave it out, or give 'auto', which does nothing there"
     )
     with pytest.raises(
         RequestError, match=r"^unknown capture 'always': give True, False or 'auto'$"
