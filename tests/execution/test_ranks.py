@@ -551,9 +551,9 @@ def test_a_compiled_step_cannot_wait_for_other_ranks():
 
 
 def problem_of(world):
-    """A learner that believes to be in `world`, without processes."""
+    """Make a learner that believes to be in `world`, without processes."""
     learner = problem().learner()
-    learner.world = world
+    learner.world = learner.engine.world = world
     return learner
 
 
