@@ -328,7 +328,7 @@ def test_chunks_bound_evaluation_too(monkeypatch):
         monkeypatch.setattr(
             learner.engine,
             "evaluate",
-            lambda batch, steps, own=own: sizes.append(batch.num_tasks) or own(batch, steps),
+            lambda batch, *rest, own=own: sizes.append(batch.num_tasks) or own(batch, *rest),
         )
         learner.evaluate(Stream(), num_tasks=17)
     assert sizes == [16, 1, 3, 3, 3, 3, 3, 2, 16, 1]

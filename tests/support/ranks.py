@@ -21,7 +21,7 @@ FIELDS = ("support_x", "support_y", "query_x", "query_y")
 
 
 def shard(batch, world):
-    """The tasks of a batch that are this rank's."""
+    """Return the tasks of a batch that are this rank's."""
     return TaskBatch(*(getattr(batch, field)[world.rank :: world.size] for field in FIELDS))
 
 
