@@ -15,7 +15,7 @@ class ConflictProjection(Plugin):
     """
 
     class Config(PluginConfig):
-        """How much of the conflict to remove."""
+        """The strength of the projection."""
 
         strength: float = Field(1.0, ge=0, le=1, description="Share of the conflict to remove.")
 
