@@ -232,9 +232,12 @@ def defaults():
     restore()
 
 
-@pytest.mark.skipif(
+NEW_SETTINGS = pytest.mark.skipif(
     not hasattr(torch.backends.cudnn, "conv"), reason="torch before 2.9 has the old settings alone"
 )
+
+
+@NEW_SETTINGS
 @pytest.mark.parametrize("before", [None, old_on, old_off, new_conv, new_matmul, new_everywhere])
 @pytest.mark.parametrize("wide", ["highest", "high", "medium"])
 def test_tf32_is_as_asked_inside_and_as_it_was_outside(before, wide, defaults):
@@ -255,6 +258,7 @@ def test_tf32_is_as_asked_inside_and_as_it_was_outside(before, wide, defaults):
         )
 
 
+@NEW_SETTINGS
 def test_a_cpu_is_left_alone(defaults):
     torch.backends.cuda.matmul.allow_tf32 = True
     with arithmetic("float32", torch.device("cpu")):

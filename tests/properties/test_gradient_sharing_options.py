@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from metaplug_plugins.gradient_sharing import GradientSharing
 from support.plugins import Spy
 
 from metaplug import MetaLearner, RequestError, RunError, TaskBatch
 from metaplug.testing import Stream, assert_close, found, problem, reference
+from metaplug.testing.problems import WITH_BATCH_NORM
 from metaplug.testing.strategies import problems, seeds, weights
 
 LOOSE = {"rtol": 1e-8, "atol": 1e-9}
@@ -141,6 +142,8 @@ def test_a_streamed_batch_is_as_many_batches_of_one(case, options, remembers):
     if remembers:
         remember(streamed, 5)
         remember(single, 5)
+    # A bias before batch norm has a gradient of 0 up to rounding: its unit is one CPU's digits.
+    assume(options["scope"] == "all" or case.name not in WITH_BATCH_NORM)
     passed, kept = spied(streamed, case.batch)
     meta_gradients, directions = [], []
     for task in range(case.batch.num_tasks):
