@@ -1,8 +1,8 @@
 """A learner's state in one safetensors file, which other tools read too, with a digest over it.
 
-Tensors stand under names: `model.NAME`, `plugins.PLUGIN.NAME`, `meta_optimizer...`. The rest is JSON
-in the file's metadata, "metaplug": {"sha256", "format", "state"}; the digest is that of the file with
-zeros in its place. Reading executes nothing, and checks everything before any of it is used.
+Tensors stand under names: `model.NAME`, `plugins.PLUGIN.NAME`, `meta_optimizer...`. The rest is
+JSON in the file's metadata, "metaplug": {"sha256", "format", "state"}; the digest is that of the
+file with zeros in its place. Reading executes nothing, and checks everything before using it.
 """
 
 from __future__ import annotations

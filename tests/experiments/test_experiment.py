@@ -14,9 +14,9 @@ from support.tiny_runs import assert_same, assert_same_run, stop_after, tiny
 
 from metaplug import MetaLearner, RequestError, RunError, checkpoint, files
 from metaplug.evaluation.history import Record
-from metaplug.experiments import experiment
 from metaplug.experiments.build import build, task_form
 from metaplug.experiments.configuration import ExperimentConfig, to_yaml
+from metaplug.experiments.json_values import environment, to_json
 from metaplug.experiments.runs import load, read_metrics, train
 from metaplug.experiments.runs.folder import RunFolder
 from metaplug.experiments.runs.sessions import read_sessions
@@ -33,7 +33,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_folder_holds_all_of_it(whole: Path) -> None:
     assert sorted(path.name for path in whole.iterdir()) == [
-        *(".lock", "best.safetensors", "config.yaml", "last.safetensors", "metrics.jsonl", "run.json", "summary.json")
+        *(
+            ".lock",
+            "best.safetensors",
+            "config.yaml",
+            "last.safetensors",
+            "metrics.jsonl",
+            "run.json",
+            "summary.json",
+        )
     ]
     lines = read_metrics(whole)
     assert [line["iteration"] for line in lines] == list(range(1, 13))
@@ -389,7 +397,9 @@ def test_what_load_refuses(whole: Path, tmp_path: Path) -> None:
         f"there is no run {tmp_path}/nope: give the folder of a run that `metaplug train` has validated at least once"
     )
     (tmp_path / "run").mkdir()
-    with pytest.raises(RequestError, match=r"run has no best\.safetensors yet: give the folder of a run"):
+    with pytest.raises(
+        RequestError, match=r"run has no best\.safetensors yet: give the folder of a run"
+    ):
         load(tmp_path / "run")
     build(tiny()).learner.save(tmp_path / "learner.pt")
     with pytest.raises(RequestError) as error:
@@ -432,7 +442,7 @@ def test_task_sources_that_are_refused(source: str, message: str) -> None:
 
 def test_precision_and_capture_reach_the_learner() -> None:
     learner = build(tiny(runtime__precision="bfloat16", runtime__capture="auto")).learner
-    assert experiment.environment(learner)["precision"] == "bfloat16"
+    assert environment(learner)["precision"] == "bfloat16"
     assert learner.engine.derivation is None
     with pytest.raises(
         RequestError, match=r"^capture is for steps on a CUDA device, but the model is on cpu: "
@@ -446,10 +456,7 @@ def test_the_form_of_tasks() -> None:
 
 
 def test_json_knows_no_nan() -> None:
-    assert (
-        experiment.to_json({"a": [float("nan"), 1.5, (float("inf"),)]})
-        == '{"a": [null, 1.5, [null]]}'
-    )
+    assert to_json({"a": [float("nan"), 1.5, (float("inf"),)]}) == '{"a": [null, 1.5, [null]]}'
 
 
 def test_what_is_done_after_training_is_done_before_the_test_in_a_folder_that_is_held(

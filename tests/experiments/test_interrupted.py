@@ -597,7 +597,9 @@ def test_asked_twice_a_run_stops_at_once_with_its_last_checkpoint(
         130,
         [ASKED, TWICE],
     )
-    assert (MetaLearner.load(folder / "last.safetensors").iteration if folder.exists() else None) == kept
+    assert (
+        MetaLearner.load(folder / "last.safetensors").iteration if folder.exists() else None
+    ) == kept
     assert not list(folder.glob(".*.tmp"))
     assert ended(command(config, tmp_path, "--resume"), words_of(tmp_path)) == (0, [])
     assert_same_run(commanded, folder)
