@@ -131,7 +131,7 @@ def checkpoint(subject: Subject, example: Example) -> None:
     learner = subject.learner(Example(example.problem))
     fit(learner, example, 2)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "learner.pt"
+        path = Path(folder) / "learner.safetensors"
         learner.save(path)
         loaded = MetaLearner.load(
             path, model=copy.deepcopy(example.problem.model), plugins=[subject.make()]
