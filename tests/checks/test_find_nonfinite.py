@@ -1157,7 +1157,7 @@ def test_a_run_passes_over_validations_that_are_not_finite(tmp_path, holed_valid
     with pytest.raises(RunError) as error:
         train(tiny(training__non_finite="skip"), tmp_path / "none")
     assert str(error.value) == (
-        f"no validation of {tmp_path}/none was finite, so that there is nothing to test: try a smaller learning rate"
+        f"no validation of {tmp_path}/none was finite, so there is nothing to test: try a smaller learning rate"
     )
 
 

@@ -174,7 +174,7 @@ ERRORS: list[tuple[str, str]] = [
     ("train --tasks glyph", "unknown task source 'glyph': did you mean 'glyphs'?"),
     (
         "train --tasks folder",
-        "the task source 'folder' needs a path behind a colon: write folder:PATH",
+        "the task source 'folder' needs a path after a colon: write folder:PATH",
     ),
     ("train --tasks sinusoid --model conv5", "unknown model 'conv5': did you mean 'conv4'?"),
     ("train --ways 1", "option: tasks.ways = 1: input should be greater than or equal to 2"),

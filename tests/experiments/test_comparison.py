@@ -242,7 +242,7 @@ def test_the_test_is_by_the_weights_that_validated_best() -> None:
         (
             [variant("a"), variant("b", training={**TINY["training"], "iterations": 5})],
             [0],
-            "variants 'a' and 'b' differ in training.iterations (4 and 5), so that a comparison would not be fair: "
+            "variants 'a' and 'b' differ in training.iterations (4 and 5), so a comparison would not be fair: "
             "set training.iterations for both",
         ),
     ],

@@ -14,9 +14,9 @@ from support.tiny_runs import assert_same, assert_same_run, stop_after, tiny
 
 from metaplug import MetaLearner, RequestError, RunError, checkpoint, files
 from metaplug.evaluation.history import Record
-from metaplug.experiments import experiment
 from metaplug.experiments.build import build, task_form
 from metaplug.experiments.configuration import ExperimentConfig, to_yaml
+from metaplug.experiments.json_values import environment, to_json
 from metaplug.experiments.runs import load, read_metrics, train
 from metaplug.experiments.runs.folder import RunFolder
 from metaplug.experiments.runs.sessions import read_sessions
@@ -207,6 +207,26 @@ def test_without_its_last_checkpoint_a_run_goes_on_from_its_best(
     assert_same_run(whole, folder)
 
 
+def test_a_run_of_an_older_version_is_refused_and_left_as_it_is(
+    whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    train(tiny(), folder, stop=stop_after(6))
+    for name in ("last", "best"):
+        (folder / f"{name}.safetensors").unlink()
+        torch.save({"format": 2}, folder / f"{name}.pt")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    said = "is of torch.save (.pt), as older versions of metaplug wrote: "
+    said += "use the version that wrote it, or train again"
+    with pytest.raises(RunError) as error:
+        train(tiny(), folder, resume=True)
+    assert str(error.value) == f"{folder}/last.pt {said}"
+    with pytest.raises(RunError) as error:
+        load(folder)
+    assert str(error.value) == f"{folder}/best.pt {said}"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_damaged_metrics_are_said_before_the_rest_is_trained(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(tiny(), folder, stop=stop_after(6))
@@ -217,7 +237,7 @@ def test_damaged_metrics_are_said_before_the_rest_is_trained(tmp_path: Path) -> 
         train(tiny(), folder, resume=True)
     assert (
         str(error.value)
-        == f"{path}, line 3 is of iteration 2, so that lines are missing or stand twice: train the run anew"
+        == f"{path}, line 3 is of iteration 2, so lines are missing or stand twice: train the run anew"
     )
 
 
@@ -318,7 +338,7 @@ def test_validations_that_are_not_finite_are_never_the_best(
     with pytest.raises(RunError) as error:
         train(tiny(), tmp_path / "run")
     assert str(error.value) == (
-        f"no validation of {tmp_path}/run was finite, so that there is nothing to test: try a smaller learning rate"
+        f"no validation of {tmp_path}/run was finite, so there is nothing to test: try a smaller learning rate"
     )
     validation = read_metrics(tmp_path / "run")[3]["validation"]
     assert validation["metric"] == "mean squared error"
@@ -361,14 +381,14 @@ def test_a_run_that_another_process_finishes_meanwhile_is_left_as_it_is(
 ) -> None:
     folder = tmp_path / "run"
     train(tiny(), folder, stop=stop_after(5))
-    real = RunFolder._hold
+    real = RunFolder._acquire
 
     def late(self: RunFolder) -> None:
-        monkeypatch.setattr(RunFolder, "_hold", real)
+        monkeypatch.setattr(RunFolder, "_acquire", real)
         train(tiny(), folder, resume=True)
         real(self)
 
-    monkeypatch.setattr(RunFolder, "_hold", late)
+    monkeypatch.setattr(RunFolder, "_acquire", late)
     summary = train(tiny(), folder, resume=True)
     assert summary == json.loads((folder / "summary.json").read_text())
     assert len(read_sessions(folder)) == 2
@@ -430,8 +450,8 @@ def test_the_weights_depend_on_the_seed_alone() -> None:
             "sinusoid:x",
             "the task source 'sinusoid' takes no argument, but 'sinusoid:x' gives one: write sinusoid",
         ),
-        ("folder", "the task source 'folder' needs a path behind a colon: write folder:PATH"),
-        ("folder:", "the task source 'folder' needs a path behind a colon: write folder:PATH"),
+        ("folder", "the task source 'folder' needs a path after a colon: write folder:PATH"),
+        ("folder:", "the task source 'folder' needs a path after a colon: write folder:PATH"),
     ],
 )
 def test_task_sources_that_are_refused(source: str, message: str) -> None:
@@ -442,7 +462,7 @@ def test_task_sources_that_are_refused(source: str, message: str) -> None:
 
 def test_precision_and_capture_reach_the_learner() -> None:
     learner = build(tiny(runtime__precision="bfloat16", runtime__capture="auto")).learner
-    assert experiment.environment(learner)["precision"] == "bfloat16"
+    assert environment(learner)["precision"] == "bfloat16"
     assert learner.engine.derivation is None
     with pytest.raises(
         RequestError, match=r"^capture is for steps on a CUDA device, but the model is on cpu: "
@@ -456,10 +476,7 @@ def test_the_form_of_tasks() -> None:
 
 
 def test_json_knows_no_nan() -> None:
-    assert (
-        experiment.to_json({"a": [float("nan"), 1.5, (float("inf"),)]})
-        == '{"a": [null, 1.5, [null]]}'
-    )
+    assert to_json({"a": [float("nan"), 1.5, (float("inf"),)]}) == '{"a": [null, 1.5, [null]]}'
 
 
 def test_what_is_done_after_training_is_done_before_the_test_in_a_folder_that_is_held(

@@ -320,9 +320,9 @@ def test_files_that_are_no_checkpoint_are_refused(run, tmp_path):
 def test_a_file_larger_than_the_free_memory_is_refused_before_it_is_read(run, monkeypatch):
     monkeypatch.setattr(checkpoint, "available", lambda _: 1000)
     path = run / "last.safetensors"
-    size = checkpoint.size_text(path.stat().st_size)
+    size = checkpoint.size_text(2 * path.stat().st_size)
     assert refusal(lambda: checkpoint.read(path)) == (
-        f"{path} is not a whole metaplug checkpoint (it has {size}, more than the 1000 bytes of memory that are free): "
+        f"{path} is not a whole metaplug checkpoint (it takes {size} to read, more than the 1000 bytes of memory that are free): "
         "use another one of the run"
     )
 
