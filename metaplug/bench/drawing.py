@@ -15,7 +15,7 @@ from torch import Tensor
 from metaplug.bench.measuring import spread
 from metaplug.bench.meters import ON_CPU
 from metaplug.errors import RequestError
-from metaplug.tasks.episodes import ClassImages, ImageEpisodes
+from metaplug.tasks import ClassImages, ImageEpisodes
 from metaplug.tasks.torchmeta.mends import apply
 
 CLASSES, COUNT, SIDE = 1600, 20, 28

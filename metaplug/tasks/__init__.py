@@ -1,11 +1,20 @@
-"""Tasks: batches, the streams that make them, and the sources that hold the data."""
+"""Tasks: where they come from, and how one seed draws each of them.
+
+`sources` holds the base of every source, `splits` the division into train, val and test. The
+sources stand in `glyphs`, `images`, `tables`, `toys` and `torchmeta`. `episodes` draws few-shot
+tasks from class images, with the counter-based random numbers of `draws`; `adapters` takes
+torchmeta's own data sets as streams; `identities` tells whether two streams share a class;
+`reading` opens files of others safely.
+"""
 
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.tasks.episodes import ClassImages, EpisodeOptions, ImageEpisodes, TaskStream
+from metaplug.tasks.episodes import EpisodeOptions, ImageEpisodes, TaskStream
 from metaplug.tasks.glyphs.source import Glyphs
+from metaplug.tasks.images.arrays import ArrayTasks
+from metaplug.tasks.images.class_images import ClassImages
 from metaplug.tasks.images.folder import Folder
 from metaplug.tasks.images.labelled import LabelledTasks
-from metaplug.tasks.sources import ArrayTasks, ImageSource, TaskSource
+from metaplug.tasks.sources import ImageSource, TaskSource
 from metaplug.tasks.tables.tabular import Tabular
 from metaplug.tasks.toys.harmonic import Harmonic
 from metaplug.tasks.toys.sinusoid import Sinusoid

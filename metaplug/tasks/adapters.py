@@ -1,4 +1,4 @@
-"""What `MetaLearner` takes as tasks: streams as they are, and torchmeta's meta-data sets and loaders as streams."""
+"""Tasks as `MetaLearner` takes them: streams as they are, torchmeta's data sets as streams."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.errors import RequestError
+from metaplug.errors import RequestError, one_line
 from metaplug.random_streams import stream
 from metaplug.tasks.draws import distinct, draw
 from metaplug.tasks.episodes import TaskStream
@@ -23,8 +23,9 @@ def as_stream(tasks: Any, seed: int = 0) -> TaskStream:
     """Tasks as a TaskStream.
 
     Args:
-        tasks: a TaskStream, which is given back unchanged; a torchmeta CombinationMetaDataset, see CombinationTasks; or a torchmeta
-            BatchMetaDataLoader, see LoaderTasks. torchmeta is imported only where the object comes from it.
+        tasks: a TaskStream, which is returned unchanged; or of torchmeta, a CombinationMetaDataset
+            (see CombinationTasks) or a BatchMetaDataLoader (see LoaderTasks). torchmeta is
+            imported only where the object comes from it.
         seed: of the tasks of a CombinationMetaDataset.
 
     Raises:
@@ -40,26 +41,28 @@ def as_stream(tasks: Any, seed: int = 0) -> TaskStream:
         if isinstance(tasks, data.BatchMetaDataLoader):
             return LoaderTasks(tasks)
     raise RequestError(
-        f"tasks of type {type(tasks).__name__} have no method batch(iteration, indices): give a stream, such as the train, val or test of "
-        f"a task source, or a CombinationMetaDataset or BatchMetaDataLoader of torchmeta"
+        f"tasks of type {type(tasks).__name__} have no method batch(iteration, indices): give a "
+        "stream, such as the train, val or test of a task source, or a CombinationMetaDataset or "
+        "BatchMetaDataLoader of torchmeta"
     )
 
 
 class CombinationTasks:
-    """The tasks of a torchmeta CombinationMetaDataset. A TaskStream, whose tasks depend on seed, split, iteration and index alone.
+    """The tasks of a torchmeta CombinationMetaDataset. A TaskStream.
 
-    The classes of a task are drawn here, not by torchmeta's sampler; turned classes count, where the data set has them. Its labels, the
-    order of its examples, and what its transforms draw from torch start from the task's own seed. Which examples of a class are support
-    and which query, torchmeta's ClassSplitter decides from the classes.
+    A task's classes are drawn here, not by torchmeta's sampler, from seed, split, iteration and
+    index alone; turned classes count, where the data set has them. Its labels, the order of its
+    examples, and the random numbers of its transforms start from the task's own seed. Which
+    examples of a class are support and which query, torchmeta's ClassSplitter decides.
 
     Args:
-        dataset: with a transform to tensors, target_transform=Categorical(ways), and a ClassSplitter. Its random state is set anew for
-            every task.
+        dataset: with a transform to tensors, target_transform=Categorical(ways), and a
+            ClassSplitter. Its random state is set anew for every task.
         seed: any integer.
 
     Raises:
-        RequestError: it has fewer classes than a task needs; or, from `batch`, its tasks cannot be stacked, or as
-            `TaskBatch.from_torchmeta` raises.
+        RequestError: it has fewer classes than a task needs; or, from `batch`, its tasks cannot be
+            stacked, or as `TaskBatch.from_torchmeta` raises.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -69,8 +72,8 @@ class CombinationTasks:
         self._collate = apply().utils.data.dataloader.BatchMetaCollate(default_collate)
         if classes < ways:
             raise RequestError(
-                f"{ways}-way tasks need {ways} classes, but the {type(dataset).__name__} of the {self.split} split has {classes}: "
-                f"lower num_classes_per_task"
+                f"{ways}-way tasks need {ways} classes, but the {type(dataset).__name__} of the "
+                f"{self.split} split has {classes}: lower num_classes_per_task"
             )
 
     def batch(self, iteration: int, indices: Sequence[int] | range) -> TaskBatch:
@@ -78,33 +81,34 @@ class CombinationTasks:
         ways = self.dataset.num_classes_per_task
         words = draw(self.seed, self.split, iteration, indices, ways + 1)
         chosen = distinct(words[:, :ways], np.full(len(indices), len(self.dataset.dataset)))
-        tasks = [
-            self._task(tuple(classes), word)
-            for classes, word in zip(chosen.tolist(), words[:, ways].tolist(), strict=True)
-        ]
+        pairs = zip(chosen.tolist(), words[:, ways].tolist(), strict=True)
+        tasks = [self._task(tuple(classes), word) for classes, word in pairs]
         return TaskBatch.from_torchmeta(default_collate(tasks))
 
     def _task(self, classes: tuple[int, ...], seed: int) -> Any:
-        # torchmeta draws labels from torch's own generator, and the order of examples from a state that goes on from task to task.
+        # torchmeta draws labels from torch's own generator, and the order of examples from a state
+        # that goes on from task to task.
         with stream(seed >> 1, torch.device("cpu")):
             self.dataset.seed(seed % 2**32)
             try:
                 return self._collate.collate_task(self.dataset[classes])
             except TypeError as error:
                 raise RequestError(
-                    f"the tasks of this {type(self.dataset).__name__} cannot be stacked ({' '.join(str(error).split())}): "
-                    f"give it a transform to tensors, such as torchvision's ToTensor()"
+                    f"the tasks of this {type(self.dataset).__name__} cannot be stacked "
+                    f"({one_line(error)}): give it a transform to tensors, such as torchvision's "
+                    "ToTensor()"
                 ) from error
 
 
 class LoaderTasks:
-    """The tasks of a torchmeta BatchMetaDataLoader. A TaskStream that takes them as they come, epoch after epoch.
+    """The tasks of a torchmeta BatchMetaDataLoader as they come, epoch after epoch. A TaskStream.
 
-    Iteration and indices say only how many are taken: which tasks these are, the loader decides, and another run repeats them only as
-    far as its sampler and transforms do. Every call of `fit` and `evaluate` starts the loader anew.
+    Iteration and indices say only how many are taken: which tasks these are, the loader decides,
+    and another run repeats them only as far as its sampler and transforms do. Every call of `fit`
+    and `evaluate` starts the loader anew.
 
     Args:
-        loader: over a data set with a ClassSplitter; its batch size need not be that of a meta-batch.
+        loader: over a data set with a ClassSplitter; its batch size need not be a meta-batch's.
 
     Raises:
         RequestError: from `batch`: the loader is empty, or as `TaskBatch.from_torchmeta` raises.
@@ -121,19 +125,17 @@ class LoaderTasks:
 
 
 def _endless(loader: Any) -> Iterator[tuple[Tensor, ...]]:
-    """Task by task: support_x, support_y, query_x, query_y."""
+    """Yield support_x, support_y, query_x, query_y of one task after the other."""
     while True:
-        epoch = iter(loader)
-        first = next(epoch, None)
-        if first is None:
-            raise RequestError(
-                "the BatchMetaDataLoader gives no batch: give it more tasks, or a smaller batch_size without drop_last"
+        empty = True
+        for given in loader:
+            empty = False
+            batch = TaskBatch.from_torchmeta(given)
+            yield from zip(
+                batch.support_x, batch.support_y, batch.query_x, batch.query_y, strict=True
             )
-        yield from _tasks_of(first)
-        for given in epoch:
-            yield from _tasks_of(given)
-
-
-def _tasks_of(given: Any) -> Iterator[tuple[Tensor, ...]]:
-    batch = TaskBatch.from_torchmeta(given)
-    return zip(batch.support_x, batch.support_y, batch.query_x, batch.query_y, strict=True)
+        if empty:
+            raise RequestError(
+                "the BatchMetaDataLoader gives no batch: give it more tasks, or a smaller "
+                "batch_size without drop_last"
+            )

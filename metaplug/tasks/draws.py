@@ -1,4 +1,4 @@
-"""Counter-based random numbers: a number depends on where it is used, never on what was drawn before it."""
+"""Counter-based random numbers: each depends on its place, never on what was drawn before."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ _MASK = (1 << 64) - 1
 def draw(
     seed: int, split: str, iteration: int, indices: Sequence[int], count: int
 ) -> NDArray[np.uint64]:
-    """Uniform 64-bit words of the tasks (seed, split, iteration, index): splitmix64 over a hash of these four.
+    """Uniform 64-bit words of the tasks (seed, split, iteration, index): splitmix64 over a hash.
 
     Returns:
-        (len(indices), count). A task's words depend on nothing else, and its first words not on `count`.
+        (len(indices), count). A task's words depend on these four alone; its first words do not
+        depend on `count`.
     """
     label = int.from_bytes(hashlib.blake2b(split.encode(), digest_size=8).digest(), "little")
     # Arrays, since numpy wraps arrays in silence but warns for scalars.
@@ -36,13 +37,10 @@ def uniform(words: NDArray[np.uint64], low: float, high: float) -> NDArray[np.fl
 
 
 def normal(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Pairs of words as pairs of independent standard normal float64 numbers (Box and Muller 1958).
-
-    Args:
-        words: (..., 2).
+    """Pairs of words (..., 2) as independent standard normal numbers (Box and Muller 1958).
 
     Returns:
-        (..., 2), each number finite and below 9 in size.
+        (..., 2), float64, each number finite and below 9 in size.
     """
     # 1 - u lies in (0, 1], where u itself might be 0 and have no logarithm.
     radius = np.sqrt(-2 * np.log1p(-uniform(words[..., 0], 0, 1)))
@@ -51,11 +49,14 @@ def normal(words: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 
 def distinct(words: NDArray[np.uint64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Draws without replacement, in random order: the first k places of a Fisher-Yates shuffle of range(size), for every row at once.
+    """Draw without replacement, in random order, for every row at once.
+
+    These are the first k places of a Fisher-Yates shuffle of range(size).
 
     Args:
         words: (..., k).
-        sizes: (...): how many there are to draw from, each >= 1. Where a size is below k, the places from it on hold numbers >= size.
+        sizes: (...): how many there are to draw from, each >= 1. Where a size is below k, the
+            places from it on hold numbers >= size.
 
     Returns:
         (..., k).
@@ -63,7 +64,7 @@ def distinct(words: NDArray[np.uint64], sizes: NDArray[np.int64]) -> NDArray[np.
     places = np.arange(words.shape[-1], dtype=np.int64)
     left = np.maximum(sizes[..., None] - places, 1)
     drawn: NDArray[np.int64] = places + (words % left.astype(np.uint64)).astype(np.int64)
-    # Swap k exchanged places k and drawn[k]: going back through the swaps finds what each later place held at the start.
+    # Swap k exchanged places k and drawn[k]: going back through the swaps finds the start of each.
     for place in places[-2::-1]:
         later = drawn[..., place + 1 :]
         np.copyto(later, place, where=later == drawn[..., place, None])

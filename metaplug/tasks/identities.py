@@ -1,4 +1,4 @@
-"""What streams draw from, by name and digest, so that nobody takes classes that were trained on for unseen ones."""
+"""The classes that streams draw from, by digest, so none that was trained on passes for unseen."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ if TYPE_CHECKING:  # which takes digests from here
     from metaplug.tasks.episodes import TaskStream
 
 MOST_NAMED, MOST_LETTERS, MOST_KNOWN = 5_000, 200, 2**22
-"""Of the classes in a state, those whose names are kept; of such a name; and those that are known at all, of 16 bytes each."""
+"""Bounds of a state: on classes with names, on a name's letters, on classes (16 bytes each)."""
+_HEXADECIMAL = frozenset("0123456789abcdef")
 
 
 def digest(*parts: str | bytes) -> str:
-    """A text that stands for these parts and no others: 32 hexadecimal digits."""
+    """The 32 hexadecimal digits that stand for these parts and no others."""
     hashed = hashlib.blake2b(digest_size=16)
     for part in parts:
         content = part.encode(errors="surrogatepass") if isinstance(part, str) else part
@@ -33,8 +34,9 @@ def digest(*parts: str | bytes) -> str:
 def identities_of(stream: TaskStream) -> Mapping[str, str] | None:
     """By name of a class, the digest of its data; None for a stream that does not say.
 
-    A stream says it by an attribute `identities`, of this form. What no classes have may name one identity for all of its tasks. A digest
-    may be any text; those that `digest` did not make are themselves digested.
+    A stream says it by an attribute `identities`, of this form. One without classes may name one
+    identity for all of its tasks. A digest may be any text; a text that `digest` did not make is
+    itself digested.
 
     Raises:
         RequestError: it is of another form.
@@ -46,8 +48,9 @@ def identities_of(stream: TaskStream) -> Mapping[str, str] | None:
         isinstance(part, str) for pair in given.items() for part in pair
     ):
         raise RequestError(
-            f"the identities of {type(stream).__name__} are no mapping from names to digests, both of them text: "
-            "give {name: metaplug.tasks.identities.digest(data)}, or None where it is not known"
+            f"the identities of {type(stream).__name__} are no mapping from names to digests, both "
+            "of them text: give {name: metaplug.tasks.identities.digest(data)}, or None where it "
+            "is not known"
         )
     return {name: _standard(text) for name, text in given.items()}
 
@@ -56,17 +59,14 @@ def _standard(text: str) -> str:
     return text if len(text) == 32 and _HEXADECIMAL.issuperset(text) else digest(text)
 
 
-_HEXADECIMAL = frozenset("0123456789abcdef")
-
-
 def identity_of_stream(source: str, settings: str, split: str, seed: int) -> dict[str, str]:
-    """The one identity of tasks that are computed, and have no classes: everything that decides what they are."""
+    """The one identity of tasks that are computed: all that decides what they are."""
     return {f"{source}, split {split}, seed {seed}": digest(source, settings, split, str(seed))}
 
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """What a learner was trained on.
+    """The classes that a learner was trained on.
 
     Attributes:
         classes: by digest, the name of every class that is known of.
@@ -77,45 +77,48 @@ class TrainedOn:
     complete: bool = True
 
     def and_by(self, stream: TaskStream) -> TrainedOn:
-        """What it was trained on when it has trained on this stream too."""
+        """These classes and the stream's."""
         given = identities_of(stream)
         if given is None:
             return TrainedOn(self.classes, complete=False)
-        return TrainedOn(
-            {digest: name for name, digest in given.items()} | dict(self.classes), self.complete
-        )
+        new = {digest: name for name, digest in given.items()}
+        return TrainedOn(new | dict(self.classes), self.complete)
 
     def shared(self, stream: TaskStream) -> int | None:
-        """How many classes of the stream are among these; None where that is not known."""
+        """The number of the stream's classes among these; None where that is not known."""
         given = identities_of(stream)
         if given is None:
             return None
-        return sum(digest in self.classes for digest in given.values()) or (
-            0 if self.complete else None
-        )
+        seen = sum(digest in self.classes for digest in given.values())
+        return seen if seen or self.complete else None
 
     def refuse(self, stream: TaskStream, noun: str, mend: str) -> None:
         """Refuse a stream that shares a class with these.
 
         Args:
-            noun: what its classes are called, several of them.
+            noun: what its classes are called, in the plural.
             mend: what to do instead.
+
+        Raises:
+            RequestError: a class is shared; the first one is named.
         """
         if not self.shared(stream):
             return
         given = identities_of(stream) or {}
         seen = [name for name, digest in given.items() if digest in self.classes]
         raise RequestError(
-            f"the {stream.split} tasks draw on {len(seen)} of {len(given)} {noun} that this learner is trained on, the first being "
-            f"'{seen[0]}', so that nothing would be measured on unseen ones: {mend}"
+            f"the {stream.split} tasks draw on {len(seen)} of {len(given)} {noun} that this "
+            f"learner is trained on, the first being '{seen[0]}', so that nothing would be "
+            f"measured on unseen ones: {mend}"
         )
 
     def to_state(self) -> dict[str, Any]:
-        """As plain values and a tensor, of which a checkpoint takes any number of classes.
+        """These classes as plain values and a tensor, for a checkpoint.
 
         Returns:
             classes: by digest, the names of the first MOST_NAMED, cut to MOST_LETTERS.
-            others: the digests of further ones, up to MOST_KNOWN in all, uint8 (n, 16); not there where there are none.
+            others: the digests of further ones, up to MOST_KNOWN in all, uint8 (n, 16); left out
+                where there are none.
             complete: False also where there were more than MOST_KNOWN.
         """
         named = {text: _cut(name) for text, name in islice(self.classes.items(), MOST_NAMED)}
@@ -127,7 +130,7 @@ class TrainedOn:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any] | None) -> TrainedOn:
-        """What `to_state` gave; of a state that says nothing, what is not known. Those without names have their digests as such."""
+        """The classes of a state; a state of None knows nothing. A digest names the unnamed."""
         if state is None:
             return cls(complete=False)
         others = state.get("others")

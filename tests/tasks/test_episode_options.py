@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from metaplug.errors import RequestError
 from metaplug.tasks import ArrayTasks, ClassImages, EpisodeOptions, ImageEpisodes, TaskBatch
-from metaplug.tasks.episodes import allocate, rotated, shifted
+from metaplug.tasks.images.augmentations import rotated, shifted
+from metaplug.tasks.images.class_images import allocate
 
 SEEDS = st.integers(-(2**70), 2**70)
 SIDE = 5

@@ -17,7 +17,7 @@ from PIL import Image
 
 from metaplug.errors import RequestError
 from metaplug.tasks import Folder
-from metaplug.tasks.images import folder
+from metaplug.tasks.images import class_files
 
 OMNIGLOT = Path(__file__).parents[3] / "shared" / "data" / "omniglot"
 SIZES = {"ways": 2, "shots": 1, "queries": 1}
@@ -361,7 +361,7 @@ def test_an_image_of_too_many_pixels_is_refused_unread(split_folder: Path) -> No
 def test_a_member_of_too_many_bytes_is_refused_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(class_files, "_MOST_BYTES", 1000)
     members = [f"{c}/{i}.png" for c in "abcdef" for i in range(2)]
     path = write_zip(
         tmp_path / "set.zip",

@@ -257,6 +257,6 @@ def test_accented_letters_come_on_top() -> None:
 
 @pytest.mark.slow
 def test_the_table_is_what_its_script_selects() -> None:
-    from metaplug.tasks.glyphs.selection import select
+    from select_glyphs import select
 
     assert select() == TABLE

@@ -22,10 +22,10 @@ from support.fuzz import amount, fuzz
 
 from metaplug.errors import RequestError
 from metaplug.tasks import ClassImages, Folder, Tabular, reading
-from metaplug.tasks.episodes import allocate
 from metaplug.tasks.glyphs import source as glyphs
 from metaplug.tasks.identities import digest
-from metaplug.tasks.images import folder
+from metaplug.tasks.images import class_files
+from metaplug.tasks.images.class_images import allocate
 from metaplug.tasks.torchmeta import mends as torchmeta_mends
 
 SIZES = {"ways": 2, "shots": 1, "queries": 1}
@@ -410,7 +410,7 @@ def test_no_memory_is_taken_on_the_word_of_an_image(image: Path, images: Path) -
     with image.open("r+b") as file:
         file.truncate(10 * 2**30)
     assert refusal(images) == (
-        f"the image {image} has {10 * 2**30} bytes, more than the {folder._MOST_BYTES} that are read: make it smaller, or remove it"
+        f"the image {image} has {10 * 2**30} bytes, more than the {class_files._MOST_BYTES} that are read: make it smaller, or remove it"
     )
 
 

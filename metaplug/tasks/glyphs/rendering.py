@@ -1,4 +1,7 @@
-"""Letters as small images: drawn by Pillow from matplotlib's own fonts, then warped in integers, so that every machine has the same."""
+"""Letters as small images, drawn by Pillow from matplotlib's own fonts.
+
+They are warped in integers, so every machine has the same.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ Face = ImageFont.FreeTypeFont
 
 
 def font_folder() -> Path:
-    """Where matplotlib keeps its fonts."""
+    """The folder of matplotlib's fonts."""
     # matplotlib is slow to import, and a cached data set needs none of it.
     from matplotlib import get_data_path  # noqa: PLC0415
 
@@ -54,19 +57,20 @@ def load_faces(hashes: Mapping[str, str]) -> list[Face]:
         path = font_folder() / name
         if not path.is_file():
             raise RunError(
-                f"glyphs are drawn with matplotlib's fonts, but {path} is missing: install matplotlib from its own wheel"
+                f"glyphs are drawn with matplotlib's fonts, but {path} is missing: install "
+                "matplotlib from its own wheel"
             )
         if file_hash(path) != expected:
             raise RunError(
-                f"glyphs are drawn with matplotlib's fonts, but {path} is not the file that the data set was made with: "
-                f"install matplotlib 3.8 to 3.11 from its own wheel"
+                f"glyphs are drawn with matplotlib's fonts, but {path} is not the file that the "
+                "data set was made with: install matplotlib 3.8 to 3.11 from its own wheel"
             )
         faces.append(load_face(path))
     return faces
 
 
 def load_face(path: Path) -> Face:
-    """One face. The basic layout engine, since the other one is not everywhere and not everywhere the same."""
+    """One face, with the basic layout engine: the other one differs between machines."""
     return ImageFont.truetype(str(path), _FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
 
 
@@ -78,7 +82,7 @@ def file_hash(path: Path) -> str:
 def render_classes(
     letters: Sequence[str], faces_of: Sequence[Sequence[int]], faces: Sequence[Face]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """VARIANTS images of every letter, each in another small warp, taking turns over the letter's faces.
+    """Draw VARIANTS images of every letter, each in another small warp, its faces taking turns.
 
     Args:
         letters: single characters.
@@ -86,7 +90,8 @@ def render_classes(
         faces: as loaded.
 
     Returns:
-        Images (len(letters) * VARIANTS, 1, SIDE, SIDE), ink 255 on 0, letter after letter; and each image's index into `faces`.
+        Images (len(letters) * VARIANTS, 1, SIDE, SIDE), ink 255 on 0, letter after letter; and each
+        image's index into `faces`.
     """
     images = np.empty((len(letters), VARIANTS, SIDE, SIDE), np.uint8)
     styles = np.empty((len(letters), VARIANTS), np.int64)
@@ -95,24 +100,24 @@ def render_classes(
         first, *warps = _numbers(letter)
         for variant in range(VARIANTS):
             index = own[(first + variant) % len(own)]
-            images[row, variant] = warp(
-                drawn[index], _small_warp(warps[6 * variant : 6 * variant + 6])
-            )
+            change = _small_warp(warps[6 * variant : 6 * variant + 6])
+            images[row, variant] = warp(drawn[index], change)
             styles[row, variant] = index
     return images.reshape(-1, 1, SIDE, SIDE), styles.reshape(-1)
 
 
 def draw_letter(letter: str, face: Face) -> NDArray[np.uint8]:
-    """The ink of a letter, cut out: (height, width), ink 255 on 0. A letter without ink gives one empty pixel."""
+    """Cut out a letter: (height, width), ink 255 on 0. One without ink gives one empty pixel."""
     canvas = Image.new("L", (4 * _FONT_SIZE, 4 * _FONT_SIZE))
     ImageDraw.Draw(canvas).text((_FONT_SIZE, _FONT_SIZE), letter, font=face, fill=255)
     return np.asarray(canvas.crop(canvas.getbbox() or (0, 0, 1, 1)))
 
 
 def warp(ink: NDArray[np.uint8], change: Warp) -> NDArray[np.uint8]:
-    """The ink scaled to the usual size, in the middle of an image, and changed: an affine map, in integers only.
+    """Scale the ink to the usual size, put it in the middle of an image, and change it.
 
-    With c the ink's middle, s its scale and (xx, xy, yx, yy, dx, dy) = change, the image's sample at (x, y) from its middle shows
+    The map is affine and in integers only. With c the ink's middle, s its scale and (xx, xy, yx,
+    yy, dx, dy) = change, the image's sample at (x, y) from its middle shows
 
         c + s * [[1 + xx, xy], [yx, 1 + yy]] @ (x - dx, y - dy)
 
@@ -141,9 +146,8 @@ def warp(ink: NDArray[np.uint8], change: Warp) -> NDArray[np.uint8]:
 def _numbers(letter: str) -> list[int]:
     """1 + 6 * VARIANTS numbers of 16 bits that depend on the letter alone."""
     digest = hashlib.shake_256(letter.encode()).digest(2 * (1 + 6 * VARIANTS))
-    return [
-        int.from_bytes(digest[place : place + 2], "little") for place in range(0, len(digest), 2)
-    ]
+    numbers: list[int] = np.frombuffer(digest, "<u2").tolist()
+    return numbers
 
 
 def _small_warp(numbers: Sequence[int]) -> Warp:

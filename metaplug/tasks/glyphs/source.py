@@ -1,12 +1,10 @@
-"""The embedded data set: letters of six scripts in sixteen faces. Nothing is downloaded."""
+"""The task source of letters, with the cache of what is rendered once."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import unicodedata
 import warnings
 import zlib
@@ -19,18 +17,25 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+from metaplug.errors import RunError
+from metaplug.files import replacing
 from metaplug.settings import validated
-from metaplug.tasks.episodes import ClassImages, EpisodeOptions
+from metaplug.tasks.episodes import EpisodeOptions
 from metaplug.tasks.glyphs.rendering import SIDE, VARIANTS, load_faces, render_classes
-from metaplug.tasks.reading import read_regular
-from metaplug.tasks.sources import SPLITS, ImageSource
+from metaplug.tasks.images.class_images import ClassImages
+from metaplug.tasks.reading import cache_folder, read_regular
+from metaplug.tasks.sources import ImageSource
+from metaplug.tasks.splits import SPLITS
 
 TABLE_PATH = Path(__file__).with_name("table.json")
 GROUPS = ("plain", "accented")
 _DIGEST = 32
-"""Bytes of the sum at the start of a cached file."""
+"""Bytes of the checksum at the start of a cached file."""
 _MORE_BYTES = 4096
-"""What a file may have beyond its unpacked size: the sum, and what zlib adds where it packs nothing."""
+"""What a file may have beyond its unpacked size: the checksum, and what zlib adds at worst."""
+
+Rendered = tuple[NDArray[np.uint8], NDArray[np.int64]]
+"""Images, and the face of each."""
 
 _log = logging.getLogger(__name__)
 
@@ -40,17 +45,20 @@ class GlyphsConfig(EpisodeOptions):
 
     accents: bool = Field(
         False,
-        description="Whether accented letters and ligatures are classes too, beside the plain letters.",
+        description="Whether accented letters and ligatures are classes too, beside the plain "
+        "letters.",
     )
 
 
 @final
 class Glyphs(ImageSource):
-    """Letters rendered from the fonts that matplotlib ships: 28 x 28, ink 1.0 on paper 0.0, 20 images a class in up to 16 faces.
+    """Letters rendered from the fonts that matplotlib ships: 28 x 28, ink 1.0 on paper 0.0.
 
-    Training has Latin and Cyrillic, validation Greek and Lao, test Georgian and Armenian letters; look-alikes are left out, across
-    scripts too. Support and query images of a class come from different faces as far as there are enough. The letters are a committed
-    table; the images are rendered once, in a few seconds, and then kept in `cache_folder()`.
+    A class has 20 images in up to 16 faces. Training has Latin and Cyrillic, validation Greek and
+    Lao, test Georgian and Armenian letters; look-alikes are left out, across scripts too. Support
+    and query images of a class come from different faces as far as there are enough. The letters
+    are a committed table; the images are rendered once, in a few seconds, and then kept in
+    `cache_folder()`.
 
     Args:
         ways, shots, queries, seed: as for ImageEpisodes.
@@ -61,7 +69,7 @@ class Glyphs(ImageSource):
         RunError: the fonts are missing, or are not those of the table.
 
     Warns:
-        UserWarning: the images differ from the table's, as an untried version of FreeType may draw them.
+        UserWarning: the images differ from the table's, as an untried FreeType may draw them.
     """
 
     Config = GlyphsConfig
@@ -72,10 +80,14 @@ class Glyphs(ImageSource):
         config = validated(GlyphsConfig, settings, "glyphs")
         groups = GROUPS if config.accents else GROUPS[:1]
         table = json.loads(TABLE_PATH.read_text(encoding="utf-8"))
-        loaded = {group: _load(table, group) for group in groups}
+        loaded = [_load(table, group) for group in groups]
+        classes = {}
+        for place, split in enumerate(SPLITS):
+            letters = [letter for group in groups for letter in letters_of(table[group][split])]
+            classes[split] = _class_images(letters, [parts[place] for parts in loaded])
         super().__init__(
-            {split: _join(table, groups, split, loaded) for split in SPLITS},
-            config=config,
+            classes,
+            config,
             origin="letters from matplotlib's DejaVu and STIX fonts",
             licence="fonts: Bitstream Vera licence (DejaVu), SIL Open Font License 1.1 (STIX)",
             ways=ways,
@@ -89,72 +101,46 @@ def letters_of(grouped: Mapping[str, str]) -> dict[str, list[int]]:
     """The letters of one split of the table, by code point, with the indices of their faces."""
     faces = {
         letter: [bit for bit in range(int(mask, 16).bit_length()) if int(mask, 16) >> bit & 1]
-        for mask in grouped
-        for letter in grouped[mask]
+        for mask, letters in grouped.items()
+        for letter in letters
     }
     return dict(sorted(faces.items()))
 
 
-def cache_folder() -> Path:
-    """Where rendered letters are kept: $METAPLUG_CACHE, else $XDG_CACHE_HOME/metaplug, else ~/.cache/metaplug."""
-    if chosen := os.environ.get("METAPLUG_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaplug"
-
-
-Rendered = tuple[NDArray[np.uint8], NDArray[np.int64]]
-"""Images and the face of each."""
-
-
-def _join(
-    table: Mapping[str, Any],
-    groups: tuple[str, ...],
-    split: str,
-    loaded: Mapping[str, Mapping[str, Rendered]],
-) -> ClassImages:
-    letters = [letter for group in groups for letter in letters_of(table[group][split])]
-    images, styles = (
-        np.concatenate([loaded[group][split][part] for group in groups]) for part in (0, 1)
-    )
+def _class_images(letters: list[str], rendered: list[Rendered]) -> ClassImages:
+    images, styles = (np.concatenate(parts) for parts in zip(*rendered, strict=True))
     names = tuple(map(unicodedata.name, letters))
     scripts = tuple(name.split()[0] for name in names)
     return ClassImages(names, torch.from_numpy(images), (VARIANTS,) * len(letters), styles, scripts)
 
 
-def _load(table: Mapping[str, Any], group: str) -> dict[str, Rendered]:
-    """A group's images by split, from the cache where they are there and whole, else rendered and put there."""
-    letters = {split: letters_of(table[group][split]) for split in SPLITS}
+def _load(table: Mapping[str, Any], group: str) -> list[Rendered]:
+    """A group's images of each split, from the cache if whole, else rendered and put there."""
+    letters = [letters_of(table[group][split]) for split in SPLITS]
     key = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_folder() / f"glyphs-{group}-{key}.bin"
-    sizes = [VARIANTS * len(letters[split]) for split in SPLITS]
+    sizes = [VARIANTS * len(own) for own in letters]
     rendered = _read(path, sum(sizes))
     if rendered is None:
         faces = load_faces(table["fonts"])
-        parts = [render_classes(list(own), list(own.values()), faces) for own in letters.values()]
-        rendered = (
-            np.concatenate([images for images, _ in parts]),
-            np.concatenate([styles for _, styles in parts]),
-        )
-        _write(path, *rendered)
-    images, styles = rendered
-    if _checksum(images) != table["pixels"][group]:
+        parts = [render_classes(list(own), list(own.values()), faces) for own in letters]
+        images, styles = (np.concatenate(both) for both in zip(*parts, strict=True))
+        _write(path, images, styles)
+    else:
+        images, styles = rendered
+    if hashlib.sha256(images.tobytes()).hexdigest() != table["pixels"][group]:
         warnings.warn(
-            f"the {group} letters differ in some pixels from the tested ones, as this version of Pillow's FreeType draws them: "
-            f"results are sound, but do not repeat those of other machines to the last digit; pillow 10 to 13 is tested",
+            f"the {group} letters differ in some pixels from the tested ones, as this version of "
+            "Pillow's FreeType draws them: results are sound, but do not repeat those of other "
+            "machines to the last digit; pillow 10 to 13 is tested",
             stacklevel=4,
         )
     bounds = np.cumsum(sizes)[:-1]
-    return dict(
-        zip(
-            SPLITS,
-            zip(np.split(images, bounds), np.split(styles, bounds), strict=True),
-            strict=True,
-        )
-    )
+    return list(zip(np.split(images, bounds), np.split(styles, bounds), strict=True))
 
 
 def _read(path: Path, count: int) -> Rendered | None:
-    """What `_write` wrote: never more than it can have written is read, nor unpacked."""
+    """What `_write` wrote; never more than it can have written is read, nor unpacked."""
     pixels, size = count * SIDE**2, count * (SIDE**2 + 1)
     try:
         data = read_regular(path, size + _MORE_BYTES)
@@ -165,39 +151,23 @@ def _read(path: Path, count: int) -> Rendered | None:
         _log.info("the cached letters in %s cannot be read (%s): rendering them anew", path, error)
         return None
     if len(unpacked) != size or hashlib.sha256(unpacked).digest() != data[:_DIGEST]:
-        _log.info(
-            "the cached letters in %s do not agree with their checksum: rendering them anew", path
-        )
+        _log.info("the cached letters in %s fail their checksum: rendering them anew", path)
         return None
-    found = np.frombuffer(
-        bytearray(unpacked), np.uint8
-    )  # a bytearray, since the array is to be writable
+    # A bytearray, since the array is to be writable.
+    found = np.frombuffer(bytearray(unpacked), np.uint8)
     return found[:pixels].reshape(count, 1, SIDE, SIDE), found[pixels:].astype(np.int64)
 
 
 def _write(path: Path, images: NDArray[np.uint8], styles: NDArray[np.int64]) -> None:
-    """Put the letters in the cache, whole or not at all: another process may be reading, or writing the same.
+    """Put the letters in the cache, whole: another process may be reading, or writing the same.
 
-    The file is a SHA-256 sum and, packed by zlib, what it is of: the pixels, then a byte for each image's face.
+    The file is a SHA-256 sum and, packed by zlib, its content: the pixels, then a byte for each
+    image's face.
     """
     content = images.tobytes() + styles.astype(np.uint8).tobytes()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(content).digest() + zlib.compress(content))
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        _log.info(
-            "the letters are not cached, since %s cannot be written (%s): they are rendered at every start",
-            path,
-            error,
-        )
-
-
-def _checksum(images: NDArray[np.uint8]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
+        with replacing(path) as file:
+            file.write(hashlib.sha256(content).digest() + zlib.compress(content))
+    except (OSError, RunError) as error:
+        _log.info("the letters are not cached, but rendered at every start (%s)", error)

@@ -1,6 +1,7 @@
-"""Mends for torchmeta 1.8.0, which was written for torch 1.9: with them it runs on today's torch and torchvision.
+"""Fixes for torchmeta 1.8.0, which was written for torch 1.9: it then runs on today's torch.
 
-Call `apply()`, then `import torchmeta`. Each mend looks for its symptom first, so that a torchmeta without it stays as it is.
+Call `apply()`, then `import torchmeta`. Each fix looks for its symptom first, so a torchmeta
+without it stays as it is.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from metaplug.errors import RequestError
+from metaplug.errors import RequestError, one_line
 
 _NEEDS = ("torchvision", "h5py", "ordered_set", "requests", "tqdm")
 
 
 def apply() -> ModuleType:
-    """Mend what needs it; further calls change nothing.
+    """Fix what needs it; further calls change nothing.
 
     Returns:
         The package torchmeta, ready for use.
 
     Raises:
-        RequestError: torchmeta, or a package that it needs, is missing or does not import; what installs it is said.
+        RequestError: torchmeta, or a package that it needs, is missing or does not import.
     """
     for name in _NEEDS:
         _imported(name)
@@ -37,7 +38,10 @@ def apply() -> ModuleType:
 
 
 def mend_names() -> None:
-    """ImportError at `import torchmeta`: torchvision lost two helpers that its own download, which `mend_drive` replaces, was made of."""
+    """Fix an ImportError at `import torchmeta`: torchvision lost two helpers of a download.
+
+    They are never called, as `mend_drive` replaces that download.
+    """
     utils = import_module("torchvision.datasets.utils")
     for name in ("_get_confirm_token", "_save_response_content"):
         if name not in vars(utils):
@@ -45,63 +49,60 @@ def mend_names() -> None:
 
 
 def mend_integrity() -> None:
-    """NameError where an archive was put in its place by hand: torchmeta.datasets.utils calls `check_integrity` without importing it."""
-    utils = import_module("torchmeta.datasets.utils")
+    """Fix a NameError where an archive was put in its place by hand: a missing import."""
+    utils: Any = import_module("torchmeta.datasets.utils")
     if "check_integrity" not in vars(utils):
-        utils.check_integrity = import_module("torchvision.datasets.utils").check_integrity  # type: ignore[attr-defined]
+        utils.check_integrity = import_module("torchvision.datasets.utils").check_integrity
 
 
 def mend_drive() -> None:
-    """Downloads from Google Drive that save its warning page in place of the data: torchvision's own download knows it. It needs gdown."""
+    """Fix downloads from Google Drive, which save its warning page in place of the data.
+
+    torchvision's own download knows that page. It needs gdown.
+    """
     name = "download_file_from_google_drive"
     old = getattr(import_module("torchmeta.datasets.utils"), name)
     if old.__module__ == "torchmeta.datasets.utils":
         new = getattr(import_module("torchvision.datasets.utils"), name)
-        for module in [
-            module for path, module in sys.modules.items() if path.startswith("torchmeta.datasets.")
-        ]:
-            if vars(module).get(name) is old:
+        for path, module in list(sys.modules.items()):
+            if path.startswith("torchmeta.datasets.") and vars(module).get(name) is old:
                 setattr(module, name, new)
 
 
 def mend_subsets() -> None:
-    """NotImplementedError in every ClassSplitter: torch wants `__getitems__` of a Subset that has its own `__getitem__`."""
+    """Fix a NotImplementedError in every ClassSplitter: torch asks a Subset for `__getitems__`."""
     subset = import_module("torchmeta.utils.data.task").SubsetTask
     if "__getitems__" not in vars(subset):
         subset.__getitems__ = lambda self, indices: [self[index] for index in indices]
 
 
 def mend_pickles() -> None:
-    """The ImportError of `mend_names` in DataLoader workers that start by spawn or forkserver: there unpickling imports torchmeta first.
+    """Fix the ImportError of `mend_names` in DataLoader workers that start by spawn.
 
-    What torchmeta's own classes pickle therefore begins with the mends.
+    There unpickling imports torchmeta first, so the pickles of its classes begin with the fixes.
     """
     data = import_module("torchmeta.utils.data")
-    for owner in (
-        data.MetaDataset,
-        data.ClassDataset,
-        data.Dataset,
-        data.dataloader.BatchMetaCollate,
-    ):
+    collate = data.dataloader.BatchMetaCollate
+    for owner in (data.MetaDataset, data.ClassDataset, data.Dataset, collate):
         if "__reduce_ex__" not in vars(owner):
             owner.__reduce_ex__ = _reduce
 
 
 class _Mends:
-    """Unpickles to None, once `apply()` has been called."""
+    """Unpickles to torchmeta's name, once `apply()` has been called."""
 
-    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+    def __reduce__(self) -> tuple[Callable[[], str], tuple[()]]:
         return _mend, ()
 
 
-def _mend() -> None:
-    apply()
+def _mend() -> str:
+    return apply().__name__
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     reduced: Any = object.__reduce_ex__(self, protocol)
     function, arguments, *rest = reduced
-    # The class stands in the arguments: it is imported behind the mends, which unpickle first.
+    # The class stands in the arguments, and unpickles after the fixes before it.
     return _rebuild, (_Mends(), function, *arguments), *rest
 
 
@@ -112,12 +113,9 @@ def _rebuild(_: Any, function: Callable[..., Any], *arguments: Any) -> Any:
 def _imported(name: str) -> ModuleType:
     try:
         return import_module(name)
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # RuntimeError: a torchvision that was built for another torch
-        reason = " ".join(str(error).split())
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
         raise RequestError(
-            f"torchmeta's tasks need the package {name}, which does not import ({reason}): run make setup, or by hand "
-            f"pip install 'metaplug[torchmeta]' and pip install --no-deps torchmeta==1.8.0"
+            f"torchmeta's tasks need the package {name}, which does not import ({one_line(error)}):"
+            " run make setup, or by hand pip install 'metaplug[torchmeta]' and pip install "
+            "--no-deps torchmeta==1.8.0"
         ) from None

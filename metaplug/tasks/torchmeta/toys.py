@@ -1,70 +1,32 @@
-"""The toys of torchmeta as streams: its functions and ranges, with numbers that depend on the task alone."""
+"""The toys of torchmeta: its functions and ranges, with numbers that depend on the task alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from metaplug.contract.task_batch import TaskBatch
-from metaplug.settings import validated
-from metaplug.tasks.draws import draw, normal, uniform
-from metaplug.tasks.episodes import ExampleCounts
-from metaplug.tasks.identities import identity_of_stream
+from metaplug.tasks.draws import normal, uniform
+from metaplug.tasks.toys.functions import Numbers
 
-
-class ToyStream:
-    """The tasks of one split of a toy. A TaskStream."""
-
-    def __init__(
-        self,
-        toy: Toy,
-        toys: ModuleType,
-        noise_std: float,
-        *,
-        split: str,
-        shots: int,
-        queries: int,
-        seed: int,
-    ) -> None:
-        self.form = validated(ExampleCounts, {"shots": shots, "queries": queries}, "tasks")
-        self.split = split
-        self.seed = seed
-        self.identities = identity_of_stream(
-            f"torchmeta's {toy.__name__.strip('_')}", f"{noise_std}", split, seed
-        )
-        self._points = partial(toy, toys, noise_std)
-
-    def batch(self, iteration: int, indices: Sequence[int] | range) -> TaskBatch:
-        """The tasks `indices` of one iteration: every tensor (T, examples, 1), float32, on the CPU."""
-        examples = self.form.shots + self.form.queries
-        # The most that a toy needs: 10 words for a task, 6 for an example.
-        draws = _Draws(draw(self.seed, self.split, iteration, indices, 10 + 6 * examples))
-        points = torch.from_numpy(self._points(draws, examples)).float().unsqueeze(-1)
-        (support_x, support_y), (query_x, query_y) = (
-            part.unbind(1) for part in points.split([self.form.shots, self.form.queries], dim=2)
-        )
-        return TaskBatch(support_x, support_y, query_x, query_y)
+WORDS = (10, 6)
+"""The random words that the hungriest toy needs for a task, and for each of its examples."""
 
 
 class _Draws:
-    """Stands in for the random state that torchmeta's toy tasks draw from, for T tasks at once, each with its own words."""
+    """Stand in for torchmeta's random state, for T tasks at once, each with its own words."""
 
     def __init__(self, words: NDArray[np.uint64]) -> None:
         self._words = words
 
-    def uniform(
-        self, low: float, high: float, size: tuple[int, int] = (1, 1)
-    ) -> NDArray[np.float64]:
+    def uniform(self, low: float, high: float, size: tuple[int, int] = (1, 1)) -> Numbers:
         """(T, size[0])."""
         return uniform(self._next(size[0]), low, high)
 
-    def randn(self, count: int = 1, _: int = 1) -> NDArray[np.float64]:
+    def randn(self, count: int = 1, _: int = 1) -> Numbers:
         """(T, count)."""
         return normal(self._next(2 * count).reshape(-1, count, 2))[..., 0]
 
@@ -73,52 +35,47 @@ class _Draws:
         return taken
 
 
-def _sinusoid(
-    toys: ModuleType, noise_std: float, draws: _Draws, examples: int
-) -> NDArray[np.float64]:
+def _sinusoid(toys: ModuleType, noise_std: float, draws: _Draws, examples: int) -> Numbers:
     amplitude, phase = draws.uniform(0.1, 5), draws.uniform(0, np.pi)
-    return _rows(
-        toys.sinusoid.SinusoidTask(
-            0, amplitude, phase, (-5, 5), noise_std, examples, np_random=draws
-        ),
-        amplitude,
-    )
+    form = ((-5, 5), noise_std, examples)
+    return _rows(toys.sinusoid.SinusoidTask(0, amplitude, phase, *form, np_random=draws), amplitude)
 
 
-def _harmonic(
-    toys: ModuleType, noise_std: float, draws: _Draws, examples: int
-) -> NDArray[np.float64]:
+def _harmonic(toys: ModuleType, noise_std: float, draws: _Draws, examples: int) -> Numbers:
     domain, frequency = draws.uniform(-4, 4), draws.uniform(5, 7)
     phases = draws.uniform(0, 2 * np.pi), draws.uniform(0, 2 * np.pi)
-    amplitudes = draws.randn(), draws.randn()
-    return _rows(
-        toys.harmonic.HarmonicTask(
-            0, domain, frequency, phases, amplitudes, noise_std, examples, np_random=draws
-        ),
-        domain,
-    )
+    numbers = (domain, frequency, phases, (draws.randn(), draws.randn()), noise_std, examples)
+    return _rows(toys.harmonic.HarmonicTask(0, *numbers, np_random=draws), domain)
 
 
-def _sinusoid_and_line(
-    toys: ModuleType, noise_std: float, draws: _Draws, examples: int
-) -> NDArray[np.float64]:
+def _sinusoid_and_line(toys: ModuleType, noise_std: float, draws: _Draws, examples: int) -> Numbers:
     curved, slope, intercept = draws.uniform(0, 1) < 0.5, draws.uniform(-3, 3), draws.uniform(-3, 3)
-    line = toys.sinusoid_line.LinearTask(
-        0, slope, intercept, (-5, 5), noise_std, examples, np_random=draws
-    )
-    return np.where(
-        curved[..., None], _sinusoid(toys, noise_std, draws, examples), _rows(line, slope)
-    )
+    form = ((-5, 5), noise_std, examples)
+    line = toys.sinusoid_line.LinearTask(0, slope, intercept, *form, np_random=draws)
+    # The line's points are drawn when it is made, so before the curve's.
+    straight = _rows(line, slope)
+    return np.where(curved[..., None], _sinusoid(toys, noise_std, draws, examples), straight)
 
 
-def _rows(stacked: Any, of_tasks: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Inputs and targets, (T, 2, examples), of a toy task of torchmeta that was made of T tasks' numbers: its example i is task i."""
+def _rows(stacked: Any, of_tasks: Numbers) -> Numbers:
+    """Inputs and targets (T, 2, examples) of a torchmeta task that was made of T tasks' numbers.
+
+    Its example i is task i.
+    """
     return np.array([stacked[index] for index in range(len(of_tasks))])
 
 
-Toy = Callable[[ModuleType, float, _Draws, int], NDArray[np.float64]]
+Toy = Callable[[ModuleType, float, _Draws, int], Numbers]
 TOYS: dict[str, Toy] = {
     "sinusoid": _sinusoid,
     "harmonic": _harmonic,
     "sinusoid-and-line": _sinusoid_and_line,
 }
+
+
+def points(
+    name: str, toys: ModuleType, noise_std: float, words: NDArray[np.uint64], examples: int
+) -> tuple[Numbers, Numbers]:
+    """Inputs and targets of the toy `name`, for FunctionStream."""
+    both = TOYS[name](toys, noise_std, _Draws(words), examples)
+    return both[:, 0], both[:, 1]

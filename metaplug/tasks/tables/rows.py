@@ -1,0 +1,88 @@
+"""The rows of CSV and Parquet files, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from metaplug.errors import RequestError, reason
+from metaplug.tasks.reading import open_regular
+
+_BLOCK = 2**20
+"""Bytes of a CSV file that are read at a time, which no row may exceed."""
+_BATCH = 1024
+"""Rows of a Parquet file that are unpacked at a time: a few bytes can stand for millions."""
+
+
+def read_rows(path: Path, separator: str) -> Iterator[tuple[int, Sequence[Any]]]:
+    """Yield the header, then the rows, each with its number.
+
+    Args:
+        path: a Parquet file, if it ends in .parquet, with cells of any type, whose rows count from
+            1; else a CSV file in UTF-8, with cells of text, whose header is row 1. Blank lines
+            are passed over and do not count.
+        separator: of the columns of a CSV file.
+
+    Raises:
+        RequestError: the file cannot be read, or is not what it should be.
+    """
+    # Slow to import, and tables alone need it.
+    import pyarrow as pa  # noqa: PLC0415
+
+    try:
+        file = open_regular(path)
+    except FileNotFoundError:
+        raise RequestError(
+            f"the table {path}: there is no such file; give the path of a CSV or Parquet file"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"cannot read the table {path}: {reason(error)}; give a CSV or Parquet file that you "
+            "may read"
+        ) from None
+    parquet = path.suffix.lower() == ".parquet"
+    try:
+        with file:
+            names, batches = _parquet(file) if parquet else _csv(file, separator)
+            yield int(not parquet), names
+            number = int(not parquet)
+            for batch in batches:
+                for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                    number += 1
+                    yield number, row
+    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError) as error:
+        help_ = (
+            "Parquet file ({}): write it anew, or save the table as CSV"
+            if parquet
+            else "CSV file in UTF-8 ({}): correct it there"
+        )
+        raise RequestError(
+            f"the table {path} is no readable {help_.format(reason(error))}"
+        ) from None
+
+
+def _csv(file: BinaryIO, separator: str) -> tuple[list[str], Iterable[Any]]:
+    import pyarrow as pa  # noqa: PLC0415
+    from pyarrow import csv  # noqa: PLC0415
+
+    def opened(**types: Any) -> Any:
+        file.seek(0)
+        return csv.open_csv(
+            file,
+            csv.ReadOptions(use_threads=False, block_size=_BLOCK),
+            csv.ParseOptions(delimiter=separator, newlines_in_values=True),
+            csv.ConvertOptions(**types),
+        )
+
+    # Twice, since the names must be known to have every cell as text: pyarrow would take a
+    # task named 01 for the number 1.
+    names = opened().schema.names
+    return names, opened(column_types=dict.fromkeys(names, pa.string()))
+
+
+def _parquet(file: BinaryIO) -> tuple[list[str], Iterable[Any]]:
+    from pyarrow import parquet  # noqa: PLC0415
+
+    table = parquet.ParquetFile(file)
+    return table.schema_arrow.names, table.iter_batches(_BATCH)
