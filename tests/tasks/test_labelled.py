@@ -1,5 +1,6 @@
 """Images with labels, as tensors or as a map-style dataset: classes, splits and every refusal."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from metaplug import MetaLearner, RequestError
 from metaplug.models import Mlp
-from metaplug.tasks import LabelledTasks
+from metaplug.tasks import Folder, LabelledTasks
 
 CLASSES, COUNT = 12, 6
 
@@ -104,6 +105,67 @@ def test_a_dataset_of_pictures(mode: str, channels: int) -> None:
     assert sum(len(classes_in(tasks, split)) for split in ("train", "val", "test")) == CLASSES
 
 
+RED, BLUE, WHITE = (200, 10, 20), (30, 40, 210), (255, 255, 255)
+MODES: dict[str, tuple[Any, Any, tuple[int, ...], tuple[int, ...]]] = {
+    "1": (0, 1, (0,), (255,)),
+    "L": (40, 200, (40,), (200,)),
+    "LA": ((40, 255), (0, 0), (40,), (255,)),
+    "P": (0, 1, RED, BLUE),
+    "P, transparent": (0, 1, RED, WHITE),
+    "PA": ((0, 255), (1, 0), RED, WHITE),
+    "RGB": (RED, BLUE, RED, BLUE),
+    "RGBA": ((*RED, 255), (0, 0, 0, 0), RED, WHITE),
+    "RGBA, half": ((*RED, 255), (0, 0, 0, 128), RED, (127, 127, 127)),
+    "CMYK": ((0, 255, 255, 0), (0, 0, 0, 255), (255, 0, 0), (0, 0, 0)),
+    "YCbCr": ((255, 128, 128), (0, 128, 128), WHITE, (0, 0, 0)),
+}
+"""By mode of Pillow, the values of ink and ground, and the pixels that they are."""
+
+
+def drawing(mode: str, number: int) -> Image.Image:
+    """Six pixels: the bits of a number in ink, then one of ink and one of ground."""
+    ink, ground, *_ = MODES[mode]
+    form = mode.partition(",")[0]
+    image = Image.new(form, (6, 1))
+    if form in ("P", "PA"):
+        image.putpalette([*RED, *BLUE])
+    image.putdata([ink if number >> bit & 1 else ground for bit in range(4)] + [ink, ground])
+    if mode == "P, transparent":
+        image.info["transparency"] = 1
+    return image
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_picture_of_any_mode_is_what_it_shows_as_in_a_folder(mode: str, tmp_path: Path) -> None:
+    _, _, ink, ground = MODES[mode]
+    pictures = [(drawing(mode, number // 2), number // 2) for number in range(2 * CLASSES)]
+    sizes = {"ways": 2, "shots": 1, "queries": 1}
+    tasks = LabelledTasks.from_dataset(pictures, **sizes)
+    for split in ("train", "val", "test"):
+        classes = getattr(tasks, split).classes
+        for name, image in zip(classes.names, classes.images[::2], strict=True):
+            shown = [ink if int(name) >> bit & 1 else ground for bit in range(4)] + [ink, ground]
+            assert image[:, 0].T.tolist() == [list(pixel) for pixel in shown]
+    if mode not in ("PA", "CMYK", "YCbCr"):  # which a PNG cannot hold
+        for number, (image, label) in enumerate(pictures):
+            (tmp_path / str(label)).mkdir(exist_ok=True)
+            image.save(tmp_path / str(label) / f"{number}.png")
+        colours = "colour" if len(ink) == 3 else "grey"
+        folder = Folder(tmp_path, **sizes, mode=colours, size=None, invert=False)
+        assert torch.equal(folder.train.classes.images, tasks.train.classes.images)
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16", "I;16B", "F"])
+def test_a_picture_of_more_than_8_bits_is_refused_as_in_a_folder(mode: str) -> None:
+    pictures = [(Image.new(mode, (2, 1), 300 + label), label) for label in range(CLASSES)]
+    with pytest.raises(RequestError) as error:
+        LabelledTasks.from_dataset(pictures, ways=2, shots=1, queries=1)
+    assert str(error.value) == (
+        f"item 0 of the dataset is an image that cannot be read (its mode {mode} has more than 8 bits a channel): "
+        "let the dataset's transform scale it to 8 bits, or to a float tensor in [0, 1]"
+    )
+
+
 def test_datasets_of_tensors_and_arrays() -> None:
     images, labels = tensors()
     bytes_, floats = (
@@ -123,7 +185,7 @@ NAMES = [str(index) for index in range(CLASSES)]
     [
         (
             {"names": NAMES[:5]},
-            "labelled tasks: the label 11 is no class, as there are 5 names: correct labels or names",
+            "labelled tasks: the label 5 is no class, as there are 5 names: correct labels or names",
         ),
         (
             {"names": ["same"] * CLASSES},

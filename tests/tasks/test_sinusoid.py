@@ -59,7 +59,7 @@ def test_a_task_depends_on_seed_split_iteration_and_index_alone() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"amplitude": (5, 1)}, "sinusoid: amplitude = (5.0, 1.0): the lowest comes first"),
+        ({"amplitude": (5, 1)}, "sinusoid: amplitude = (5, 1): the lowest comes first"),
         ({"ampltude": (1, 5)}, "sinusoid: unknown field 'ampltude': did you mean 'amplitude'?"),
         ({"shots": 0}, "tasks: shots = 0: input should be greater than or equal to 1"),
     ],

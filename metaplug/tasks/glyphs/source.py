@@ -170,4 +170,4 @@ def _write(path: Path, images: NDArray[np.uint8], styles: NDArray[np.int64]) -> 
         with replacing(path) as file:
             file.write(hashlib.sha256(content).digest() + zlib.compress(content))
     except (OSError, RunError) as error:
-        _log.info("the letters are not cached, but rendered at every start (%s)", error)
+        _log.info("the letters are not cached (%s): they are rendered at every start", error)

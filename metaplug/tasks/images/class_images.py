@@ -54,7 +54,10 @@ class ClassImages:
                 "(N, channels, height, width)"
             )
         if self.styles is not None and self.styles.shape != shape[:1]:
-            return f"styles of shape {self.styles.shape} for {shape[0]} images: give one an image"
+            return (
+                f"styles of shape {self.styles.shape} for {shape[0]} images: give one style an "
+                "image"
+            )
         if self.superclasses is not None and len(self.superclasses) != len(names):
             return (
                 f"{len(self.superclasses)} super-classes for {len(names)} classes: give one a class"

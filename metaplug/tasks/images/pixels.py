@@ -46,8 +46,7 @@ def converted(image: Image.Image, mode: Mode | None = None) -> Image.Image:
 
 def to_array(image: Image.Image) -> NDArray[np.uint8]:
     """A converted image as an array (channels, height, width)."""
-    pixels = np.asarray(image)
-    return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
+    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1).copy()
 
 
 def read_image(
