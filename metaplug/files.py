@@ -1,4 +1,4 @@
-"""Files that outlive a crash: written whole or not at all, in an order that a power failure cannot turn round; and who may write them."""
+"""Files that outlive a crash: written whole or not at all, in an order that survives it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from metaplug.errors import RunError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into, which then takes the place of `path`: at every moment that is the whole old file or the whole new one.
+    """A file to write into, which then takes the place of `path`.
+
+    At every moment `path` is the whole old file or the whole new one.
 
     Raises:
-        RunError: the disk is full, or the folder cannot be written or is gone; an older file at `path` is as it was.
+        RunError: the disk is full, or the folder cannot be written or is gone; an older file at
+            `path` is as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -27,18 +30,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        before = (
+        kept = (
             "the one that stood there is untouched" if path.exists() else "nothing was left there"
         )
         raise RunError(
-            f"cannot write {path}: {_reason(error)}; {before}; make room or give another place, then do it again"
+            f"cannot write {path}: {_reason(error)}; {kept}; make room or give another place, then "
+            "do it again"
         ) from error
     else:
         try:
             sync_folder(path.parent)
         except OSError as error:
             raise RunError(
-                f"{path} is written, but may be gone if the machine fails now: {_reason(error)}; see to the disk"
+                f"{path} is written, but may be gone if the machine fails now: {_reason(error)}; "
+                "see to the disk"
             ) from error
     finally:
         with suppress(OSError):
@@ -46,7 +51,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def append(path: Path, text: str, *, durable: bool) -> None:
-    """Add to a file that is there; `durable`, all that was ever added is on the disk afterwards, whatever happens to the machine.
+    """Add to a file that is there.
+
+    Args:
+        path: of the file.
+        text: to add.
+        durable: whether all that was ever added is on the disk when this returns.
 
     Raises:
         RunError: the disk is full, or the file cannot be written or is gone.
@@ -60,7 +70,8 @@ def append(path: Path, text: str, *, durable: bool) -> None:
                 os.fsync(descriptor)
     except OSError as error:
         raise RunError(
-            f"cannot write {path}: {_reason(error)}; make room, or bring back what is gone, then go on with --resume"
+            f"cannot write {path}: {_reason(error)}; make room, or bring back what is gone, then "
+            "go on with --resume"
         ) from error
 
 
@@ -77,25 +88,22 @@ def make_folder(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make what was named, renamed or removed in a folder durable; folders cannot be opened everywhere."""
+    """Make durable what was named, renamed or removed in a folder."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
+    except OSError:  # folders cannot be opened everywhere
         return
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _NO_SUCH_THING:
+        # Some file systems do not know how to make a folder durable.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
     finally:
         os.close(descriptor)
 
 
-_NO_SUCH_THING = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
-"""What a file system says that does not know how to make a folder durable."""
-
-
 def _reason(error: Exception) -> str:
-    """What the file system said; torch hides it behind a fault of its own."""
+    """The file system's own words, which torch hides behind an error of its own."""
     cause = error if isinstance(error, OSError) else error.__context__
     return (isinstance(cause, OSError) and cause.strerror) or str(error)

@@ -23,18 +23,17 @@ def mix(*parts: int) -> int:
 
 @contextmanager
 def stream(seed: int, device: torch.device) -> Iterator[torch.Generator]:
-    """Inside, torch's random numbers on the CPU and on `device` start from `seed`; outside, the caller's streams are as they were.
+    """Start torch's random numbers, on the CPU and on `device`, from `seed`.
+
+    Afterwards the caller's streams are as they were.
 
     Yields:
         A CPU generator of its own, from the same seed.
     """
     generators = [torch.default_generator]
     if device.type == "cuda":
-        generators.append(
-            torch.cuda.default_generators[
-                device.index if device.index is not None else torch.cuda.current_device()
-            ]
-        )
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
     states = [generator.get_state() for generator in generators]
     try:
         for generator in generators:

@@ -1,4 +1,8 @@
-"""Models for few-shot tasks: Conv4, ResNet12 and WideResNet for images, Mlp for anything that can be flattened."""
+"""Models for few-shot tasks: `conv4`, `resnet12`, `wrn28_10` for images, `mlp` for the rest.
+
+`factories` makes a model by its name, a user's or torchvision's included; `parts` holds what the
+models for images share.
+"""
 
 from metaplug.models.conv4 import Conv4
 from metaplug.models.mlp import Mlp

@@ -18,7 +18,7 @@ _GROUPS = 8
 
 
 class Conv4Config(Settings):
-    """What a Conv4 looks like inside."""
+    """The layers of a Conv4."""
 
     filters: int = Field(32, ge=1, le=1024, description="Channels of every block.")
     pooling: Literal["max", "stride"] = Field(
@@ -30,11 +30,13 @@ class Conv4Config(Settings):
     )
     norm: Literal["batch", "group", "layer", "none"] = Field(
         "batch",
-        description="Normalisation: by the statistics of the batch, of eight groups of channels, of all channels together, or none.",
+        description="Normalisation: by the statistics of the batch, of eight groups of channels, "
+        "of all channels together, or none.",
     )
     initialisation: Literal["torch", "xavier"] = Field(
         "torch",
-        description="First weights of convolutions and head: torch's own, or Xavier's uniform ones with biases of zero.",
+        description="First weights of convolutions and head: torch's own, or Xavier's uniform ones "
+        "with biases of zero.",
     )
 
     @model_validator(mode="after")
@@ -46,9 +48,9 @@ class Conv4Config(Settings):
 
 @final
 class Conv4(nn.Module):
-    """Four blocks of 3 x 3 convolution, normalisation and ReLU, each halving the size, and a linear head (Vinyals et al. 2016).
+    """Four blocks, each halving the size, and a linear head (Vinyals et al. 2016).
 
-    Batch norm always uses the statistics of the batch and stores none.
+    A block is a 3 x 3 convolution, a normalisation and ReLU. Batch norm always uses the statistics of the batch and stores none.
 
     Args:
         input_shape: (channels, height, width) of one image.
@@ -70,8 +72,8 @@ class Conv4(nn.Module):
         channels, *size = self.input_shape
         if self.config.pooling == "max" and min(size) < 2**_BLOCKS:
             raise RequestError(
-                f"conv4 halves an image four times, but {size[0]} x {size[1]} pixels are fewer than {2**_BLOCKS} x {2**_BLOCKS}: "
-                f"enlarge the images, or set pooling = 'stride'"
+                f"conv4 halves an image four times, but {size[0]} x {size[1]} pixels are fewer "
+                "than 16 x 16: enlarge the images, or set pooling = 'stride'"
             )
         filters = self.config.filters
         self.body = nn.Sequential(

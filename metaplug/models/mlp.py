@@ -16,19 +16,21 @@ _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
 class MlpConfig(Settings):
-    """What an Mlp looks like inside."""
+    """The layers of an Mlp."""
 
     hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field(
         (40, 40), description="Width of every hidden layer; () is linear."
     )
     activation: Literal["relu", "tanh"] = Field(
-        "relu", description="Activation behind every hidden layer."
+        "relu", description="Activation after every hidden layer."
     )
 
 
 @final
 class Mlp(nn.Module):
-    """Hidden layers with an activation behind each, and a linear head; the default is MAML's sinusoid network (Finn et al. 2017).
+    """Hidden layers with an activation after each, and a linear head.
+
+    The default is MAML's sinusoid network (Finn et al. 2017).
 
     Args:
         input_shape: of one example; it is flattened.
@@ -49,8 +51,8 @@ class Mlp(nn.Module):
         width = math.prod(self.input_shape)
         if width < 1 or outputs < 1:
             raise RequestError(
-                f"mlp takes at least one input to at least one output, but the tasks have inputs {self.input_shape} and {outputs} outputs: "
-                f"choose other tasks"
+                "mlp takes at least one input to at least one output, but the tasks have inputs "
+                f"{self.input_shape} and {outputs} outputs: choose other tasks"
             )
         widths = (width, *self.config.hidden)
         layers: list[nn.Module] = []

@@ -1,4 +1,4 @@
-"""What the models for images share."""
+"""Layers and checks that the models for images share."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ def check_images(name: str, input_shape: tuple[int, ...], outputs: int) -> None:
     """
     if len(input_shape) != 3 or min(input_shape) < 1 or outputs < 1:
         raise RequestError(
-            f"{name} takes images (channels, height, width) to at least one output, but the tasks have inputs {input_shape} and "
-            f"{outputs} outputs: choose other tasks, or the model mlp"
+            f"{name} takes images (channels, height, width) to at least one output, but the tasks "
+            f"have inputs {input_shape} and {outputs} outputs: choose other tasks, or the model mlp"
         )
 
 
 def convolution(channels: int, filters: int, size: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution in front of a batch norm, which makes a bias idle: (n, channels, h, w) to (n, filters, ⌈h / stride⌉, ⌈w / stride⌉).
+    """A convolution before a batch norm, which makes a bias idle.
 
-    Its first weights are normal, and keep the variance of gradients through ReLUs (He et al. 2015).
+    It maps (n, channels, h, w) to (n, filters, ⌈h / stride⌉, ⌈w / stride⌉). Its first weights are
+    normal, and keep the variance of gradients through ReLUs (He et al. 2015).
     """
     layer = nn.Conv2d(channels, filters, size, stride, padding=size // 2, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

@@ -18,7 +18,7 @@ _SLOPE = 0.1
 
 
 class ResNet12Config(Settings):
-    """What a ResNet12 looks like inside."""
+    """The layers of a ResNet12."""
 
     filters: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
         (64, 160, 320, 640), description="Channels of the four blocks, 1 to 4096 each."
@@ -27,18 +27,17 @@ class ResNet12Config(Settings):
     @model_validator(mode="after")
     def _one_for_each_block(self) -> Self:
         if len(self.filters) != _BLOCKS:
-            raise ValueError(
-                f"filters = {self.filters}: give {_BLOCKS} numbers, one for each block"
-            )
+            raise ValueError(f"filters = {self.filters}: give 4 numbers, one for each block")
         return self
 
 
 @final
 class ResNet12(nn.Module):
-    """Four residual blocks, each halving the size, global average pooling and a linear head (Oreshkin et al. 2018; Lee et al. 2019).
+    """Four residual blocks, each halving the size, global average pooling and a linear head.
 
-    A block is three 3 x 3 convolutions with batch norm and leaky ReLU 0.1, beside a 1 x 1 convolution with batch norm as the shortcut;
-    max-pooling 2 x 2 stands behind their sum. The widths 64, 160, 320, 640 are those of Lee et al. (arXiv 1904.03758), here without
+    A block is three 3 x 3 convolutions with batch norm and leaky ReLU 0.1, beside a 1 x 1
+    convolution with batch norm as the shortcut; max-pooling 2 x 2 follows their sum (Oreshkin et
+    al. 2018). The widths 64, 160, 320, 640 are those of Lee et al. (arXiv 1904.03758), here without
     dropout. Batch norm always uses the statistics of the batch and stores none.
 
     Args:
@@ -61,8 +60,8 @@ class ResNet12(nn.Module):
         channels, *size = self.input_shape
         if min(size) < 2**_BLOCKS:
             raise RequestError(
-                f"resnet12 halves an image four times, but {size[0]} x {size[1]} pixels are fewer than {2**_BLOCKS} x {2**_BLOCKS}: "
-                f"enlarge the images, or choose the model conv4 or wrn28_10"
+                f"resnet12 halves an image four times, but {size[0]} x {size[1]} pixels are fewer "
+                "than 16 x 16: enlarge the images, or choose the model conv4 or wrn28_10"
             )
         self.body = nn.Sequential(
             *(_Block(before, after) for before, after in pairwise((channels, *self.config.filters)))

@@ -17,7 +17,7 @@ _GROUPS = ((16, 1), (32, 2), (64, 2))
 
 
 class WideResNetConfig(Settings):
-    """What a WideResNet looks like inside."""
+    """The layers of a WideResNet."""
 
     depth: int = Field(
         28, ge=10, le=1000, description="Layers, 6n + 4 for n blocks in each of the three groups."
@@ -35,11 +35,13 @@ class WideResNetConfig(Settings):
 
 @final
 class WideResNet(nn.Module):
-    """Three groups of pre-activated residual blocks, global average pooling and a linear head (Zagoruyko and Komodakis 2016, WRN-28-10).
+    """Three groups of pre-activated residual blocks, global average pooling and a linear head.
 
-    A block is twice batch norm, ReLU and a 3 x 3 convolution; the second and third group halve the size. Where a block changes the form,
-    its shortcut is a 1 x 1 convolution of the activated input, as in the authors' own program (arXiv 1605.07146), here without dropout.
-    Batch norm always uses the statistics of the batch and stores none.
+    A block is twice batch norm, ReLU and a 3 x 3 convolution; the second and third group halve the
+    size. Where a block changes the form, its shortcut is a 1 x 1 convolution of the activated
+    input, as in the authors' own program (Zagoruyko and Komodakis 2016, WRN-28-10, arXiv
+    1605.07146), here without dropout. Batch norm always uses the statistics of the batch and
+    stores none.
 
     Args:
         input_shape: (channels, height, width) of one image, of any size.
@@ -62,10 +64,9 @@ class WideResNet(nn.Module):
         channels, blocks = _STEM, []
         for width, stride in _GROUPS:
             for block in range((self.config.depth - 4) // 6):
-                blocks.append(
-                    _Block(channels, width * self.config.widen_factor, stride if block == 0 else 1)
-                )
-                channels = width * self.config.widen_factor
+                filters = width * self.config.widen_factor
+                blocks.append(_Block(channels, filters, stride if block == 0 else 1))
+                channels = filters
         self.body = nn.Sequential(*blocks)
         self.norm = batch_norm(channels)
         self.head = nn.Linear(channels, outputs)
@@ -81,11 +82,8 @@ class _Block(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = batch_norm(channels), convolution(channels, filters, 3, stride)
         self.norm2, self.conv2 = batch_norm(filters), convolution(filters, filters, 3)
-        self.shortcut = (
-            None
-            if (channels, stride) == (filters, 1)
-            else convolution(channels, filters, 1, stride)
-        )
+        same = (channels, stride) == (filters, 1)
+        self.shortcut = None if same else convolution(channels, filters, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.norm1(x))
