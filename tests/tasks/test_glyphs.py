@@ -237,7 +237,8 @@ def test_more_ways_than_letters_are_refused() -> None:
         Glyphs(ways=100)
     assert (
         str(error.value)
-        == "100-way tasks need 100 classes, but the val split has 72: lower ways, or give that split more classes"
+        == "100-way tasks need 100 classes, but the val split has 72: lower ways, or give that "
+        "split more classes"
     )
 
 

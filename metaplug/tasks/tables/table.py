@@ -111,8 +111,7 @@ def read_table(path: Path, config: TabularConfig) -> Table:
             )
         if task not in tasks and not _is_name(task):
             raise RequestError(
-                f"{where}, column '{config.task}': '{one_line(task, 80)}' is {_NO_NAME}: rename the "
-                "task"
+                f"{where}, column '{config.task}': '{one_line(task, 80)}' is {_NO_NAME}: rename it"
             )
         tasks.setdefault(task, array("q")).append(place)
         if config.split_column is not None:
