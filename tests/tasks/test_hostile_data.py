@@ -619,12 +619,12 @@ def table(path: Path, *lines: str) -> Path:
         (
             "a\x1b[2J,1,2",
             "row 2, column 'task': 'a?[2J' is no name, as it has more than 200 characters, a line "
-            "break or the like: rename the task",
+            "break or the like: rename it",
         ),
         (
             '"a\nb",1,2',
             "row 2, column 'task': 'a b' is no name, as it has more than 200 characters, a line "
-            "break or the like: rename the task",
+            "break or the like: rename it",
         ),
     ],
 )
