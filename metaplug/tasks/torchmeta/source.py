@@ -23,7 +23,7 @@ from metaplug.tasks.splits import SPLITS
 from metaplug.tasks.torchmeta.data import naming_damage, open_splits
 from metaplug.tasks.torchmeta.mends import apply
 from metaplug.tasks.torchmeta.toys import TOYS, WORDS, points
-from metaplug.tasks.toys.functions import FunctionTasks
+from metaplug.tasks.toys.functions import UNBOUNDED, FunctionStream
 
 
 @dataclass(frozen=True)
@@ -125,30 +125,31 @@ class Torchmeta(TaskSource):
                 f"torchmeta:{name} has no use for {quoted(idle)}, since {reason}: leave it out"
             )
         torchmeta = apply()
-        sizes = {"shots": shots, "queries": queries, "seed": seed}
-        source = (
-            _toy(name, torchmeta, config, sizes)
-            if name in TOYS
-            else _images(name, torchmeta, config, sizes | {"ways": ways})
-        )
-        self.kind, self.input_shape, self.outputs = source.kind, source.input_shape, source.outputs
-        self.train, self.val, self.test = source.train, source.val, source.test
-        self._description = source.describe()
+        if name in TOYS:
+            self.kind, self.input_shape, self.outputs = "regression", (1,), 1
+            identity = f"torchmeta's {name.replace('-', '_')}", f"{config.noise_std}"
+            own = partial(points, name, torchmeta.toy, config.noise_std), WORDS, identity
+            self.train, self.val, self.test = (
+                FunctionStream(*own, split=split, seed=seed, shots=shots, queries=queries)
+                for split in SPLITS
+            )
+            origin = f"computed: torchmeta's toy {name}"
+            self._description = self._described(origin, "none needed", UNBOUNDED)
+        else:
+            sizes = {"ways": ways, "shots": shots, "queries": queries, "seed": seed}
+            source = _images(name, torchmeta, config, sizes)
+            self.kind, self.input_shape = source.kind, source.input_shape
+            self.outputs, self._description = source.outputs, source.describe()
+            self.train, self.val, self.test = source.train, source.val, source.test
 
     def describe(self) -> dict[str, Any]:
         """The data in words and numbers, ready for JSON."""
         return self._description
 
 
-def _toy(name: str, torchmeta: Any, config: TorchmetaConfig, sizes: dict[str, int]) -> TaskSource:
-    identity = f"torchmeta's {name.replace('-', '_')}", f"{config.noise_std}"
-    own = partial(points, name, torchmeta.toy, config.noise_std)
-    return FunctionTasks(config, own, WORDS, identity, f"torchmeta's toy {name}", **sizes)
-
-
 def _images(
     name: str, torchmeta: Any, config: TorchmetaConfig, sizes: dict[str, int]
-) -> TaskSource:
+) -> ImageSource:
     root = (config.root or cache_folder() / "torchmeta").expanduser()
     dataset = attrgetter(IMAGES[name].path)(torchmeta.datasets)
     side, colour = config.size or IMAGES[name].size, IMAGES[name].channels == 3
