@@ -258,6 +258,6 @@ def test_accented_letters_come_on_top() -> None:
 
 @pytest.mark.slow
 def test_the_table_is_what_its_script_selects() -> None:
-    from select_glyphs import select
+    from support.select_glyphs import select
 
     assert select() == TABLE

@@ -281,18 +281,6 @@ def test_wrong_settings_are_refused(name: str, settings: dict[str, Any], message
     assert message_of(RequestError, lambda: Torchmeta(name, **settings)) == message
 
 
-def test_a_class_in_two_splits_is_refused(root: Path) -> None:
-    labels = root / "omniglot" / "vinyals_val_labels.json"
-    labels.write_text(
-        json.dumps([*json.loads(labels.read_text()), ["images_background", "A_train", "one"]])
-    )
-    assert message_of(RequestError, lambda: Torchmeta("omniglot", root=root, **SIZES)) == (
-        "the class 'images_background/A_train/one' stands in the train and in the val split, so it "
-        "would not be new to the model: "
-        "keep it in one of them"
-    )
-
-
 @pytest.mark.parametrize("damage", ["a class is missing", "cut short", "no JSON"])
 def test_damaged_data_are_named(root: Path, damage: str) -> None:
     data, labels = root / "omniglot" / "data.hdf5", root / "omniglot" / "vinyals_val_labels.json"

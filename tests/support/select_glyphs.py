@@ -1,4 +1,4 @@
-"""How the table of letters was chosen: `python tests/tasks/select_glyphs.py` writes it anew.
+"""How the table of letters was chosen: `python tests/support/select_glyphs.py` writes it.
 
 Letters (Unicode categories Lu, Ll, Lo) of six scripts that at least eight of the sixteen faces
 have, less look-alikes. Plain letters, those that are their own NFKD, come before accented ones and
