@@ -44,9 +44,7 @@ class GlyphsConfig(EpisodeOptions):
     """Which letters."""
 
     accents: bool = Field(
-        False,
-        description="Whether accented letters and ligatures are classes too, beside the plain "
-        "letters.",
+        False, description="Whether accented letters and ligatures are classes too."
     )
 
 

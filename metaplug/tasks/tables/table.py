@@ -39,9 +39,7 @@ class TabularConfig(SplitFractions):
         None, description="Column with the split of a row's task: train, val or test."
     )
     standardise: bool = Field(
-        True,
-        description="Whether features and targets get mean 0 and deviation 1 over the training "
-        "tasks' rows.",
+        True, description="Scale columns to mean 0 and deviation 1 over the training tasks' rows."
     )
     separator: Literal["comma", "semicolon", "tab", "bar"] = Field(
         "comma", description="What stands between the columns of a CSV file."

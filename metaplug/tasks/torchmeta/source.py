@@ -51,9 +51,7 @@ class TorchmetaConfig(EpisodeOptions):
     """Where the images are and how they are read; or the noise of a toy."""
 
     root: Path | None = Field(
-        None,
-        description="Images: the folder with a folder for each data set; null: the folder "
-        "torchmeta in metaplug's cache folder.",
+        None, description="Images: folder of all data sets; null: torchmeta in the cache folder."
     )
     download: bool = Field(
         False, description="Images: whether archives that are missing are downloaded."
@@ -62,8 +60,7 @@ class TorchmetaConfig(EpisodeOptions):
         None,
         ge=1,
         le=1024,
-        description="Images: side after resizing, in pixels; null: as torchmeta's helper has it, "
-        "28 for Omniglot.",
+        description="Images: side in pixels; null: as torchmeta's helper has it.",
     )
     noise_std: float = Field(
         0.0, ge=0, le=1000, description="Toys: standard deviation of the noise on the targets."
