@@ -30,8 +30,8 @@ from metaplug.experiments.experiment import build_tasks, task_form
 from metaplug.tasks import adapters
 from metaplug.tasks.adapters import as_stream
 from metaplug.tasks.draws import draw, normal, uniform
-from metaplug.tasks.torchmeta import data as torchmeta_data
 from metaplug.tasks.torchmeta import compatibility
+from metaplug.tasks.torchmeta import data as torchmeta_data
 from metaplug.tasks.torchmeta.source import IMAGES, TOYS, Torchmeta
 
 for package in ("torchvision", "h5py", "ordered_set", "requests", "tqdm"):

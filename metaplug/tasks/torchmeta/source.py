@@ -20,8 +20,8 @@ from metaplug.tasks.images.pixels import converted, to_array
 from metaplug.tasks.reading import cache_folder
 from metaplug.tasks.sources import ImageSource, TaskSource
 from metaplug.tasks.splits import SPLITS
-from metaplug.tasks.torchmeta.data import naming_damage, open_splits
 from metaplug.tasks.torchmeta.compatibility import apply
+from metaplug.tasks.torchmeta.data import naming_damage, open_splits
 from metaplug.tasks.torchmeta.toys import TOYS, WORDS, points
 from metaplug.tasks.toys.functions import UNBOUNDED, FunctionStream
 
