@@ -53,7 +53,7 @@ class EpisodeForm(ExampleCounts):
 
 
 class EpisodeOptions(Settings):
-    """How tasks are drawn from class images: the base of the Config of every source of images."""
+    """Options of drawing tasks from class images: the base of the Config of such sources."""
 
     within: bool = Field(
         False,

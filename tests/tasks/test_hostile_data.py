@@ -31,7 +31,7 @@ from metaplug.tasks.glyphs import source as glyphs
 from metaplug.tasks.identities import digest
 from metaplug.tasks.images import class_files
 from metaplug.tasks.images.class_images import allocate
-from metaplug.tasks.torchmeta import mends as torchmeta_mends
+from metaplug.tasks.torchmeta import compatibility
 
 SIZES = {"ways": 2, "shots": 1, "queries": 1}
 EVEN = {"fractions": (0.4, 0.3, 0.3)}
@@ -211,7 +211,7 @@ def test_mutated_data_of_torchmeta(
     name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     try:
-        torchmeta_mends.apply()
+        compatibility.apply()
     except RequestError as error:
         pytest.skip(str(error))
     import h5py

@@ -1,4 +1,4 @@
-"""torchmeta on today's torch: the mends, its data sets as tasks, its own objects as streams.
+"""torchmeta on today's torch: the fixes, its data sets as tasks, its own objects as streams.
 
 The files of its data sets are made here.
 """
@@ -25,13 +25,13 @@ from torch import nn
 from metaplug import MetaLearner, TaskBatch
 from metaplug.contract import registry
 from metaplug.errors import RequestError, RunError
-from metaplug.experiments.build import build_tasks, task_form
 from metaplug.experiments.configuration import ExperimentConfig, TaskSettings
+from metaplug.experiments.experiment import build_tasks, task_form
 from metaplug.tasks import adapters
 from metaplug.tasks.adapters import as_stream
 from metaplug.tasks.draws import draw, normal, uniform
+from metaplug.tasks.torchmeta import compatibility
 from metaplug.tasks.torchmeta import data as torchmeta_data
-from metaplug.tasks.torchmeta import mends as torchmeta_mends
 from metaplug.tasks.torchmeta.source import IMAGES, TOYS, Torchmeta
 
 for package in ("torchvision", "h5py", "ordered_set", "requests", "tqdm"):
@@ -40,7 +40,7 @@ for package in ("torchvision", "h5py", "ordered_set", "requests", "tqdm"):
         reason=f"{package} is not installed: make setup, or pip install 'metaplug[torchmeta]'",
     )
 try:
-    torchmeta = torchmeta_mends.apply()
+    torchmeta = compatibility.apply()
 except RequestError as error:
     pytest.skip(str(error), allow_module_level=True)
 
@@ -115,16 +115,16 @@ def same(one: TaskBatch, other: TaskBatch) -> bool:
     return all(torch.equal(getattr(one, field), getattr(other, field)) for field in FIELDS)
 
 
-# The mends
+# The fixes
 
 
-def test_the_mends_are_there_and_stay_when_applied_again() -> None:
+def test_the_fixes_are_there_and_stay_when_applied_again() -> None:
     drive, subset = (
         torchvision_utils.download_file_from_google_drive,
         torchmeta.utils.data.SubsetTask,
     )
     getitems = subset.__getitems__
-    assert torchmeta_mends.apply() is torchmeta
+    assert compatibility.apply() is torchmeta
     assert torchmeta.datasets.utils.check_integrity is torchvision_utils.check_integrity
     assert all(
         getattr(torchmeta.datasets, name).download_file_from_google_drive is drive
@@ -138,14 +138,14 @@ def test_what_has_no_symptom_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torchvision_utils, "_get_confirm_token", own)
     monkeypatch.setattr(torchmeta.datasets.utils, "check_integrity", own)
     monkeypatch.setattr(torchmeta.utils.data.SubsetTask, "__getitems__", own)
-    torchmeta_mends.apply()
+    compatibility.apply()
     assert torchvision_utils._get_confirm_token is own
     assert torchmeta.datasets.utils.check_integrity is own
     assert torchmeta.utils.data.SubsetTask.__getitems__ is own
 
 
 @pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
-def test_the_mends_reach_workers_that_unpickle_first(root: Path, method: str) -> None:
+def test_the_fixes_reach_workers_that_unpickle_first(root: Path, method: str) -> None:
     loader = BatchMetaDataLoader(combination(root), batch_size=3, num_workers=1)
     loader.multiprocessing_context = method
     batch = as_stream(loader).batch(0, range(3))

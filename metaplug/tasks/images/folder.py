@@ -29,7 +29,7 @@ from metaplug.tasks.splits import (
 
 
 class FolderConfig(EpisodeOptions, SplitFractions):
-    """How a folder of images is read and split."""
+    """The reading and splitting of a folder of images."""
 
     size: int | None = Field(
         28, ge=1, le=1024, description="Side of an image, in pixels; null keeps the images' own."

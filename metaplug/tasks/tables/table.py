@@ -25,7 +25,7 @@ _NO_NAME = "no name, as it has more than 200 characters, a line break or the lik
 
 
 class TabularConfig(SplitFractions):
-    """What the columns of a table mean, and how its tasks are split."""
+    """The roles of a table's columns, and the split of its tasks."""
 
     task: str = Field("task", description="Column with the name of a row's task.")
     features: tuple[str, ...] | None = Field(

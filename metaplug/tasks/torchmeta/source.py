@@ -20,8 +20,8 @@ from metaplug.tasks.images.pixels import converted, to_array
 from metaplug.tasks.reading import cache_folder
 from metaplug.tasks.sources import ImageSource, TaskSource
 from metaplug.tasks.splits import SPLITS
+from metaplug.tasks.torchmeta.compatibility import apply
 from metaplug.tasks.torchmeta.data import naming_damage, open_splits
-from metaplug.tasks.torchmeta.mends import apply
 from metaplug.tasks.torchmeta.toys import TOYS, WORDS, points
 from metaplug.tasks.toys.functions import UNBOUNDED, FunctionStream
 
@@ -48,7 +48,7 @@ IMAGES = {
 
 
 class TorchmetaConfig(EpisodeOptions):
-    """Where the images are and how they are read; or the noise of a toy."""
+    """The place and the reading of the images; or the noise of a toy."""
 
     root: Path | None = Field(
         None, description="Images: folder of all data sets; null: torchmeta in the cache folder."
@@ -116,10 +116,10 @@ class Torchmeta(TaskSource):
             raise unknown("data set of torchmeta", name, [*IMAGES, *TOYS])
         self.config = config = validated(TorchmetaConfig, settings, "torchmeta")
         of_toys = config.model_fields_set & {"noise_std"}
-        if idle := sorted(config.model_fields_set - of_toys if name in TOYS else of_toys):
+        if unused := sorted(config.model_fields_set - of_toys if name in TOYS else of_toys):
             reason = "a toy has no images" if name in TOYS else "only toys have noise"
             raise RequestError(
-                f"torchmeta:{name} has no use for {quoted(idle)}, since {reason}: leave it out"
+                f"torchmeta:{name} has no use for {quoted(unused)}, since {reason}: leave it out"
             )
         torchmeta = apply()
         if name in TOYS:
