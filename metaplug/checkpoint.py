@@ -203,12 +203,12 @@ def _value(part: Any, name: str, tensors: dict[str, Tensor], depth: int = 1) -> 
 
 
 def _tensor(part: Tensor, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-    if part.dtype not in DTYPES or part.layout is not torch.strided or part.is_meta:
-        without = " without values" * part.is_meta
-        raise _UnfitError(
-            f"{one_line(name)} is {part.dtype}, {part.layout}{without}, which no checkpoint keeps"
-        )
-    plain = part.detach().resolve_conj().resolve_neg().cpu()
+    plain = part.detach()
+    is_plain = type(plain) is Tensor and not (part.is_meta or part.is_nested)
+    if part.dtype not in DTYPES or part.layout is not torch.strided or not is_plain:
+        kind = f"{type(plain).__name__} of {part.dtype}, {part.layout}, on {part.device}"
+        raise _UnfitError(f"{one_line(name)} is a {kind}, which no checkpoint keeps")
+    plain = plain.resolve_conj().resolve_neg().cpu()
     name = name.encode(errors="replace").decode()
     while name in tensors:  # "a.b" and "c" beside "a" and "b.c"
         name += "'"
@@ -345,11 +345,7 @@ def check_form(state: Any, origin: str) -> None:
     Raises:
         RunError: names `origin`, and what is wrong.
     """
-    lacks = [
-        name
-        for name, field in State.model_fields.items()
-        if field.is_required() and name not in state
-    ]
+    lacks = [n for n, f in State.model_fields.items() if f.is_required() and n not in state]
     if lacks:
         raise _not_whole(origin, f"it lacks {quoted(lacks)}")
     try:
