@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    # Names are imported when they are first used: torch takes seconds, and `metaplug --help` needs none of it.
+    # Names are imported on first use: torch takes seconds, and `metaplug --help` needs none of it.
     _HOMES = {
         "contract.plugin": ("LearnedPluginConfig", "Plugin", "PluginConfig", "hookimpl", "key_of"),
         "contract.presets": ("PluginUse", "Preset"),

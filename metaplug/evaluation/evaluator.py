@@ -119,8 +119,8 @@ class Evaluator:
             warnings.warn(
                 f"adaptation raises the support loss of {raised} of {num_tasks} validation tasks "
                 f"(mean {before:.4g} to {after:.4g} over {result.inner_steps} inner steps, "
-                f"inner_lr = {engine.inner.inner_lr:.4g}{changed if links else ''}): the inner loop "
-                "diverges; lower inner_lr",
+                f"inner_lr = {engine.inner.inner_lr:.4g}{changed if links else ''}): the inner "
+                "loop diverges; lower inner_lr",
                 stacklevel=4,
             )
         return result

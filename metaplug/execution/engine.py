@@ -326,7 +326,8 @@ class Engine:
         if self.skipped_in_a_row + 1 >= SKIPS_IN_A_ROW:
             raise RunError(
                 f"iteration {self.iteration} stopped, nothing was updated: {SKIPS_IN_A_ROW} "
-                f"batches in a row would be skipped, which is no fault of a batch; the last because {text}"
+                "batches in a row would be skipped, which is no fault of a batch; the last because "
+                f"{text}"
             )
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.iteration, self.total = self.iteration + 1, total

@@ -65,8 +65,8 @@ class StepPlan:
         waits = bool(coupled) and engine.world.size > 1
         if self._traced and waits:
             raise RequestError(
-                f"{self._traced} on {engine.world.size} ranks: plugin {quoted(coupled)} takes means over "
-                f"all of their tasks in the inner loop, for which a {self._traced}d step "
+                f"{self._traced} on {engine.world.size} ranks: plugin {quoted(coupled)} takes "
+                f"means over all of their tasks in the inner loop, for which a {self._traced}d step "
                 f"cannot wait: leave {self._traced} out, or use one rank"
             )
         if self.chunk_size is not None:

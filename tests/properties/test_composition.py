@@ -33,11 +33,11 @@ def test_any_chain_trains_evaluates_and_goes_on_from_its_state(chain, vectorized
     uses, case = chain
     model, batching = case.name, "vectorized" if vectorized else "sequential"
     learners = [case.learner(plugins=uses, task_batching=batching) for _ in range(2)]
-    learners[0].fit(Stream(model), iterations=1, tasks_per_batch=2)
+    learners[0].fit(Stream(model), iterations=1, total=2, tasks_per_batch=2)
     learners[1].load_state_dict(copy.deepcopy(learners[0].state_dict()))
     results = []
     for learner in learners:
-        learner.fit(Stream(model), iterations=1, tasks_per_batch=2)
+        learner.fit(Stream(model), iterations=1, total=2, tasks_per_batch=2)
         results.append(
             (
                 learner.meta_gradients(case.batch),

@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from metaplug.experiments.build import build_tasks
 
 from metaplug.errors import RequestError
 from metaplug.experiments.configuration import ExperimentConfig, TaskSettings
-from metaplug.experiments.experiment import build_tasks
 from metaplug.tasks import Tabular, TaskBatch
 
 SIZES = {"shots": 1, "queries": 1}

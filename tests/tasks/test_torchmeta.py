@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from metaplug.experiments.build import build_tasks, task_form
 from PIL import Image, ImageOps
 from torch import nn
 
@@ -26,7 +27,6 @@ from metaplug import MetaLearner, TaskBatch
 from metaplug.contract import registry
 from metaplug.errors import RequestError, RunError
 from metaplug.experiments.configuration import ExperimentConfig, TaskSettings
-from metaplug.experiments.experiment import build_tasks, task_form
 from metaplug.tasks import adapters
 from metaplug.tasks.adapters import as_stream
 from metaplug.tasks.draws import draw, normal, uniform
