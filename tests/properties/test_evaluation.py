@@ -115,7 +115,7 @@ def algorithm(which, **settings):
         else {"plugins": [PluginUse(plugin=name, settings=FIRST_PARTY[name])]}
     )
     learner = problem(model).learner(**used, meta_lr=1e-2, **settings)
-    learner.fit(Stream(model), iterations=2, tasks_per_batch=2)
+    learner.fit(Stream(model), iterations=2, total=5, tasks_per_batch=2)
     return learner, Stream(model, split="test")
 
 
