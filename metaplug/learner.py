@@ -112,18 +112,11 @@ class MetaLearner:
         seed: int = 0,
         world: World | None = None,
     ) -> None:
+        given = dict(locals())  # the arguments
         preset = None if preset is None else find_preset(preset)
-        given = {
-            "inner_lr": inner_lr,
-            "inner_steps": inner_steps,
-            "inner_optimizer": inner_optimizer,
-            "inner_optimizer_settings": inner_optimizer_settings,
-            "meta_optimizer": meta_optimizer,
-            "meta_lr": meta_lr,
-            "batch_norm": batch_norm,
-        }
         settings = {} if preset is None else preset.defaults.get("learner", {})
-        settings = {**settings, **{name: each for name, each in given.items() if each is not None}}
+        own = {name: given[name] for name in LearnerSettings.model_fields}
+        settings = settings | {name: each for name, each in own.items() if each is not None}
         self.settings = validated(LearnerSettings, settings, "learner")
         if kind not in LOSSES:
             raise RequestError(f"unknown kind of task '{kind}': classification or regression")
@@ -231,16 +224,12 @@ class MetaLearner:
                 a row stops training all the same. Of a validation, such a task makes the mean NaN.
 
         Raises:
-            RequestError: there are more ranks than tasks, ranks cannot draw different tasks,
-                `total` is too small, or `validation` has a class that is trained on.
+            RequestError: an argument out of bounds, or a validation class that is trained on.
             RunError: a loss or gradient is NaN or Inf, or memory runs out; the weights are those of
                 the iteration before.
         """
-        _check_counts(
-            tasks_per_batch=tasks_per_batch,
-            validate_every=validate_every,
-            validation_tasks=validation_tasks,
-        )
+        _check_counts(tasks_per_batch=tasks_per_batch, validate_every=validate_every)
+        _check_counts(validation_tasks=validation_tasks)
         if non_finite not in get_args(NonFinite):
             raise unknown("non_finite", non_finite, get_args(NonFinite))
         tasks = self._stream(tasks)
@@ -309,12 +298,10 @@ class MetaLearner:
     ) -> nn.Module:
         """Return a copy of the model, adapted to one new task.
 
-        Args:
-            support_x: (n, *input).
-            support_y: (n, *target).
+        It is an ordinary module in evaluation mode, and shares nothing with this learner.
 
-        Returns:
-            An ordinary module in evaluation mode, which shares nothing with this learner.
+        Args:
+            support_x, support_y: (n, *input) and (n, *target).
         """
         x, y = support_x.unsqueeze(0), support_y.unsqueeze(0)
         return self.evaluator.adapt(TaskBatch(x, y, x, y), inner_steps)

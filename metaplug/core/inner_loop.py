@@ -77,6 +77,15 @@ class InnerLoop:
         first_order_only: whether an operation of the model refuses to be differentiated twice,
             which autograd passes over.
         query_graph: whether forward itself differentiates, so that it needs autograd at evaluation.
+
+    Example:
+        >>> loop = InnerLoop(nn.Linear(2, 2), Chain([]), nn.functional.cross_entropy,
+        ...     adapted=("weight",), inner_steps=1, inner_lr=0.1, optimizer="sgd",
+        ...     optimizer_settings={}, batch_norm="batch")
+        >>> x, y = torch.ones(3, 4, 2), torch.zeros(3, 4, dtype=torch.int64)
+        >>> given = {"steps": 1, "training": True, "iteration": 0, "query_after": {1}}
+        >>> loop.run(TaskBatch(x, y, x, y), **given).adapted_parameters["weight"].shape
+        torch.Size([3, 2, 2])
     """
 
     def __init__(
