@@ -17,6 +17,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -218,14 +219,14 @@ def test_a_forged_file_with_the_right_digest_is_refused_or_loads(run, request, t
     number.parent.mkdir()
 
     def forged():
-        path.write_bytes(sealed(mutated([whole], int.from_bytes(number.read_bytes()))))
+        path.write_bytes(sealed(mutated([whole], crc32(number.read_bytes()))))
         checkpoint.read(path)
 
     report = fuzz(
         forged,
         number,
         [bytes(range(256))],
-        amount(request, 100, 5000),
+        amount(request, 100, 2000),
         says=[str(path)],
         owned=[tmp_path],
     )
