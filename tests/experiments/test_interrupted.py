@@ -73,7 +73,8 @@ def die_at_call(number: int, words: Path) -> None:
         if next(calls) == number:
             sys.setprofile(None)
             words.write_text(
-                f"{event} in {frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_qualname})"
+                f"{event} in {frame.f_code.co_filename}:{frame.f_lineno} "
+                f"({frame.f_code.co_qualname})"
             )
             die()
 
@@ -108,7 +109,10 @@ def test_killed_at_a_random_moment_a_run_goes_on_bit_for_bit(
                 train(CONFIG, folder)
 
             status = exit_status(in_child(action))
-            place = f"call {number} of {calls}: {words.read_text() if words.exists() else 'not reached'}"
+            place = (
+                f"call {number} of {calls}: "
+                f"{words.read_text() if words.exists() else 'not reached'}"
+            )
         else:
             delay = chance.uniform(0.0, 1.1 * seconds)
             pid = in_child(lambda folder=folder: train(CONFIG, folder))
@@ -402,7 +406,10 @@ def test_on_a_full_disk_a_run_stops_in_one_line_and_goes_on_with_room(
         )
         drawn = name == "curves.png"  # a picture is no reason to lose the test
         assert (status, len(lines)) == (0 if drawn else 1, 1), lines
-        said = f"metaplug: {'warning: ' if drawn else ''}cannot write {folder / name}: No space left on device; "
+        said = (
+            f"metaplug: {'warning: ' if drawn else ''}cannot write {folder / name}: No "
+            f"space left on device; "
+        )
         assert lines[0].startswith(said), lines
         assert not list(folder.glob(".*.tmp"))
         assert (
@@ -467,13 +474,15 @@ def test_a_folder_that_becomes_read_only_stops_a_run_in_one_line(
                 train(CONFIG, folder, resume=True)
             assert (
                 str(error.value)
-                == f"cannot write into the run folder {folder}: Read-only file system; give another --out"
+                == f"cannot write into the run folder {folder}: Read-only file system; give "
+                f"another --out"
             )
             with pytest.raises(RunError) as error:
                 train(CONFIG, disk / "other")
             assert (
                 str(error.value)
-                == f"cannot make the run folder {disk}/other: Read-only file system; give another --out"
+                == f"cannot make the run folder {disk}/other: Read-only file system; give "
+                f"another --out"
             )
         finally:
             subprocess.run(["umount", disk], check=True)
@@ -674,7 +683,8 @@ def test_a_second_process_is_refused_while_the_first_lives(whole: Path, tmp_path
     with pytest.raises(RequestError) as error:
         train(CONFIG, folder, resume=True)
     assert str(error.value) == (
-        f"the run folder {folder} is in the hands of another process ({pid} on {socket.gethostname()}): wait for it, or give another --name"
+        f"the run folder {folder} is in the hands of another process ({pid} on "
+        f"{socket.gethostname()}): wait for it, or give another --name"
     )
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     (tmp_path / "go").touch()
@@ -748,7 +758,10 @@ def test_killed_and_stopped_from_outside_the_command_goes_on_bit_for_bit(
         time.sleep(delay)
         process.send_signal(one)
         _, said = process.communicate()
-        place = f"signal {one} after {delay:.3f} of {seconds:.3f} seconds: exit status {process.returncode}, {said}"
+        place = (
+            f"signal {one} after {delay:.3f} of {seconds:.3f} seconds: exit status "
+            f"{process.returncode}, {said}"
+        )
         assert process.returncode in (0, -one, 128 + one), place
         assert "Traceback" not in said, place
         subprocess.run(own, check=True, capture_output=True)
