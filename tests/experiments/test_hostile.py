@@ -1,4 +1,4 @@
-"""Broken and hostile files of a run: nothing in them is executed, memory and time stay bounded, and the file is named in one line."""
+"""Broken and hostile files of a run execute nothing, take bounded memory, and are named."""
 
 import copy
 import hashlib
@@ -326,7 +326,7 @@ def test_a_file_larger_than_the_free_memory_is_refused_before_it_is_read(run, mo
 
 
 def test_states_that_were_tampered_with_are_refused_or_load(run, request, tmp_path):
-    """Every part of a state exchanged, taken away or added to; the learner is then whole, or nothing was loaded."""
+    """Whatever part of a state is exchanged, gone or new: it loads whole, or nothing of it does."""
     whole = checkpoint.read(run / "last.safetensors")
     path, number = tmp_path / "forged.safetensors", tmp_path / "in" / "number"
     number.parent.mkdir()
@@ -500,7 +500,7 @@ def test_nothing_is_loaded_of_what_a_module_refuses_late():
 
 
 def test_learners_that_took_over_a_state_share_nothing():
-    """torch's optimizers keep the tensors that they are given: two learners would train on one another's moments."""
+    """torch's optimizers keep the tensors that they are given: two learners would share moments."""
     tasks = Sinusoid(shots=5, queries=5)
 
     def learner():
@@ -1019,7 +1019,8 @@ import torch
 from pathlib import Path
 Path("ran").write_text("")
 def make(input_shape, outputs, width=4):
-    return torch.nn.Sequential(torch.nn.Linear(1, width), torch.nn.Tanh(), torch.nn.Linear(width, outputs))
+    layers = torch.nn.Linear(1, width), torch.nn.Tanh(), torch.nn.Linear(width, outputs)
+    return torch.nn.Sequential(*layers)
 """
 
 
@@ -1110,7 +1111,7 @@ def test_a_preset_names_no_code(tmp_path):
 
 
 def test_a_folder_that_somebody_sent_installs_nothing(tmp_path, monkeypatch, capfd):
-    """As the current folder it is at the end of Python's path, for MODULE:FACTORY, and Python would find its packages."""
+    """The current folder ends Python's path, for MODULE:FACTORY; its packages would be found."""
     folder = tmp_path / "evil-1.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1\n")
@@ -1173,7 +1174,7 @@ def test_torchvisions_settings_fetch_no_weights(settings, monkeypatch):
 
 
 def test_the_command_line_shows_one_line_of_a_hostile_run(run, tmp_path, state):
-    """The whole of it in a process of its own, with an address space that a bomb would not fit into."""
+    """In a process of its own, with an address space that a bomb would not fit into."""
     state["model_spec"]["settings"]["hidden"] = [65536] * 40
     forged = forged_config(
         state,

@@ -1,6 +1,7 @@
-"""A run that something ends: killed, without power, without room, asked to stop, or begun twice. It goes on bit for bit.
+"""A run that is killed, without power or room, asked to stop, or begun twice goes on bit for bit.
 
-Random moments are drawn from a seed, and what fails names its moment; one that is a count of Python's calls comes at the same place again.
+Random moments are drawn from a seed, and a failure names its moment; one that is a count of
+Python's calls comes at the same place again.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def test_killed_at_every_file_that_it_writes_a_run_goes_on_bit_for_bit(
             break
     assert (
         number > 7
-    )  # the configuration, the metrics, the last checkpoint four times, the best at least once, the summary
+    )  # configuration, metrics, the last checkpoint four times, the best at least once, summary
 
 
 # Without power
@@ -203,7 +204,7 @@ def recorded(root: Path, *, deaf: tuple[str, ...] = ()) -> Disk:
 
 
 def states(disk: Disk) -> list[tuple[str, Tree, int]]:
-    """Every state that a power failure after any operation may leave, once, with what must not be lost in it."""
+    """Every state that a power failure may leave, once, with what must not be lost in it."""
     found: dict[tuple[tuple[str, bytes | None], ...], tuple[str, Tree, int]] = {}
     for index, moment in enumerate(disk.moments):
         for seed, (names, data) in enumerate(LOSSES):
@@ -298,7 +299,7 @@ def test_a_missing_fsync_is_found(whole: Path, tmp_path: Path, deaf: str, part: 
 
 @pytest.fixture(scope="module")
 def commanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run by the command, left alone, in this process, so that those that are forked need not import. tiny.yaml lies beside it."""
+    """The same run by the command, in this process, so forks import nothing; with tiny.yaml."""
     out = tmp_path_factory.mktemp("commanded")
     (out / "tiny.yaml").write_text(to_yaml(CONFIG))
     with pytest.raises(SystemExit) as status:
@@ -325,7 +326,7 @@ def words_of(out: Path) -> Path:
 
 
 def ended(pid: int, words: Path) -> tuple[int, list[str]]:
-    """The exit status of a command, and the lines that it said of an end that is not the usual one."""
+    """The exit status of a command, and the lines that it said of an unusual end."""
     status = exit_status(pid)
     lines = [
         line
@@ -337,7 +338,7 @@ def ended(pid: int, words: Path) -> tuple[int, list[str]]:
 
 
 def when_opened(pattern: str, number: int, action: Callable[[], None]) -> None:
-    """From now on, this process does something just before it opens a file of such a name for the `number`-th time."""
+    """Do something just before this process opens such a file for the `number`-th time."""
     times, busy = count(1), list[bool]()
 
     def heard(event: str, arguments: tuple[Any, ...]) -> None:
@@ -357,7 +358,7 @@ def when_opened(pattern: str, number: int, action: Callable[[], None]) -> None:
 
 @contextmanager
 def mounted(folder: Path) -> Iterator[None]:
-    """A disk of 512 KiB, room for two pictures, as one is replaced; where this process may mount one."""
+    """A disk of 512 KiB, room for two pictures, as one is replaced; where one can be mounted."""
     folder.mkdir()
     try:
         subprocess.run(
@@ -527,7 +528,7 @@ def test_a_disk_that_vanishes_stops_a_run_and_nothing_is_written_below_it(tmp_pa
 
 
 def when_called(target: str, number: int, *signals: int) -> Callable[[], None]:
-    """To be called in the process that is to receive these signals, just before it calls something for the `number`-th time."""
+    """Send this process these signals before it calls something for the `number`-th time."""
 
     def prepare() -> None:
         module, _, name = target.rpartition(".")
@@ -662,7 +663,7 @@ def test_ctrl_c_stops_evaluate_and_compare_at_once(
 
 
 def holding(folder: Path, tmp_path: Path) -> int:
-    """A process that trains in the folder and waits after iteration 5 until there is a file `go`."""
+    """A process that trains in the folder and waits after iteration 5 for a file `go`."""
 
     def wait() -> None:
         (tmp_path / "waits").touch()

@@ -1,4 +1,4 @@
-"""The same seed gives the same run: what a run records of itself, and that it can be trained again and held against that."""
+"""The same seed gives the same run: it records itself, and can be trained again and compared."""
 
 from __future__ import annotations
 
