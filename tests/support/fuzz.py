@@ -153,7 +153,8 @@ def fuzz(
     An input fails unless `load` returns, or raises a RequestError or RunError of one line that has
     `path` or one of `says` in it. It fails too if anything is executed, unpickled, connected to,
     written outside `owned`, imported from outside the standard library and `modules`, or
-    said on standard output or error. Bytes that fail are kept in a hidden folder beside that of `path`.
+    said on standard output or error. Bytes that fail are kept in a hidden
+    folder beside that of `path`.
 
     Args:
         load: takes nothing; what it needs beside `path` is there already.
