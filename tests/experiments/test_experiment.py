@@ -119,7 +119,8 @@ def test_metrics_that_lack_lines_stop_a_resume(tmp_path: Path) -> None:
     with pytest.raises(RunError) as error:
         train(tiny(), folder, resume=True)
     assert str(error.value) == (
-        f"{folder}/metrics.jsonl lacks lines of the 1 iterations that its checkpoint has done: bring them back, or train the run anew; "
+        f"{folder}/metrics.jsonl lacks lines of the 1 iterations that its checkpoint has done: "
+        f"bring them back, or train the run anew; "
         "its weights are whole"
     )
 
@@ -130,7 +131,8 @@ def test_a_run_that_is_there_is_refused(whole: Path) -> None:
         train(tiny(), whole)
     assert (
         str(error.value)
-        == f"the run folder {whole} already exists: give another --name or --out, or --resume to go on with it"
+        == f"the run folder {whole} already exists: give another --name or --out, or --resume "
+        f"to go on with it"
     )
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
 
@@ -172,7 +174,8 @@ def test_a_configuration_that_was_edited_does_not_resume_another_checkpoint(tmp_
     with pytest.raises(RequestError) as error:
         train(other, folder, resume=True)
     assert str(error.value) == (
-        f"{folder}/last.safetensors was trained with learner.inner_lr = 0.01, which cannot become 0.05: "
+        f"{folder}/last.safetensors was trained with learner.inner_lr = 0.01, which cannot "
+        f"become 0.05: "
         f"resume it as it was begun ({folder}/config.yaml), or give another --name"
     )
     (folder / "config.yaml").write_text("")
@@ -180,7 +183,8 @@ def test_a_configuration_that_was_edited_does_not_resume_another_checkpoint(tmp_
         train(tiny(), folder, resume=True)
     assert (
         str(error.value)
-        == f"{folder}/config.yaml is empty, though a run has begun there: bring it back, or give another --name"
+        == f"{folder}/config.yaml is empty, though a run has begun there: bring it back, or "
+        f"give another --name"
     )
 
 
@@ -192,7 +196,8 @@ def test_without_its_last_checkpoint_a_run_goes_on_from_its_best(
     (folder / "last.safetensors").write_bytes(b"damaged")
     with pytest.raises(
         RunError,
-        match=r"last\.safetensors is not a whole .*; or remove it, and --resume goes on from best\.safetensors$",
+        match=r"last\.safetensors is not a whole .*; or remove it, and --resume goes on from "
+        r"best\.safetensors$",
     ):
         train(tiny(), folder, resume=True)
     (folder / "last.safetensors").unlink()
@@ -237,7 +242,8 @@ def test_damaged_metrics_are_said_before_the_rest_is_trained(tmp_path: Path) -> 
         train(tiny(), folder, resume=True)
     assert (
         str(error.value)
-        == f"{path}, line 3 is of iteration 2, so lines are missing or stand twice: train the run anew"
+        == f"{path}, line 3 is of iteration 2, so lines are missing or stand twice: train the "
+        f"run anew"
     )
 
 
@@ -250,7 +256,8 @@ def test_a_lock_that_somebody_removed_ends_the_run(tmp_path: Path) -> None:
 
     with pytest.raises(
         RunError,
-        match=r"^somebody removed .*/\.lock while this process was training there, and another may have begun",
+        match=r"^somebody removed .*/\.lock while this process was training there, and another "
+        r"may have begun",
     ):
         train(tiny(), folder, on_record=remove)
     assert len(read_metrics(folder)) == 6
@@ -275,7 +282,8 @@ def test_a_folder_of_something_else_is_not_resumed(tmp_path: Path) -> None:
         train(tiny(), tmp_path, resume=True)
     assert (
         str(error.value)
-        == f"{tmp_path} holds no run to resume, as it has no config.yaml: give another --name or --out"
+        == f"{tmp_path} holds no run to resume, as it has no config.yaml: give another --name "
+        f"or --out"
     )
     with pytest.raises(RequestError) as error:
         train(tiny(), tmp_path / "notes.txt")
@@ -300,7 +308,8 @@ def test_a_checkpoint_of_another_model_is_refused(whole: Path, tmp_path: Path) -
     )
     with pytest.raises(
         RunError,
-        match=r"last\.safetensors belongs to another model: 'body\.0\.weight' is \(4, 1\) there and \(5, 1\) here",
+        match=r"last\.safetensors belongs to another model: 'body\.0\.weight' is \(4, 1\) "
+        r"there and \(5, 1\) here",
     ):
         train(wider, tmp_path / "wider", resume=True)
 
@@ -338,7 +347,8 @@ def test_validations_that_are_not_finite_are_never_the_best(
     with pytest.raises(RunError) as error:
         train(tiny(), tmp_path / "run")
     assert str(error.value) == (
-        f"no validation of {tmp_path}/run was finite, so there is nothing to test: try a smaller learning rate"
+        f"no validation of {tmp_path}/run was finite, so there is nothing to test: try a "
+        f"smaller learning rate"
     )
     validation = read_metrics(tmp_path / "run")[3]["validation"]
     assert validation["metric"] == "mean squared error"
@@ -371,7 +381,8 @@ def test_a_folder_that_cannot_be_made_sure_of_is_said_as_it_is(
         file.write(b"new")
     assert (
         str(error.value)
-        == f"{tmp_path}/a is written, but may be gone if the machine fails now: Input/output error; see to the disk"
+        == f"{tmp_path}/a is written, but may be gone if the machine fails now: Input/output "
+        f"error; see to the disk"
     )
     assert (tmp_path / "a").read_bytes() == b"new"
 
@@ -405,7 +416,8 @@ def test_a_full_disk_is_a_failed_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         train(tiny(), tmp_path / "run")
     path = tmp_path / "run" / "config.yaml"
     assert str(error.value) == (
-        f"cannot write {path}: No space left on device; nothing was left there; make room or give another place, then do it again"
+        f"cannot write {path}: No space left on device; nothing was left there; make room or "
+        f"give another place, then do it again"
     )
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".lock"]
 
@@ -414,7 +426,8 @@ def test_what_load_refuses(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError) as error:
         load(tmp_path / "nope")
     assert str(error.value) == (
-        f"there is no run {tmp_path}/nope: give the folder of a run that `metaplug train` has validated at least once"
+        f"there is no run {tmp_path}/nope: give the folder of a run that `metaplug train` has "
+        f"validated at least once"
     )
     (tmp_path / "run").mkdir()
     with pytest.raises(
@@ -426,7 +439,8 @@ def test_what_load_refuses(whole: Path, tmp_path: Path) -> None:
         load(tmp_path / "learner.pt")
     assert (
         str(error.value)
-        == f"{tmp_path}/learner.pt holds a learner without its experiment: load it in Python with MetaLearner.load"
+        == f"{tmp_path}/learner.pt holds a learner without its experiment: load it in Python "
+        f"with MetaLearner.load"
     )
 
 
@@ -448,7 +462,8 @@ def test_the_weights_depend_on_the_seed_alone() -> None:
         ("sinusoids", "unknown task source 'sinusoids': did you mean 'sinusoid'?"),
         (
             "sinusoid:x",
-            "the task source 'sinusoid' takes no argument, but 'sinusoid:x' gives one: write sinusoid",
+            "the task source 'sinusoid' takes no argument, but 'sinusoid:x' gives one: write "
+            "sinusoid",
         ),
         ("folder", "the task source 'folder' needs a path after a colon: write folder:PATH"),
         ("folder:", "the task source 'folder' needs a path after a colon: write folder:PATH"),
