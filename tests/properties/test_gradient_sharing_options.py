@@ -135,6 +135,8 @@ def test_a_conditioned_task_does_not_depend_on_its_batch_at_evaluation(case, siz
 )
 def test_a_streamed_batch_is_as_many_batches_of_one(case, options, remembers):
     """Directions, statistics and meta-gradients are those of tasks that arrive one by one."""
+    # The gradient of a bias before batch norm is rounding alone, which a norm of its own makes 1.
+    assume(options["scope"] == "all" or case.name not in ("batch-norm", "conv4"))
     streamed, single = (
         sharing_between_spies(case, **options, streaming=True),
         sharing_between_spies(case, **options),
