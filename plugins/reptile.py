@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from metaplug import Context, Outcome, Plugin, hookimpl
+from metaplug import Outcome, Plugin, hookimpl
 
 
 class Reptile(Plugin):
@@ -26,15 +26,13 @@ class Reptile(Plugin):
     conflicts_with = ("multi-step-loss",)  # which would change a loss that is not used
 
     @hookimpl
-    def setup(self, context: Context) -> None:
-        self._adapted = context.adapted if context.inner_steps else ()
-
-    @hookimpl
     def compute_meta_gradients(
         self, outcome: Outcome, outer_loss: Tensor, meta_parameters: Mapping[str, nn.Parameter]
     ) -> Mapping[str, Tensor]:
         start, end = outcome.initial_parameters, outcome.adapted_parameters
-        moved = {name: (start[name] - end[name]).detach().mean(0) for name in self._adapted}
+        # Not by identity: a tensor that no step touched may be another one all the same.
+        adapted = outcome.adapted if outcome.support_losses else ()
+        moved = {name: (start[name] - end[name]).detach().mean(0) for name in adapted}
         others = {name: each for name, each in meta_parameters.items() if name not in moved}
         if not others:
             return moved

@@ -18,8 +18,8 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
 
     Raises:
         RequestError: no trainable parameter; a lazy parameter; parameters of several devices or
-            dtypes, or in float16; a compiled or scripted module, which would run its original
-            weights; frozen batch norm asked of layers that store no statistics.
+            dtypes, or in float16; a compiled, scripted or data-parallel module, which would not run the
+            weights that it is given; frozen batch norm asked of layers that store no statistics.
     """
     parameters = dict(model.named_parameters())
     lazy = [name for name, value in parameters.items() if nn.parameter.is_lazy(value)]
@@ -54,6 +54,11 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
             raise RequestError(
                 f"the module '{name or 'model'}' is compiled and would run its original weights: "
                 "pass it as it was before"
+            )
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise RequestError(
+                f"the module '{name or 'model'}' is a {type(module).__name__}, whose replicas do "
+                "not follow a task's weights: pass its .module; tasks spread over devices by ranks"
             )
         normalises = isinstance(module, nn.modules.batchnorm._NormBase)
         if batch_norm == "frozen" and normalises and module.running_mean is None:

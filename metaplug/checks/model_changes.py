@@ -103,7 +103,8 @@ def _compare(path: str, attributes: dict[str, Any], held: dict[str, Any]) -> Non
     for key, value in held.items():
         now = attributes.get(key)
         plain = isinstance(value, PLAIN) and isinstance(now, PLAIN)
-        if now is not value and not (plain and type(now) is type(value) and now == value):
+        nan = now != now and value != value if plain else False  # noqa: PLR0124
+        if now is not value and not (plain and type(now) is type(value) and (nan or now == value)):
             change = f" from {value!r} to {now!r}" if plain else ""
             raise _changed(f"the model's '{_join(path, key)}' was changed{change}")
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from torch import nn
 
 from metaplug.checks.compare_batching import difference
 from metaplug.checks.model_changes import ModelChanges
-from metaplug.checks.probe_model import probe_model
+from metaplug.checks.probe_model import probe_model, written_by_forward
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Kind
 from metaplug.core.inner_loop import recording
-from metaplug.errors import RunError
+from metaplug.errors import RequestError, RunError
 from metaplug.execution.batching import Batching, BatchingChoice, choose_batching
 from metaplug.execution.engine import ONE_AT_A_TIME, Engine
 
@@ -61,6 +62,8 @@ class PrepareBatch:
             RunError: NaN or Inf in the batch.
         """
         with ONE_AT_A_TIME:
+            if not trusted and self.batching is None:
+                self._accept_calls_by_hand(batch)
             hooked = not trusted and self._changes.check()
             if batch.device.type == "cpu":
                 self._check_values(batch, numbers, iteration, skip=skip)
@@ -82,10 +85,19 @@ class PrepareBatch:
                 )
             probed = probe_model(inner, batch, self._kind)
             self._engine.outputs = probed.outputs
-            if self.batching is None:
-                self.batching = choose_batching(self._wanted, inner, batch, difference)
+            # Anew with other hooks: vmap may not follow them.
+            self.batching = choose_batching(self._wanted, inner, batch, difference)
         inner.vectorized = self.batching.batching == "vectorized"
         self._changes.accept(probed.written)
+
+    def _accept_calls_by_hand(self, batch: TaskBatch) -> None:
+        """Leave out what forward wrote when the user called the model before the first batch."""
+        try:
+            self._changes.check()
+        except RequestError:
+            with recording(), suppress(RequestError):
+                batch = batch.to(self._engine.device).recordable()
+                self._changes.accept(written_by_forward(self._engine.inner, batch))
 
     def _check_values(
         self,

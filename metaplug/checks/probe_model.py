@@ -7,7 +7,7 @@ functional model would do otherwise without a word is refused, with the cause.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -69,12 +69,14 @@ def probe_model(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> Probed:
             right form, or is too narrow for the labels.
     """
     probe = _Probe(inner, batch)
+    if probe.checkpointed:
+        raise RequestError(CHECKPOINTED)
+    check_rows(probe.expected, probe.x)
     probe.refuse_writes()
     probe.refuse_memory()
     inner.functional.watch(probe.written)
     inner.functional.begin(True)
     prediction = probe.predict()
-    check_rows(prediction, probe.x)
     probe.refuse_sleepers()
     probe.refuse_other_values(prediction)
     probe.refuse_other_gradients(prediction)
@@ -91,6 +93,11 @@ def probe_model(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> Probed:
     return Probed(outputs, frozenset(probe.written))
 
 
+def written_by_forward(inner: InnerLoop, batch: TaskBatch) -> frozenset[Place]:
+    """Return where forward passes on one task write attributes; nothing is refused but a failure."""
+    return frozenset(_Probe(inner, batch, inner.functional.module).written)
+
+
 class _Probe:
     """One task, and an independent copy of the model with weights that are not its own.
 
@@ -98,18 +105,22 @@ class _Probe:
         x, y: support examples (n, *input) and their targets.
         model: the copy, and `weights`, its parameters by name.
         expected: its answer to x in training mode.
+        checkpointed: whether it used activation checkpointing.
         written: where its forward pass writes attributes.
     """
 
-    def __init__(self, inner: InnerLoop, batch: TaskBatch) -> None:
+    def __init__(
+        self, inner: InnerLoop, batch: TaskBatch, original: nn.Module | None = None
+    ) -> None:
         self.inner, self.x, self.y = inner, batch.support_x[0].clone(), batch.support_y[0]
-        original = inner.functional.model
+        original = inner.functional.model if original is None else original
         self.model = clone(original, shared=False)
         self.weights = _give_weights(self.model, original)
         before = _snapshot(self.model)
         self._given, self._tensors = version(self.x), self._values()
-        with _noting_checkpoints() as self._checkpoints:
+        with _noting_checkpoints() as noted:
             self.expected = self.ask(self.x)
+        self.checkpointed = bool(noted)
         self.written = {
             place for place, value in _snapshot(self.model).items() if before.get(place) != value
         }
@@ -153,13 +164,21 @@ class _Probe:
 
     def refuse_memory(self) -> None:
         """Refuse a model that answers otherwise after other forward passes than at first."""
+        original = self.inner.functional.model
+        fresh = clone(original, shared=False)
+        _give_weights(fresh, original)
+        after, at_first = None, None
         with torch.no_grad(), _tolerated():
-            self.ask(self.others)
-        numbers = _snapshot(self.model)
-        with torch.no_grad():
-            again = self.ask(self.x)
-        if not _close(again, self.expected):
+            after = self.ask(self.others)
+            at_first = answer(fresh, self.others, self.inner.functional.batch_norm)
+        if after is not None and at_first is not None and not _close(after, at_first):
             raise RequestError(REMEMBERS)
+        for _ in range(2):  # after other examples, and after its own
+            numbers = _snapshot(self.model)
+            with torch.no_grad():
+                again = self.ask(self.x)
+            if not _close(again, self.expected):
+                raise RequestError(REMEMBERS)
         # A number that goes on changing may matter later than a few passes can show.
         now = _snapshot(self.model)
         for path, name in self.written:
@@ -174,9 +193,13 @@ class _Probe:
         asleep = [
             name for name, each in model.named_modules() if model.training and not each.training
         ]
-        if asleep and not _close(self.ask(self.x, asleep), self.expected):
+        own = self.inner.functional.batch_norm == "batch"
+        frozen = [name for name in asleep if own and _stores_statistics(model.get_submodule(name))]
+        if frozen or (asleep and not _close(self.ask(self.x, asleep), self.expected)):
             differ = (
-                name for name in asleep if not _close(self.ask(self.x, [name]), self.expected)
+                name
+                for name in asleep
+                if name in frozen or not _close(self.ask(self.x, [name]), self.expected)
             )
             raise RequestError(
                 f"the layer '{next(differ, asleep[0])}' is in evaluation mode in a model in "
@@ -198,8 +221,6 @@ class _Probe:
 
     def refuse_other_gradients(self, prediction: Tensor) -> None:
         """Refuse a gradient that is not the copy's, or no longer so after a later forward pass."""
-        if self._checkpoints:
-            raise RequestError(CHECKPOINTED)
         trained = [weight for weight in self.weights.values() if weight.requires_grad]
         if not self.expected.requires_grad:
             return  # the inner loop says so where it asks for a gradient
@@ -294,11 +315,9 @@ class _Probe:
 
     def _refuse_closures(self, output: Tensor, what: str = "model") -> None:
         """Refuse the model's own weights in a graph, which the fast weights should stand in."""
-        names = {
-            id(parameter): name
-            for name, parameter in self.inner.functional.model.named_parameters()
-        }
-        if own := [names[id(leaf)] for leaf in _leaves(output) if id(leaf) in names]:
+        leaves = {id(leaf) for leaf in _leaves(output)}
+        named = self.inner.functional.model.named_parameters()
+        if own := [name for name, parameter in named if id(parameter) in leaves]:
             if what == "loss":
                 raise RequestError(
                     f"the loss reads the model's own {quoted(own[:3])}, not the fast weights of a "
@@ -320,6 +339,11 @@ class _Probe:
             before = self._tensors.get(name)
             if before and before[:2] == now[:2] and _same(before[2], now[2]):
                 continue
+            if before is None:
+                raise RequestError(
+                    f"the model makes its '{name}' in forward: pass one batch through the model "
+                    "first, or make it in __init__"
+                )
             if name not in parameters:
                 raise RequestError(
                     "the model writes to a buffer in forward, which would leak from task to task: "
@@ -340,7 +364,7 @@ class _Probe:
                 self.ask(self.x)
         except Exception:
             return True
-        return not isinstance(attributes.get(name), _Tally | PLAIN)
+        return not isinstance(attributes.get(name), (_Tally, *PLAIN))
 
 
 def answer(model: nn.Module, x: Any, batch_norm: str, asleep: Collection[str] = ()) -> Tensor:
@@ -390,13 +414,21 @@ def _classes(prediction: Tensor, y: Tensor, *, own_loss: bool) -> int | None:
     if own_loss and prediction.numel() == y.numel():
         return 2  # one logit for each target
     for axis in dict.fromkeys((1, prediction.dim() - 1)):
-        if axis > 0 and prediction.shape[:axis] + prediction.shape[axis + 1 :] == y.shape:
+        if (
+            0 < axis < prediction.dim()
+            and prediction.shape[:axis] + prediction.shape[axis + 1 :] == y.shape
+        ):
             return prediction.shape[axis]
     rest = "".join(f", {size}" for size in y.shape[1:])
     raise RequestError(
         f"for classification the model must answer (n, classes{rest}), not "
         f"{tuple(prediction.shape)}: give it a head of that form"
     )
+
+
+def _stores_statistics(module: nn.Module) -> bool:
+    norm = isinstance(module, nn.modules.batchnorm._NormBase)
+    return norm and module.running_mean is not None
 
 
 def _give_weights(model: nn.Module, original: nn.Module) -> dict[str, Tensor]:
@@ -452,24 +484,31 @@ def _noting_checkpoints() -> Iterator[list[str]]:
     """Inside, every use of torch's activation checkpointing is noted."""
     noted: list[str] = []
     module: Any = torch.utils.checkpoint
-    real = module._checkpoint_without_reentrant_generator
     reentrant = module.CheckpointFunction
 
-    def without_reentrant(*args: Any, **kwargs: Any) -> Any:
-        noted.append("non-reentrant")
-        return real(*args, **kwargs)
+    def noting(real: Any) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            noted.append(real.__name__)
+            return real(*args, **kwargs)
+
+        return called
 
     class Noted:
-        @staticmethod
-        def apply(*args: Any) -> Any:
-            noted.append("reentrant")
-            return reentrant.apply(*args)
+        apply = staticmethod(noting(reentrant.apply))
 
-    with (
-        mock.patch.object(module, "_checkpoint_without_reentrant_generator", without_reentrant),
-        mock.patch.object(module, "CheckpointFunction", Noted),
-    ):
+    with ExitStack() as patched:
+        patched.enter_context(mock.patch.object(module, "CheckpointFunction", Noted))
+        for name in _NON_REENTRANT:
+            if hasattr(module, name):
+                replaced = noting(getattr(module, name))
+                patched.enter_context(mock.patch.object(module, name, replaced))
         yield noted
+
+
+_NON_REENTRANT = (
+    "_checkpoint_without_reentrant_generator_impl",  # of newer versions of torch
+    "_checkpoint_without_reentrant_generator",
+)
 
 
 @contextmanager

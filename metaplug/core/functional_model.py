@@ -96,6 +96,9 @@ class FunctionalModel:
 
     def watch(self, places: Collection[Place]) -> None:
         """Put back what calls write at these modules, and at those that are not torch's own."""
+        for own, module in zip(self.model.modules(), self.module.modules(), strict=True):
+            # The hooks themselves are shared; that there are some is an attribute of its own.
+            module._is_full_backward_hook = own._is_full_backward_hook
         paths = {path for path, _ in places}
         self._written = Attributes(
             module

@@ -1,4 +1,7 @@
-"""Models that would be wrong in silence are refused before the first step, in one line; and "auto" falls back where vmap refuses."""
+"""Models that cannot be computed with are refused before the first step, each with its cause.
+
+And "auto" falls back where vmap refuses.
+"""
 
 import copy
 import warnings
@@ -9,17 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from metaplug import MetaLearner, RequestError
+from metaplug.checks.probe_model import CHECKPOINTED, OTHER_WEIGHTS
 from metaplug.testing import Problem, Stream, assert_close, problem, reference, regression
 
 BATCH = problem(dtype=torch.float32).batch
-NOT_ITS_WEIGHTS = (
-    "the model's forward pass does not follow the weights that it is given (a forward hook such as the old weight_norm, a stored "
-    "function that closes over a module, or random numbers from outside torch): replace that part of the model"
-)
-NOT_ITS_GRADIENT = (
-    "the gradient of the model does not follow the weights of its forward pass (activation checkpointing, which runs forward again "
-    "with later weights, a backward hook, or an operation that has no gradient): replace that part of the model"
-)
 
 
 def body(forward=None):
@@ -44,33 +40,7 @@ def refused(model, batch=BATCH, **settings):
     return str(error.value)
 
 
-# Forward passes that higher's patch does not reach.
-
-
-def test_the_old_weight_norm_is_refused():
-    model = body()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        nn.utils.weight_norm(model[0])
-    assert refused(model) == NOT_ITS_WEIGHTS
-
-
-def test_a_forward_hook_that_changes_the_output_is_refused():
-    model = body()
-    model[1].register_forward_hook(lambda module, given, output: output * 2)
-    assert refused(model) == NOT_ITS_WEIGHTS
-
-
-def test_a_forward_hook_that_only_looks_is_no_hindrance():
-    model = body()
-    model[1].register_forward_hook(lambda module, given, output: None)
-    assert MetaLearner(model).meta_gradients(BATCH)
-
-
-def test_a_backward_hook_that_changes_the_gradient_is_refused():
-    model = body()
-    model[2].register_full_backward_hook(lambda module, to_inputs, to_outputs: (to_inputs[0] * 2,))
-    assert refused(model) == NOT_ITS_GRADIENT
+# Weights from elsewhere.
 
 
 def test_a_closure_stored_on_a_module_is_refused():
@@ -85,37 +55,33 @@ def test_a_closure_stored_on_a_module_is_refused():
         def forward(self, x):
             return self.inside.route(x)
 
-    assert refused(Router()) == NOT_ITS_WEIGHTS
+    names = "'inside.0.weight', 'inside.0.bias', 'inside.2.weight'"
+    assert refused(Router()) == OTHER_WEIGHTS.format(names)
 
 
+class Recomputing(nn.Module):
+    def __init__(self, part, reentrant):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Sequential(nn.Tanh(), nn.Linear(6, 3))
+        self.part, self.reentrant = part, reentrant
+
+    def forward(self, x):
+        return checkpoint(self.part(self), self.first(x), use_reentrant=self.reentrant)
+
+
+def all_of(model):
+    return model.second
+
+
+def closure_of(model):
+    return lambda hidden: model.second(hidden)
+
+
+@pytest.mark.parametrize("part", [all_of, closure_of])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("batching", ["auto", "sequential"])
-def test_activation_checkpointing_is_refused(batching, reentrant):
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
-
-        def forward(self, x):
-            return checkpoint(
-                lambda hidden: self.second(torch.tanh(hidden)),
-                self.first(x),
-                use_reentrant=reentrant,
-            )
-
-    assert refused(Checkpointed(), task_batching=batching) in (NOT_ITS_GRADIENT, NOT_ITS_WEIGHTS)
-
-
-def test_activation_checkpointing_of_a_module_is_refused():
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(4, 6), nn.Sequential(nn.Tanh(), nn.Linear(6, 3))
-
-        def forward(self, x):
-            return checkpoint(self.second, self.first(x), use_reentrant=False)
-
-    assert refused(Checkpointed()) == NOT_ITS_GRADIENT
+def test_activation_checkpointing_is_refused(batching, reentrant, part):
+    assert refused(Recomputing(part, reentrant), task_batching=batching) == CHECKPOINTED
 
 
 def test_a_compiled_module_is_refused():
@@ -134,6 +100,34 @@ def test_a_compiled_module_is_refused():
             self._orig_mod = model
 
     assert refused(OptimizedModule(body())) == expected.format("model")
+
+
+def test_a_data_parallel_module_is_refused():
+    assert refused(nn.DataParallel(body())) == (
+        "the module 'model' is a DataParallel, whose replicas do not follow a task's weights: "
+        "pass its .module; tasks spread over devices by ranks"
+    )
+
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        if not hasattr(self, "scale"):
+            self.register_buffer("scale", torch.full((4,), 2.0))
+        return self.layer(x * self.scale)
+
+
+def test_a_buffer_made_at_the_first_call_is_to_be_made_before():
+    assert refused(Lazy()) == (
+        "the model makes its 'scale' in forward: pass one batch through the model first, or make "
+        "it in __init__"
+    )
+    model = Lazy()
+    model(BATCH.support_x[0])
+    assert MetaLearner(model).meta_gradients(BATCH)
 
 
 @pytest.mark.slow
