@@ -389,7 +389,7 @@ def fill(disk: Path, spared: int) -> None:
         pytest.param((".run.json.*", 1), 0, None, marks=pytest.mark.slow),
         (("metrics.jsonl", 1), 0, None),
         pytest.param((".best.safetensors.*", 1), 1, None, marks=pytest.mark.slow),
-        pytest.param((".last.safetensors.*", 1), 2, None, marks=pytest.mark.slow),
+        pytest.param((".last.safetensors.*", 1), 1, None, marks=pytest.mark.slow),
         ((".last.safetensors.*", 3), 1, 6),
         ((".summary.json.*", 1), 0, 12),
         ((".curves.png.*", 1), 1, 12),
