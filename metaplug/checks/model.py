@@ -18,8 +18,8 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
 
     Raises:
         RequestError: no trainable parameter; a lazy parameter; parameters of several devices or
-            dtypes, or in float16; a compiled, scripted or data-parallel module, which would not run the
-            weights that it is given; frozen batch norm asked of layers that store no statistics.
+            dtypes, or in float16; a compiled, scripted or data-parallel module, which runs other
+            weights than a task's; frozen batch norm asked of layers that store no statistics.
     """
     parameters = dict(model.named_parameters())
     lazy = [name for name, value in parameters.items() if nn.parameter.is_lazy(value)]

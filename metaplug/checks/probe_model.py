@@ -94,7 +94,7 @@ def probe_model(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> Probed:
 
 
 def written_by_forward(inner: InnerLoop, batch: TaskBatch) -> frozenset[Place]:
-    """Return where forward passes on one task write attributes; nothing is refused but a failure."""
+    """Return where forward passes on one task write attributes; refuse nothing but a failure."""
     return frozenset(_Probe(inner, batch, inner.functional.module).written)
 
 

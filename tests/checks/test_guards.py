@@ -74,7 +74,7 @@ def all_of(model):
 
 
 def closure_of(model):
-    return lambda hidden: model.second(hidden)
+    return lambda hidden: model.second[1](model.second[0](hidden))
 
 
 @pytest.mark.parametrize("part", [all_of, closure_of])

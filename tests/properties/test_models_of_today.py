@@ -226,8 +226,9 @@ def made(name):
     return MODELS[name][0]().double()
 
 
-def plain(model, batch, order, loss=F.cross_entropy, steps=2, lr=0.3):
+def plain(model, batch, order, loss=F.cross_entropy):
     """Meta-gradients by functional_call and autograd.grad alone, one task after the other."""
+    steps, lr = 2, 0.3
     named = dict(model.named_parameters())
     trained = [name for name, weight in named.items() if weight.requires_grad]
     total = 0.0
