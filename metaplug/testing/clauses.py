@@ -153,7 +153,8 @@ class Subject:
 def fit(learner: MetaLearner, example: Example, iterations: int, *, tasks: int = 2) -> None:
     """Train on tasks for the example's model."""
     if iterations:
-        learner.fit(stream(example), iterations=iterations, tasks_per_batch=tasks)
+        total = learner.iteration + iterations  # said, since schedules may start anew
+        learner.fit(stream(example), iterations=iterations, total=total, tasks_per_batch=tasks)
 
 
 def stream(example: Example, split: str = "train") -> Stream:

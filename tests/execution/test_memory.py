@@ -132,7 +132,7 @@ WORK = "with 8 tasks of 2 inner steps; it updated nothing"
 class TestWhenItRunsOut:
     def failing(self, monkeypatch, learner, error, after=0):
         """The learner, whose forward passes raise from the one `after` on."""
-        own, calls = learner.engine.inner._forward, []
+        own, calls = learner.engine.inner.all_tasks, []
 
         def forward(*arguments):
             calls.append(1)
@@ -140,7 +140,7 @@ class TestWhenItRunsOut:
                 raise error
             return own(*arguments)
 
-        monkeypatch.setattr(learner.engine.inner, "_forward", forward)
+        monkeypatch.setattr(learner.engine.inner, "all_tasks", forward)
 
     @pytest.mark.parametrize(("error", "asked"), RAN_OUT)
     def test_in_training(self, monkeypatch, error, asked):
