@@ -66,8 +66,8 @@ class StepPlan:
         if self._traced and waits:
             raise RequestError(
                 f"{self._traced} on {engine.world.size} ranks: plugin {quoted(coupled)} takes "
-                f"means over all of their tasks in the inner loop, for which a {self._traced}d step "
-                f"cannot wait: leave {self._traced} out, or use one rank"
+                f"means over all of their tasks in the inner loop, for which a {self._traced}d "
+                f"step cannot wait: leave {self._traced} out, or use one rank"
             )
         if self.chunk_size is not None:
             if coupled:

@@ -456,7 +456,8 @@ def test_a_run_of_torchvision_is_evaluated_later(tmp_path: Path) -> None:
     assert loaded.learner.evaluate(loaded.tasks.test, num_tasks=2).mean == summary["test"]["mean"]
     with pytest.raises(
         RequestError,
-        match=r"^.*best\.safetensors holds the weights of a model of your own, which a file cannot build",
+        match=r"^.*best\.safetensors holds the weights of a model of your own, which a file cannot "
+        r"build",
     ):
         MetaLearner.load(tmp_path / "run" / "best.safetensors")
     model = make_model("torchvision:shufflenet_v2_x0_5", (3, 32, 32), 2, {})

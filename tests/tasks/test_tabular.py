@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from metaplug.experiments.build import build_tasks
 
 from metaplug.errors import RequestError
+from metaplug.experiments.build import build_tasks
 from metaplug.experiments.configuration import ExperimentConfig, TaskSettings
 from metaplug.tasks import Tabular, TaskBatch
 

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from metaplug.experiments.build import build_tasks, task_form
 from PIL import Image, ImageOps
 from torch import nn
 
 from metaplug import MetaLearner, TaskBatch
 from metaplug.contract import registry
 from metaplug.errors import RequestError, RunError
+from metaplug.experiments.build import build_tasks, task_form
 from metaplug.experiments.configuration import ExperimentConfig, TaskSettings
 from metaplug.tasks import adapters
 from metaplug.tasks.adapters import as_stream
