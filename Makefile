@@ -16,7 +16,7 @@ help:
 	@echo "make test       the tests"
 	@echo "make test-long  the tests with many more hypothesis examples, and the slow ones"
 	@echo "make test-isa   the tests as processors without AVX, with AVX2 and with AVX-512 would run them"
-	@echo "make test-torchmeta  torchmeta's own tests, with our mends"
+	@echo "make test-torchmeta  torchmeta's own tests, with our fixes"
 	@echo "make bench-peers  metaplug bench beside the libraries of others, in .venv-peers; options as ARGS=\"--workload sinusoid-25x5\""
 	@echo "make lint       format, lint, types, and the direction of imports"
 	@echo "make docs       the documentation site, in site/"
@@ -51,7 +51,7 @@ test-isa: $(READY)
 # Its package has its tests; one of them wants flaky, which stays out of .venv, as it would run in our tests too.
 test-torchmeta: $(READY)
 	$(BIN)/pip install --quiet --upgrade --target build/flaky flaky==3.8.1
-	PYTHONPATH=build/flaky $(BIN)/python -c 'from metaplug.tasks.torchmeta.mends import apply; apply(); import pytest; \
+	PYTHONPATH=build/flaky $(BIN)/python -c 'from metaplug.tasks.torchmeta.compatibility import apply; apply(); import pytest; \
 		raise SystemExit(pytest.main(["-q", "-rs", "-c", "/dev/null", "-p", "no:cacheprovider", "--pyargs", "torchmeta.tests"]))'
 
 bench-peers: .venv-peers/ready

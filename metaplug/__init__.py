@@ -1,4 +1,14 @@
-"""metaplug: a plugin framework for gradient-based meta-learning on PyTorch."""
+"""metaplug: a plugin framework for gradient-based meta-learning on PyTorch.
+
+* `learner`: MetaLearner, the face; `training`: its engine put together, and its loop.
+* `contract`: hooks, plugins and the values that pass through them; `core`: the mathematics.
+* `execution`: how a step runs; `checks`: what is refused or diagnosed; `evaluation`: results.
+* `tasks`, `models`: where tasks come from, and the models of the field.
+* `checkpoint`: a learner in a safetensors file; `experiments`: runs in folders, and comparisons.
+* `cli`, `report`, `bench`: commands, tables and pictures, measurements.
+* `testing`, `templates`: the conformance suite, and new packages, for authors of plugins.
+* `errors`, `files`, `settings`, `yaml_text`, `random_streams`: what every room uses.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -49,7 +59,7 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    # Names are imported when they are first used: torch takes seconds, and `metaplug --help` needs none of it.
+    # Names are imported on first use: torch takes seconds, and `metaplug --help` needs none of it.
     _HOMES = {
         "contract.plugin": ("LearnedPluginConfig", "Plugin", "PluginConfig", "hookimpl", "key_of"),
         "contract.presets": ("PluginUse", "Preset"),

@@ -1,8 +1,8 @@
 """A learner's state in one safetensors file, which other tools read too, with a digest over it.
 
-Tensors stand under names: `model.NAME`, `plugins.PLUGIN.NAME`, `meta_optimizer...`. The rest is JSON
-in the file's metadata, "metaplug": {"sha256", "format", "state"}; the digest is that of the file with
-zeros in its place. Reading executes nothing, and checks everything before any of it is used.
+Tensors stand under names: `model.NAME`, `plugins.PLUGIN.NAME`, `meta_optimizer...`. The rest is
+JSON in the file's metadata, "metaplug": {"sha256", "format", "state"}; the digest is that of the
+file with zeros in its place. Reading executes nothing, and checks everything before using it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def packed(state: Mapping[str, Any], layout: int = FORMAT) -> list[bytes | memor
     """The bytes of a file, in pieces."""
     tensors, values = _split(state)
     text = f'{{"sha256":"{_ZEROS.decode()}","format":{layout},"state":{values}}}'
-    # A single key: safetensors orders several by chance, and equal states shall be equal files.
+    # A single key: safetensors orders several by chance, and equal states should be equal files.
     content = safetensors.torch.save(tensors, {"metaplug": text})
     place = content.index(_START) + len(_START)
     digest = hashlib.sha256(content).hexdigest().encode()
@@ -125,9 +125,9 @@ def _verified(path: Path) -> tuple[Any, dict[str, Tensor]]:
     size, free = path.stat().st_size, available(torch.device("cpu"))
     if not path.is_file():  # a pipe or device may have no end
         raise _UnfitError("it is no regular file")
-    if free is not None and size > free:
+    if free is not None and 2 * size > free:  # its bytes and its tensors
         most = f"the {size_text(free)} of memory that are free"
-        raise _UnfitError(f"it has {size_text(size)}, more than {most}")
+        raise _UnfitError(f"it takes {size_text(2 * size)} to read, more than {most}")
     content = path.read_bytes()
     if content.startswith(b"PK\3\4"):
         how = "use the version that wrote it, or train again"
@@ -203,12 +203,12 @@ def _value(part: Any, name: str, tensors: dict[str, Tensor], depth: int = 1) -> 
 
 
 def _tensor(part: Tensor, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-    if part.dtype not in DTYPES or part.layout is not torch.strided or part.is_meta:
-        without = " without values" * part.is_meta
-        raise _UnfitError(
-            f"{one_line(name)} is {part.dtype}, {part.layout}{without}, which no checkpoint keeps"
-        )
-    plain = part.detach().resolve_conj().resolve_neg().cpu()
+    plain = part.detach()
+    is_plain = type(plain) is Tensor and not (part.is_meta or part.is_nested)
+    if part.dtype not in DTYPES or part.layout is not torch.strided or not is_plain:
+        kind = f"{type(plain).__name__} of {part.dtype}, {part.layout}, on {part.device}"
+        raise _UnfitError(f"{one_line(name)} is a {kind}, which no checkpoint keeps")
+    plain = plain.resolve_conj().resolve_neg().cpu()
     name = name.encode(errors="replace").decode()
     while name in tensors:  # "a.b" and "c" beside "a" and "b.c"
         name += "'"
@@ -345,11 +345,7 @@ def check_form(state: Any, origin: str) -> None:
     Raises:
         RunError: names `origin`, and what is wrong.
     """
-    lacks = [
-        name
-        for name, field in State.model_fields.items()
-        if field.is_required() and name not in state
-    ]
+    lacks = [n for n, f in State.model_fields.items() if f.is_required() and n not in state]
     if lacks:
         raise _not_whole(origin, f"it lacks {quoted(lacks)}")
     try:

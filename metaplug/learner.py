@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
@@ -16,24 +15,21 @@ from metaplug.contract.chain import Chain
 from metaplug.contract.presets import PluginLike, Preset, find_preset, make_plugins
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Kind
-from metaplug.core.functional_model import clone, give_parameters, set_mode
 from metaplug.core.inner_loop import Loss
-from metaplug.errors import RequestError, quoted, unknown
+from metaplug.errors import RequestError, unknown
+from metaplug.evaluation.evaluator import Evaluator
 from metaplug.evaluation.history import History, Record
-from metaplug.evaluation.measure import measure
-from metaplug.evaluation.results import EvaluationResult, metric_of
+from metaplug.evaluation.results import EvaluationResult
 from metaplug.execution.batching import Batching, BatchingChoice
-from metaplug.execution.memory import chunk_of
 from metaplug.execution.plan import StepPlan
 from metaplug.execution.precision import Precision
 from metaplug.execution.ranks import ALONE, World
 from metaplug.execution.settings import LearnerSettings, NonFinite
 from metaplug.settings import validated
-from metaplug.tasks.adapters import LoaderTasks, as_stream
 from metaplug.tasks.episodes import TaskStream
 from metaplug.tasks.identities import TrainedOn
 from metaplug.training.assemble import assemble
-from metaplug.training.loop import Loop
+from metaplug.training.loop import Loop, stream_of
 
 LOSSES: dict[Kind, Loss] = {
     "classification": nn.functional.cross_entropy,
@@ -116,18 +112,11 @@ class MetaLearner:
         seed: int = 0,
         world: World | None = None,
     ) -> None:
+        given = dict(locals())  # the arguments
         preset = None if preset is None else find_preset(preset)
-        given = {
-            "inner_lr": inner_lr,
-            "inner_steps": inner_steps,
-            "inner_optimizer": inner_optimizer,
-            "inner_optimizer_settings": inner_optimizer_settings,
-            "meta_optimizer": meta_optimizer,
-            "meta_lr": meta_lr,
-            "batch_norm": batch_norm,
-        }
         settings = {} if preset is None else preset.defaults.get("learner", {})
-        settings = {**settings, **{name: each for name, each in given.items() if each is not None}}
+        own = {name: given[name] for name in LearnerSettings.model_fields}
+        settings = settings | {name: each for name, each in own.items() if each is not None}
         self.settings = validated(LearnerSettings, settings, "learner")
         if kind not in LOSSES:
             raise RequestError(f"unknown kind of task '{kind}': classification or regression")
@@ -140,9 +129,6 @@ class MetaLearner:
         self.model, self.kind, self.seed, self.task_batching = model, kind, seed, task_batching
         self.world = ALONE if world is None else world
         self.custom_loss, self.metrics_every = loss is not None, metrics_every
-        self.trained_on = TrainedOn()
-        """The classes of every stream that was trained on, as far as the streams say."""
-        self._warned: set[str] = set()
         self.chain = Chain(make_plugins(preset, plugins))
         self.engine = assemble(
             model,
@@ -157,6 +143,7 @@ class MetaLearner:
             world=self.world,
         )
         self.prepare_batch = PrepareBatch(self.engine, model, kind, task_batching)
+        self.evaluator = Evaluator(self.engine, self.prepare_batch, model, kind, seed)
 
     @property
     def iteration(self) -> int:
@@ -176,16 +163,16 @@ class MetaLearner:
     @property
     def transductive(self) -> tuple[str, ...]:
         """What lets the examples of a test batch see each other, in words."""
-        reasons = [f"plugin {name} shares between test tasks" for name in self.chain.transductive]
-        norms = [
-            each
-            for each in self.model.modules()
-            if isinstance(each, nn.modules.batchnorm._BatchNorm)
-        ]
-        own = self.settings.batch_norm == "batch"
-        if any(own or not layer.track_running_stats for layer in norms):
-            reasons.append("batch norm uses the statistics of each task's own batch")
-        return tuple(reasons)
+        return self.evaluator.transductive
+
+    @property
+    def trained_on(self) -> TrainedOn:
+        """The classes of every stream that was trained on, as far as the streams say."""
+        return self.evaluator.trained_on
+
+    @trained_on.setter
+    def trained_on(self, value: TrainedOn) -> None:
+        self.evaluator.trained_on = value
 
     def fit(
         self,
@@ -237,34 +224,33 @@ class MetaLearner:
                 a row stops training all the same. Of a validation, such a task makes the mean NaN.
 
         Raises:
-            RequestError: there are more ranks than tasks, ranks cannot draw different tasks,
-                `total` is too small, or `validation` has a class that is trained on.
+            RequestError: an argument out of bounds, or a validation class that is trained on.
             RunError: a loss or gradient is NaN or Inf, or memory runs out; the weights are those of
                 the iteration before.
         """
-        _check_counts(
-            tasks_per_batch=tasks_per_batch,
-            validate_every=validate_every,
-            validation_tasks=validation_tasks,
-        )
+        _check_counts(tasks_per_batch=tasks_per_batch, validate_every=validate_every)
+        _check_counts(validation_tasks=validation_tasks)
         if non_finite not in get_args(NonFinite):
             raise unknown("non_finite", non_finite, get_args(NonFinite))
         tasks = self._stream(tasks)
         trained_on = self.trained_on.and_by(tasks) if iterations > 0 else self.trained_on
         if validation is not None:
             advice = "give validation tasks of other classes, such as tasks.val"
-            trained_on.refuse(self._stream(validation), self._noun, advice)
-        end, skip = self.iteration + iterations, non_finite == "skip"
+            self.evaluator.refuse_trained_on(self._stream(validation), advice, trained_on)
+        skip = non_finite == "skip"
+
+        def validate() -> EvaluationResult:
+            stream = self._stream(validation)
+            return self.evaluator.validate(stream, validation_tasks, skip=skip)
+
         loop = Loop(
             self.engine,
             self.prepare_batch,
             tasks,
-            end=end,
-            total=self._length(end) if total is None else total,
+            end=self.iteration + iterations,
+            total=total,
             tasks_per_batch=tasks_per_batch,
-            validate=None
-            if validation is None
-            else lambda: self._validate(validation, validation_tasks, skip),
+            validate=None if validation is None else validate,
             validate_every=validate_every,
             metrics_every=self.metrics_every,
             skip=skip,
@@ -304,36 +290,21 @@ class MetaLearner:
                 "evaluate tasks.test, or give allow_training_classes=True "
                 "(--allow-training-classes) to measure training on purpose"
             )
-            self.trained_on.refuse(tasks, self._noun, advice)
-        return self._measured(tasks, num_tasks, self._steps(inner_steps), tasks_per_batch)[0]
+            self.evaluator.refuse_trained_on(tasks, advice, self.trained_on)
+        return self.evaluator.evaluate(tasks, num_tasks, inner_steps, tasks_per_batch)[0]
 
     def adapt(
         self, support_x: Tensor, support_y: Tensor, *, inner_steps: int | None = None
     ) -> nn.Module:
         """Return a copy of the model, adapted to one new task.
 
-        Args:
-            support_x: (n, *input).
-            support_y: (n, *target).
+        It is an ordinary module in evaluation mode, and shares nothing with this learner.
 
-        Returns:
-            An ordinary module in evaluation mode, which shares nothing with this learner.
+        Args:
+            support_x, support_y: (n, *input) and (n, *target).
         """
-        steps = self._steps(inner_steps)
         x, y = support_x.unsqueeze(0), support_y.unsqueeze(0)
-        outcome = self.engine.evaluate(self.prepare_batch(TaskBatch(x, y, x, y)), steps)
-        adapted = clone(self.model, shared=False)
-        named = self.model.named_parameters()
-        values = {id(old): (outcome.query_parameters[name][0], old) for name, old in named}
-        give_parameters(
-            adapted,
-            {
-                key: nn.Parameter(new.clone(), old.requires_grad)
-                for key, (new, old) in values.items()
-            },
-        )
-        set_mode(adapted, False, self.settings.batch_norm)
-        return adapted
+        return self.evaluator.adapt(TaskBatch(x, y, x, y), inner_steps)
 
     def meta_gradients(self, batch: TaskBatch) -> dict[str, Tensor]:
         """Return the meta-gradients of one batch. Steps and commits nothing.
@@ -394,108 +365,8 @@ class MetaLearner:
             "and give it load_state_dict(learner.state_dict())"
         )
 
-    def _length(self, end: int) -> int:
-        """The length of the run; a warning where an earlier call's schedules would not go on."""
-        before = self.engine.total
-        if self.iteration and before not in (0, end) and (scheduled := self.chain.scheduled):
-            self._warn(
-                "total",
-                f"this call makes a run of {before} iterations one of {end}, so the schedules of "
-                f"plugin {quoted(scheduled)} jump: give total=, the same in every call",
-            )
-        return end
-
-    def _validate(self, tasks: TaskStream, num_tasks: int, skip: bool) -> EvaluationResult:
-        """Return the result on validation tasks; warn once where adaptation raises most losses."""
-        result, fault = self._measured(
-            self._stream(tasks), num_tasks, self.settings.inner_steps, validating=True, skip=skip
-        )
-        raised, (before, after) = result.raised or 0, result.support_losses or (0.0, 0.0)
-        if fault is not None:
-            when = f"the validation after iteration {self.iteration}"
-            warnings.warn(f"{when} counts for nothing: {fault}", stacklevel=3)
-        elif 2 * raised > num_tasks:
-            names = [link.plugin.name for link in self.chain.links("transform_learning_rates")]
-            changed = f", which plugin {quoted(names)} changes" if names else ""
-            self._warn(
-                "divergence",
-                f"adaptation raises the support loss of {raised} of {num_tasks} validation tasks "
-                f"(mean {before:.4g} to {after:.4g} over {result.inner_steps} inner steps, "
-                f"inner_lr = {self.settings.inner_lr:.4g}{changed}): the inner loop diverges; lower "
-                "inner_lr",
-            )
-        return result
-
-    def _measured(
-        self,
-        tasks: TaskStream,
-        num_tasks: int,
-        steps: int,
-        tasks_per_batch: int | None = None,
-        *,
-        validating: bool = False,
-        skip: bool = False,
-    ) -> tuple[EvaluationResult, str | None]:
-        """A result, and the fault that made it NaN where that is to be skipped."""
-        size = min(16, chunk_of(self.engine) or 16) if tasks_per_batch is None else tasks_per_batch
-        _check_counts(tasks_per_batch=size)
-        batches = [range(at, min(at + size, num_tasks)) for at in range(0, num_tasks, size)]
-        found = measure(
-            self.engine,
-            self.prepare_batch,
-            tasks,
-            batches,
-            steps=steps,
-            kind=self.kind,
-            losses=validating,
-            skip=skip,
-        )
-        result = EvaluationResult(
-            metric_of(self.kind),
-            found.scores,
-            steps,
-            self.transductive,
-            self.trained_on.shared(tasks),
-            self.seed,
-            *found.growth,
-        )
-        return result, found.fault
-
-    @property
-    def _noun(self) -> str:
-        """What tasks are drawn from."""
-        return "classes" if self.kind == "classification" else "groups of tasks"
-
-    def _stream(self, tasks: TaskStream) -> TaskStream:
-        stream = as_stream(tasks, self.seed)
-        if self.world.size > 1 and isinstance(stream, LoaderTasks):
-            raise RequestError(
-                "a BatchMetaDataLoader decides itself which tasks come next, so that "
-                f"{self.world.size} ranks would train on the same: give its "
-                "CombinationMetaDataset instead"
-            )
-        return stream
-
-    def _steps(self, inner_steps: int | None) -> int:
-        trained = self.settings.inner_steps
-        steps = trained if inner_steps is None else inner_steps
-        if steps < 0:
-            raise RequestError(
-                f"inner_steps = {steps}: a task cannot be adapted for fewer than 0 steps"
-            )
-        if steps > trained and self.chain.plugins:
-            self._warn(
-                "steps",
-                f"adapting for {steps} inner steps, trained with {trained}: "
-                "later steps use the last step's values",
-            )
-        return steps
-
-    def _warn(self, what: str, text: str) -> None:
-        """Warn of `what` once in this learner's life."""
-        if what not in self._warned:
-            self._warned.add(what)
-            warnings.warn(text, stacklevel=4)
+    def _stream(self, tasks: TaskStream | Any) -> TaskStream:
+        return stream_of(tasks, self.seed, self.world.size)
 
 
 def _check_counts(**counts: int) -> None:

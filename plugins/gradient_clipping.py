@@ -24,10 +24,15 @@ class GradientClipping(Plugin):
         """At least one of the two bounds."""
 
         max_norm: float | None = Field(
-            None, gt=0, description="c, the longest inner gradient of a task; null: any length."
+            None,
+            gt=0,
+            description="c, the longest inner gradient of a task; null leaves inner gradients "
+            "alone.",
         )
         max_meta_norm: float | None = Field(
-            None, gt=0, description="C, the longest meta-gradient; null: any length."
+            None,
+            gt=0,
+            description="C, the longest meta-gradient; null leaves meta-gradients alone.",
         )
 
         @model_validator(mode="after")

@@ -36,10 +36,17 @@ class GradientSharing(Plugin, SharingParts):
         """The paper's two weights; what it leaves open is in the options behind them."""
 
         gate: float = Field(
-            0.5, ge=0, le=1, description="Initial σ(λ), the share of r. 0 or 1 stays so for good."
+            0.5,
+            ge=0,
+            le=1,
+            description="Initial weight σ(λ) of the shared direction. Exactly 0 or 1 stays so for "
+            "good.",
         )
         momentum: float = Field(
-            0.5, ge=0, le=1, description="Initial σ(m), the share of r_old. 0 or 1 stays so."
+            0.5,
+            ge=0,
+            le=1,
+            description="Initial weight σ(m) of earlier batches. Exactly 0 or 1 stays so for good.",
         )
         learn_gate: bool = Field(True, description="Whether the gate is meta-learned.")
         learn_momentum: bool = Field(True, description="Whether the momentum is meta-learned.")

@@ -191,7 +191,8 @@ class SharingParts(nn.Module):
         if ours != theirs:
             raise RequestError(
                 f"plugin '{self.name}': the running mean of start = {path} has (inner steps, "
-                f"adapted weights) = {theirs}, and this run {ours}: use the same model and inner_steps"
+                f"adapted weights) = {theirs}, and this run {ours}: "
+                "use the same model and inner_steps"
             )
         with torch.no_grad():
             self.running.copy_(found["running"])

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_imports_run_one_way():
-    """The contracts of [tool.importlinter]: layers, no plugin in the core, no plugin in a plugin, higher in one place."""
+    """The contracts of [tool.importlinter]: layers, no plugin in the core, no plugin in a plugin,
+    higher in one place."""
     pytest.importorskip(
         "importlinter", reason="import-linter is not installed: pip install metaplug[lint]"
     )

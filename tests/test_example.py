@@ -120,7 +120,7 @@ def test_it_is_listed_and_trains_behind_mamlpp_and_gradient_sharing_with_its_fig
 ):
     report = stranger("-c", COMMANDS, json.dumps([["plugins", "conflict-projection"], TRAIN]))
     assert "conflict-projection: a plugin of metaplug-conflict-projection 0.1.0" in report
-    assert "Share that is taken out; 0: nothing." in report
+    assert "Share of the conflict to remove." in report
     made = stranger.folder / "runs" / "mine"
     assert '"metaplug-conflict-projection": "0.1.0"' in (made / "summary.json").read_text()
     lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]

@@ -371,14 +371,17 @@ def test_what_a_file_cannot_hold_is_asked_for(tmp_path):
     path = tmp_path / "learner.safetensors"
     own().save(path)
     assert message(lambda: MetaLearner.load(path), RequestError) == (
-        f"{path} holds the weights of a model of your own, which a file cannot build: give it as MetaLearner.load(..., model=...)"
+        f"{path} holds the weights of a model of your own, which a file cannot build: give it as "
+        "MetaLearner.load(..., model=...)"
     )
     assert message(lambda: MetaLearner.load(path, model=Body()), RequestError) == (
-        f"{path} was trained with the plugin 'decay', which is not an installed part: give MetaLearner.load(..., plugins=...)"
+        f"{path} was trained with the plugin 'decay', which is not an installed part: give "
+        "MetaLearner.load(..., plugins=...)"
     )
     own(loss=nn.functional.cross_entropy).save(path)
     assert message(lambda: MetaLearner.load(path, model=Body()), RequestError) == (
-        f"{path} was trained with a loss of your own, which a file cannot hold: give it as MetaLearner.load(..., loss=...)"
+        f"{path} was trained with a loss of your own, which a file cannot hold: give it as "
+        "MetaLearner.load(..., loss=...)"
     )
 
 
@@ -389,10 +392,12 @@ def test_a_file_of_another_model_or_of_other_plugins_is_refused_and_nothing_is_l
     learner.save(path)
     other = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     assert message(lambda: MetaLearner.load(path, model=other)) == (
-        f"{path} belongs to another model: '0.weight' is (6, 4) there and (5, 4) here; build the model as it was"
+        f"{path} belongs to another model: '0.weight' is (6, 4) there and (5, 4) here; build the "
+        "model as it was"
     )
     assert message(lambda: MetaLearner.load(path, model=nn.Linear(4, 3).double())) == (
-        f"{path} belongs to another model: it lacks 'weight', 'bias' and has '0.weight', '0.bias', '2.weight' beside; "
+        f"{path} belongs to another model: it lacks 'weight', 'bias' and has '0.weight', '0.bias', "
+        "'2.weight' beside; "
         "build the model as it was"
     )
     assert message(
@@ -400,16 +405,19 @@ def test_a_file_of_another_model_or_of_other_plugins_is_refused_and_nothing_is_l
             path, model=problem().model, plugins=[GradientClipping(max_norm=1)]
         )
     ) == (
-        f"{path} belongs to the plugins 'gradient-sharing', this learner has 'gradient-clipping': make it with the same list"
+        f"{path} belongs to the plugins 'gradient-sharing', this learner has 'gradient-clipping': "
+        "make it with the same list"
     )
     finer = problem(seed=2).learner(plugins=[GradientSharing(gate_function="clamp")])
     before = finer.state_dict()
     assert message(lambda: finer.load_state_dict(learner.state_dict())) == (
-        "the state has other settings of plugin 'gradient-sharing' than this learner: make it with the same settings"
+        "the state has other settings of plugin 'gradient-sharing' than this learner: make it with "
+        "the same settings"
     )
     longer = problem(steps=3).learner(plugins=[GradientSharing()])
     assert message(lambda: longer.load_state_dict(learner.state_dict())) == (
-        "the state has another form of plugin 'gradient-sharing': 'gate' is (2, 1) there and (3, 1) here; "
+        "the state has another form of plugin 'gradient-sharing': 'gate' is (2, 1) there and (3, "
+        "1) here; "
         "use it as it was"
     )
     assert states_equal(before, finer.state_dict())
@@ -433,16 +441,19 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         path.write_bytes(damaged)
         text = message(lambda: MetaLearner.load(path))
         assert re.fullmatch(
-            f"{re.escape(str(path))} is not a whole metaplug checkpoint \\(.*\\): use another one of the run",
+            f"{re.escape(str(path))} is not a whole metaplug checkpoint \\(.*\\): use another one "
+            "of the run",
             text,
         )
     save_file({"weights": torch.zeros(2)}, path)
     assert message(lambda: MetaLearner.load(path)) == (
-        f"{path} is not a metaplug checkpoint: give a file that MetaLearner.save or `metaplug train` wrote"
+        f"{path} is not a metaplug checkpoint: give a file that MetaLearner.save or `metaplug "
+        "train` wrote"
     )
     path.write_bytes(b"".join(packed(own().state_dict(), FORMAT + 1)))
     assert message(lambda: MetaLearner.load(path)) == (
-        f"{path} has layout {FORMAT + 1}, this metaplug reads {FORMAT}: use the version of metaplug that wrote it"
+        f"{path} has layout {FORMAT + 1}, this metaplug reads {FORMAT}: use the version of "
+        "metaplug that wrote it"
     )
 
 
@@ -465,7 +476,9 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path, plain):
     else:
         torch.save(state, path)
     text = message(lambda: MetaLearner.load(path, model=Body()))
-    assert text.startswith(f"{path} is {'not a whole metaplug checkpoint' if plain else 'of torch.save'} (")
+    assert text.startswith(
+        f"{path} is {'not a whole metaplug checkpoint' if plain else 'of torch.save'} ("
+    )
     assert not mark.exists()
 
 
@@ -483,7 +496,9 @@ def test_a_failed_write_leaves_the_older_file(tmp_path, monkeypatch):
     assert f"{path}: No space left on device; the one that stood there is untouched" in text
     assert path.read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == ["learner.safetensors"]
-    assert "cannot write" in message(lambda: learner.save(tmp_path / "nowhere" / "learner.safetensors"))
+    assert "cannot write" in message(
+        lambda: learner.save(tmp_path / "nowhere" / "learner.safetensors")
+    )
 
 
 # What stops a run.
@@ -595,7 +610,8 @@ def test_the_plugin_that_made_nan_is_named_and_nothing_is_updated(hook, where, w
         else "link 1 of 1"
     )
     assert stopped(learner) == (
-        f"iteration 0 stopped, nothing was updated: plugin 'spoil' in {hook} ({link}{where}) returned NaN or Inf in {what}; "
+        f"iteration 0 stopped, nothing was updated: plugin 'spoil' in {hook} ({link}{where}) "
+        f"returned NaN or Inf in {what}; "
         "see what 'spoil' computes there, or leave it out"
     )
 
@@ -610,7 +626,8 @@ def test_nan_in_the_data_is_named_before_anything_runs():
 
     text = stopped(problem().learner(), Holed())
     assert text == (
-        "iteration 0 stopped, nothing was updated: query_x of task 1 holds NaN or Inf, on which no loss is defined: "
+        "iteration 0 stopped, nothing was updated: query_x of task 1 holds NaN or Inf, on which no "
+        "loss is defined: "
         "clean the data of that task"
     )
 
@@ -623,7 +640,8 @@ def test_nan_in_the_loss_is_named_with_its_step():
 
     learner = problem(lr=50.0).learner(loss=loss)
     assert re.fullmatch(
-        r"iteration 0 stopped, nothing was updated: the support loss holds NaN or Inf in 'loss' of all 2 tasks in iteration 0, "
+        r"iteration 0 stopped, nothing was updated: the support loss holds NaN or Inf in 'loss' of "
+        r"all 2 tasks in iteration 0, "
         r"inner step 1; the model's output was finite: see what the loss function computes",
         stopped(learner),
     )
@@ -638,8 +656,10 @@ def test_divergence_names_where_it_began():
 
     text = stopped(case.learner(kind="regression", inner_lr=1000.0, plugins=[Blow()]), Regression())
     assert re.fullmatch(
-        r"iteration 0 stopped, nothing was updated: the support loss holds NaN or Inf in 'loss' of all 2 tasks in iteration 0, "
-        r"inner step 1; the inner loop diverges: the support loss of task 0 grew from 0\.4106 to inf in 1 inner step at inner_lr = 1000, "
+        r"iteration 0 stopped, nothing was updated: the support loss holds NaN or Inf in 'loss' of "
+        r"all 2 tasks in iteration 0, "
+        r"inner step 1; the inner loop diverges: the support loss of task 0 grew from 0\.4106 to "
+        r"inf in 1 inner step at inner_lr = 1000, "
         r"of which plugins made up to 1e\+203; lower inner_lr",
         text,
     )
@@ -669,8 +689,10 @@ def test_a_nan_meta_gradient_is_not_blamed_on_the_plugin_that_receives_it(plugin
     plugins = [GradientClipping(max_meta_norm=1.0)] if plugins else []
     learner = MetaLearner(Cusp(), inner_steps=0, plugins=plugins)
     assert stopped(learner) == (
-        "iteration 0 stopped, nothing was updated: the meta-gradient holds NaN or Inf in 'weight' in iteration 0; every loss on the way "
-        "was finite: an operation of the model or of a plugin has no finite derivative there, such as a root or norm of 0: "
+        "iteration 0 stopped, nothing was updated: the meta-gradient holds NaN or Inf in 'weight' "
+        "in iteration 0; every loss on the way "
+        "was finite: an operation of the model or of a plugin has no finite derivative there, such "
+        "as a root or norm of 0: "
         "add a small number inside it"
     )
 
@@ -690,7 +712,8 @@ def test_labels_that_a_plugin_puts_out_of_range_are_refused():
 def test_one_name_is_no_list_of_plugins():
     with pytest.raises(
         RequestError,
-        match=r"^plugins = 'gradient-sharing' is one name, not a list of plugins: write plugins=\['gradient-sharing'\]$",
+        match=r"^plugins = 'gradient-sharing' is one name, not a list of plugins: write "
+        r"plugins=\['gradient-sharing'\]$",
     ):
         MetaLearner(nn.Linear(1, 1), plugins="gradient-sharing")
 
@@ -703,7 +726,8 @@ def test_an_evaluation_that_diverges_is_no_wrong_answer():
         list(learner.model.parameters())[-1].fill_(math.nan)
     with pytest.raises(
         RunError,
-        match=r"^evaluation task 0 has a query loss of NaN or Inf after 2 inner steps: NaN or Inf in '2.bias' stood in the "
+        match=r"^evaluation task 0 has a query loss of NaN or Inf after 2 inner steps: NaN or Inf in "
+        r"'2.bias' stood in the "
         r"meta-parameters; go on from a checkpoint before that$",
     ):
         learner.evaluate(Stream(), num_tasks=2)

@@ -15,7 +15,7 @@ from metaplug.bench.measuring import median_and_spread
 from metaplug.bench.meters import ON_CPU
 from metaplug.errors import RequestError
 from metaplug.tasks import ClassImages, ImageEpisodes
-from metaplug.tasks.torchmeta.mends import apply
+from metaplug.tasks.torchmeta.compatibility import apply
 
 CLASSES, COUNT, SIDE = 1600, 20, 28
 """Omniglot's: classes, images of each, pixels of a side."""

@@ -74,7 +74,7 @@ class Meter:
         """Return the most MiB that torch's allocator held for `work`, and what its result holds."""
         if not self.cuda:
             return torch_memory(work)
-        gc.collect()  # what is freed in the course of the work would count against it
+        gc.collect()
         self.wait()
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -111,6 +111,7 @@ def in_tf32(device: torch.device) -> bool:
 
 def torch_memory(work: Callable[[], object]) -> tuple[float, float]:
     """Return the most MiB that torch's CPU allocator held for `work`, and what its result holds."""
+    gc.collect()  # garbage that is freed in the course of the work would count against it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = work()
     events = [event for event in _events(profiled) if event.name() == "[memory]"]

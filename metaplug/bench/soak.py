@@ -19,7 +19,6 @@ from metaplug.bench.process import open_files, resident_mib, threads
 from metaplug.bench.soak_workloads import SOAKS
 from metaplug.errors import RequestError
 from metaplug.evaluation.history import Record
-from metaplug.experiments.build import Experiment
 from metaplug.experiments.runs import train
 
 WARM_UP = 0.1
@@ -166,7 +165,6 @@ def run(
     *,
     steps: int | None = None,
     meter: Meter = ON_CPU,
-    on_start: Callable[[Experiment], None] = lambda _: None,
     on_record: Callable[[Record], None] = lambda _: None,
 ) -> Soaked:
     """Meta-train a workload as `metaplug train` does, and look at the process at even distances.
@@ -174,7 +172,7 @@ def run(
     Args:
         name: in SOAKS.
         steps: meta-steps, at least 50; default: the workload's own.
-        on_start, on_record: as in `metaplug.experiments.runs.train`; what they take counts.
+        on_record: as in `metaplug.experiments.runs.train`; what it takes counts.
 
     Raises:
         RequestError: an unknown workload; the nearest is offered. Or too few steps.
@@ -193,13 +191,10 @@ def run(
         on_record(record)
         watch.record(record.step.iteration)
 
-    def start(experiment: Experiment) -> None:
-        on_start(experiment)
-        watch.start()
-
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="metaplug-soak-") as folder, meter.active():
-        train(workload.config(steps, meter), Path(folder) / name, on_start=start, on_record=record)
+        config, started = workload.config(steps, meter), lambda _: watch.start()
+        train(config, Path(folder) / name, on_start=started, on_record=record)
     seconds, samples = time.monotonic() - begun, tuple(watch.samples)
     return Soaked(name, steps, workload.plugins, workload.left_out, seconds, samples)
 

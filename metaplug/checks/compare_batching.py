@@ -7,7 +7,7 @@ that are not known to be right is compared, on tasks of the user's own, with its
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -180,10 +180,11 @@ def _without_dropout() -> Iterator[None]:
 
 @contextmanager
 def _in_dtype(inner: InnerLoop, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, the clone's buffers are in this dtype, and predictions stay in it."""
+    """Inside, the clone's buffers are in this dtype, and the model rounds no coarser."""
     holders = [module._buffers for module in inner.functional.module.modules()]
     before = [(holder, dict(holder)) for holder in holders]
     own, inner.dtype = inner.dtype, dtype
+    autocast, inner.autocast = inner.autocast, nullcontext
     try:
         for holder in holders:
             for name, buffer in holder.items():
@@ -191,7 +192,7 @@ def _in_dtype(inner: InnerLoop, dtype: torch.dtype) -> Iterator[None]:
                     holder[name] = buffer.to(dtype)
         yield
     finally:
-        inner.dtype = own
+        inner.dtype, inner.autocast = own, autocast
         for holder, buffers in before:
             holder.update(buffers)
 

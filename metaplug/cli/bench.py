@@ -54,7 +54,7 @@ def bench(
     workload: Annotated[
         list[str] | None,
         typer.Option(
-            help="Which, such as sinusoid-25x5: 25 tasks, 5 steps; of --soak sinusoid or conv4. "
+            help="Such as sinusoid-25x5, 25 tasks and 5 steps; of --soak sinusoid or conv4. "
             "Repeatable.",
             show_default="all",
         ),
@@ -63,10 +63,7 @@ def bench(
         str, typer.Option(help="cpu, cuda or cuda:N; cuda adds metaplug's captured steps.")
     ] = "cpu",
     tf32: Annotated[
-        bool,
-        typer.Option(
-            "--tf32", help="On CUDA, let float32 products and convolutions round to TF32."
-        ),
+        bool, typer.Option("--tf32", help="On CUDA, let float32 products round to TF32.")
     ] = False,
     use: Annotated[
         list[str] | None,
@@ -93,18 +90,12 @@ def bench(
         bool, typer.Option("--memory", help="Measure the memory of a step too.")
     ] = False,
     compiled: Annotated[
-        bool,
-        typer.Option(
-            "--compiled",
-            help="Add compiled steps, half a minute or minutes each: metaplug's, and the stacked "
-            "loop's by hand.",
-        ),
+        bool, typer.Option("--compiled", help="Add compiled steps: half a minute or minutes each.")
     ] = False,
     scaling: Annotated[
         bool,
         typer.Option(
-            "--scaling",
-            help="Instead, how time and memory of metaplug's step grow with tasks and inner steps.",
+            "--scaling", help="Instead, let tasks and inner steps of metaplug's step grow."
         ),
     ] = False,
     plot: Annotated[
@@ -113,27 +104,18 @@ def bench(
     ] = None,
     drawing: Annotated[
         bool,
-        typer.Option(
-            "--drawing",
-            help="Instead, time the drawing of 32 tasks, 5-way 1-shot with 15 queries, beside "
-            "torchmeta's loader.",
-        ),
+        typer.Option("--drawing", help="Instead, time the drawing of tasks, beside torchmeta's."),
     ] = False,
     soak: Annotated[
         bool,
         typer.Option(
             "--soak",
-            help="Instead, train a long run with all plugins that compose: are memory, open files "
-            "and the time of a step flat?",
+            help="Instead, watch a long run: are memory, files and the time of a step flat?",
         ),
     ] = False,
     soak_steps: Annotated[
         int | None,
-        typer.Option(
-            min=50,
-            help="Meta-steps of --soak.",
-            show_default="20,000 of sinusoid, 2,000 of conv4",
-        ),
+        typer.Option(min=50, help="Of --soak.", show_default="sinusoid 20,000, conv4 2,000"),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -147,8 +129,8 @@ def bench(
     # torch's profiler would talk of itself on standard error; both are read when torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    given = {"--scaling": scaling, "--drawing": drawing, "--soak": soak}
-    modes = [mode for mode, wanted in given.items() if wanted]
+    wanted = {"--scaling": scaling, "--drawing": drawing, "--soak": soak}
+    modes = [mode for mode in wanted if wanted[mode]]
     if len(modes) > 1:
         raise RequestError(
             f"{' and '.join(modes)} are measurements of their own, of which a command makes one: "

@@ -67,7 +67,7 @@ def compare(
     from metaplug.files import replacing
     from metaplug.report.comparison import comparison_report
     from metaplug.report.figures import comparison_figure
-    from metaplug.report.terminal import FirstStepMemory, TrainingProgress, show_model_factory
+    from metaplug.report.terminal import TrainingProgress, show_model_factory
 
     variants = _variants(variant or [], given, sets)
     # Refuse before the training what could not be written after it.
@@ -83,15 +83,12 @@ def compare(
     first = variants[0].config.seed if variants else 0
     iterations = sum(one.config.training.iterations for one in variants)
 
-    memory = FirstStepMemory()
-
     def begin(one: Variant, experiment: Experiment) -> None:
         if experiment.config.seed == first:
-            memory.begin(experiment, f"{one.label}: ")
+            progress.measure_memory(experiment, f"{one.label}: ")
             show_model_factory(experiment, f"{one.label}: ")
 
     def record(one: Variant, seed: int, made: Record) -> None:
-        memory.record()
         progress.record(made, f"{one.label}, seed {seed}")
 
     with TrainingProgress(CONSOLE, iterations * seeds) as progress:

@@ -85,7 +85,7 @@ def tasks(
         str | None, typer.Argument(metavar="NAME", help="One source, with its settings and data.")
     ] = None,
     argument: Annotated[
-        str | None, typer.Argument(metavar="ARGUMENT", help="The source's own, as folder's path.")
+        str | None, typer.Argument(metavar="ARGUMENT", help="Its argument, such as folder's path.")
     ] = None,
     *,
     draw: Annotated[

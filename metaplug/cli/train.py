@@ -17,7 +17,6 @@ from metaplug.errors import RequestError, RunError
 from metaplug.report.console import CONSOLE, line, warn
 
 if TYPE_CHECKING:
-    from metaplug.evaluation.history import Record
     from metaplug.experiments.build import Experiment
     from metaplug.experiments.configuration import ExperimentConfig
 
@@ -86,7 +85,6 @@ def train(
                 )
         trained, curves = False, folder / "curves.png"
         progress = terminal.TrainingProgress(CONSOLE, settings.training.iterations)
-        memory = terminal.FirstStepMemory()
 
         def draw() -> None:
             try:
@@ -99,15 +97,11 @@ def train(
             trained, done = True, experiment.learner.iteration
             line(terminal.heading(experiment))
             terminal.show_model_factory(experiment)
-            memory.begin(experiment)
+            progress.measure_memory(experiment)
             line(
                 f"going on in {folder} after iteration {done}" if done else f"a new run in {folder}"
             )
             progress.begin(done, experiment.learner.skipped)
-
-        def record(one: Record) -> None:
-            memory.record()
-            progress.record(one)
 
         with stop_on_signals() as stop, progress if world.is_main else nullcontext():
             summary = train_in(
@@ -115,7 +109,7 @@ def train(
                 folder,
                 resume=resume,
                 on_start=begin,
-                on_record=record,
+                on_record=progress.record,
                 on_trained=draw,
                 stop=stop,
                 world=world,

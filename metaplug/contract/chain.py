@@ -28,7 +28,7 @@ from metaplug.errors import MetaplugError, RequestError, RunError, quoted
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One plugin's place in one hook; `place` reads "link 2 of 3"."""
+    """One plugin's place in one hook, "link 2 of 3", and its function there."""
 
     plugin: Plugin
     hook: str
@@ -37,11 +37,7 @@ class Link:
     arguments: tuple[str, ...]
 
     def call(self, given: Mapping[str, Any]) -> Any:
-        """Call the implementation with the arguments that it names.
-
-        Raises:
-            RunError: it raises something; names plugin, hook, link and step.
-        """
+        """Call the implementation with the arguments that it names; errors say where."""
         values = [
             given[name].seen_by(self.plugin) if name == "step" else given[name]
             for name in self.arguments
@@ -90,11 +86,8 @@ class Chain:
     """The plugins of one run.
 
     Args:
-        plugins: in the order in which every fold applies them.
-
-    Raises:
-        RequestError: two plugins of one name, a wrong order, a conflict, or a class that breaks
-            the contract.
+        plugins: in the order in which every fold applies them; two of one name, a wrong order, a
+            conflict, or a class that breaks the contract is a RequestError.
 
     >>> from metaplug.contract.function_plugins import plugin_of
     >>> def scale_meta_learning_rate(factor, iteration): return factor / (1 + iteration)
@@ -134,18 +127,13 @@ class Chain:
         return value
 
     def choose(self, hook: str, default: Any, **arguments: Any) -> Any:
-        """Ask for the one answer to `hook`; `default` if no plugin answers.
-
-        Raises:
-            RequestError: two plugins answer.
-        """
+        """Ask for the one answer to `hook`; `default` if no plugin answers, an error if two do."""
         answers = [(link, link.call(arguments)) for link in self._links[hook]]
         answers = [(link, answer) for link, answer in answers if answer is not None]
         if len(answers) > 1:
             both = " and ".join(f"'{link.plugin.name}'" for link, _ in answers[:2])
-            raise RequestError(
-                f"plugins {both} both answer {hook}, which only one may: leave one of them out"
-            )
+            both = f"plugins {both} both answer {hook}, which only one may"
+            raise RequestError(f"{both}: leave one of them out")
         for link, answer in answers:
             if fault := CHECKS[hook](default, answer, arguments):
                 raise link.fault(fault, arguments)
@@ -156,10 +144,8 @@ class Chain:
     def setup(self, context: Context) -> None:
         """Let every plugin create its meta-parameters and buffers, once in its life."""
         if used := [plugin.name for plugin in self.plugins if plugin.is_set_up]:
-            raise RequestError(
-                f"plugin {quoted(used)} already belongs to another learner: "
-                "make a new instance for each learner"
-            )
+            fault = f"plugin {quoted(used)} already belongs to another learner"
+            raise RequestError(f"{fault}: make a new instance for each learner")
         for plugin in self.plugins:
             plugin.is_set_up = True
         for link in self._links["setup"]:
@@ -187,10 +173,11 @@ class Chain:
         for name, value in found.items():
             if not math.isfinite(value) and name not in self._warned:
                 self._warned.add(name)
+                what = f"the figure '{name}' of a plugin's end_meta_step is NaN or Inf"
                 warnings.warn(
-                    f"the figure '{name}' of a plugin's end_meta_step is NaN or Inf after "
-                    f"iteration {int(iteration) + 1}: it is logged as null, and as nothing is "
-                    "computed from it, training goes on; see what the plugin computes there",
+                    f"{what} after iteration {int(iteration) + 1}: it is logged as null, and as "
+                    "nothing is computed from it, training goes on; see what the plugin computes "
+                    "there",
                     stacklevel=3,
                 )
         return found
@@ -229,7 +216,7 @@ class Chain:
 
         advice, by_task = (
             f"see what '{name}' computes there, or leave it out",
-            link.hook in _BY_TASK,
+            link.hook.removeprefix("transform_") in _BY_TASK,
         )
         self.watch.look(kept, saying("kept"), advice)
         self.watch.look(result, saying("returned"), advice, by_task=by_task)
@@ -276,14 +263,8 @@ def _check_list(plugins: Sequence[Plugin]) -> None:
 
 _NO_CODE = (lambda: None).__code__
 
-_BY_TASK = (
-    "transform_tasks",
-    "transform_parameters",
-    "transform_inner_losses",
-    "transform_gradients",
-    "transform_outer_losses",
-)
-"""The hooks whose values have the tasks along their first axis."""
+_BY_TASK = ("tasks", "parameters", "inner_losses", "gradients", "outer_losses")
+"""The values that have the tasks along their first axis, of the hooks transform_…."""
 
 _FOLDED = {
     hook: next(iter(inspect.signature(getattr(hookspecs, hook)).parameters))

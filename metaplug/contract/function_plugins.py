@@ -35,8 +35,7 @@ def plugin_of(part: Shortest) -> type[Plugin]:
             name of a hook, or is marked `@hookimpl(specname=HOOK)`.
 
     Raises:
-        RequestError: there is no hook in it; two functions implement one hook; or it has `setup`
-            or `commit`, without a place for state.
+        RequestError: it has no hook, one twice, or `setup` or `commit`, without a place for state.
 
     >>> def transform_inner_losses(losses): return losses * 2
     >>> plugin_of(transform_inner_losses).kind()
@@ -54,9 +53,8 @@ def plugin_of(part: Shortest) -> type[Plugin]:
             )
         if hook in hooks:
             both = f"{hooks[hook].__name__} and {function.__name__}"
-            raise RequestError(
-                f"plugin '{name}': functions {both} both implement {hook}: make one of the two"
-            )
+            fault = f"plugin '{name}': functions {both} both implement {hook}"
+            raise RequestError(f"{fault}: make one of the two")
         hooks[hook] = function
     place = part.__name__ if is_module else part.__module__
     namespace = {

@@ -93,7 +93,7 @@ def transform_tasks(
 
 @fold
 def transform_parameters(parameters: Parameters, step: InnerStep) -> Parameters | None:
-    """The values of a forward pass, (T, *shape) each; the query pass after update k has step k."""
+    """Values that a forward pass uses, (T, *shape); the query pass after update k gets step k."""
 
 
 @fold
@@ -103,7 +103,7 @@ def transform_inner_losses(losses: Tensor, step: InnerStep) -> Tensor | None:
 
 @choose
 def derivative_order(step: InnerStep) -> int | None:
-    """2, the default, or 1: without meta-gradients through this step's gradients. In training."""
+    """2 (default) or 1: whether meta-gradients flow through this step's gradients; in training."""
 
 
 @fold
@@ -115,7 +115,7 @@ def transform_gradients(gradients: Gradients, step: InnerStep) -> Gradients | No
 def transform_learning_rates(
     learning_rates: LearningRates, step: InnerStep
 ) -> LearningRates | None:
-    """Rates by name, broadcastable to (T, *shape); at first the inner learning rate, shape ()."""
+    """Learning rates by name, each broadcastable to (T, *shape); starts at the inner rate, ()."""
 
 
 # In every meta-training iteration, after adaptation.
@@ -154,7 +154,7 @@ def transform_meta_gradients(
 
 @fold
 def scale_meta_learning_rate(factor: float, iteration: int, total: int) -> float | None:
-    """A schedule: a factor >= 0, at first 1, on every meta learning rate, of `total` iterations."""
+    """A factor >= 0 on every meta learning rate, starting at 1, in a run of `total` iterations."""
 
 
 @notify

@@ -33,11 +33,7 @@ class LearnedPluginConfig(PluginConfig):
     """
 
     meta_lr: float | None = Field(
-        None,
-        gt=0,
-        le=10,
-        description="Meta learning rate of the plugin's own parameters; null: that of the model's "
-        "weights.",
+        None, gt=0, le=10, description="Meta learning rate of the plugin; null: that of the model."
     )
 
 
@@ -57,12 +53,8 @@ class Plugin(nn.Module):
     `setup`; devices, checkpoints and the meta-optimizer find them there.
 
     Args:
-        name: of this instance in a chain, needed only where a plugin stands twice; default: the
-            class's name, in kebab-case.
-        settings: the fields of `Config`.
-
-    Raises:
-        RequestError: a field is unknown, or its value out of bounds.
+        name: of this instance in a chain; default: the class's name, in kebab-case.
+        settings: the fields of `Config`; one that is unknown or out of bounds is a RequestError.
 
     >>> class HalfStep(Plugin):
     ...     @hookimpl
@@ -98,10 +90,8 @@ class Plugin(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if Plugin not in cls.__bases__:
-            raise TypeError(
-                f"{cls.__name__} extends the plugin {cls.__bases__[0].__name__}: a plugin is "
-                "final; subclass metaplug.Plugin instead"
-            )
+            fault = f"{cls.__name__} extends the plugin {cls.__bases__[0].__name__}"
+            raise TypeError(f"{fault}: a plugin is final; subclass metaplug.Plugin instead")
         config: Any = cls.Config
         if not isinstance(config, type) or not issubclass(config, PluginConfig):
             raise TypeError(

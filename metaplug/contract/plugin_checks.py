@@ -32,11 +32,7 @@ def implementations(plugin: type[Plugin]) -> dict[str, Callable[..., Any]]:
 def check_plugin(plugin: type[Plugin], name: str) -> None:
     """Refuse unmarked and misspelt hooks, arguments that no hook fills, and wrong declarations.
 
-    Args:
-        name: what the plugin is called in the error.
-
-    Raises:
-        RequestError: names the plugin, and the method or function.
+    Errors name the plugin by `name`, and the method or function.
     """
     seen: dict[str, str] = {}
     for attribute, function in inspect.getmembers(plugin, callable):
@@ -58,10 +54,8 @@ def check_plugin(plugin: type[Plugin], name: str) -> None:
                 "have it"
             )
         if hook in seen:
-            raise RequestError(
-                f"plugin '{name}': {seen[hook]} and {member} both implement {hook}: "
-                "make one of the two"
-            )
+            both = f"{seen[hook]} and {member} both implement {hook}"
+            raise RequestError(f"plugin '{name}': {both}: make one of the two")
         seen[hook] = member
         if marks["tryfirst"] or marks["trylast"] or marks["hookwrapper"] or marks["wrapper"]:
             raise RequestError(
@@ -82,10 +76,8 @@ def check_plugin(plugin: type[Plugin], name: str) -> None:
     for declared in ("runs_after", "conflicts_with"):
         names = getattr(plugin, declared)
         if not isinstance(names, tuple) or not all(isinstance(each, str) for each in names):
-            raise RequestError(
-                f"plugin '{name}': {declared} = {names!r} is no tuple of names: "
-                "write it as in ('gradient-sharing',)"
-            )
+            fault = f"plugin '{name}': {declared} = {names!r} is no tuple of names"
+            raise RequestError(f"{fault}: write it as in ('gradient-sharing',)")
     try:
         plugin.Config.model_rebuild()
     except (PydanticUserError, PydanticUndefinedAnnotation) as error:
@@ -106,10 +98,8 @@ def _check_arguments(where: str, hook: str, function: Callable[..., Any], *, own
         )
     for parameter in parameters[owned:]:
         if parameter.default is not parameter.empty:
-            raise RequestError(
-                f"{where} gives an argument a default, so that the hook would never fill it: "
-                "take the default out"
-            )
+            fault = f"{where} gives an argument a default, so that the hook would never fill it"
+            raise RequestError(f"{fault}: take the default out")
         if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             raise RequestError(
                 f"{where} has the argument {parameter.name} behind a star, which the hook would "

@@ -29,12 +29,9 @@ class PluginUse(Settings):
     plugin: str = Field(description="The plugin's entry-point name, as in `metaplug plugins`.")
     # Only `default=` tells type checkers without pydantic's plugin that a field may be left out.
     name: str | None = Field(
-        default=None,
-        description="What this instance is called; needed only where a plugin stands twice.",
+        default=None, description="Of this instance; needed only where a plugin stands twice."
     )
-    settings: dict[str, Any] = Field(
-        default_factory=dict, description="Fields of the plugin's Config."
-    )
+    settings: dict[str, Any] = Field(default={}, description="Fields of the plugin's Config.")
 
     @model_validator(mode="before")
     @classmethod
@@ -42,11 +39,7 @@ class PluginUse(Settings):
         return {"plugin": value} if isinstance(value, str) else value
 
     def make(self) -> Plugin:
-        """A new instance.
-
-        Raises:
-            RequestError: no plugin of that name is installed, or a setting is wrong.
-        """
+        """Make a new instance of an installed plugin."""
         made = registry.load("plugin", self.plugin)(name=self.name or self.plugin, **self.settings)
         assert isinstance(made, Plugin)
         return made
@@ -67,12 +60,8 @@ class Preset(Settings):
     )
     summary: str = Field("", description="One line on what it does.")
     source: str = Field("", description="The paper, with its identifier.")
-    plugins: tuple[PluginUse, ...] = Field(
-        (), description="The plugins, in the order of application."
-    )
-    defaults: dict[str, Any] = Field(
-        default_factory=dict, description="Training defaults of the paper."
-    )
+    plugins: tuple[PluginUse, ...] = Field((), description="The plugins, in order of application.")
+    defaults: dict[str, Any] = Field({}, description="Training defaults of the paper.")
 
     @field_validator("defaults")
     @classmethod
@@ -92,14 +81,7 @@ class Preset(Settings):
 
 
 def find_preset(preset: str | Preset) -> Preset:
-    """Find the preset of that name, or in that YAML file; a Preset is returned as it is.
-
-    Raises:
-        RequestError: no such preset is installed; the file cannot be read, or is no preset.
-
-    >>> find_preset("anil").plugins[0].settings
-    {'adapts': 'head'}
-    """
+    """Find the preset of that name, or in that YAML file; a Preset is returned as it is."""
     if isinstance(preset, Preset):
         return preset
     if preset.endswith(YAML_ENDINGS):
@@ -115,8 +97,8 @@ PluginLike: TypeAlias = Plugin | PluginUse | str | Shortest
 def make_plugins(preset: str | Preset | None, plugins: Sequence[PluginLike]) -> list[Plugin]:
     """Make the preset's plugins, then those of the list.
 
-    Raises:
-        RequestError: an unknown name, a wrong setting, or something that is no plugin.
+    >>> [plugin.name for plugin in make_plugins("fomaml", ["gradient-noise"])]
+    ['derivative-order', 'gradient-noise']
     """
     if isinstance(plugins, str):
         fault = f"plugins = '{plugins}' is one name, not a list of plugins"

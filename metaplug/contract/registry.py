@@ -38,9 +38,7 @@ _EXPECTED = {
 class Part:
     """One row of a listing: an installed part, or the error that it gives when loaded.
 
-    Attributes:
-        distribution, version: of the package that it comes from; of one without metadata the
-            module, and None.
+    Without metadata, `distribution` is the module that it comes from, and `version` None.
     """
 
     kind: str
@@ -78,8 +76,7 @@ def load(kind: str, name: str) -> Any:
     """Import the part of this kind and name. A plugin in its shortest form becomes a class.
 
     Raises:
-        RequestError: nothing of that name is installed (the nearest is offered), two distributions
-            offer it, or it breaks the contract.
+        RequestError: nothing or two parts of that name are installed, or it breaks the contract.
         RunError: it is installed but does not import, or is no part of its kind.
     """
     found = _found(kind, name)
@@ -87,10 +84,8 @@ def load(kind: str, name: str) -> Any:
         raise unknown(kind, name, names(kind))
     origins = sorted({_origin(entry) for entry in found})
     if len({entry.value for entry in found}) > 1:
-        raise RequestError(
-            f"two installed packages offer the {kind} '{name}': {' and '.join(origins)}; "
-            "uninstall one of them"
-        )
+        fault = f"two installed packages offer the {kind} '{name}': {' and '.join(origins)}"
+        raise RequestError(f"{fault}; uninstall one of them")
     try:
         value = found[0].load()
     except (Exception, SystemExit) as error:

@@ -57,19 +57,13 @@ def _check_learning_rates(before: Any, after: Any, arguments: Mapping[str, Any])
         return fault
     for name, rate in after.items():
         target = arguments["step"].parameters[name]
-        kept = isinstance(rate, Tensor) and (rate.dtype, rate.device) == (
-            target.dtype,
-            target.device,
-        )
-        if not kept:
-            given = form(rate) if isinstance(rate, Tensor) else type(rate).__name__
-            wanted = f"a tensor of {target.dtype} on {target.device}"
-            return f"returned {given} for '{name}', not {wanted}"
+        is_tensor, wanted = isinstance(rate, Tensor), (target.dtype, target.device)
+        if not is_tensor or (rate.dtype, rate.device) != wanted:
+            given = form(rate) if is_tensor else type(rate).__name__
+            return f"returned {given} for '{name}', not a tensor of {wanted[0]} on {wanted[1]}"
         if not _broadcasts(rate.shape, target.shape):
-            return (
-                f"returned shape {tuple(rate.shape)} for '{name}', which does not broadcast to "
-                f"(tasks, *shape) = {tuple(target.shape)}"
-            )
+            shapes = f"{tuple(rate.shape)} for '{name}'", f"(tasks, *shape) = {tuple(target.shape)}"
+            return f"returned shape {shapes[0]}, which does not broadcast to {shapes[1]}"
     return None
 
 
@@ -81,10 +75,10 @@ def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
 def _check_subset(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
     if isinstance(after, str) or not isinstance(after, Collection):
         return f"returned {after!r}, not a tuple of names"
-    if not (wrong := [name for name in after if name not in before]):
-        return None
-    hint = did_you_mean(wrong[0], before)
-    return f"selects {quoted(wrong)}, not among what it was given: {hint}"
+    if wrong := [name for name in after if name not in before]:
+        hint = did_you_mean(wrong[0], before)
+        return f"selects {quoted(wrong)}, not among what it was given: {hint}"
+    return None
 
 
 def _check_batch(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
@@ -96,10 +90,8 @@ def _check_batch(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
         softened = name.endswith("_y") and not old.is_floating_point() and new.is_floating_point()
         dtype = before.support_x.dtype if softened else old.dtype
         if (new.dtype, new.device) != (dtype, old.device):
-            return (
-                f"returned a batch whose {name} is {new.dtype} on {new.device}; "
-                f"it must be {dtype} on {old.device}"
-            )
+            given, wanted = f"{new.dtype} on {new.device}", f"{dtype} on {old.device}"
+            return f"returned a batch whose {name} is {given}; it must be {wanted}"
     return None
 
 
@@ -113,13 +105,9 @@ def _check_order(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
 
 
 def _check_weights(before: Any, after: Any, arguments: Mapping[str, Any]) -> str | None:
-    steps = arguments["inner_steps"]
-    if (
-        isinstance(after, Sequence)
-        and len(after) == steps
-        and all(isinstance(weight, int | float) and math.isfinite(weight) for weight in after)
-        and any(after)
-    ):
+    steps, fits = arguments["inner_steps"], isinstance(after, Sequence)
+    fits = fits and all(isinstance(each, int | float) and math.isfinite(each) for each in after)
+    if fits and len(after) == steps and any(after):
         return None
     wanted = f"give {steps} finite weights, one for each inner step, not all of them 0"
     return f"answered {after!r}: {wanted}"

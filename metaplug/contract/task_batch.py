@@ -29,8 +29,7 @@ class TaskBatch:
         query_y: (T, n_query, *target): integer where support_y is, floating-point where it is.
 
     Raises:
-        RequestError: a field is no tensor, or its shape, dtype or device does not fit the others;
-            names the fields and shapes.
+        RequestError: names a field that is no tensor, or does not fit the others.
 
     >>> x, y = torch.zeros(8, 5, 28), torch.zeros(8, 5, dtype=torch.long)
     >>> TaskBatch(x, y, x, y).num_tasks
@@ -79,11 +78,7 @@ class TaskBatch:
 
     @classmethod
     def stack(cls, tasks: Sequence[TaskBatch]) -> TaskBatch:
-        """Join several batches, such as tasks made one by one, in their order.
-
-        Raises:
-            RequestError: there is none, or they differ in size.
-        """
+        """Join batches of one size, such as tasks made one by one, in their order."""
         if not tasks:
             raise RequestError("TaskBatch.stack: there is no task: give at least one")
         for name in FIELDS:
@@ -99,14 +94,9 @@ class TaskBatch:
 
     @classmethod
     def from_torchmeta(cls, batch: Any) -> TaskBatch:
-        """Convert a batch of torchmeta's BatchMetaDataLoader; shapes and dtypes stay as they are.
+        """Convert a batch of torchmeta's BatchMetaDataLoader; shapes and dtypes stay.
 
-        Args:
-            batch: {"train": (x, y), "test": (x, y)}, or with "support" and "query", each
-                (T, examples, ...).
-
-        Raises:
-            RequestError: it lacks these two parts, or its targets are no tensors; as TaskBatch.
+        It is {"train": (x, y), "test": (x, y)}, or with "support" and "query", (T, examples, ...).
         """
         parts = batch if isinstance(batch, Mapping) else {}
         pairs = [pair for pair in (("train", "test"), ("support", "query")) if {*pair} <= {*parts}]

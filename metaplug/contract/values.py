@@ -9,6 +9,7 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from metaplug.contract.plugin import Plugin
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import RequestError
 
@@ -24,19 +25,8 @@ LearningRates: TypeAlias = Mapping[str, Tensor]
 """Read-only, by adapted parameter name, each broadcastable to (T, *parameter.shape)."""
 
 
-class Owner(Protocol):
-    """The plugin that holds a step."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def couples_tasks(self) -> bool: ...
-    @property
-    def transductive(self) -> bool: ...
-
-
 class TaskShare(Protocol):
-    """This rank's share of a meta-batch."""
+    """This rank's share of a meta-batch, and the mean over ranks."""
 
     @property
     def weight(self) -> float: ...
@@ -72,7 +62,7 @@ class InnerStep:
     support_losses: Tensor | None = None
     support_predictions: Tensor | None = None
     statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    owner: Owner | None = None
+    owner: Plugin | None = None
     share: TaskShare | None = None
 
     @property
@@ -109,10 +99,8 @@ class InnerStep:
                 transductive; or the plugin does not declare `couples_tasks`.
         """
         if not self._owner.couples_tasks:
-            raise RequestError(
-                f"plugin '{self._owner.name}' takes a mean over tasks but does not say so: "
-                "set couples_tasks = True on its class, or in its module"
-            )
+            fault = f"plugin '{self._owner.name}' takes a mean over tasks but does not say so"
+            raise RequestError(f"{fault}: set couples_tasks = True on its class, or in its module")
         if not self.training and not self._owner.transductive:
             raise RequestError(
                 f"plugin '{self._owner.name}' takes a mean over test tasks, which must not see "
@@ -131,7 +119,7 @@ class InnerStep:
         """
         self.statistics.setdefault(self._owner.name, {})[name] = tensor.detach()
 
-    def seen_by(self, owner: Owner) -> InnerStep:
+    def seen_by(self, owner: Plugin) -> InnerStep:
         """The same step, held by `owner`."""
         return replace(self, owner=owner)
 
@@ -145,7 +133,7 @@ class InnerStep:
         return value
 
     @property
-    def _owner(self) -> Owner:
+    def _owner(self) -> Plugin:
         assert self.owner is not None, "a step is always given to a plugin through seen_by"
         return self.owner
 

@@ -63,6 +63,13 @@ class FunctionalModel:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
+        self._holders = [
+            (f"{path}.{name}".lstrip("."), holder, name)
+            for path, module in own.items()
+            for holder in (module._parameters, module._buffers)
+            for name, tensor in holder.items()
+            if tensor is not None
+        ]
         self.watch(())
 
     def __call__(self, weights: Sequence[Tensor], x: Any) -> Any:
@@ -88,7 +95,7 @@ class FunctionalModel:
                 shared[name] = own[name]
 
     def watch(self, places: Collection[Place]) -> None:
-        """Put back what calls write at these modules, and at those of no class of torch's."""
+        """Put back what calls write at these modules, and at those that are not torch's own."""
         for own, module in zip(self.model.modules(), self.module.modules(), strict=True):
             # The hooks themselves are shared; that there are some is an attribute of its own.
             module._is_full_backward_hook = own._is_full_backward_hook
@@ -108,13 +115,12 @@ class FunctionalModel:
         Raises:
             RunError: one was written to. It cannot be undone, so it is not passed over.
         """
-        tensors = dict(chain(self.model.named_parameters(), self.model.named_buffers()))
-        before = {name: version(tensor) for name, tensor in tensors.items()}
+        before = [version(holder[name]) for _, holder, name in self._holders]
         yield
-        for name, tensor in tensors.items():
-            if version(tensor) != before[name]:
+        for (path, holder, name), seen in zip(self._holders, before, strict=True):
+            if version(holder[name]) != seen:
                 raise RunError(
-                    f"the model wrote to its own '{name}' in forward, as no pass before it did, "
+                    f"the model wrote to its own '{path}' in forward, as no pass before it did, "
                     "and its value is no longer the trained one: go on from a checkpoint, and let "
                     "forward make new tensors"
                 )
@@ -135,7 +141,7 @@ def clone(model: nn.Module, *, shared: bool = True) -> nn.Module:
     for module in model.modules():
         for name, value in vars(module).items():
             if "_hooks" in name and value is not None:
-                memo |= {id(each): each for each in ([value] if shared else value.values())}
+                memo |= {id(one): one for one in ([value] if shared else value.values())}
             # deepcopy refuses tensors with a graph, as a model that was called before may keep.
             memo |= {
                 id(each): each.detach() for each in _tensors(value) if each.grad_fn is not None
@@ -189,7 +195,7 @@ class Attributes:
 
 
 def set_mode(module: nn.Module, training: bool, batch_norm: str) -> None:
-    """Set training or evaluation mode, and what `batch_norm` says of layers with statistics."""
+    """Set the mode, and what `batch_norm` says for layers that keep statistics."""
     module.train(training)
     for layer in module.modules():
         if isinstance(layer, nn.modules.batchnorm._NormBase):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -34,10 +34,12 @@ from metaplug.random_streams import mix, stream
 Loss = Callable[[Any, Tensor], Tensor]
 """(prediction, target) of one task → its loss, a tensor of shape ()."""
 
+_Weights = Mapping[str, Tensor]
+
 _Query = tuple[Tensor, Tensor, Mapping[str, Tensor]]
 """Losses (T,), predictions (T, n, *output), and the parameter values that made them."""
 
-_Walked = tuple[dict[str, Tensor], Any, list[Tensor], dict[int, _Query]]
+_Walked = tuple[_Weights, Any, list[Tensor], dict[int, _Query]]
 """Fast weights and optimizer state after some steps, their support losses, and query passes by the
 number of updates before them."""
 
@@ -75,6 +77,15 @@ class InnerLoop:
         first_order_only: whether an operation of the model refuses to be differentiated twice,
             which autograd passes over.
         query_graph: whether forward itself differentiates, so that it needs autograd at evaluation.
+
+    Example:
+        >>> loop = InnerLoop(nn.Linear(2, 2), Chain([]), nn.functional.cross_entropy,
+        ...     adapted=("weight",), inner_steps=1, inner_lr=0.1, optimizer="sgd",
+        ...     optimizer_settings={}, batch_norm="batch")
+        >>> x, y = torch.ones(3, 4, 2), torch.zeros(3, 4, dtype=torch.int64)
+        >>> given = {"steps": 1, "training": True, "iteration": 0, "query_after": {1}}
+        >>> loop.run(TaskBatch(x, y, x, y), **given).adapted_parameters["weight"].shape
+        torch.Size([3, 2, 2])
     """
 
     def __init__(
@@ -99,7 +110,7 @@ class InnerLoop:
         self.adapted = tuple(name for name in self.parameters if name in adapted)
         reference = next(iter(self.parameters.values()))
         self.dtype, self.device = reference.dtype, reference.device
-        self._optimizer = DifferentiableOptimizer(
+        self.optimizer = DifferentiableOptimizer(
             optimizer, optimizer_settings, inner_lr, len(self.adapted)
         )
 
@@ -135,9 +146,10 @@ class InnerLoop:
         # Meta-gradients are taken outside: who asks for them records, from before the loop on.
         with nullcontext() if training else recording(), self.functional.unwritten():
             try:
-                return self._run(batch.recordable(), first, query_after, orders, seeds)
+                batch = batch.recordable()
+                return _Walk(self, batch, first, query_after, orders, seeds).outcome()
             finally:
-                self._optimizer.reset()
+                self.optimizer.reset()
 
     def task(self, weights: Sequence[Tensor], x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return one task's loss () and prediction (n, *output), with weights of its own."""
@@ -185,47 +197,54 @@ class InnerLoop:
     def orders_of(self, iteration: int, total: int) -> tuple[int, ...]:
         """Return the derivative order of every inner step of a training iteration."""
         first = InnerStep(0, self.inner_steps, self.inner_steps, iteration, total, True)
-        return tuple(self._order(replace(first, index=index)) for index in range(self.inner_steps))
+        return tuple(self.order(replace(first, index=index)) for index in range(self.inner_steps))
 
-    def _run(
-        self,
-        batch: TaskBatch,
-        first: InnerStep,
-        query_after: Collection[int],
-        orders: Sequence[int] | None,
-        seeds: Sequence[int] | None,
-    ) -> Outcome:
+    def order(self, step: InnerStep) -> int:
+        """Return the derivative order of one step of training."""
+        order: int = self.chain.choose("derivative_order", 2, step=step)
+        return order
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """One run of an inner loop: what stays the same in all its steps.
+
+    Attributes:
+        first: the step before the first update.
+        query_after, orders, seeds: as `InnerLoop.run` takes them.
+    """
+
+    loop: InnerLoop
+    batch: TaskBatch
+    first: InnerStep
+    query_after: Collection[int]
+    orders: Sequence[int] | None
+    seeds: Sequence[int] | None
+
+    @property
+    def rematerialized(self) -> bool:
+        return self.first.training and self.loop.checkpoint_steps is not None
+
+    def outcome(self) -> Outcome:
+        """Take all steps, and the query losses on the way."""
+        loop, first, tasks = self.loop, self.first, self.batch.num_tasks
         initial = {
-            name: parameter.expand(batch.num_tasks, *parameter.shape)
-            for name, parameter in self.parameters.items()
+            name: parameter.expand(tasks, *parameter.shape)
+            for name, parameter in loop.parameters.items()
         }
-        fast = initial = initial if first.training else _leaves(initial, self.adapted)
-        first = replace(
-            first,
-            parameters=MappingProxyType(fast),
-            initial_parameters=MappingProxyType(initial),
-        )
+        fast = initial = initial if first.training else _leaves(initial, loop.adapted)
         support_losses: list[Tensor] = []
         queries: dict[int, _Query] = {}
-        walk = partial(
-            self._walk,
-            batch=batch,
-            first=first,
-            query_after=query_after,
-            orders=orders,
-            seeds=seeds,
-        )
-        if 0 in query_after:
-            queries[0] = self._query(fast, batch, first, seeds)
-        if self.chain.watch is not None:
-            self.chain.watch.begin({name: initial[name] for name in self.adapted})
-        state = self._optimizer.snapshot()
-        rematerialized = first.training and self.checkpoint_steps is not None
-        size = (self.checkpoint_steps if rematerialized else first.count) or 1
+        if 0 in self.query_after:
+            queries[0] = self.query(fast, self.step(0, fast, initial))
+        if (watch := loop.chain.watch) is not None:
+            watch.begin({name: initial[name] for name in loop.adapted})
+        state = loop.optimizer.snapshot()
+        size = (loop.checkpoint_steps if self.rematerialized else first.count) or 1
         for begin in range(0, first.count, size):
-            part = partial(walk, indices=range(begin, min(begin + size, first.count)))
-            if rematerialized:
-                meta_parameters = list(self.chain.named_parameters().values())
+            part = partial(self.steps, indices=range(begin, min(begin + size, first.count)))
+            if self.rematerialized:
+                meta_parameters = list(loop.chain.named_parameters().values())
                 walked = rematerialize(part, (fast, initial, state), meta_parameters)
             else:
                 walked = part((fast, initial, state))
@@ -234,7 +253,7 @@ class InnerLoop:
             queries |= found
         _, predictions, values = queries[max(queries)]
         return Outcome(
-            batch,
+            self.batch,
             initial_parameters=MappingProxyType(initial),
             adapted_parameters=MappingProxyType(fast),
             support_losses=tuple(support_losses),
@@ -242,160 +261,139 @@ class InnerLoop:
             query_predictions=predictions.detach(),
             query_parameters=MappingProxyType(dict(values)),
             statistics=MappingProxyType(first.statistics),
-            adapted=self.adapted,
+            adapted=loop.adapted,
         )
 
-    def _walk(
-        self,
-        inputs: tuple[dict[str, Tensor], dict[str, Tensor], Any],
-        *,
-        indices: range,
-        batch: TaskBatch,
-        first: InnerStep,
-        query_after: Collection[int],
-        orders: Sequence[int] | None,
-        seeds: Sequence[int] | None,
-        graph: bool = True,
+    def step(self, index: int, fast: _Weights, initial: _Weights, **more: Any) -> InnerStep:
+        """The step that plugins see before update `index`."""
+        return replace(
+            self.first,
+            index=index,
+            parameters=MappingProxyType(fast),
+            initial_parameters=MappingProxyType(initial),
+            **more,
+        )
+
+    def steps(
+        self, inputs: tuple[_Weights, _Weights, Any], *, indices: range, graph: bool = True
     ) -> _Walked:
         """Take some inner steps from fast weights, first weights and the optimizer's state.
 
         Without `graph`, give values alone: the steps are taken again where their graph is needed.
         """
-        fast, initial, state = inputs
-        self._optimizer.restore(state)
-        # The first of two runs has kept the statistics; the second must not keep them again.
-        again = graph and first.training and self.checkpoint_steps is not None
-        first = replace(
-            first,
-            initial_parameters=MappingProxyType(initial),
-            statistics={} if again else first.statistics,
-        )
+        loop, (fast, initial, state) = self.loop, inputs
+        loop.optimizer.restore(state)
+        # Of two runs, the first keeps statistics; the second must not keep them again.
+        more: dict[str, Any] = {"statistics": {}} if graph and self.rematerialized else {}
         support_losses, queries = [], {}
         for index in indices:
-            step = replace(first, index=index, parameters=MappingProxyType(fast))
-            losses, outputs, _ = self._forward(fast, batch, step, "support", seeds)
+            step = self.step(index, fast, initial, **more)
+            losses, outputs, _ = self.forward(fast, step, "support")
             known = replace(step, support_losses=losses, support_predictions=outputs)
-            objective = self.chain.fold("transform_inner_losses", losses, step=known)
+            objective = loop.chain.fold("transform_inner_losses", losses, step=known)
             # A NaN that a plugin adds has no gradient, and would show nowhere else.
             told = losses if objective is losses else losses + 0 * objective.detach()
             support_losses.append(told)
-            fast = self._update(fast, objective, known, orders=orders, graph=graph)
-            if index + 1 in query_after:
+            fast = self.update(fast, objective, known, graph=graph)
+            if index + 1 in self.query_after:
                 after = replace(step, parameters=MappingProxyType(fast))
-                queries[index + 1] = self._query(fast, batch, after, seeds)
-        return fast, self._optimizer.snapshot(), support_losses, queries
+                queries[index + 1] = self.query(fast, after)
+        return fast, loop.optimizer.snapshot(), support_losses, queries
 
-    def _order(self, step: InnerStep) -> int:
-        order: int = self.chain.choose("derivative_order", 2, step=step)
-        return order
+    def update(
+        self, fast: _Weights, objective: Tensor, step: InnerStep, *, graph: bool
+    ) -> _Weights:
+        """Return the fast weights after one update."""
+        loop, names, watch = self.loop, self.loop.adapted, self.loop.chain.watch
+        gradients = self.gradients(fast, objective, step, graph=graph)
+        self.look("the gradient of the support loss", gradients, step, _NO_GRADIENT)
+        folded = loop.chain.fold("transform_gradients", gradients, step=step)
+        # Made anew for each step, and for each name: what a plugin writes in place stays there.
+        full = torch.full((len(names),), loop.inner_lr, dtype=loop.dtype, device=loop.device)
+        rates = dict(zip(names, full.unbind(), strict=True))
+        rates = loop.chain.fold("transform_learning_rates", rates, step=step)
+        if not step.training or not graph:
+            folded = {name: value.detach() for name, value in folded.items()}
+            rates = {name: value.detach() for name, value in rates.items()}
+        updated = loop.optimizer.step(
+            [fast[name] for name in names],
+            [folded.get(name) for name in names],
+            [rates[name] for name in names],
+        )
+        changed = dict(zip(names, updated, strict=True))
+        after = {**fast, **changed}
+        if watch is not None:
+            watch.update(rates, changed)
+        advice = "gradients and rates were finite: lower inner_lr"
+        self.look("what the update made of the weights", after, step, advice)
+        return after if step.training and graph else _leaves(after, names)
 
-    def _update(
-        self,
-        fast: Mapping[str, Tensor],
-        objective: Tensor,
-        step: InnerStep,
-        *,
-        orders: Sequence[int] | None,
-        graph: bool,
-    ) -> dict[str, Tensor]:
-        order = 1
+    def gradients(
+        self, fast: _Weights, objective: Tensor, step: InnerStep, *, graph: bool
+    ) -> _Weights:
+        """Return every task's own gradient of its objective, (T, *shape) by name."""
+        loop, order, share = self.loop, 1, step.share
         if step.training:
-            order = self._order(step) if orders is None else orders[step.index]
-        if self.first_order_only and order == 2 and graph:
+            order = loop.order(step) if self.orders is None else self.orders[step.index]
+        if loop.first_order_only and order == 2 and graph:
             raise RunError(
                 "second-order meta-gradients cannot be had of this model (an operation of its is "
                 "marked once_differentiable): add the plugin derivative-order"
             )
-        weights = [fast[name] for name in self.adapted]
-        # Across ranks autograd differentiates Σ_r s[r] · (...), but this sum over tasks has no
-        # factor s: divide it out before, and multiply it in after.
-        total = objective.sum() if step.share is None else objective.sum() / step.share.weight
         taken: Sequence[Tensor | None] = ()
         if objective.requires_grad:
-            taken = torch.autograd.grad(
-                total, weights, create_graph=graph and order == 2, allow_unused=True
-            )
+            # Across ranks autograd differentiates Σ_r s[r] · (...), but this sum over tasks has no
+            # factor s: divide it out before, and multiply it in after.
+            total = objective.sum() if share is None else objective.sum() / share.weight
+            weights = [fast[name] for name in loop.adapted]
+            second = graph and order == 2
+            taken = torch.autograd.grad(total, weights, create_graph=second, allow_unused=True)
         gradients = {
-            name: gradient if step.share is None else step.share.weight * gradient
-            for name, gradient in zip(self.adapted, taken, strict=False)
+            name: gradient if share is None else share.weight * gradient
+            for name, gradient in zip(loop.adapted, taken, strict=False)
             if gradient is not None
         }
         if not gradients:
             raise RunError(
-                f"no gradient reaches the adapted parameters {quoted(self.adapted[:3])}: "
+                f"no gradient reaches the adapted parameters {quoted(loop.adapted[:3])}: "
                 "the loss does not depend on them; adapt others"
             )
-        self._look("the gradient of the support loss", gradients, step, _NO_GRADIENT)
-        folded = self.chain.fold("transform_gradients", gradients, step=step)
-        # Made anew for each step, and for each name: what a plugin writes in place stays there.
-        full = torch.full((len(self.adapted),), self.inner_lr, dtype=self.dtype, device=self.device)
-        rates = dict(zip(self.adapted, full.unbind(), strict=True))
-        rates = self.chain.fold("transform_learning_rates", rates, step=step)
-        if not step.training or not graph:
-            folded, rates = (
-                {name: value.detach() for name, value in values.items()}
-                for values in (folded, rates)
-            )
-        updated = self._optimizer.step(
-            weights,
-            [folded.get(name) for name in self.adapted],
-            [rates[name] for name in self.adapted],
-        )
-        changed = dict(zip(self.adapted, updated, strict=True))
-        after = {**fast, **changed}
-        if self.chain.watch is not None:
-            self.chain.watch.update(rates, changed)
-        advice = "gradients and rates were finite: lower inner_lr"
-        self._look("what the update made of the weights", after, step, advice)
-        return after if step.training and graph else _leaves(after, self.adapted)
+        return gradients
 
-    def _query(
-        self,
-        fast: Mapping[str, Tensor],
-        batch: TaskBatch,
-        step: InnerStep,
-        seeds: Sequence[int] | None,
-    ) -> _Query:
-        with torch.set_grad_enabled(step.training or self.query_graph):
-            losses, predictions, values = self._forward(fast, batch, step, "query", seeds)
+    def query(self, fast: _Weights, step: InnerStep) -> _Query:
+        """Take the query loss of every task."""
+        with torch.set_grad_enabled(step.training or self.loop.query_graph):
+            losses, predictions, values = self.forward(fast, step, "query")
         return (losses if step.training else losses.detach()), predictions, values
 
-    def _forward(
-        self,
-        fast: Mapping[str, Tensor],
-        batch: TaskBatch,
-        step: InnerStep,
-        part: str,
-        seeds: Sequence[int] | None,
-    ) -> _Query:
-        x, y = (
-            (batch.support_x, batch.support_y)
-            if part == "support"
-            else (batch.query_x, batch.query_y)
-        )
-        values = self.chain.fold("transform_parameters", fast, step=step)
-        stacked = [values[name] for name in self.parameters]
+    def forward(self, fast: _Weights, step: InnerStep, part: str) -> _Query:
+        """Run the model for every task on its "support" or "query" examples."""
+        loop, batch, seeds = self.loop, self.batch, self.seeds
+        x, y = batch.support_x, batch.support_y
+        if part == "query":
+            x, y = batch.query_x, batch.query_y
+        values = loop.chain.fold("transform_parameters", fast, step=step)
         if seeds is not None:
             seeds = [mix(seed, 2 * step.index + (part == "query")) for seed in seeds]
-        losses, predictions = self.all_tasks(stacked, x, y, seeds)
-        if part == "support" and self.chain.watch is not None:
-            self.chain.watch.step(losses)
+        losses, predictions = loop.all_tasks(
+            [values[name] for name in loop.parameters], x, y, seeds
+        )
+        if part == "support" and loop.chain.watch is not None:
+            loop.chain.watch.step(losses)
         what = f"the model's output for {part} examples"
-        self._look(what, {"prediction": predictions}, step, _NO_VALUE)
+        self.look(what, {"prediction": predictions}, step, _NO_VALUE)
         advice = "the model's output was finite: see what the loss function computes"
-        self._look(f"the {part} loss", {"loss": losses}, step, advice)
+        self.look(f"the {part} loss", {"loss": losses}, step, advice)
         return losses, predictions, values
 
-    def _look(self, what: str, values: Mapping[str, Tensor], step: InnerStep, advice: str) -> None:
+    def look(self, what: str, values: _Weights, step: InnerStep, advice: str) -> None:
         """In a replay that looks for the first non-finite value, look at what the core makes."""
-        if self.chain.watch is not None:
+        if (watch := self.loop.chain.watch) is not None:
             where = f"in iteration {step.meta_iteration}, inner step {step.index}"
-            self.chain.watch.look(
-                values, lambda fault: f"{what} holds {fault} {where}", advice, by_task=True
-            )
+            watch.look(values, lambda fault: f"{what} holds {fault} {where}", advice, by_task=True)
 
 
-def _leaves(values: Mapping[str, Tensor], adapted: Collection[str]) -> dict[str, Tensor]:
+def _leaves(values: _Weights, adapted: Collection[str]) -> dict[str, Tensor]:
     return {name: value.detach().requires_grad_(name in adapted) for name, value in values.items()}
 
 

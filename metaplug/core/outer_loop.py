@@ -166,7 +166,7 @@ class OuterLoop:
         }
 
     def _largest(self, outcome: Outcome) -> Iterator[Tensor]:
-        """The largest () of each tensor that the last query pass used or the loop made."""
+        """The largest absolute value, (), of each tensor that the loop made or a query used."""
         made, used = outcome.adapted_parameters, outcome.query_parameters
         values = [made[name] for name in outcome.adapted]
         values += [value for name, value in used.items() if value is not made[name]]
@@ -176,7 +176,7 @@ class OuterLoop:
 
 
 def _not_differentiable(error: RuntimeError) -> RuntimeError:
-    """Return the error of differentiating through the loop, in words for the user if known."""
+    """Return the error of differentiating through the loop, in words for the user."""
     if "a second time" in str(error):
         return RunError(
             "a plugin uses the support losses of a first-order step in what is differentiated, but "

@@ -50,7 +50,7 @@ def for_all_tasks(
     Args:
         task: of one task; random numbers differ from task to task.
         parameters: (T, *shape) each.
-        shared: for each parameter whether its T rows are one and the same, so it is not stacked.
+        shared: for each parameter whether its T rows are the same, so vmap need not stack it.
         x, y: (T, n, ...).
 
     Example:

@@ -1,4 +1,4 @@
-"""What happened in meta-training, iteration by iteration."""
+"""The record of meta-training, iteration by iteration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metaplug.execution.engine import MetaStep
 
 @dataclass(frozen=True)
 class Record:
-    """One meta-iteration as `fit` saw it: the update, and the validation that followed it, if one was due."""
+    """One meta-iteration as `fit` saw it: the update, and the validation that followed, if any."""
 
     step: MetaStep
     validation: EvaluationResult | None = None

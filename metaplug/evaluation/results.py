@@ -1,4 +1,4 @@
-"""Accuracy or error per task, and the 95 % confidence interval of their mean."""
+"""The scores of tasks, and the 95 % confidence interval of their mean."""
 
 from __future__ import annotations
 
@@ -33,16 +33,19 @@ class EvaluationResult:
     """How well unseen tasks were adapted to.
 
     Attributes:
-        metric: "accuracy" (a fraction in [0, 1]; more is better) or "mean squared error" (less is better).
-        per_task: (num_tasks,) float64, on the CPU; NaN for a task of a validation whose query loss was NaN or Inf (`non_finite="skip"`).
+        metric: "accuracy" (in [0, 1]; more is better) or "mean squared error" (less is better).
+        per_task: (num_tasks,) float64, on the CPU; NaN for a task of a validation whose query loss
+            was NaN or Inf (`non_finite="skip"`).
         inner_steps: the number of steps that each task was adapted for.
-        transductive: what lets the examples of a test batch see each other, in words; empty for none.
-        training_classes: how many of the stream's classes were trained on; None where the stream, or one that was trained on, does not say
-            what its classes are.
+        transductive: what lets the examples of a test batch see each other; empty for none.
+        training_classes: how many of the stream's classes were trained on; None where a stream
+            does not say what its classes are.
         seed: of the bootstrap.
-        raised: how many tasks have a larger support loss after adaptation than before, by more than 1 %: of most, an inner loop diverges.
-            Measured at the validations of training alone, as it costs one more forward pass; elsewhere None.
-        support_losses: their mean over tasks before and after adaptation; both 0 without an inner step. None where `raised` is.
+        raised: how many tasks have a larger support loss after adaptation than before, by more
+            than 1 %: where most have, the inner loop diverges. None except at the validations of
+            training, as it costs one more forward pass.
+        support_losses: their mean over tasks before and after adaptation; both 0 without an inner
+            step. None where `raised` is.
     """
 
     metric: Metric
@@ -66,27 +69,29 @@ class EvaluationResult:
 
     @property
     def all_equal(self) -> bool:
-        """Whether every task has the same value: its interval then has no width, which says nothing of other tasks."""
+        """Whether every task has the same value, so the interval has no width and says nothing."""
         return bool((self.per_task == self.per_task[0]).all())
 
     @property
     def interval(self) -> float:
-        """Half the width of the 95 % confidence interval of the mean, t(0.975; n − 1) · s / √n over n tasks; NaN for one task."""
+        """Half the width of the 95 % confidence interval of the mean; NaN for one task.
+
+        t(0.975; n − 1) · s / √n over n tasks.
+        """
         n = self.num_tasks
         if n > 1 and self.all_equal:
             return 0.0  # as s is only to rounding
-        return (
-            float(stdtrit(n - 1, 0.975)) * float(self.per_task.std()) / math.sqrt(n)
-            if n > 1
-            else math.nan
-        )
+        if n == 1:
+            return math.nan
+        return float(stdtrit(n - 1, 0.975)) * float(self.per_task.std()) / math.sqrt(n)
 
     def bounds(self, method: IntervalMethod = "t") -> tuple[float, float]:
-        """The lowest and the highest mean in the 95 % confidence interval; both NaN for one task.
+        """Return the ends of the 95 % confidence interval of the mean; both NaN for one task.
 
         Args:
-            method: "t", mean ± `interval`, by Student's t; or "bootstrap", bias-corrected and accelerated (BCa; Efron 1987), from 9999
-                resamples of the tasks that `seed` decides: for values far from a normal distribution, as it need not be symmetric.
+            method: "t", mean ± `interval`, by Student's t; or "bootstrap", bias-corrected and
+                accelerated (BCa; Efron 1987), from 9999 resamples of the tasks that `seed` decides:
+                for values far from a normal distribution, as it need not be symmetric.
 
         Raises:
             RequestError: no such method, or a bootstrap of fewer than 20 tasks.
@@ -97,12 +102,13 @@ class EvaluationResult:
             return self.mean - self.interval, self.mean + self.interval
         if self.num_tasks < FEWEST_RESAMPLED:
             raise RequestError(
-                f"a bootstrap of {self.num_tasks} tasks: resamples of so few say less of other tasks than they seem to; "
-                f"give at least {FEWEST_RESAMPLED} tasks, or take the interval by t"
+                f"a bootstrap of {self.num_tasks} tasks: resamples of so few say less of other "
+                f"tasks than they seem to; give at least {FEWEST_RESAMPLED} tasks, or take the "
+                "interval by t"
             )
         from scipy.stats import bootstrap  # noqa: PLC0415 -- a second to import, which nothing else needs
 
-        # Of one scale whatever the metric's, as the cubes in the acceleration would over- or underflow.
+        # Of one scale for every metric: the cubes in the acceleration would over- or underflow.
         deviations = (self.per_task - self.per_task.mean()).numpy()
         scale = float(abs(deviations).max())
         found = bootstrap(
@@ -125,21 +131,22 @@ class EvaluationResult:
         spread = "" if self.num_tasks == 1 else f" ± {self.interval:.4f}"
         equal = ", all of them equal" if self.num_tasks > 1 and self.all_equal else ""
         seen = f"; {training_classes_text(self.training_classes)}" if self.training_classes else ""
-        return f"{self.metric} {self.mean:.4f}{spread} ({tasks}{equal}; {transductive_text(self.transductive)}{seen})"
+        seen = f"{transductive_text(self.transductive)}{seen}"
+        return f"{self.metric} {self.mean:.4f}{spread} ({tasks}{equal}; {seen})"
 
 
 def transductive_text(reasons: Sequence[str]) -> str:
-    """What a result says of examples that see each other: "transductive: no", or why."""
+    """Say whether examples see each other: "transductive: no", or why."""
     return f"transductive: {' and '.join(reasons) or 'no'}"
 
 
 def training_classes_text(count: int) -> str:
-    """What a result says of `count` classes that were trained on, 1 or more."""
+    """Say of `count` classes, 1 or more, that they were trained on."""
     return f"not of unseen classes: {count} of them {'was' if count == 1 else 'were'} trained on"
 
 
 def metric_of(kind: Kind) -> Metric:
-    """The metric that a kind of task is measured by."""
+    """Return the metric of a kind of task."""
     return "accuracy" if kind == "classification" else "mean squared error"
 
 
@@ -166,7 +173,7 @@ def score(kind: Kind, predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 def class_axis(predictions: Tensor, targets: Tensor) -> int:
-    """Return the axis of the classes: the third of (T, n, ...) as torch's losses have it, or the last.
+    """Return the axis of the classes: the third, as torch's losses have it, or the last.
 
     Raises:
         RequestError: neither fits the class indices.
@@ -182,10 +189,10 @@ def class_axis(predictions: Tensor, targets: Tensor) -> int:
 
 
 def larger(before: Tensor, after: Tensor) -> Tensor:
-    """Whether support losses are larger after adaptation than before, by more than 1 % and more than rounding; NaN counts as larger."""
+    """Return whether losses grew, by more than 1 % and than rounding; NaN counts as larger."""
     return ~(after <= before + 0.01 * before.abs() + 1e-12)
 
 
 def better(metric: Metric, candidate: float, than: float) -> bool:
-    """Whether `candidate` is the better value of the metric."""
+    """Return whether `candidate` is the better value of the metric."""
     return candidate > than if metric == "accuracy" else candidate < than

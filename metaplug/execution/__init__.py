@@ -3,6 +3,7 @@
 * `engine` makes meta-iterations one by one, `windows` several in a row.
 * `plan` decides what stands in for the plain step: `chunks`, `traced` (compiled), `cuda_graphs`.
 * `batching` chooses between stacked tasks and one at a time.
-* `ranks`: several processes; `devices`, `precision`, `determinism`, `memory`: the machine.
+* `ranks`: several processes; `devices`, `precision`, `determinism`, `memory` and `free_memory`:
+  the machine.
 * `settings`: the fields of the bilevel loop, for learners and configuration files.
 """

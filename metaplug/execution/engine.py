@@ -297,9 +297,9 @@ class Engine:
     def _computing(self, seed: int) -> Iterator[torch.Generator]:
         """Inside, random numbers start from a seed, and torch rounds as configured."""
         rounding = arithmetic(self.precision, self.device)
-        with ONE_AT_A_TIME, stream(seed, self.device) as generator:
-            with rounding, repeatable(self.deterministic):
-                yield generator
+        repeating = repeatable(self.deterministic)
+        with ONE_AT_A_TIME, stream(seed, self.device) as generator, rounding, repeating:
+            yield generator
 
     @contextmanager
     def _common_stream(self, iteration: int) -> Iterator[None]:
@@ -325,8 +325,9 @@ class Engine:
         """
         if self.skipped_in_a_row + 1 >= SKIPS_IN_A_ROW:
             raise RunError(
-                f"iteration {self.iteration} stopped, nothing was updated: {SKIPS_IN_A_ROW} batches "
-                f"in a row would be skipped, which is no fault of a batch; the last because {text}"
+                f"iteration {self.iteration} stopped, nothing was updated: {SKIPS_IN_A_ROW} "
+                "batches in a row would be skipped, which is no fault of a batch; the last because "
+                f"{text}"
             )
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.iteration, self.total = self.iteration + 1, total

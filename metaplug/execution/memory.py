@@ -64,7 +64,6 @@ def memory_explained(
         reason = error.__cause__ if isinstance(error, MetaplugError) else error
         if reason is None or not _ran_out(reason):
             raise
-        engine.inner.release()
         steps = engine.inner.inner_steps if evaluated_steps is None else evaluated_steps
         work = f"{tasks} task{'s' * (tasks != 1)} of {steps} inner step{'s' * (steps != 1)}"
         where = f"ran out of memory on {engine.device}{_asked(reason)} with {work}"

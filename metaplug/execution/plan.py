@@ -1,4 +1,4 @@
-"""The plan of a meta-step: whole or in chunks, compiled, captured, recomputed; what excludes what."""
+"""The plan of a meta-step: whole or in chunks, compiled, captured, recomputed."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ class StepPlan:
         waits = bool(coupled) and engine.world.size > 1
         if self._traced and waits:
             raise RequestError(
-                f"{self._traced} on {engine.world.size} ranks: plugin {quoted(coupled)} takes means "
-                f"over all of their tasks in the inner loop, for which a {self._traced}d step "
-                f"cannot wait: leave {self._traced} out, or use one rank"
+                f"{self._traced} on {engine.world.size} ranks: plugin {quoted(coupled)} takes "
+                f"means over all of their tasks in the inner loop, for which a {self._traced}d "
+                f"step cannot wait: leave {self._traced} out, or use one rank"
             )
         if self.chunk_size is not None:
             if coupled:

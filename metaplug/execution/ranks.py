@@ -1,12 +1,14 @@
-"""Several processes that train one model together, each with tasks of its own: who they are, and what they exchange.
+"""Processes that train one model together, each with tasks of its own, and what they exchange.
 
-A rank computes with its own tasks alone. What crosses ranks in a meta-step is one operation, the mean weighted by the ranks' tasks:
+A rank computes with its own tasks alone. What crosses ranks in a meta-step is one operation, the
+mean weighted by the ranks' tasks:
 
     M(x) = Σ_r s[r] · x[r]        s[r] = tasks of rank r / tasks of all ranks
 
-In the inner product Σ_r s[r] · ⟨x[r], y[r]⟩ it is its own adjoint, so that its backward pass is M again: every rank differentiates the mean
-loss of its own tasks, and M of the ranks' gradients is exactly the gradient of the mean over all tasks, whatever was exchanged on the way
-and however unequal the ranks' shares are. (torch's all_reduce inside the graph, with gradients weighted afterwards, is not.)
+In the inner product Σ_r s[r] · ⟨x[r], y[r]⟩ it is its own adjoint, so its backward pass is M again:
+every rank differentiates the mean loss of its own tasks, and M of the ranks' gradients is exactly
+the gradient of the mean over all tasks, however unequal the shares are. torch's all_reduce inside
+the graph, with gradients weighted afterwards, is not exact.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -29,7 +31,7 @@ from metaplug.errors import MetaplugError, RankError, RequestError, RunError
 T = TypeVar("T")
 
 TIMEOUT = 600.0
-"""Seconds that a rank waits for the others; the environment's METAPLUG_RANK_TIMEOUT overrides it."""
+"""Seconds that a rank waits for another; METAPLUG_RANK_TIMEOUT of the environment overrides it."""
 
 _END = "metaplug/end"
 
@@ -38,13 +40,14 @@ _END = "metaplug/end"
 class World:
     """The processes of a run, and this one among them. A world of one exchanges nothing.
 
-    Every rank must make the same calls in the same order. Each call raises RankError where another rank has ended, or does not answer.
+    Every rank must make the same calls in the same order. Each call raises RankError where another
+    rank has ended, or does not answer.
 
     Attributes:
         rank: of this process, 0 to size − 1.
         size: the number of processes.
         local_rank: the number of this process on its machine, which says what device it takes.
-        store: where the first rank to fail says why, for the others; None for nowhere.
+        store: where the first rank to fail says why, for the others.
     """
 
     rank: int = 0
@@ -59,19 +62,19 @@ class World:
 
     @property
     def salt(self) -> tuple[int, ...]:
-        """What a rank's random stream is mixed with, so that tasks of two ranks draw different numbers; nothing for rank 0."""
+        """Mixed into a rank's random stream, so ranks draw different numbers; empty for rank 0."""
         return (self.rank,) if self.rank else ()
 
     def shard(self, indices: range) -> range:
-        """This rank's part: every `size`-th."""
+        """Return this rank's part: every `size`-th."""
         return indices[self.rank :: self.size]
 
     def share(self, tasks: int) -> Share | None:
-        """This rank's share of a meta-batch in which it has `tasks` tasks; None in a world of one."""
+        """Return this rank's share of a meta-batch with `tasks` of its own; None if it is alone."""
         return None if self.size == 1 else Share(self, tasks / int(self.sum(torch.tensor(tasks))))
 
     def sum(self, x: Tensor) -> Tensor:
-        """Σ over ranks, the same bits on all; into `x` itself, where that is contiguous."""
+        """Return Σ over ranks, the same bits on all; into `x` itself, where that is contiguous."""
         if self.size == 1:
             return x
         x = x.contiguous()
@@ -79,7 +82,7 @@ class World:
         return x
 
     def any(self, *flags: bool, form: str = "") -> list[bool]:
-        """By place, whether the flag is set on some rank.
+        """Return by place whether the flag is set on some rank.
 
         Args:
             form: describes what the ranks are about to exchange.
@@ -95,13 +98,13 @@ class World:
         high, low, *found = words.tolist()
         if high != -low:
             raise RunError(
-                f"the ranks' plugins kept different statistics (rank {self.rank}: {form}), which have no mean: "
-                "keep the same names and shapes in every iteration"
+                f"the ranks' plugins kept different statistics (rank {self.rank}: {form}), which "
+                "have no mean: keep the same names and shapes in every iteration"
             )
         return [bool(flag) for flag in found]
 
     def gather(self, value: T) -> list[T]:
-        """The value of every rank, by rank: of plain Python, as it is pickled."""
+        """Return the value of every rank, by rank: of plain Python, as it is pickled."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -109,25 +112,24 @@ class World:
         return found
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, or the MetaplugError that it raises there; the other ranks do not call it."""
+        """Return or raise everywhere what `make` does on rank 0; the other ranks do not call it."""
         if self.size == 1:
             return make()
         answer: list[Any] = [None]
         if self.is_main:
             try:
-                answer = [(make(), None)]
+                answer = [make()]
             except MetaplugError as error:
-                answer = [(None, error)]
+                answer = [error]
         self._exchange(dist.broadcast_object_list, answer)
-        made, refusal = answer[0]
-        if refusal is not None:
-            raise refusal
-        result: T = made
-        return result
+        if isinstance(answer[0], MetaplugError):
+            raise answer[0]
+        made: T = answer[0]
+        return made
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Inside, a machine's first process goes before its others: what it downloads or renders, they find."""
+        """Let a machine's first process go before its others, which find what it downloads."""
         if self.local_rank > 0:
             self.any()
         yield
@@ -142,44 +144,37 @@ class World:
             tensor.detach().copy_(values)
 
     def tell(self, error: BaseException) -> bool:
-        """Say what ends this rank. Whether it is the first to do so: its text is then what the errors of the others repeat."""
+        """Say what ends this rank; return whether it is the first, whose text the others repeat."""
         if self.store is None:
             return True
-        text = (
-            str(error) if isinstance(error, MetaplugError) else f"{type(error).__name__}: {error}"
-        )
+        kind = "" if isinstance(error, MetaplugError) else f"{type(error).__name__}: "
         try:
-            first: bytes = self.store.compare_set(_END, "", f"{self.rank} {text}")
+            first: bytes = self.store.compare_set(_END, "", f"{self.rank} {kind}{error}")
         except RuntimeError:  # the store has ended with the process that held it
             return True
         return first.startswith(f"{self.rank} ".encode())
 
     def lost(self, otherwise: str) -> RankError:
-        """The error on the others when a rank has ended the run: what that rank told, or `otherwise` where it told nothing."""
-        try:
-            told = (
-                self.store.get(_END).decode()
-                if self.store is not None and self.store.check([_END])
-                else ""
-            )
-        except RuntimeError:  # the store has ended too
-            told = ""
-        return RankError(
-            "rank {} ended the run: {}".format(*told.split(" ", 1)) if told else otherwise
-        )
+        """Return the error of a rank whose run another ended: what that told, or `otherwise`."""
+        with suppress(RuntimeError):  # the store has ended too
+            if self.store is not None and self.store.check([_END]):
+                rank, _, text = self.store.get(_END).decode().partition(" ")
+                return RankError(f"rank {rank} ended the run: {text}")
+        return RankError(otherwise)
 
     def _exchange(self, collective: Callable[..., Any], *arguments: Any) -> None:
         try:
             collective(*arguments)
         except RuntimeError as error:
-            slow = "timed out" in str(error).lower()
-            raise self.lost(
-                f"rank {self.rank} of {self.size} has waited for another rank in vain, which hangs or is slower than the limit "
-                f"(METAPLUG_RANK_TIMEOUT, else {TIMEOUT:g} seconds): go on with --resume, with a higher limit if it was only slow"
-                if slow
-                else f"rank {self.rank} of {self.size} lost another rank, whose process ended without a word, killed or out of memory: "
-                "go on with --resume, on as many ranks as you like"
-            ) from error
+            otherwise = (
+                "has waited for another rank in vain, which hangs or is slower than the limit "
+                f"(METAPLUG_RANK_TIMEOUT, else {TIMEOUT:g} seconds): go on with --resume, with a "
+                "higher limit if it was only slow"
+                if "timed out" in str(error).lower()
+                else "lost another rank, whose process ended without a word, killed or out of "
+                "memory: go on with --resume, on as many ranks as you like"
+            )
+            raise self.lost(f"rank {self.rank} of {self.size} {otherwise}") from error
 
 
 ALONE = World()
@@ -199,12 +194,12 @@ class Share:
     weight: float
 
     def mean(self, x: Tensor) -> Tensor:
-        """M(x), the mean over ranks weighted by their tasks; differentiable to any order. Of one shape and dtype on all ranks."""
+        """Return M(x), differentiable to any order; x has one shape and dtype on all ranks."""
         mean: Tensor = _Mean.apply(x, self)
         return mean
 
     def means(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """M of each, detached; one exchange for all that share a dtype."""
+        """Return M of each, detached; one exchange for all that share a dtype."""
         found = [tensor.detach() for tensor in tensors]
         kinds = [(tensor.dtype, tensor.device) for tensor in found]
         for kind in dict.fromkeys(kinds):
@@ -229,40 +224,34 @@ class _Mean(torch.autograd.Function):
 
 @contextmanager
 def joined(timeout: float | None = None) -> Iterator[World]:
-    """Inside, this process and the others that `torchrun` started are one World; a process that was started alone is one by itself.
+    """Join this process and those that `torchrun` started; one started alone is its own World.
 
-    Numbers on a CPU go through gloo, on a CUDA device through NCCL; a rank's device is cuda:LOCAL_RANK. The group is left in every case,
-    and an error that leaves is told to the other ranks.
+    Numbers go through gloo on a CPU, and through NCCL on CUDA, where a rank's device is
+    cuda:LOCAL_RANK. The group is left in every case; an error that leaves is told to the others.
 
     Args:
-        timeout: seconds that a rank waits for another one; default: METAPLUG_RANK_TIMEOUT of the environment, else TIMEOUT.
+        timeout: seconds that a rank waits for another one; default: METAPLUG_RANK_TIMEOUT of the
+            environment, else TIMEOUT.
 
     Raises:
         RequestError: the environment is not whole.
         RunError: the others did not come.
     """
-    size, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "")
+    environment = os.environ
+    size, rank = environment.get("WORLD_SIZE", "1"), environment.get("RANK", "")
     if size == "1":
         yield ALONE
         return
-    wait = timedelta(
-        seconds=float(os.environ.get("METAPLUG_RANK_TIMEOUT", TIMEOUT))
-        if timeout is None
-        else timeout
-    )
-    local_rank = int(os.environ.get("LOCAL_RANK", rank or 0))
+    if timeout is None:
+        timeout = float(environment.get("METAPLUG_RANK_TIMEOUT", TIMEOUT))
+    wait, local_rank = timedelta(seconds=timeout), int(environment.get("LOCAL_RANK", rank or 0))
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     if cuda and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     try:
         store, own, count = next(rendezvous("env://", timeout=wait))
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=store,
-            rank=own,
-            world_size=count,
-            timeout=wait,
-        )
+        dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=wait)
     except ValueError as error:
         raise RequestError(
             f"WORLD_SIZE = {size} asks for several processes, but {error}: start them with torchrun"
@@ -270,7 +259,8 @@ def joined(timeout: float | None = None) -> Iterator[World]:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise RunError(
-            f"rank {rank} of {size} does not reach the others ({reason}): see that torchrun started all of them"
+            f"rank {rank} of {size} does not reach the others ({reason}): see that torchrun "
+            "started all of them"
         ) from error
     world = World(own, count, local_rank, store)
     try:

@@ -26,7 +26,8 @@ class LearnerSettings(Settings):
     meta_lr: float = Field(1e-3, gt=0, le=10, description="Its learning rate.")
     batch_norm: Literal["batch", "frozen"] = Field(
         "batch",
-        description="Batch norm by the statistics of each task's batch (transductive), or by the model's stored ones, never updated.",
+        description="Batch norm by the statistics of each task's batch (transductive), or by the "
+        "model's stored ones, never updated.",
     )
 
 

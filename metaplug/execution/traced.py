@@ -3,7 +3,7 @@
 There is no second implementation: `make_fx` records what the engine, `higher` and the plugins do to
 tensors. What changes from step to step goes in as an input: weights, the plugins' parameters and
 buffers, the tasks. What Python decides, a trace would freeze. So it is part of the trace's key
-(shapes, outer weights, derivative orders, numbers that plugins keep), or makes the step untraceable:
+(shapes, outer weights, derivative orders, numbers that plugins keep), or the step is not traced:
 that is said, and the run goes on uncompiled. The second step of every trace is compared with the
 untraced one, for what nobody thought of.
 
@@ -188,11 +188,12 @@ class CompiledDerivation:
             what = "forms, outer weights, derivative orders or attributes of plugins"
             raise RuntimeError(f"batches of more than {MOST_TRACES} {what} came along")
         named: dict[str, Any] = {}
-        unknown: Any = (_Unknown(iteration), _Unknown(total))
+        now: Any = _Unknown(iteration)
+        length: Any = _Unknown(total)
 
         def derivation(*tensors: Tensor) -> list[Tensor]:
             with _swapped(self.engine, tensors) as batch:
-                found = self.engine.derive(batch, *unknown, weights, orders=orders)
+                found = self.engine.derive(batch, now, length, weights, orders=orders)
             named["gradients"] = tuple(found.gradients)
             named["statistics"] = tuple(
                 (plugin, name) for plugin, kept in found.statistics.items() for name in kept
@@ -233,17 +234,17 @@ class _Unknown:
 
 def _refused(self: Any, *_: Any) -> Any:
     raise TypeError(
-        "it computes with the meta-iteration, which a compiled or captured step would freeze at its "
-        "first value"
+        "it computes with the meta-iteration, which a compiled or captured step would freeze at "
+        "its first value"
     )
 
 
-for _name in "add sub mul truediv floordiv mod pow divmod matmul and or xor lshift rshift".split():
-    setattr(_Unknown, f"__{_name}__", _refused)
-    setattr(_Unknown, f"__r{_name}__", _refused)
-for (
-    _name
-) in "eq ne lt le gt ge neg pos abs int float index bool hash round trunc floor ceil".split():
+_NUMBERS_METHODS = """
+    add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow divmod rdivmod
+    matmul rmatmul and rand or ror xor rxor lshift rlshift rshift rrshift eq ne lt le gt ge neg pos
+    abs int float index bool hash round trunc floor ceil
+"""
+for _name in _NUMBERS_METHODS.split():
     setattr(_Unknown, f"__{_name}__", _refused)
 
 
@@ -316,7 +317,7 @@ def _image(value: Any, depth: int = 4) -> Any:
 
 
 def _apart(traced: MetaGradients, exact: MetaGradients) -> float:
-    """The relative difference of two results' meta-gradients and outer losses; 0 for NaN in both."""
+    """The relative difference of two results' meta-gradients and outer losses; 0 for NaN."""
     if traced.gradients.keys() != exact.gradients.keys():
         return math.inf
     pairs = [(traced.gradients[name], exact.gradients[name]) for name in exact.gradients]

@@ -54,7 +54,7 @@ def build_tasks(config: ExperimentConfig) -> TaskSource:
 
 
 def task_form(config: ExperimentConfig) -> list[str]:
-    """The form of the configured tasks, such as ["5-way", "1-shot"], without ways that there are not."""
+    """The form of the configured tasks: ["5-way", "1-shot"], or ["10-shot"] without ways."""
     name, _, argument = config.tasks.source.partition(":")
     ways = registry.load("task source", name).has_ways(argument)
     return [*([f"{config.tasks.ways}-way"] if ways else []), f"{config.tasks.shots}-shot"]
@@ -96,7 +96,7 @@ def make_learner(
 ) -> MetaLearner:
     """The configured learner with its first weights, and `options` for how it runs."""
     shape, settings = tuple(tasks.input_shape), config.model.settings
-    # Iterations count from 0, so -1 is a stream of its own; on the CPU it is the same for every device.
+    # Iterations count from 0, so -1 is free; on the CPU, weights do not depend on the device.
     with stream(mix(config.seed, -1), torch.device("cpu")):
         model = make_model(config.model.name, shape, tasks.outputs, settings)
     return MetaLearner(

@@ -1,11 +1,12 @@
-"""Variants of an algorithm, meta-trained at an equal budget on the same tasks, and how much faster one gets as good as the first."""
+"""Variants of an algorithm, meta-trained on the same tasks at an equal budget, and compared."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -26,7 +27,7 @@ LEAST_VALIDATION_TASKS = 200
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of a comparison: how it is called, and its whole configuration."""
+    """One line of a comparison: its name, and its whole configuration."""
 
     label: str
     config: ExperimentConfig
@@ -34,7 +35,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Point:
-    """One validation: after so many iterations, the mean over tasks and half the width of its 95 % interval."""
+    """One validation: the mean over tasks, and half the width of its 95 % interval."""
 
     iteration: int
     mean: float
@@ -73,7 +74,7 @@ class Acceleration:
 
     @property
     def percent(self) -> tuple[float | None, ...]:
-        """By seed, (iterations of the baseline / iterations of the variant − 1) · 100; None where the target was not reached."""
+        """By seed, (baseline_iterations / iterations − 1) · 100; None where it was not reached."""
         pairs = zip(self.baseline_iterations, self.iterations, strict=True)
         return tuple(
             None if needed is None else (baseline / needed - 1) * 100 for baseline, needed in pairs
@@ -86,14 +87,14 @@ class Acceleration:
 
     @property
     def mean_percent(self) -> float | None:
-        """The mean over the seeds that reached the target, which says nothing of the others: always give `reached` with it."""
+        """The mean over the seeds that reached the target; always give `reached` with it."""
         values = [value for value in self.percent if value is not None]
         return fmean(values) if values else None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` measured.
+    """The runs of `compare`, and what follows from them.
 
     Attributes:
         metric: of every curve and test.
@@ -113,21 +114,21 @@ class Comparison:
         return self.variants[0].label
 
     def base(self, label: str) -> str | None:
-        """The label of the variant that this one extends by plugins, the longest such; None where it extends none of the others."""
+        """The label of the longest variant that this one extends by plugins; None where none is."""
         own = next(variant.config for variant in self.variants if variant.label == label)
-        bases = [
-            variant
+        bases = {
+            variant.label: len(config.plugins)
             for variant in self.variants
-            if variant.config.preset == own.preset
-            and len(variant.config.plugins) < len(own.plugins)
-            and variant.config.plugins == own.plugins[: len(variant.config.plugins)]
-        ]
-        return max(bases, key=lambda variant: len(variant.config.plugins)).label if bases else None
+            if (config := variant.config).preset == own.preset
+            and len(config.plugins) < len(own.plugins)
+            and config.plugins == own.plugins[: len(config.plugins)]
+        }
+        return max(bases, key=lambda label: bases[label], default=None)
 
     def acceleration(self, label: str, over: str | None = None) -> Acceleration:
         """Of a variant over the baseline, or over the variant `over`, seed by seed.
 
-        As fine as validations are frequent: a target counts as reached at the first validation that is as good.
+        A target counts as reached at the first validation that is as good.
         """
         pairs = zip(self.runs[over or self.baseline], self.runs[label], strict=True)
         return accelerate(self.metric, [(baseline.curve, run.curve) for baseline, run in pairs])
@@ -148,7 +149,7 @@ class Comparison:
         return accelerate(self.metric, [(self.mean_curve(self.baseline), self.mean_curve(label))])
 
     def test(self, label: str) -> EvaluationResult:
-        """The test tasks of all seeds together: the mean over seeds, with the 95 % interval over tasks."""
+        """The test tasks of all seeds together; its 95 % interval is over tasks."""
         results = [run.test for run in self.runs[label]]
         return replace(results[0], per_task=torch.cat([result.per_task for result in results]))
 
@@ -159,15 +160,13 @@ class Comparison:
 
 
 def accelerate(metric: Metric, pairs: Sequence[tuple[Curve, Curve]]) -> Acceleration:
-    """The acceleration over a baseline, from (the baseline's curve, the variant's curve) of every seed."""
+    """The acceleration, from (the baseline's curve, the variant's curve) of every seed."""
     bests = [best_point(metric, baseline) for baseline, _ in pairs]
+    reached = zip(bests, (curve for _, curve in pairs), strict=True)
     return Acceleration(
         targets=tuple(best.mean for best in bests),
         baseline_iterations=tuple(best.iteration for best in bests),
-        iterations=tuple(
-            first_reaching(metric, curve, best.mean)
-            for best, (_, curve) in zip(bests, pairs, strict=True)
-        ),
+        iterations=tuple(first_reaching(metric, curve, best.mean) for best, curve in reached),
     )
 
 
@@ -182,14 +181,10 @@ def best_point(metric: Metric, curve: Curve) -> Point:
 
 def first_reaching(metric: Metric, curve: Curve, target: float) -> int | None:
     """The iteration of the first validation that is as good as the target; None where none is."""
-    return next(
-        (
-            point.iteration
-            for point in curve
-            if point.mean == target or better(metric, point.mean, target)
-        ),
-        None,
-    )
+    for point in curve:
+        if point.mean == target or better(metric, point.mean, target):
+            return point.iteration
+    return None
 
 
 def compare(
@@ -201,48 +196,44 @@ def compare(
 ) -> Comparison:
     """Meta-train every variant with every seed, and test what validated best.
 
-    For one seed all variants see the same meta-training batches, validation tasks and test tasks, and a model begins with the same weights.
+    For one seed all variants see the same meta-training batches, validation tasks and test tasks,
+    and a model begins with the same weights.
 
     Args:
-        variants: the first is the baseline. They may differ in their plugins and in `learner`, and in nothing else.
+        variants: the first is the baseline; they may only differ in their plugins and in `learner`.
         seeds: each takes the place of the configurations' own.
         on_start: called before a variant is trained with a seed.
         on_record: called after every iteration.
 
     Raises:
         RequestError: fewer than two variants, or not comparable ones.
-        RunError: a run failed; the variant and the seed are named.
+        RunError: a run failed; names the variant and the seed.
     """
     _check(variants, seeds)
     runs: dict[str, list[SeedRun]] = {variant.label: [] for variant in variants}
     for seed in seeds:
-        tasks = build_tasks(_seeded(variants[0], seed).config)
-        if not any(runs.values()):
-            _try_all(variants, tasks)
-        for variant in (_seeded(variant, seed) for variant in variants):
-            try:
+        seeded = [
+            replace(variant, config=variant.config.model_copy(update={"seed": seed}))
+            for variant in variants
+        ]
+        tasks = build_tasks(seeded[0].config)
+        if seed == seeds[0]:  # what cannot be composed is refused before anything is trained
+            for variant in variants:
+                with _naming(f"variant '{variant.label}'"):
+                    build(variant.config, tasks)
+        for variant in seeded:
+            with _naming(f"variant '{variant.label}', seed {seed}"):
                 runs[variant.label].append(_run(variant, tasks, on_start, on_record))
-            except MetaplugError as error:
-                raise type(error)(f"variant '{variant.label}', seed {seed}: {error}") from error
-    return Comparison(
-        metric_of(tasks.kind),
-        tuple(variants),
-        tuple(seeds),
-        {label: tuple(done) for label, done in runs.items()},
-    )
+    done = {label: tuple(of_variant) for label, of_variant in runs.items()}
+    return Comparison(metric_of(tasks.kind), tuple(variants), tuple(seeds), done)
 
 
-def _try_all(variants: Sequence[Variant], tasks: TaskSource) -> None:
-    """Build every variant once, so that what cannot be composed is refused before anything is trained."""
-    for variant in variants:
-        try:
-            build(variant.config, tasks)
-        except MetaplugError as error:
-            raise type(error)(f"variant '{variant.label}': {error}") from error
-
-
-def _seeded(variant: Variant, seed: int) -> Variant:
-    return replace(variant, config=variant.config.model_copy(update={"seed": seed}))
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    try:
+        yield
+    except MetaplugError as error:
+        raise type(error)(f"{what}: {error}") from error
 
 
 def _run(
@@ -251,77 +242,57 @@ def _run(
     on_start: Callable[[Variant, Experiment], None],
     on_record: Callable[[Variant, int, Record], None],
 ) -> SeedRun:
-    config = variant.config
-    experiment = build(config, tasks)
+    training, seed = variant.config.training, variant.config.seed
+    experiment = build(variant.config, tasks)
     on_start(variant, experiment)
     learner, tasks = experiment.learner, experiment.tasks
     curve: list[Point] = []
     state: dict[str, Any] = {}
     begun = time.monotonic()
-    records = learner.iterate(
-        tasks.train,
-        iterations=config.training.iterations,
-        tasks_per_batch=config.training.tasks_per_batch,
-        validation=tasks.val,
-        validate_every=config.training.validate_every,
-        validation_tasks=config.training.validation_tasks,
-        non_finite=config.training.non_finite,
-    )
-    for record in records:
-        if record.validation is not None:
-            curve.append(
-                Point(record.step.iteration, record.validation.mean, record.validation.interval)
-            )
-            if best_point(record.validation.metric, tuple(curve)) is curve[-1]:
+    options = training.model_dump(exclude={"test_tasks"})
+    for record in learner.iterate(tasks.train, validation=tasks.val, **options):
+        if (result := record.validation) is not None:
+            curve.append(Point(record.step.iteration, result.mean, result.interval))
+            if best_point(result.metric, tuple(curve)) is curve[-1]:
                 state = copy.deepcopy(learner.state_dict())
-        on_record(variant, config.seed, record)
+        on_record(variant, seed, record)
     seconds = time.monotonic() - begun
     learner.load_state_dict(state)
-    test = learner.evaluate(tasks.test, num_tasks=config.training.test_tasks)
-    return SeedRun(
-        config.seed, tuple(curve), test, learner.chain.order(), seconds, environment(learner)
-    )
+    test = learner.evaluate(tasks.test, num_tasks=training.test_tasks)
+    plugins, surroundings = learner.chain.order(), environment(learner)
+    return SeedRun(seed, tuple(curve), test, plugins, seconds, surroundings)
 
 
 def _check(variants: Sequence[Variant], seeds: Sequence[int]) -> None:
+    """Refuse what would be no comparison, or no fair one."""
     labels = [variant.label for variant in variants]
     if len(variants) < 2:
-        raise RequestError(
-            f"a comparison needs at least two variants, not {len(variants)}: give the baseline first, then another"
-        )
-    for index, label in enumerate(labels):
-        if label in labels[:index]:
-            raise RequestError(
-                f"the variant '{label}' stands twice, and would be compared with itself: leave one out"
-            )
+        fault = f"a comparison needs at least two variants, not {len(variants)}"
+        raise RequestError(f"{fault}: give the baseline first, then another")
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        fault = f"the variant '{twice[0]}' stands twice, and would be compared with itself"
+        raise RequestError(f"{fault}: leave one out")
     if not seeds or len(set(seeds)) < len(seeds):
-        raise RequestError(
-            f"a comparison needs at least one seed and no seed twice, not {list(seeds)}: give different ones"
-        )
-    first = variants[0]
-    tasks = first.config.training.validation_tasks
+        fault = f"a comparison needs at least one seed and no seed twice, not {list(seeds)}"
+        raise RequestError(f"{fault}: give different ones")
+    tasks = variants[0].config.training.validation_tasks
     if tasks < LEAST_VALIDATION_TASKS:
-        raise RequestError(
-            f"training.validation_tasks = {tasks}: too few to compare by, as the target would be mostly noise; "
-            f"use at least {LEAST_VALIDATION_TASKS}"
-        )
-    for variant in variants[1:]:
-        one, other = _common(first.config), _common(variant.config)
-        for path in {**one, **other}:
-            if one.get(path) != other.get(path):
-                raise RequestError(
-                    f"variants '{first.label}' and '{variant.label}' differ in {path} ({one.get(path)!r} and {other.get(path)!r}), so that "
-                    f"a comparison would not be fair: set {path} for both"
-                )
-
-
-def _common(config: ExperimentConfig) -> dict[str, Any]:
-    """What all variants must have in common, by dotted path."""
-    return flatten(config.model_dump(mode="json", exclude={"preset", "plugins", "learner", "seed"}))
+        fault = "too few to compare by, as the target would be mostly noise"
+        mend = f"use at least {LEAST_VALIDATION_TASKS}"
+        raise RequestError(f"training.validation_tasks = {tasks}: {fault}; {mend}")
+    own = {"preset", "plugins", "learner", "seed"}
+    shared = [flatten(variant.config.model_dump(mode="json", exclude=own)) for variant in variants]
+    for label, other in zip(labels[1:], shared[1:], strict=True):
+        for path in {**shared[0], **other}:
+            values = shared[0].get(path), other.get(path)
+            if values[0] != values[1]:
+                what = f"variants '{labels[0]}' and '{label}' differ in {path}"
+                fault = f"({values[0]!r} and {values[1]!r}), so a comparison would not be fair"
+                raise RequestError(f"{what} {fault}: set {path} for both")
 
 
 def to_values(comparison: Comparison) -> dict[str, Any]:
-    """The whole comparison as JSON values: curves, targets, acceleration and tests by variant and seed. An accuracy is a fraction."""
+    """The whole comparison as JSON values, by variant and seed; an accuracy is a fraction."""
     return {
         "metric": comparison.metric,
         "baseline": comparison.baseline,

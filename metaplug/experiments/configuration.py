@@ -1,4 +1,4 @@
-"""An experiment as pydantic models: YAML and options become one configuration with known origins."""
+"""An experiment as pydantic models: YAML and options become one configuration."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class TaskSettings(Settings):
 
     source: str = Field(
         "glyphs",
-        description="A task source's entry-point name, with its argument behind a colon: folder:PATH.",
+        description="A task source's entry-point name, with its argument behind a colon: "
+        "folder:PATH.",
     )
     ways: int = Field(5, ge=2, le=1000, description="Classes in a task (classification).")
     shots: UpTo1000 = Field(
@@ -88,7 +89,8 @@ class RuntimeSettings(Settings):
     )
     compile: bool = Field(
         False,
-        description="Compile meta-steps: a minute or more once, then many times faster for small models.",
+        description="Compile meta-steps: a minute or more once, "
+        "then many times faster for small models.",
     )
     capture: Literal[True, False, "auto"] = Field(
         False,
@@ -122,7 +124,8 @@ class ExperimentConfig(Settings):
 
     preset: str | Preset = Field(
         "maml",
-        description="The algorithm, as `metaplug plugins` lists it, or a whole preset of one's own.",
+        description="The algorithm, as `metaplug plugins` lists it, "
+        "or a whole preset of one's own.",
     )
     plugins: tuple[PluginUse, ...] = Field(
         (), description="Plugins behind the preset's, in the order of application."
@@ -149,8 +152,8 @@ class ExperimentConfig(Settings):
 class Resolved:
     """A configuration, and by dotted path where each value came from.
 
-    An origin is "default", "preset …", "FILE" or "option". Settings of plugins, the preset's too, stand
-    as plugins.NAME.FIELD, without those that are at their default.
+    An origin is "default", "preset …", "FILE" or "option". Settings of plugins, the preset's too,
+    stand as plugins.NAME.FIELD, without those that are at their default.
     """
 
     config: ExperimentConfig
@@ -189,7 +192,7 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Resolved:
 
 
 def _with_whole_preset(layer: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
-    """The layer with a preset of one's own as a Preset, so a run's configuration is whole in itself."""
+    """The layer with a preset of one's own as a Preset, so the configuration is whole in itself."""
     preset = layer.get("preset")
     if isinstance(preset, Mapping):
         named = {"name": Path(origin).stem, **preset}

@@ -74,7 +74,7 @@ def environment(learner: MetaLearner) -> dict[str, Any]:
 
 
 def versions_of_plugins(learner: MetaLearner) -> dict[str, str]:
-    """metaplug's own version, and those of the distributions that the learner's plugins come from."""
+    """The versions of metaplug and of the distributions that the plugins come from."""
     versions = {"metaplug": metaplug.__version__}
     for plugin in learner.chain.plugins:
         if name := registry.name_of("plugin", type(plugin)):

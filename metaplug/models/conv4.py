@@ -22,21 +22,16 @@ class Conv4Config(Settings):
 
     filters: int = Field(32, ge=1, le=1024, description="Channels of every block.")
     pooling: Literal["max", "stride"] = Field(
-        "stride",
-        description="How a block halves its size: max-pooling 2 x 2, or its convolution's stride 2.",
+        "stride", description="How a block halves its size: max-pooling 2 x 2, or stride 2."
     )
     leaky_slope: float = Field(
         0.0, ge=0, le=1, description="Slope of the activation below zero; 0 is ReLU."
     )
     norm: Literal["batch", "group", "layer", "none"] = Field(
-        "batch",
-        description="Normalisation: by the statistics of the batch, of eight groups of channels, "
-        "of all channels together, or none.",
+        "batch", description="Norm over the batch, eight groups of channels, all channels, or none."
     )
     initialisation: Literal["torch", "xavier"] = Field(
-        "torch",
-        description="First weights of convolutions and head: torch's own, or Xavier's uniform ones "
-        "with biases of zero.",
+        "torch", description="First weights: torch's, or Xavier's uniform ones with biases of zero."
     )
 
     @model_validator(mode="after")
@@ -50,7 +45,8 @@ class Conv4Config(Settings):
 class Conv4(nn.Module):
     """Four blocks, each halving the size, and a linear head (Vinyals et al. 2016).
 
-    A block is a 3 x 3 convolution, a normalisation and ReLU. Batch norm always uses the statistics of the batch and stores none.
+    A block is a 3 x 3 convolution, a normalisation and ReLU. Batch norm always uses the
+    statistics of the batch and stores none.
 
     Args:
         input_shape: (channels, height, width) of one image.

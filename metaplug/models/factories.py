@@ -1,4 +1,4 @@
-"""A model by its name: an installed one, a user's own MODULE:FACTORY, or a torchvision classifier."""
+"""Models by name: installed ones, MODULE:FACTORY of a user's own, classifiers of torchvision."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class ResNet12(nn.Module):
         settings: fields of ResNet12Config.
 
     Raises:
-        RequestError: a setting is wrong, or the inputs are no images or too small for four poolings.
+        RequestError: a setting is wrong, or the inputs are no images or too small.
     """
 
     Config: ClassVar[type[ResNet12Config]] = ResNet12Config

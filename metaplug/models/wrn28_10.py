@@ -13,7 +13,7 @@ from metaplug.settings import Settings, validated
 
 _STEM = 16
 _GROUPS = ((16, 1), (32, 2), (64, 2))
-"""Of each group of blocks: its channels before widening, and the stride of its first convolution."""
+"""Of each group: its channels before widening, and the stride of its first convolution."""
 
 
 class WideResNetConfig(Settings):

@@ -1,4 +1,4 @@
-"""What people read: lines, tables, progress and pictures.
+"""Everything that people read: lines, tables, progress and pictures.
 
 `console` is standard error, one line at a time. `terminal` has the lines and the progress of a run,
 `comparison` the table of a comparison, `tables` those of a configuration and of installed parts,

@@ -86,26 +86,6 @@ def show_model_factory(experiment: Experiment, label: str = "") -> None:
         line(label + text)
 
 
-class FirstStepMemory:
-    """Says once, after the first meta-step of a run, the peak of memory that it took."""
-
-    def __init__(self) -> None:
-        self._of: tuple[torch.device, str] | None = None
-
-    def begin(self, experiment: Experiment, label: str = "") -> None:
-        """Measure from here on, for a run that `label` names."""
-        self._of = experiment.learner.engine.device, label
-        reset_peak_memory(self._of[0])
-
-    def record(self) -> None:
-        """Say the peak, if the step that is recorded is the first of its run."""
-        if self._of is not None:
-            (device, label), self._of = self._of, None
-            if (peak := peak_memory(device)) is not None:
-                what = "given out by torch" if device.type == "cuda" else "of the whole process"
-                line(f"{label}memory: {size_text(peak)} at the peak of the first step, {what}")
-
-
 class TrainingProgress:
     """Show iterations: on a terminal a bar with the time left, elsewhere a line per validation.
 
@@ -128,6 +108,7 @@ class TrainingProgress:
         self._task: TaskID | None = None
         self._done = self._skipped = 0
         self._validation = ""
+        self._measured: tuple[torch.device, str] | None = None
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -142,8 +123,22 @@ class TrainingProgress:
         """Set how many iterations were done, and skipped, before this process."""
         self._done, self._skipped = done, skipped
 
+    def measure_memory(self, experiment: Experiment, label: str = "") -> None:
+        """Measure the next iteration's peak of memory, and say it once that is done."""
+        self._measured = experiment.learner.engine.device, label
+        reset_peak_memory(self._measured[0])
+
+    def _show_memory(self, device: torch.device, label: str) -> None:
+        if (peak := peak_memory(device)) is not None:
+            what = "given out by torch" if device.type == "cuda" else "of the whole process"
+            text = f"{label}memory: {size_text(peak)} at the peak of the first step, {what}"
+            line(text, console=self.console)
+
     def record(self, record: Record, label: str = "training") -> None:
         """Show one more iteration, of the run that `label` names."""
+        if self._measured is not None:
+            self._show_memory(*self._measured)
+            self._measured = None
         step, result = record.step, record.validation
         self._done += 1
         self._skipped += step.skipped is not None

@@ -16,7 +16,7 @@ from metaplug.errors import RequestError, one_line
 from metaplug.random_streams import stream
 from metaplug.tasks.draws import distinct, draw
 from metaplug.tasks.episodes import TaskStream
-from metaplug.tasks.torchmeta.mends import apply
+from metaplug.tasks.torchmeta.compatibility import apply
 
 
 def as_stream(tasks: Any, seed: int = 0) -> TaskStream:

@@ -39,16 +39,10 @@ class ExampleCounts(Settings):
     """The sizes of a task."""
 
     shots: int = Field(
-        1,
-        ge=1,
-        le=1000,
-        description="Support examples of each class (classification) or of the task (regression).",
+        1, ge=1, le=1000, description="Support examples of each class, or of a regression task."
     )
     queries: int = Field(
-        15,
-        ge=1,
-        le=1000,
-        description="Query examples of each class (classification) or of the task (regression).",
+        15, ge=1, le=1000, description="Query examples of each class, or of a regression task."
     )
 
 
@@ -59,42 +53,31 @@ class EpisodeForm(ExampleCounts):
 
 
 class EpisodeOptions(Settings):
-    """How tasks are drawn from class images: the base of the Config of every source of images."""
+    """Options of drawing tasks from class images: the base of the Config of such sources."""
 
     within: bool = Field(
         False,
-        description="Whether the classes of a task come from one super-class, such as an alphabet "
-        "or a script.",
+        description="Whether a task's classes come from one super-class, such as an alphabet.",
     )
     rotate: bool = Field(
-        False,
-        description="Training: turn every class of a task by a random multiple of 90 degrees.",
+        False, description="Training: turn each class by a random multiple of 90 degrees."
     )
     flip: bool = Field(
-        False,
-        description="Training: mirror every class of a task left to right, or not, at random.",
+        False, description="Training: mirror each class left to right, or not, at random."
     )
     shift: int = Field(
-        0,
-        ge=0,
-        le=512,
-        description="Training: move every image by up to so many pixels, at random; zeros come in.",
+        0, ge=0, le=512, description="Training: move images by up to so many pixels; zeros come in."
     )
     train_ways: tuple[int, int] | None = Field(
         None,
-        description="Fewest and most classes of a training task, drawn for each meta-batch; null: "
-        "the ways of all tasks.",
+        description="Training: fewest and most ways, drawn for each meta-batch; null: as given.",
     )
     train_shots: tuple[int, int] | None = Field(
         None,
-        description="Fewest and most shots of a training task, drawn for each meta-batch; null: "
-        "the shots of all tasks.",
+        description="Training: fewest and most shots, drawn for each meta-batch; null: as given.",
     )
     memory_mib: int = Field(
-        4096,
-        ge=0,
-        description="A split's images are kept in memory up to so many MiB; more of them in a file "
-        "that is mapped into it.",
+        4096, ge=0, description="MiB of a split's images in memory; more are mapped from a file."
     )
 
     @model_validator(mode="after")

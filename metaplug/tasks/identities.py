@@ -92,12 +92,12 @@ class TrainedOn:
         seen = sum(digest in self.classes for digest in given.values())
         return seen if seen or self.complete else None
 
-    def refuse(self, stream: TaskStream, noun: str, mend: str) -> None:
+    def refuse(self, stream: TaskStream, noun: str, instead: str) -> None:
         """Refuse a stream that shares a class with these.
 
         Args:
             noun: what its classes are called, in the plural.
-            mend: what to do instead.
+            instead: what to do instead.
 
         Raises:
             RequestError: a class is shared; the first one is named.
@@ -109,7 +109,7 @@ class TrainedOn:
         raise RequestError(
             f"the {stream.split} tasks draw on {len(seen)} of {len(given)} {noun} that this "
             f"learner is trained on, the first being '{seen[0]}', so that nothing would be "
-            f"measured on unseen ones: {mend}"
+            f"measured on unseen ones: {instead}"
         )
 
     def to_state(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What breaks a line, a terminal or the order of words; surrogates are bytes that are not UTF-8."""
+"""Breaks a line, a terminal or the order of words; surrogates are bytes that are not UTF-8."""
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -74,7 +74,7 @@ class TaskSource(ABC):
         """
 
     def _described(self, origin: str, licence: str, sizes: Mapping[str, Any]) -> dict[str, Any]:
-        """What `describe` returns, of its parts; `sizes` by split."""
+        """The value of `describe`, of its parts; `sizes` by split."""
         return {
             "kind": self.kind,
             "input_shape": list(self.input_shape),

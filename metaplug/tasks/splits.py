@@ -20,7 +20,7 @@ _MOST_BYTES = 64 * 2**20
 
 
 class SplitFractions(Settings):
-    """How classes, or tasks, are split where nothing else says so."""
+    """The split of classes, or tasks, where nothing else says it."""
 
     fractions: tuple[float, float, float] = Field(
         (0.64, 0.16, 0.20),

@@ -153,7 +153,8 @@ class Subject:
 def fit(learner: MetaLearner, example: Example, iterations: int, *, tasks: int = 2) -> None:
     """Train on tasks for the example's model."""
     if iterations:
-        learner.fit(stream(example), iterations=iterations, tasks_per_batch=tasks)
+        total = learner.iteration + iterations  # said, since schedules may start anew
+        learner.fit(stream(example), iterations=iterations, total=total, tasks_per_batch=tasks)
 
 
 def stream(example: Example, split: str = "train") -> Stream:
@@ -207,7 +208,7 @@ class Clause:
                 self._once(subject)
             else:
                 examples = _examples(subject, **self._draws)
-                runs = _settings(max(subject.examples // self._cost, 1))
+                runs = settings(_SETTINGS, max_examples=max(subject.examples // self._cost, 1))
                 runs(given(examples)(lambda example: self._once(subject, example)))()
         except BreachError as breach:
             raise self._error(subject, breach) from breach.__cause__
@@ -261,17 +262,15 @@ def in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _settings(examples: int) -> settings:
-    return settings(
-        max_examples=examples,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=(Phase.generate, Phase.shrink),
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-        verbosity=Verbosity.quiet,
-    )
+_SETTINGS = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=(Phase.generate, Phase.shrink),
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+    verbosity=Verbosity.quiet,
+)
 
 
 @st.composite

@@ -41,6 +41,7 @@ def first_order(subject: Subject, example: Example) -> None:
 @clause_on(
     "recomputed",
     "steps that are taken again in the backward pass (checkpoint_steps) give the same numbers",
+    steps=(2, 3),
 )
 def recomputed(subject: Subject, example: Example) -> None:
     """The first time no graph is kept, and the second time no statistics."""

@@ -44,6 +44,7 @@ def finite(subject: Subject, example: Example) -> None:
     "finite-at-zero",
     "where losses and gradients are exactly zero, of all tasks or of one, nothing becomes NaN or "
     "Inf",
+    steps=(2, 3),
 )
 def finite_at_zero(subject: Subject, example: Example) -> None:
     """A task that is learned has no gradient."""

@@ -138,7 +138,7 @@ def checkpoint(subject: Subject, example: Example) -> None:
     learner, batch = subject.learner(Example(example.problem)), example.problem.batch
     fit(learner, example, 2)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "learner.pt"
+        path = Path(folder) / "learner.safetensors"
         learner.save(path)
         model = copy.deepcopy(example.problem.model)
         loaded = MetaLearner.load(path, model=model, plugins=[subject.make()])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from metaplug.checks.prepare_batch import PrepareBatch
-from metaplug.errors import RequestError
+from metaplug.errors import RequestError, quoted
 from metaplug.evaluation.history import Record
 from metaplug.evaluation.results import EvaluationResult
 from metaplug.execution.engine import Engine
 from metaplug.execution.memory import memory_explained
 from metaplug.execution.windows import meta_steps
+from metaplug.tasks.adapters import LoaderTasks, as_stream
 from metaplug.tasks.episodes import TaskStream
 
 
@@ -21,7 +24,8 @@ class Loop:
     """Meta-training up to an iteration.
 
     Attributes:
-        end: the iteration to stop after, and `total`, the length of the run for schedules.
+        end: the iteration to stop after.
+        total: the length of the run, which schedules follow; None for `end`.
         tasks_per_batch: of all ranks.
         validate: called every `validate_every` iterations and after the last; None for never.
         metrics_every: meta-steps after which losses and figures are fetched from the device.
@@ -32,7 +36,7 @@ class Loop:
     prepare_batch: PrepareBatch
     tasks: TaskStream
     end: int
-    total: int
+    total: int | None
     tasks_per_batch: int
     validate: Callable[[], EvaluationResult] | None
     validate_every: int
@@ -46,7 +50,7 @@ class Loop:
                 f"tasks_per_batch = {self.tasks_per_batch} on {size} ranks: a rank without a task "
                 f"would only wait; give at least {size} tasks, or start fewer ranks"
             )
-        if self.total < self.end:
+        if self.total is not None and self.total < self.end:
             raise RequestError(
                 f"total = {self.total}: this call ends at iteration {self.end}; give at least that"
             )
@@ -60,7 +64,7 @@ class Loop:
         Raises:
             RunError: a loss or gradient is NaN or Inf, or memory runs out.
         """
-        engine = self.engine
+        engine, total = self.engine, self._length()
         own = engine.world.shard(range(self.tasks_per_batch))
         while engine.iteration < self.end:
             first, due = engine.iteration, self.end
@@ -79,12 +83,39 @@ class Loop:
             )
             with memory_explained(engine, len(own)):
                 if until == first + 1:
-                    step = engine.meta_step(next(batches), self.total, skip=self.skip)
+                    step = engine.meta_step(next(batches), total, skip=self.skip)
                     steps = iter([step])
                 else:
-                    steps = meta_steps(engine, batches, self.total, skip=self.skip)
+                    steps = meta_steps(engine, batches, total, skip=self.skip)
                     steps = itertools.chain([next(steps)], steps)  # all of them are made here
             begun()
             for step in steps:
                 measured = self.validate is not None and step.iteration == due
                 yield Record(step, self.validate() if measured and self.validate else None)
+
+    def _length(self) -> int:
+        """The length of the run; a warning where an earlier call's schedules would not go on."""
+        engine, before = self.engine, self.engine.total
+        scheduled = engine.chain.scheduled
+        if self.total is None and engine.iteration and before not in (0, self.end) and scheduled:
+            warnings.warn(
+                f"this call makes a run of {before} iterations one of {self.end}, so the schedules "
+                f"of plugin {quoted(scheduled)} jump: give total=, the same in every call",
+                stacklevel=4,
+            )
+        return self.end if self.total is None else self.total
+
+
+def stream_of(tasks: TaskStream | Any, seed: int, ranks: int) -> TaskStream:
+    """Return tasks as a stream that several ranks can share.
+
+    Raises:
+        RequestError: they decide themselves which task comes next, and there are several ranks.
+    """
+    stream = as_stream(tasks, seed)
+    if ranks > 1 and isinstance(stream, LoaderTasks):
+        raise RequestError(
+            f"a BatchMetaDataLoader decides itself which tasks come next, so that {ranks} ranks "
+            "would train on the same: give its CombinationMetaDataset instead"
+        )
+    return stream

@@ -39,7 +39,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Answer:
-    """What a command left behind."""
+    """The exit status of a command and what it printed."""
 
     def __init__(self, status: int, out: str, err: str) -> None:
         self.status, self.out, self.err = status, out, err
@@ -174,7 +174,7 @@ ERRORS: list[tuple[str, str]] = [
     ("train --tasks glyph", "unknown task source 'glyph': did you mean 'glyphs'?"),
     (
         "train --tasks folder",
-        "the task source 'folder' needs a path behind a colon: write folder:PATH",
+        "the task source 'folder' needs a path after a colon: write folder:PATH",
     ),
     ("train --tasks sinusoid --model conv5", "unknown model 'conv5': did you mean 'conv4'?"),
     ("train --ways 1", "option: tasks.ways = 1: input should be greater than or equal to 2"),
@@ -856,7 +856,8 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(metaplug: Any) -> None:
     assert metaplug(*options, "--name", "whole").status == 0
     assert (folder / "metrics.jsonl").read_bytes() == Path("runs/whole/metrics.jsonl").read_bytes()
     one, other = (
-        checkpoint.read(Path("runs") / name / "last.safetensors")["model"] for name in ("stopped", "whole")
+        checkpoint.read(Path("runs") / name / "last.safetensors")["model"]
+        for name in ("stopped", "whole")
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
 

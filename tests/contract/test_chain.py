@@ -1,4 +1,4 @@
-"""The chain: its order is the list, its contract is checked, and every fault names plugin, hook, link and step."""
+"""The chain: its order is the list, and every fault names plugin, hook, link and step."""
 
 import math
 import re
@@ -21,7 +21,7 @@ from metaplug.testing import Stream, adapted, assert_close, found, problem
 
 
 def refused(plugins, error=RequestError):
-    """The text of the error that a learner with these plugins gives when made, or in its first iteration."""
+    """The error of a learner with these plugins when made, or in its first iteration."""
     with pytest.raises(error) as caught:
         problem().learner(plugins=plugins).fit(Stream(), iterations=1)
     assert "\n" not in str(caught.value)
@@ -186,7 +186,10 @@ def test_an_unmarked_hook_is_refused():
         def commit(cls, kept):
             pass
 
-    text = "plugin '{}': method {} overrides a hook but is not marked: put @hookimpl above it, or rename it"
+    text = (
+        "plugin '{}': method {} overrides a hook but is not marked: put @hookimpl above it, "
+        "or rename it"
+    )
     assert refused([Forgetful()]) == text.format("forgetful", "transform_gradients")
     assert refused([Classy()]) == text.format("classy", "commit")
 
@@ -198,8 +201,10 @@ def test_a_misspelt_hook_is_refused_with_the_nearest_name():
             return gradients
 
     expected = (
-        f"plugin 'misspelt': method transform_gradient is marked @hookimpl, but metaplug {metaplug.__version__} has no hook "
-        "'transform_gradient' (did you mean 'transform_gradients'?): rename it, or install a newer metaplug, which may have it"
+        "plugin 'misspelt': method transform_gradient is marked @hookimpl, but metaplug "
+        f"{metaplug.__version__} has no hook "
+        "'transform_gradient' (did you mean 'transform_gradients'?): rename it, or install a "
+        "newer metaplug, which may have it"
     )
     assert refused([Misspelt()]) == expected
 
@@ -211,7 +216,8 @@ def test_a_default_argument_is_refused():
             return gradients
 
     expected = (
-        "plugin 'default': method transform_gradients gives an argument a default, so that the hook would never fill it: "
+        "plugin 'default': method transform_gradients gives an argument a default, so that the "
+        "hook would never fill it: "
         "take the default out"
     )
     assert refused([Default()]) == expected
@@ -224,8 +230,10 @@ def test_an_unknown_argument_is_refused():
             return grads
 
     expected = (
-        "plugin 'unknown': method transform_gradients asks for 'grads', which transform_gradients does not have in metaplug "
-        f"{metaplug.__version__} (did you mean 'gradients'?): rename it, or install a newer metaplug, which may have it"
+        "plugin 'unknown': method transform_gradients asks for 'grads', which "
+        "transform_gradients does not have in metaplug "
+        f"{metaplug.__version__} (did you mean 'gradients'?): rename it, or install a newer "
+        "metaplug, which may have it"
     )
     assert refused([Unknown()]) == expected
 
@@ -238,7 +246,8 @@ def test_a_place_of_ones_own_is_refused(place):
             yield
 
     expected = (
-        "plugin 'pushy': method transform_gradients asks for a place of its own: the order is the configured list; "
+        "plugin 'pushy': method transform_gradients asks for a place of its own: the order is "
+        "the configured list; "
         "take tryfirst, trylast and wrapper out"
     )
     assert refused([Pushy()]) == expected
@@ -259,7 +268,8 @@ class Rival(Plugin):
 def test_the_list_is_checked_and_never_reordered():
     assert (
         refused([First(), First()])
-        == "plugin 'first' stands twice in the list: give one of them a name of its own, or leave it out"
+        == "plugin 'first' stands twice in the list: give one of them a name of its own, or "
+        "leave it out"
     )
     assert (
         refused([After(), First()])
@@ -285,7 +295,8 @@ def test_the_list_is_checked_and_never_reordered():
 
 def test_what_is_no_plugin_is_refused():
     expected = (
-        "Linear(in_features=1, out_features=1, bias=True) is not a plugin: give its name, an instance of a subclass of metaplug.Plugin, "
+        "Linear(in_features=1, out_features=1, bias=True) is not a plugin: give its name, an "
+        "instance of a subclass of metaplug.Plugin, "
         "or a function named as a hook"
     )
     assert refused([nn.Linear(1, 1)]) == expected
@@ -306,7 +317,8 @@ def test_a_plugin_is_final_and_well_named():
         First(name="My Plugin")
     assert (
         str(error.value)
-        == "'My Plugin' cannot name a plugin: use lower-case letters, digits and single hyphens, as in 'my-plugin'"
+        == "'My Plugin' cannot name a plugin: use lower-case letters, digits and single "
+        "hyphens, as in 'my-plugin'"
     )
     assert [
         type(name, (Plugin,), {}).kind()
@@ -317,7 +329,10 @@ def test_a_plugin_is_final_and_well_named():
 def test_one_instance_serves_one_learner():
     sharing = GradientSharing()
     problem().learner(plugins=[sharing])
-    expected = "plugin 'gradient-sharing' already belongs to another learner: make a new instance for each learner"
+    expected = (
+        "plugin 'gradient-sharing' already belongs to another learner: make a new "
+        "instance for each learner"
+    )
     assert refused([sharing]) == expected
 
 
@@ -371,17 +386,20 @@ FAULTS = [
     (
         "transform_gradients",
         changed("0.bias", lambda g: g.mean(0)),
-        "returned shape (6,), torch.float64 on cpu; it was given shape (1, 6), torch.float64 on cpu, which it must keep (for '0.bias')",
+        "returned shape (6,), torch.float64 on cpu; it was given shape (1, 6), torch.float64 on "
+        "cpu, which it must keep (for '0.bias')",
     ),
     (
         "transform_gradients",
         changed("0.bias", lambda g: g.float()),
-        "returned shape (1, 6), torch.float32 on cpu; it was given shape (1, 6), torch.float64 on cpu, which it must keep (for '0.bias')",
+        "returned shape (1, 6), torch.float32 on cpu; it was given shape (1, 6), torch.float64 "
+        "on cpu, which it must keep (for '0.bias')",
     ),
     (
         "transform_parameters",
         changed("0.bias", lambda g: g.to("meta")),
-        "returned shape (1, 6), torch.float64 on meta; it was given shape (1, 6), torch.float64 on cpu, which it must keep (for '0.bias')",
+        "returned shape (1, 6), torch.float64 on meta; it was given shape (1, 6), torch.float64 "
+        "on cpu, which it must keep (for '0.bias')",
     ),
     (
         "transform_parameters",
@@ -391,7 +409,8 @@ FAULTS = [
     (
         "transform_inner_losses",
         lambda losses: losses.mean(),
-        "returned shape (), torch.float64 on cpu; it was given shape (1,), torch.float64 on cpu, which it must keep",
+        "returned shape (), torch.float64 on cpu; it was given shape (1,), torch.float64 on "
+        "cpu, which it must keep",
     ),
     ("transform_inner_losses", lambda losses: 0.5, "returned float, not a tensor"),
     (
@@ -402,7 +421,8 @@ FAULTS = [
     (
         "transform_learning_rates",
         changed("0.bias", lambda r: r.float()),
-        "returned shape (), torch.float32 on cpu for '0.bias', not a tensor of torch.float64 on cpu",
+        "returned shape (), torch.float32 on cpu for '0.bias', not a tensor of torch.float64 on "
+        "cpu",
     ),
     (
         "transform_learning_rates",
@@ -412,7 +432,8 @@ FAULTS = [
     (
         "transform_learning_rates",
         changed("0.bias", lambda r: r.expand(1, 1, 6)),
-        "returned shape (1, 1, 6) for '0.bias', which does not broadcast to (tasks, *shape) = (1, 6)",
+        "returned shape (1, 1, 6) for '0.bias', which does not broadcast to (tasks, *shape) = "
+        "(1, 6)",
     ),
     ("transform_tasks", lambda batch: batch.support_x, "returned Tensor, not a TaskBatch"),
     (
@@ -425,7 +446,8 @@ FAULTS = [
     (
         "transform_tasks",
         lambda batch: batch.to("meta"),
-        "returned a batch whose support_x is torch.float64 on meta; it must be torch.float64 on cpu",
+        "returned a batch whose support_x is torch.float64 on meta; it must be torch.float64 on "
+        "cpu",
     ),
     (
         "transform_tasks",
@@ -466,7 +488,8 @@ FAULTS = [
     (
         "transform_meta_gradients",
         changed("0.bias", lambda g: g[:1]),
-        "returned shape (1,), torch.float64 on cpu; it was given shape (6,), torch.float64 on cpu, which it must keep (for '0.bias')",
+        "returned shape (1,), torch.float64 on cpu; it was given shape (6,), torch.float64 on "
+        "cpu, which it must keep (for '0.bias')",
     ),
     (
         "scale_meta_learning_rate",
@@ -530,7 +553,8 @@ def test_an_exception_inside_a_plugin_names_the_place_and_keeps_the_cause():
         learner.fit(Stream(), iterations=1)
     assert (
         placeless(error.value)
-        == "plugin 'later' in transform_gradients (link 2 of 2, iteration 2, inner step 1) failed: KeyError: 1"
+        == "plugin 'later' in transform_gradients (link 2 of 2, iteration 2, inner step 1) "
+        "failed: KeyError: 1"
     )
     assert isinstance(error.value.__cause__, KeyError)
     assert all(torch.equal(*pair) for pair in zip(weights, learner.model.parameters(), strict=True))
@@ -587,7 +611,10 @@ def test_two_answers_to_one_question_are_refused():
         def derivative_order(self):
             return 1
 
-    expected = "plugins 'one' and 'two' both answer derivative_order, which only one may: leave one of them out"
+    expected = (
+        "plugins 'one' and 'two' both answer derivative_order, which only one may: leave "
+        "one of them out"
+    )
     assert refused([Order(name="one"), Order(name="two")]) == expected
 
 
@@ -627,7 +654,10 @@ def test_coupling_tasks_must_be_declared():
         def transform_inner_losses(self, losses, step):
             return step.task_mean(losses).expand_as(losses)
 
-    expected = "plugin 'sly' takes a mean over tasks but does not say so: set couples_tasks = True on its class, or in its module"
+    expected = (
+        "plugin 'sly' takes a mean over tasks but does not say so: set couples_tasks = "
+        "True on its class, or in its module"
+    )
     assert refused([Sly()]) == expected
 
 
@@ -638,7 +668,8 @@ def test_losses_are_not_known_before_the_forward_pass():
             return step.losses
 
     expected = (
-        "plugin 'early' asks for this step's losses in transform_parameters, before the forward pass that makes them: "
+        "plugin 'early' asks for this step's losses in transform_parameters, before the forward "
+        "pass that makes them: "
         "use them in transform_inner_losses, transform_gradients or transform_learning_rates"
     )
     assert refused([Early()]) == expected
@@ -653,7 +684,8 @@ def test_values_per_step_need_a_step():
     ):
         learner.evaluate(Stream(), num_tasks=1, inner_steps=1)
     assert str(error.value) == (
-        "plugin 'gradient-sharing' keeps a value for each inner step, but the model is trained with none: "
+        "plugin 'gradient-sharing' keeps a value for each inner step, but the model is trained "
+        "with none: "
         "train with inner_steps of at least 1, or leave the plugin out"
     )
 
@@ -716,7 +748,8 @@ def test_mappings_are_read_only(hook):
 
     text = refused([Copy(), Vandal(hook=hook)], RunError)
     assert re.search(
-        r"failed at test_chain\.py:\d+: TypeError: 'mappingproxy' object does not support item assignment$",
+        r"failed at test_chain\.py:\d+: TypeError: 'mappingproxy' object does not support item "
+        r"assignment$",
         text,
     )
 
@@ -886,10 +919,12 @@ def test_plugins_with_disjoint_hooks_commute():
 
 
 def test_clipping_and_sharing_do_not_commute_and_equal_hand_computed_values():
-    """Two tasks on a plane with gradients g = (3, 4) and (0, −10), rate 1, gate ½, no momentum, bound 1.
+    """Two tasks on a plane, g = (3, 4) and (0, −10), rate 1, gate ½, no momentum, bound 1.
 
-    Sharing first: ū = ((0.6, 0.8) + (0, −1)) / 2 = (0.3, −0.1); d = g / 2 + ‖g‖ ū / 2 = (2.25, 1.75) and (1.5, −5.5); then clipped.
-    Clipping first: g = (0.6, 0.8) and (0, −1); ū as before; d = (0.45, 0.35) and (0.15, −0.55), which is shorter than 1.
+    Sharing first: ū = ((0.6, 0.8) + (0, −1)) / 2 = (0.3, −0.1);
+    d = g / 2 + ‖g‖ ū / 2 = (2.25, 1.75) and (1.5, −5.5); then clipped.
+    Clipping first: g = (0.6, 0.8) and (0, −1); ū as before;
+    d = (0.45, 0.35) and (0.15, −0.55), which is shorter than 1.
     """
     batch = TaskBatch(
         torch.zeros(2, 1, 1),
@@ -957,7 +992,8 @@ def test_replaced_meta_gradients_are_used_and_checked():
     assert_close(learner.meta_gradients(case.batch), expected)
     text = refused([Reptile(), GradientSharing()], RunError)
     assert text == (
-        "plugin 'reptile' in compute_meta_gradients (link 1 of 1, iteration 0) answered names that are not meta-learned (none) "
+        "plugin 'reptile' in compute_meta_gradients (link 1 of 1, iteration 0) answered names "
+        "that are not meta-learned (none) "
         "or left out a plugin's parameters "
         "('gradient-sharing.gate', 'gradient-sharing.momentum'), which would then never learn: "
         "answer by the names of MetaLearner.meta_gradients"
@@ -970,7 +1006,8 @@ def test_replaced_meta_gradients_are_used_and_checked():
         [link("compute_meta_gradients", lambda outcome: {"0.bias": torch.zeros(3)})], RunError
     )
     assert text == (
-        "plugin 'bad' in compute_meta_gradients (link 1 of 1, iteration 0) returned shape (3,), torch.float32 on cpu; "
+        "plugin 'bad' in compute_meta_gradients (link 1 of 1, iteration 0) returned shape (3,), "
+        "torch.float32 on cpu; "
         "the parameter is shape (6,), torch.float64 on cpu, which it must keep (for '0.bias')"
     )
     text = refused([link("compute_meta_gradients", lambda outcome: [])], RunError)
@@ -1039,11 +1076,13 @@ class Loose(Plugin.Config, extra="ignore"):
     [
         (
             dict,
-            "Mine.Config is no subclass of metaplug.PluginConfig, so that settings would go unchecked: write class Config(PluginConfig)",
+            "Mine.Config is no subclass of metaplug.PluginConfig, so that settings would go "
+            "unchecked: write class Config(PluginConfig)",
         ),
         (
             Loose,
-            "Mine.Config lets unknown fields pass, or its fields be changed, which no run could tell: "
+            "Mine.Config lets unknown fields pass, or its fields be changed, which no run could "
+            "tell: "
             "take extra and frozen out of its model_config",
         ),
     ],

@@ -1,4 +1,4 @@
-"""What plugins of others are written against only grows: nothing of `contract.json` is taken away, renamed or put elsewhere."""
+"""The contract only grows: nothing of `contract.json` is removed, renamed or moved."""
 
 import dataclasses
 import importlib
@@ -82,11 +82,13 @@ def faults(frozen, found, path=()):
             []
             if frozen == found
             else [
-                f"{where}: '{frozen}' has become '{found}', and plugins that rely on it break: bring it back"
+                f"{where}: '{frozen}' has become '{found}', and plugins that rely on it break: "
+                "bring it back"
             ]
         )
     gone = [
-        f"{where}: '{name}' is gone, and plugins that use it break: bring it back, and deprecate it first"
+        f"{where}: '{name}' is gone, and plugins that use it break: bring it back, and "
+        "deprecate it first"
         for name in frozen
         if name not in found
     ]
@@ -108,7 +110,8 @@ def faults(frozen, found, path=()):
         )
     if not gone and path[0] in ORDERED and found[: len(frozen)] != frozen:
         return [
-            f"{where}: {found} is not {frozen} with new ones behind: put them behind, in the old order"
+            f"{where}: {found} is not {frozen} with new ones behind: put them behind, in the "
+            "old order"
         ]
     return gone + new
 
@@ -123,45 +126,55 @@ def test_nothing_is_gone_and_what_is_new_is_written_down():
     [
         (
             lambda it: it["hooks"].pop("commit"),
-            "hooks: 'commit' is gone, and plugins that use it break: bring it back, and deprecate it first",
+            "hooks: 'commit' is gone, and plugins that use it break: bring it back, and "
+            "deprecate it first",
         ),
         (
             lambda it: it["hooks"].update(commit="fold"),
-            "hooks commit: 'notify' has become 'fold', and plugins that rely on it break: bring it back",
+            "hooks commit: 'notify' has become 'fold', and plugins that rely on it break: bring "
+            "it back",
         ),
         (
             lambda it: it["hooks"].update(transform_everything="fold"),
-            "hooks: 'transform_everything' is new: when it is to stay for good, add it to tests/contract.json",
+            "hooks: 'transform_everything' is new: when it is to stay for good, add it to "
+            "tests/contract.json",
         ),
         (
             lambda it: it["arguments"]["transform_gradients"].remove("step"),
-            "arguments transform_gradients: 'step' is gone, and plugins that use it break: bring it back, and deprecate it first",
+            "arguments transform_gradients: 'step' is gone, and plugins that use it break: "
+            "bring it back, and deprecate it first",
         ),
         (
             lambda it: it["arguments"]["transform_gradients"].reverse(),
-            "arguments transform_gradients: ['step', 'gradients'] is not ['gradients', 'step'] with new ones behind: "
+            "arguments transform_gradients: ['step', 'gradients'] is not ['gradients', 'step'] "
+            "with new ones behind: "
             "put them behind, in the old order",
         ),
         (
             lambda it: it["arguments"]["transform_gradients"].insert(0, "iteration"),
-            "arguments transform_gradients: ['iteration', 'gradients', 'step'] is not ['gradients', 'step'] with new ones behind: "
+            "arguments transform_gradients: ['iteration', 'gradients', 'step'] is not "
+            "['gradients', 'step'] with new ones behind: "
             "put them behind, in the old order",
         ),
         (
             lambda it: it["arguments"]["transform_gradients"].append("iteration"),
-            "arguments transform_gradients: 'iteration' is new: when it is to stay for good, add it to tests/contract.json",
+            "arguments transform_gradients: 'iteration' is new: when it is to stay for good, "
+            "add it to tests/contract.json",
         ),
         (
             lambda it: it["fields"]["TaskBatch"].remove("query_x"),
-            "fields TaskBatch: 'query_x' is gone, and plugins that use it break: bring it back, and deprecate it first",
+            "fields TaskBatch: 'query_x' is gone, and plugins that use it break: bring it back, "
+            "and deprecate it first",
         ),
         (
             lambda it: it["names"]["metaplug"].remove("hookimpl"),
-            "names metaplug: 'hookimpl' is gone, and plugins that use it break: bring it back, and deprecate it first",
+            "names metaplug: 'hookimpl' is gone, and plugins that use it break: bring it back, "
+            "and deprecate it first",
         ),
         (
             lambda it: it["entry points"].update(plugin="metaplug.contract.parts"),
-            "entry points plugin: 'metaplug.plugins' has become 'metaplug.contract.parts', and plugins that rely on it break: bring it back",
+            "entry points plugin: 'metaplug.plugins' has become 'metaplug.contract.parts', and "
+            "plugins that rely on it break: bring it back",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The shortest forms: a module of hooks or one function is a plugin like any other, without configuration."""
+"""The shortest forms: a module of hooks or one function is a plugin like any other."""
 
 import sys
 from importlib.metadata import EntryPoint
@@ -68,7 +68,7 @@ def module_of(source, name="my_package.half_gradients"):
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """A function that installs a module of this source under the entry-point name "half-gradients"."""
+    """A function that installs a module of this source as the plugin "half-gradients"."""
 
     def install(source, value="half_gradients", name="half-gradients"):
         (tmp_path / "half_gradients.py").write_text(source)
@@ -154,7 +154,8 @@ def test_a_module_declares_what_a_class_does():
     with pytest.raises(RequestError) as error:
         case.learner(plugins=[sharing]).meta_gradients(case.batch)
     assert str(error.value) == (
-        "plugin 'sharing' takes a mean over tasks but does not say so: set couples_tasks = True on its class, or in its module"
+        "plugin 'sharing' takes a mean over tasks but does not say so: set couples_tasks = True "
+        "on its class, or in its module"
     )
     sharing.couples_tasks = True
     case.learner(plugins=[sharing]).meta_gradients(case.batch)
@@ -169,7 +170,8 @@ def test_a_fault_names_it_as_any_other():
         problem().learner(plugins=[halve_them, broken]).fit(Stream(), iterations=1)
     assert (
         placeless(error.value)
-        == "plugin 'broken' in transform_gradients (link 2 of 2, iteration 0, inner step 0) failed: KeyError: 0"
+        == "plugin 'broken' in transform_gradients (link 2 of 2, iteration 0, inner step 0) "
+        "failed: KeyError: 0"
     )
     assert isinstance(error.value.__cause__, KeyError)
 
@@ -186,13 +188,16 @@ def test_a_function_that_is_no_hook_is_refused_with_the_nearest():
         return gradients
 
     assert refused(transform_gradient) == (
-        "the function transform_gradient is no plugin, as no hook has its name (did you mean 'transform_gradients'?): "
+        "the function transform_gradient is no plugin, as no hook has its name (did you mean "
+        "'transform_gradients'?): "
         "name it as a hook, or mark it @hookimpl(specname=HOOK)"
     )
     hookimpl(transform_gradient)
     assert refused(transform_gradient) == (
-        f"plugin 'transform-gradient': function transform_gradient is marked @hookimpl, but metaplug {VERSION} has no hook "
-        "'transform_gradient' (did you mean 'transform_gradients'?): rename it, or install a newer metaplug, which may have it"
+        "plugin 'transform-gradient': function transform_gradient is marked @hookimpl, but "
+        f"metaplug {VERSION} has no hook "
+        "'transform_gradient' (did you mean 'transform_gradients'?): rename it, or install a "
+        "newer metaplug, which may have it"
     )
 
 
@@ -201,8 +206,10 @@ def test_arguments_are_those_of_the_hook():
         return grads
 
     assert refused(transform_gradients) == (
-        f"plugin 'transform-gradients': function transform_gradients asks for 'grads', which transform_gradients does not have in metaplug "
-        f"{VERSION} (did you mean 'gradients'?): rename it, or install a newer metaplug, which may have it"
+        "plugin 'transform-gradients': function transform_gradients asks for 'grads', which "
+        "transform_gradients does not have in metaplug "
+        f"{VERSION} (did you mean 'gradients'?): rename it, or install a newer metaplug, which "
+        "may have it"
     )
 
 
@@ -210,7 +217,10 @@ def test_arguments_are_those_of_the_hook():
 def test_there_is_no_place_for_state(hook):
     scope = {}
     exec(f"def {hook}(): pass", scope)
-    expected = "plugin '{0}': function {0} is for meta-parameters and statistics, for which a {1} has no place: "
+    expected = (
+        "plugin '{0}': function {0} is for meta-parameters and statistics, for which a "
+        "{1} has no place: "
+    )
     expected += "write a subclass of metaplug.Plugin"
     assert refused(scope[hook]) == expected.format(hook, "function")
     module = module_of(f"from metaplug import hookimpl\n@hookimpl\ndef {hook}(): pass\n", hook)
@@ -219,22 +229,28 @@ def test_there_is_no_place_for_state(hook):
 
 def test_a_module_without_a_marked_function_is_refused():
     assert refused(module_of("def transform_gradients(gradients): pass")) == (
-        "the module my_package.half_gradients is no plugin, as no function of it is marked @hookimpl: mark its hooks, "
+        "the module my_package.half_gradients is no plugin, as no function of it is marked "
+        "@hookimpl: mark its hooks, "
         "or name a class as my_package.half_gradients:CLASS"
     )
 
 
 def test_a_forgotten_mark_beside_others_is_refused():
-    source = "from metaplug import hookimpl\n@hookimpl\ndef transform_gradients(gradients): pass\ndef transform_inner_losses(losses): pass\n"
+    source = (
+        "from metaplug import hookimpl\n@hookimpl\ndef transform_gradients(gradients): "
+        "pass\ndef transform_inner_losses(losses): pass\n"
+    )
     assert refused(module_of(source)) == (
-        "plugin 'half-gradients': function transform_inner_losses overrides a hook but is not marked: put @hookimpl above it, or rename it"
+        "plugin 'half-gradients': function transform_inner_losses overrides a hook but is not "
+        "marked: put @hookimpl above it, or rename it"
     )
 
 
 def test_two_functions_for_one_hook_are_refused():
     source = MODULE + "\n@hookimpl(specname='transform_gradients')\ndef again(gradients): pass\n"
     assert refused(module_of(source)) == (
-        "plugin 'half-gradients': functions transform_gradients and again both implement transform_gradients: make one of the two"
+        "plugin 'half-gradients': functions transform_gradients and again both implement "
+        "transform_gradients: make one of the two"
     )
 
 
@@ -243,11 +259,13 @@ def test_what_is_neither_is_refused():
 
     assert (
         refused(Halve)
-        == "Halve is the class of a plugin, not one of its instances: write Halve(...), with its settings"
+        == "Halve is the class of a plugin, not one of its instances: write Halve(...), with "
+        "its settings"
     )
     text = refused(functools.partial(transform_gradients))
     assert text.endswith(
-        " is not a plugin: give its name, an instance of a subclass of metaplug.Plugin, or a function named as a hook"
+        " is not a plugin: give its name, an instance of a subclass of metaplug.Plugin, or a "
+        "function named as a hook"
     )
 
 
@@ -300,7 +318,8 @@ def test_a_saved_learner_finds_a_module_by_its_name_and_is_given_a_function(inst
     with pytest.raises(RequestError) as error:
         MetaLearner.load(tmp_path / "function.pt", model=problem().model)
     assert str(error.value) == (
-        f"{tmp_path / 'function.pt'} was trained with the plugin 'halve-them', which is not an installed part: "
+        f"{tmp_path / 'function.pt'} was trained with the plugin 'halve-them', which is not an "
+        "installed part: "
         "give MetaLearner.load(..., plugins=...)"
     )
     loaded = MetaLearner.load(tmp_path / "function.pt", model=problem().model, plugins=[halve_them])
@@ -318,7 +337,8 @@ def check(**members):
 
 def test_a_class_whose_only_method_is_a_misspelt_and_unmarked_hook_is_refused():
     assert check(transform_gradint=lambda self, gradients: gradients) == (
-        "plugin 'mine' implements no hook, so that nothing would call its method transform_gradint (did you mean 'transform_gradients'?): "
+        "plugin 'mine' implements no hook, so that nothing would call its method "
+        "transform_gradint (did you mean 'transform_gradients'?): "
         "name it as a hook and put @hookimpl above it"
     )
 
@@ -332,14 +352,20 @@ def test_a_star_is_refused():
     def keyword(self, *, gradients):
         return gradients
 
-    text = "plugin 'mine': method transform_gradients has the argument {} behind a star, which the hook would never fill: "
+    text = (
+        "plugin 'mine': method transform_gradients has the argument {} behind a star, which "
+        "the hook would never fill: "
+    )
     text += "name those that you need of gradients, step"
     assert check(transform_gradients=starred) == text.format("rest")
     assert check(transform_gradients=keyword) == text.format("gradients")
 
 
 def test_a_method_without_self_is_refused():
-    expected = "plugin 'mine': method transform_gradients has no self, so that it would get the plugin as its first argument: "
+    expected = (
+        "plugin 'mine': method transform_gradients has no self, so that it would get the "
+        "plugin as its first argument: "
+    )
     expected += "write self before the others"
     assert check(transform_gradients=hookimpl(lambda gradients: gradients)) == expected
     assert check(transform_gradients=hookimpl(lambda: None)) == expected
@@ -363,8 +389,8 @@ def test_methods_may_have_names_of_their_own_but_not_share_a_hook():
         halve=vars(Named)["halve"], transform_gradients=hookimpl(lambda self, gradients: gradients)
     )
     assert (
-        text
-        == "plugin 'mine': method halve and method transform_gradients both implement transform_gradients: make one of the two"
+        text == "plugin 'mine': method halve and method transform_gradients both implement "
+        "transform_gradients: make one of the two"
     )
 
 
@@ -380,5 +406,6 @@ def test_a_hook_that_may_be_missing_is_passed_over():
 @pytest.mark.parametrize("declared", ["runs_after", "conflicts_with"])
 def test_declarations_are_tuples_of_names(declared):
     assert check(**{declared: "gradient-sharing"}) == (
-        f"plugin 'mine': {declared} = 'gradient-sharing' is no tuple of names: write it as in ('gradient-sharing',)"
+        f"plugin 'mine': {declared} = 'gradient-sharing' is no tuple of names: write it as in "
+        "('gradient-sharing',)"
     )

@@ -1,4 +1,4 @@
-"""The first-party plugins, option by option, on gradients that are given; and the presets, which are data."""
+"""The first-party plugins, option by option, on given gradients; and the presets."""
 
 import itertools
 from types import MappingProxyType
@@ -312,7 +312,8 @@ def test_meta_gradients_are_clipped_over_all_meta_parameters_together():
         (
             GradientSharing,
             {"momentum": -0.1},
-            "plugin 'gradient-sharing': momentum = -0.1: input should be greater than or equal to 0",
+            "plugin 'gradient-sharing': momentum = -0.1: input should be greater than or equal "
+            "to 0",
         ),
         (
             GradientSharing,
@@ -332,13 +333,15 @@ def test_meta_gradients_are_clipped_over_all_meta_parameters_together():
         (
             GradientSharing,
             {"normalisation": "units", "scope": 3},
-            "plugin 'gradient-sharing': normalisation = 'units': input should be 'unit', 'none' or 'mean-unit'; "
+            "plugin 'gradient-sharing': normalisation = 'units': input should be 'unit', 'none' "
+            "or 'mean-unit'; "
             "scope = 3: input should be 'all' or 'tensor'",
         ),
         (
             GradientClipping,
             {},
-            "plugin 'gradient-clipping': neither max_norm nor max_meta_norm is set, so that nothing would be clipped: set one",
+            "plugin 'gradient-clipping': neither max_norm nor max_meta_norm is set, so that "
+            "nothing would be clipped: set one",
         ),
         (
             GradientClipping,
@@ -353,7 +356,8 @@ def test_meta_gradients_are_clipped_over_all_meta_parameters_together():
         (
             DerivativeOrder,
             {"switch": 1.5},
-            "plugin 'derivative-order': switch = 1.5: input should be a valid integer, got a number with a fractional part",
+            "plugin 'derivative-order': switch = 1.5: input should be a valid integer, got a "
+            "number with a fractional part",
         ),
     ],
 )
@@ -451,3 +455,16 @@ def test_a_batch_with_a_transposed_task_axis_is_refused():
         RequestError, match="which do not fit: every field must stack the same number of tasks"
     ):
         TaskBatch(x, y, x, y)
+
+
+def test_reptile_trains_what_is_not_adapted_in_recomputed_steps_too():
+    """The outer loss trains the body; a recomputed step gives it a tensor of its own."""
+    case = problem("mlp", steps=3)
+    plain, recomputed = (
+        case.learner(
+            preset="reptile", plugins=["partial-adaptation"], checkpoint_steps=kept
+        ).meta_gradients(case.batch)
+        for kept in (None, 1)
+    )
+    assert float(plain["0.weight"].norm()) > 0.05
+    assert_close(recomputed, plain)

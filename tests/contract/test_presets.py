@@ -1,4 +1,4 @@
-"""Presets: the installed ones as data, and one's own in a file, in an experiment, in Python, on the command line."""
+"""Presets: installed ones, and one's own in a file, in Python, on the command line."""
 
 from pathlib import Path
 
@@ -15,7 +15,10 @@ from metaplug.settings import validated
 from metaplug.testing import Stream, problem
 from metaplug.yaml_text import read_yaml
 
-MINE = "plugins:\n  - meta-sgd\n  - {plugin: gradient-sharing, settings: {gate: 0.25}}\ndefaults: {learner: {inner_lr: 0.2}}\n"
+MINE = (
+    "plugins:\n  - meta-sgd\n  - {plugin: gradient-sharing, settings: {gate: 0.25}}\n"
+    "defaults: {learner: {inner_lr: 0.2}}\n"
+)
 
 
 @pytest.fixture

@@ -12,7 +12,10 @@ EXACT = [
 
 @pytest.fixture(autouse=True)
 def exact_arithmetic():
-    """Without TF32, and by deterministic algorithms. By hand, as monkeypatch would delete these attributes instead of restoring them."""
+    """Compute without TF32, and by deterministic algorithms.
+
+    By hand, as monkeypatch would delete these attributes instead of restoring them.
+    """
     before = [getattr(owner, name) for owner, name, _ in EXACT]
     for owner, name, value in EXACT:
         setattr(owner, name, value)

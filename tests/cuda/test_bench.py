@@ -1,4 +1,4 @@
-"""The bench on a CUDA device. Skipped, with the reason, where torch finds none."""
+"""The bench on a CUDA device."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""Steps replayed from CUDA graphs: the engine's own numbers, and nothing else. Skipped, with the reason, where torch finds no device."""
+"""Steps replayed from CUDA graphs: the engine's own numbers, and nothing else."""
 
 import copy
 
@@ -59,7 +59,7 @@ def test_other_layers_and_inner_optimizers_are_captured_too(model):
 
 @pytest.mark.parametrize("preset", ["maml", "maml++"])
 def test_a_captured_run_is_the_uncaptured_run(preset):
-    """Weights go in anew at every step, and what gradient sharing commits is not overwritten by the replays that follow."""
+    """Weights go in anew at every step, and later replays do not overwrite what was committed."""
     case = problem("conv4")
     plain, ours = (
         learner_on_cuda(case, preset=preset, plugins=["gradient-sharing"], capture=capture)
@@ -111,7 +111,7 @@ def test_random_numbers_are_refused_and_training_goes_on():
     plain, ours = (learner_on_cuda(case, capture=capture) for capture in (False, True))
     with pytest.warns(
         UserWarning,
-        match="^steps are not captured, and the run goes on uncaptured: RuntimeError: the step draws random numb",
+        match="^steps are not captured, and the run goes on uncaptured: .* draws random numbers",
     ):
         ours.fit(Stream(), iterations=2, tasks_per_batch=2)
     plain.fit(Stream(), iterations=2, tasks_per_batch=2)

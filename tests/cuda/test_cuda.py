@@ -1,4 +1,4 @@
-"""On a CUDA device every number is the CPU's, up to rounding. Skipped, with the reason, where torch finds none."""
+"""On a CUDA device every number is the CPU's, up to rounding."""
 
 import copy
 

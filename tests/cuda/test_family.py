@@ -1,4 +1,4 @@
-"""Every plugin and preset on a CUDA device: the CPU's numbers, up to rounding. Skipped, with the reason, where torch finds none."""
+"""Every plugin and preset on a CUDA device: the CPU's numbers, up to rounding."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""Precision on a CUDA device: float32 without TF32, whatever surrounds the step. Skipped, with the reason, where torch finds no device."""
+"""Precision on a CUDA device: float32 without TF32, whatever surrounds the step."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Two ranks on two CUDA devices, through NCCL, train as one does. Skipped, with the reason, where torch finds fewer."""
+"""Two ranks on two CUDA devices, through NCCL, train as one does."""
 
 import subprocess
 import sys

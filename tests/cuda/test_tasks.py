@@ -1,4 +1,4 @@
-"""Tasks drawn on a CUDA device are the CPU's, bit for bit. Skipped, with the reason, where torch finds none."""
+"""Tasks drawn on a CUDA device are the CPU's, bit for bit."""
 
 from typing import Any
 

@@ -1,4 +1,5 @@
-"""What is published: intervals that cover, results that say what they are of, and no training class taken for an unseen one."""
+"""What is published: intervals that cover, results that say what they are of, and no training class
+taken for an unseen one."""
 
 import csv
 import itertools
@@ -46,7 +47,8 @@ def test_the_t_interval_is_that_of_scipy(values):
 
 
 def test_the_t_interval_of_a_textbook():
-    """NIST/SEMATECH e-Handbook, 1.3.5.2, whose t(0.975; 194) = 1.9723: n = 195, mean 9.261460, s = 0.0227881, from 9.258242 to 9.264679."""
+    """NIST/SEMATECH e-Handbook, 1.3.5.2, whose t(0.975; 194) = 1.9723: n = 195, mean 9.261460, s =
+    0.0227881, from 9.258242 to 9.264679."""
     values = torch.randn(195, generator=torch.Generator().manual_seed(0)).double()
     values = 9.261460 + 0.0227881 * (values - values.mean()) / values.std()
     assert EvaluationResult("mean squared error", values, 1).bounds() == pytest.approx(
@@ -55,7 +57,8 @@ def test_the_t_interval_of_a_textbook():
 
 
 def bca(values, seed):
-    """Efron 1987 for a mean, whose jackknife values are known: a = Σ d³ / (6 (Σ d²)^1.5) with d = x − x̄."""
+    """Efron 1987 for a mean, whose jackknife values are known: a = Σ d³ / (6 (Σ d²)^1.5) with d = x
+    − x̄."""
     generator = np.random.default_rng(seed)
     resampled = np.sort(
         [values[generator.integers(0, len(values), len(values))].mean() for _ in range(9999)]
@@ -131,7 +134,8 @@ DRAWS = {
 
 
 def coverage(kind, tasks, experiments):
-    """How often the known mean lies in the intervals of simulated experiments; by method, with how often below and above."""
+    """How often the known mean lies in the intervals of simulated experiments; by method, with how
+    often below and above."""
     draw, mean = DRAWS[kind]
     generator = np.random.default_rng(tasks)
     found = {"t": [], "bootstrap": []}
@@ -150,7 +154,8 @@ def coverage(kind, tasks, experiments):
     [("normal", 20, 0.95, 0.935), ("accuracy", 40, 0.95, 0.94), ("skewed error", 20, 0.87, 0.885)],
 )
 def test_both_intervals_cover_the_mean(kind, tasks, t, bootstrap):
-    """About 95 % of the time; less for few tasks with skewed errors. 300 experiments tell it to ± 4 points."""
+    """About 95 % of the time; less for few tasks with skewed errors. 300 experiments tell it to ± 4
+    points."""
     found = coverage(kind, tasks, 300)
     assert found["t"][0] == pytest.approx(t, abs=0.04)
     assert found["bootstrap"][0] == pytest.approx(bootstrap, abs=0.04)
@@ -164,7 +169,8 @@ def test_the_figures_of_the_documentation(kind, tasks):
     found = coverage(kind, tasks, experiments)
     for method, (inside, below, above) in found.items():
         print(
-            f"\n{kind}, {tasks} tasks, {experiments} experiments, {method}: covers {inside:.1%}, below {below:.1%}, above {above:.1%}"
+            f"\n{kind}, {tasks} tasks, {experiments} experiments, {method}: covers {inside:.1%}, "
+            f"below {below:.1%}, above {above:.1%}"
         )
         least = {20: 0.85, 100: 0.89, 600: 0.90}[tasks] if kind == "skewed error" else 0.91
         assert least <= inside <= 0.98
@@ -191,8 +197,8 @@ def test_equal_tasks_have_an_interval_of_no_width_and_it_is_said():
         assert same.bounds(method) == (same.mean, same.mean)
         assert ", all of them equal, 3 inner steps)" in result_line(result_values(same, method))
     assert (
-        str(same)
-        == "accuracy 0.1000 ± 0.0000 (95 % interval over 600 tasks, all of them equal; transductive: no)"
+        str(same) == "accuracy 0.1000 ± 0.0000 (95 % interval over 600 tasks, all of them equal; "
+        "transductive: no)"
     )
 
 
@@ -231,7 +237,8 @@ def test_a_result_as_values_names_method_and_bounds():
     )
     assert (
         result_line(other)
-        == f"accuracy 50.00 % (95 % bootstrap interval {low * 100:.2f} to {high * 100:.2f} % over 24 tasks, 3 inner steps)"
+        == f"accuracy 50.00 % (95 % bootstrap interval {low * 100:.2f} to {high * 100:.2f} % over "
+        "24 tasks, 3 inner steps)"
     )
 
 
@@ -295,7 +302,8 @@ def test_training_classes_are_refused_and_measured_on_purpose():
     )
     learner.fit(tasks.train, iterations=1, validation=tasks.val, validation_tasks=2)
     assert refused(lambda: learner.evaluate(tasks.train, num_tasks=2)) == (
-        "the train tasks draw on 3 of 3 classes that this learner is trained on, the first being 'a', so that nothing would be measured on "
+        "the train tasks draw on 3 of 3 classes that this learner is trained on, the first being "
+        "'a', so that nothing would be measured on "
         f"unseen ones: {ON_PURPOSE}"
     )
     seen = learner.evaluate(tasks.train, num_tasks=2, allow_training_classes=True)
@@ -313,7 +321,8 @@ def test_a_class_is_known_by_its_images_whatever_its_name_and_order():
     renamed = images("b")["b"].flip(0)
     other = source(train=images("h", "i"), test={"new": renamed, **images("j")})
     assert refused(lambda: learner.evaluate(other.test, num_tasks=2)).startswith(
-        "the test tasks draw on 1 of 2 classes that this learner is trained on, the first being 'new'"
+        "the test tasks draw on 1 of 2 classes that this learner is trained on, the first being "
+        "'new'"
     )
     same_name = source(train=images("h", "i"), test=images("a", "b", seed=99))
     assert learner.evaluate(same_name.test, num_tasks=2).training_classes == 0
@@ -324,7 +333,8 @@ def test_validation_on_a_training_class_is_refused_before_the_first_step():
     before = [weight.clone() for weight in learner.model.parameters()]
     text = refused(lambda: learner.fit(tasks.train, iterations=2, validation=tasks.train))
     assert text.endswith(
-        "so that nothing would be measured on unseen ones: give validation tasks of other classes, such as tasks.val"
+        "so that nothing would be measured on unseen ones: give validation tasks of other classes, "
+        "such as tasks.val"
     )
     assert learner.iteration == 0
     assert learner.trained_on == TrainedOn()
@@ -440,8 +450,8 @@ def test_tasks_that_are_computed_are_known_by_what_decides_them(make):
     learner.trained_on = TrainedOn().and_by(tasks.train)
     name = make.__name__.lower()
     assert (
-        f"1 of 1 groups of tasks that this learner is trained on, the first being '{name}, split train, seed 0'"
-        in refused(lambda: learner.evaluate(make(shots=5).train, num_tasks=2))
+        f"1 of 1 groups of tasks that this learner is trained on, the first being '{name}, split "
+        "train, seed 0'" in refused(lambda: learner.evaluate(make(shots=5).train, num_tasks=2))
     )
     for other in (tasks.val, tasks.test, make(seed=1).train, make(phase=(0, 1)).train):
         assert learner.trained_on.shared(other) == 0

@@ -1,4 +1,5 @@
-"""Captured steps with a stand-in for CUDA graphs: the engine's own numbers, what may be kept of them, and what is refused.
+"""Captured steps with a stand-in for CUDA graphs: the engine's own numbers, what may be kept of
+them, and what is refused.
 
 The graphs themselves are tested in tests/cuda/test_captured.py.
 """
@@ -18,7 +19,8 @@ from metaplug.testing import Stream, assert_close, found, problem
 
 
 class Recorder:
-    """Replays by running the function. As in a pool of memory that graphs share, a replay leaves nothing of what others gave."""
+    """Replays by running the function. As in a pool of memory that graphs share, a replay leaves
+    nothing of what others gave."""
 
     def __init__(self):
         self.recordings, self.replayed = [], 0
@@ -72,7 +74,8 @@ def test_a_replay_gives_the_meta_gradients_of_the_engine(model, name):
 
 @pytest.mark.parametrize("preset", ["maml", "maml++", "fomaml"])
 def test_a_captured_run_is_the_uncaptured_run(preset):
-    """Weights, plugins' parameters and statistics are copied in at every step; what plugins commit outlives the replays that follow."""
+    """Weights, plugins' parameters and statistics are copied in at every step; what plugins commit
+    outlives the replays that follow."""
     case, recorder = problem("batch-norm"), Recorder()
     plain, ours = (case.learner(preset=preset, plugins=["gradient-sharing"]) for _ in range(2))
     histories = [
@@ -138,7 +141,8 @@ def test_random_numbers_are_refused_and_training_goes_on_uncaptured():
         ours.fit(Stream(), iterations=2, tasks_per_batch=2)
     plain.fit(Stream(), iterations=2, tasks_per_batch=2)
     assert [str(warning.message) for warning in said] == [
-        "steps are not captured, and the run goes on uncaptured: RuntimeError: the step draws random numbers ('aten.bernoulli.p'), "
+        "steps are not captured, and the run goes on uncaptured: RuntimeError: the step draws "
+        "random numbers ('aten.bernoulli.p'), "
         "which a captured step does not: leave capture out, or the layer or plugin that draws them"
     ]
     assert not recorder.recordings
@@ -158,7 +162,8 @@ def test_a_recording_that_fails_is_said_once_and_training_goes_on():
         ours.fit(Stream(), iterations=2, tasks_per_batch=2)
     plain.fit(Stream(), iterations=2, tasks_per_batch=2)
     assert [str(warning.message) for warning in said] == [
-        "steps are not captured, and the run goes on uncaptured: RuntimeError: operation not permitted when stream is capturing (details)"
+        "steps are not captured, and the run goes on uncaptured: RuntimeError: operation not "
+        "permitted when stream is capturing (details)"
     ]
     assert all(
         torch.equal(one, other)
@@ -170,7 +175,8 @@ def test_a_plugin_that_computes_with_the_iteration_is_named():
     learner = caught(problem().learner(plugins=["gradient-noise"]), Recorder())
     with pytest.warns(
         UserWarning,
-        match=r"^steps are not captured, and the run goes on uncaptured: .*plugin 'gradient-noise' in transform_g",
+        match=r"^steps are not captured, and the run goes on uncaptured: .*plugin 'gradient-noise' "
+        r"in transform_g",
     ):
         learner.fit(Stream(), iterations=1, tasks_per_batch=2)
 
@@ -208,7 +214,8 @@ def test_what_a_replay_would_not_see_change_is_refused():
         Capture(Recorder())(graph, [torch.zeros(1), torch.zeros(1, device="meta")])
     assert (
         str(error.value)
-        == "what the step reads is on several devices ('cpu', 'meta'): make a plugin's on context.device"
+        == "what the step reads is on several devices ('cpu', 'meta'): make a plugin's on "
+        "context.device"
     )
 
 
@@ -216,7 +223,8 @@ def test_capture_is_for_cuda_and_auto_is_never_refused():
     with pytest.raises(RequestError) as error:
         problem().learner(capture=True)
     assert str(error.value) == (
-        "capture is for steps on a CUDA device, but the model is on cpu: leave it out, or give 'auto', which does nothing there"
+        "capture is for steps on a CUDA device, but the model is on cpu: leave it out, or give "
+        "'auto', which does nothing there"
     )
     with pytest.raises(
         RequestError, match=r"^unknown capture 'always': give True, False or 'auto'$"
@@ -227,7 +235,8 @@ def test_capture_is_for_cuda_and_auto_is_never_refused():
             problem().learner(capture=True, **options)
         assert (
             str(error.value)
-            == "a captured step decides itself what it keeps: leave capture out, or checkpoint_steps and chunk_size"
+            == "a captured step decides itself what it keeps: leave capture out, or "
+            "checkpoint_steps and chunk_size"
         )
         problem().learner(capture="auto", **options)
     assert problem().learner(capture="auto").engine.derivation is None

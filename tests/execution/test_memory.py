@@ -132,7 +132,7 @@ WORK = "with 8 tasks of 2 inner steps; it updated nothing"
 class TestWhenItRunsOut:
     def failing(self, monkeypatch, learner, error, after=0):
         """The learner, whose forward passes raise from the one `after` on."""
-        own, calls = learner.engine.inner._forward, []
+        own, calls = learner.engine.inner.all_tasks, []
 
         def forward(*arguments):
             calls.append(1)
@@ -140,7 +140,7 @@ class TestWhenItRunsOut:
                 raise error
             return own(*arguments)
 
-        monkeypatch.setattr(learner.engine.inner, "_forward", forward)
+        monkeypatch.setattr(learner.engine.inner, "all_tasks", forward)
 
     @pytest.mark.parametrize(("error", "asked"), RAN_OUT)
     def test_in_training(self, monkeypatch, error, asked):
@@ -328,7 +328,7 @@ def test_chunks_bound_evaluation_too(monkeypatch):
         monkeypatch.setattr(
             learner.engine,
             "evaluate",
-            lambda batch, steps, own=own: sizes.append(batch.num_tasks) or own(batch, steps),
+            lambda batch, *rest, own=own: sizes.append(batch.num_tasks) or own(batch, *rest),
         )
         learner.evaluate(Stream(), num_tasks=17)
     assert sizes == [16, 1, 3, 3, 3, 3, 3, 2, 16, 1]

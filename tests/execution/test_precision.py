@@ -1,4 +1,4 @@
-"""float32, TF32 and bfloat16: what is rounded, by how much it moves the meta-gradient, and that nothing is left behind."""
+"""float32, TF32 and bfloat16: what is rounded, what that moves, and that nothing is left set."""
 
 from collections import Counter
 
@@ -81,7 +81,7 @@ def test_smooth_models_keep_the_direction_of_their_meta_gradient_in_bfloat16(nam
 def test_models_of_the_field_move_no_further_than_by_rounding_their_weights_alone(
     model, settings, least, batching
 ):
-    """Kinks and batch norm over few images make conv4's meta-gradient move by itself where its weights do."""
+    """Kinks and batch norm over few images move conv4's meta-gradient where its weights move."""
     batch, gradients = Glyphs(ways=5, shots=5, queries=5).train.batch(0, range(4)), {}
     for name in ("float32", "bfloat16", "rounded"):
         with torch.random.fork_rng():
@@ -232,9 +232,12 @@ def defaults():
     restore()
 
 
-@pytest.mark.skipif(
+NEW_SETTINGS = pytest.mark.skipif(
     not hasattr(torch.backends.cudnn, "conv"), reason="torch before 2.9 has the old settings alone"
 )
+
+
+@NEW_SETTINGS
 @pytest.mark.parametrize("before", [None, old_on, old_off, new_conv, new_matmul, new_everywhere])
 @pytest.mark.parametrize("wide", ["highest", "high", "medium"])
 def test_tf32_is_as_asked_inside_and_as_it_was_outside(before, wide, defaults):
@@ -255,6 +258,7 @@ def test_tf32_is_as_asked_inside_and_as_it_was_outside(before, wide, defaults):
         )
 
 
+@NEW_SETTINGS
 def test_a_cpu_is_left_alone(defaults):
     torch.backends.cuda.matmul.allow_tf32 = True
     with arithmetic("float32", torch.device("cpu")):
@@ -275,16 +279,19 @@ def test_what_a_model_or_a_device_does_not_have_is_refused(monkeypatch):
         with pytest.raises(RequestError) as error:
             problem().learner(precision=precision)
         assert str(error.value) == (
-            f"precision '{precision}' is for models in float32, but this one is in float64: leave precision out, or call model.float()"
+            f"precision '{precision}' is for models in float32, but this one is in float64: leave "
+            f"precision out, or call model.float()"
         )
     assert (
         refused("tf32")
-        == "precision 'tf32' is for CUDA devices, but the model is on cpu: leave precision out, or use bfloat16"
+        == "precision 'tf32' is for CUDA devices, but the model is on cpu: leave precision out, "
+        "or use bfloat16"
     )
     assert refused("float16") == "unknown precision 'float16': did you mean 'bfloat16'?"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     assert refused("bfloat16", device="cuda") == (
-        "precision 'bfloat16' cannot be had, as this CUDA device does not support it: use float32 or tf32"
+        "precision 'bfloat16' cannot be had, as this CUDA device does not support it: use float32 "
+        "or tf32"
     )
     check_precision("tf32", torch.float32, torch.device("cuda"))
     check_precision("float32", torch.float64, torch.device("cpu"))

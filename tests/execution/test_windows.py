@@ -1,4 +1,5 @@
-"""Losses fetched every few meta-steps: the run of one fetched at every step, bit for bit, divergence included."""
+"""Losses fetched every few meta-steps: the run of one fetched at every step, bit for bit,
+divergence included."""
 
 import pytest
 import torch
@@ -80,7 +81,8 @@ def test_a_divergence_within_is_found_and_taken_back():
         learners.append(learner)
     assert texts[0] == texts[1]
     assert texts[0].startswith(
-        "iteration 4 stopped, nothing was updated: plugin 'diverges' in transform_inner_losses (link 1 of 1, "
+        "iteration 4 stopped, nothing was updated: plugin 'diverges' in transform_inner_losses "
+        "(link 1 of 1, "
     )
     assert [learner.iteration for learner in learners] == [4, 4]
     states = [learner.state_dict() for learner in learners]

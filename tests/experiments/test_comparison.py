@@ -214,7 +214,8 @@ def test_the_test_is_by_the_weights_that_validated_best() -> None:
         (
             [variant("a")],
             [0],
-            "a comparison needs at least two variants, not 1: give the baseline first, then another",
+            "a comparison needs at least two variants, not 1: give the baseline first, then "
+            "another",
         ),
         (
             [variant("a"), variant("a")],
@@ -224,7 +225,8 @@ def test_the_test_is_by_the_weights_that_validated_best() -> None:
         (
             [variant("a"), variant("b")],
             [1, 1],
-            "a comparison needs at least one seed and no seed twice, not [1, 1]: give different ones",
+            "a comparison needs at least one seed and no seed twice, not [1, 1]: give "
+            "different ones",
         ),
         (
             [variant("a"), variant("b")],
@@ -237,12 +239,14 @@ def test_the_test_is_by_the_weights_that_validated_best() -> None:
                 variant("b", training={"validation_tasks": 50}),
             ],
             [0],
-            "training.validation_tasks = 50: too few to compare by, as the target would be mostly noise; use at least 200",
+            "training.validation_tasks = 50: too few to compare by, as the target would be "
+            "mostly noise; use at least 200",
         ),
         (
             [variant("a"), variant("b", training={**TINY["training"], "iterations": 5})],
             [0],
-            "variants 'a' and 'b' differ in training.iterations (4 and 5), so that a comparison would not be fair: "
+            "variants 'a' and 'b' differ in training.iterations (4 and 5), so a comparison "
+            "would not be fair: "
             "set training.iterations for both",
         ),
     ],

@@ -14,9 +14,9 @@ from support.tiny_runs import assert_same, assert_same_run, stop_after, tiny
 
 from metaplug import MetaLearner, RequestError, RunError, checkpoint, files
 from metaplug.evaluation.history import Record
-from metaplug.experiments import json_values
 from metaplug.experiments.build import build, task_form
 from metaplug.experiments.configuration import ExperimentConfig, to_yaml
+from metaplug.experiments.json_values import environment, to_json
 from metaplug.experiments.runs import load, read_metrics, train
 from metaplug.experiments.runs.folder import RunFolder
 from metaplug.experiments.runs.sessions import read_sessions
@@ -33,7 +33,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_folder_holds_all_of_it(whole: Path) -> None:
     assert sorted(path.name for path in whole.iterdir()) == [
-        *(".lock", "best.safetensors", "config.yaml", "last.safetensors", "metrics.jsonl", "run.json", "summary.json")
+        *(
+            ".lock",
+            "best.safetensors",
+            "config.yaml",
+            "last.safetensors",
+            "metrics.jsonl",
+            "run.json",
+            "summary.json",
+        )
     ]
     lines = read_metrics(whole)
     assert [line["iteration"] for line in lines] == list(range(1, 13))
@@ -111,7 +119,8 @@ def test_metrics_that_lack_lines_stop_a_resume(tmp_path: Path) -> None:
     with pytest.raises(RunError) as error:
         train(tiny(), folder, resume=True)
     assert str(error.value) == (
-        f"{folder}/metrics.jsonl lacks lines of the 1 iterations that its checkpoint has done: bring them back, or train the run anew; "
+        f"{folder}/metrics.jsonl lacks lines of the 1 iterations that its checkpoint has done: "
+        f"bring them back, or train the run anew; "
         "its weights are whole"
     )
 
@@ -122,7 +131,8 @@ def test_a_run_that_is_there_is_refused(whole: Path) -> None:
         train(tiny(), whole)
     assert (
         str(error.value)
-        == f"the run folder {whole} already exists: give another --name or --out, or --resume to go on with it"
+        == f"the run folder {whole} already exists: give another --name or --out, or --resume "
+        f"to go on with it"
     )
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
 
@@ -164,7 +174,8 @@ def test_a_configuration_that_was_edited_does_not_resume_another_checkpoint(tmp_
     with pytest.raises(RequestError) as error:
         train(other, folder, resume=True)
     assert str(error.value) == (
-        f"{folder}/last.safetensors was trained with learner.inner_lr = 0.01, which cannot become 0.05: "
+        f"{folder}/last.safetensors was trained with learner.inner_lr = 0.01, which cannot "
+        f"become 0.05: "
         f"resume it as it was begun ({folder}/config.yaml), or give another --name"
     )
     (folder / "config.yaml").write_text("")
@@ -172,7 +183,8 @@ def test_a_configuration_that_was_edited_does_not_resume_another_checkpoint(tmp_
         train(tiny(), folder, resume=True)
     assert (
         str(error.value)
-        == f"{folder}/config.yaml is empty, though a run has begun there: bring it back, or give another --name"
+        == f"{folder}/config.yaml is empty, though a run has begun there: bring it back, or "
+        f"give another --name"
     )
 
 
@@ -184,7 +196,8 @@ def test_without_its_last_checkpoint_a_run_goes_on_from_its_best(
     (folder / "last.safetensors").write_bytes(b"damaged")
     with pytest.raises(
         RunError,
-        match=r"last\.safetensors is not a whole .*; or remove it, and --resume goes on from best\.safetensors$",
+        match=r"last\.safetensors is not a whole .*; or remove it, and --resume goes on from "
+        r"best\.safetensors$",
     ):
         train(tiny(), folder, resume=True)
     (folder / "last.safetensors").unlink()
@@ -199,6 +212,26 @@ def test_without_its_last_checkpoint_a_run_goes_on_from_its_best(
     assert_same_run(whole, folder)
 
 
+def test_a_run_of_an_older_version_is_refused_and_left_as_it_is(
+    whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    train(tiny(), folder, stop=stop_after(6))
+    for name in ("last", "best"):
+        (folder / f"{name}.safetensors").unlink()
+        torch.save({"format": 2}, folder / f"{name}.pt")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    said = "is of torch.save (.pt), as older versions of metaplug wrote: "
+    said += "use the version that wrote it, or train again"
+    with pytest.raises(RunError) as error:
+        train(tiny(), folder, resume=True)
+    assert str(error.value) == f"{folder}/last.pt {said}"
+    with pytest.raises(RunError) as error:
+        load(folder)
+    assert str(error.value) == f"{folder}/best.pt {said}"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_damaged_metrics_are_said_before_the_rest_is_trained(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(tiny(), folder, stop=stop_after(6))
@@ -209,7 +242,8 @@ def test_damaged_metrics_are_said_before_the_rest_is_trained(tmp_path: Path) -> 
         train(tiny(), folder, resume=True)
     assert (
         str(error.value)
-        == f"{path}, line 3 is of iteration 2, so lines are missing or stand twice: train the run anew"
+        == f"{path}, line 3 is of iteration 2, so lines are missing or stand twice: train the "
+        f"run anew"
     )
 
 
@@ -222,7 +256,8 @@ def test_a_lock_that_somebody_removed_ends_the_run(tmp_path: Path) -> None:
 
     with pytest.raises(
         RunError,
-        match=r"^somebody removed .*/\.lock while this process was training there, and another may have begun",
+        match=r"^somebody removed .*/\.lock while this process was training there, and another "
+        r"may have begun",
     ):
         train(tiny(), folder, on_record=remove)
     assert len(read_metrics(folder)) == 6
@@ -247,7 +282,8 @@ def test_a_folder_of_something_else_is_not_resumed(tmp_path: Path) -> None:
         train(tiny(), tmp_path, resume=True)
     assert (
         str(error.value)
-        == f"{tmp_path} holds no run to resume, as it has no config.yaml: give another --name or --out"
+        == f"{tmp_path} holds no run to resume, as it has no config.yaml: give another --name "
+        f"or --out"
     )
     with pytest.raises(RequestError) as error:
         train(tiny(), tmp_path / "notes.txt")
@@ -272,7 +308,8 @@ def test_a_checkpoint_of_another_model_is_refused(whole: Path, tmp_path: Path) -
     )
     with pytest.raises(
         RunError,
-        match=r"last\.safetensors belongs to another model: 'body\.0\.weight' is \(4, 1\) there and \(5, 1\) here",
+        match=r"last\.safetensors belongs to another model: 'body\.0\.weight' is \(4, 1\) "
+        r"there and \(5, 1\) here",
     ):
         train(wider, tmp_path / "wider", resume=True)
 
@@ -310,7 +347,8 @@ def test_validations_that_are_not_finite_are_never_the_best(
     with pytest.raises(RunError) as error:
         train(tiny(), tmp_path / "run")
     assert str(error.value) == (
-        f"no validation of {tmp_path}/run was finite, so there is nothing to test: try a smaller learning rate"
+        f"no validation of {tmp_path}/run was finite, so there is nothing to test: try a "
+        f"smaller learning rate"
     )
     validation = read_metrics(tmp_path / "run")[3]["validation"]
     assert validation["metric"] == "mean squared error"
@@ -343,7 +381,8 @@ def test_a_folder_that_cannot_be_made_sure_of_is_said_as_it_is(
         file.write(b"new")
     assert (
         str(error.value)
-        == f"{tmp_path}/a is written, but may be gone if the machine fails now: Input/output error; see to the disk"
+        == f"{tmp_path}/a is written, but may be gone if the machine fails now: Input/output "
+        f"error; see to the disk"
     )
     assert (tmp_path / "a").read_bytes() == b"new"
 
@@ -377,7 +416,8 @@ def test_a_full_disk_is_a_failed_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         train(tiny(), tmp_path / "run")
     path = tmp_path / "run" / "config.yaml"
     assert str(error.value) == (
-        f"cannot write {path}: No space left on device; nothing was left there; make room or give another place, then do it again"
+        f"cannot write {path}: No space left on device; nothing was left there; make room or "
+        f"give another place, then do it again"
     )
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".lock"]
 
@@ -386,17 +426,21 @@ def test_what_load_refuses(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError) as error:
         load(tmp_path / "nope")
     assert str(error.value) == (
-        f"there is no run {tmp_path}/nope: give the folder of a run that `metaplug train` has validated at least once"
+        f"there is no run {tmp_path}/nope: give the folder of a run that `metaplug train` has "
+        f"validated at least once"
     )
     (tmp_path / "run").mkdir()
-    with pytest.raises(RequestError, match=r"run has no best\.safetensors yet: give the folder of a run"):
+    with pytest.raises(
+        RequestError, match=r"run has no best\.safetensors yet: give the folder of a run"
+    ):
         load(tmp_path / "run")
     build(tiny()).learner.save(tmp_path / "learner.pt")
     with pytest.raises(RequestError) as error:
         load(tmp_path / "learner.pt")
     assert (
         str(error.value)
-        == f"{tmp_path}/learner.pt holds a learner without its experiment: load it in Python with MetaLearner.load"
+        == f"{tmp_path}/learner.pt holds a learner without its experiment: load it in Python "
+        f"with MetaLearner.load"
     )
 
 
@@ -418,7 +462,8 @@ def test_the_weights_depend_on_the_seed_alone() -> None:
         ("sinusoids", "unknown task source 'sinusoids': did you mean 'sinusoid'?"),
         (
             "sinusoid:x",
-            "the task source 'sinusoid' takes no argument, but 'sinusoid:x' gives one: write sinusoid",
+            "the task source 'sinusoid' takes no argument, but 'sinusoid:x' gives one: write "
+            "sinusoid",
         ),
         ("folder", "the task source 'folder' needs a path after a colon: write folder:PATH"),
         ("folder:", "the task source 'folder' needs a path after a colon: write folder:PATH"),
@@ -432,7 +477,7 @@ def test_task_sources_that_are_refused(source: str, message: str) -> None:
 
 def test_precision_and_capture_reach_the_learner() -> None:
     learner = build(tiny(runtime__precision="bfloat16", runtime__capture="auto")).learner
-    assert json_values.environment(learner)["precision"] == "bfloat16"
+    assert environment(learner)["precision"] == "bfloat16"
     assert learner.engine.derivation is None
     with pytest.raises(
         RequestError, match=r"^capture is for steps on a CUDA device, but the model is on cpu: "
@@ -446,10 +491,7 @@ def test_the_form_of_tasks() -> None:
 
 
 def test_json_knows_no_nan() -> None:
-    assert (
-        json_values.to_json({"a": [float("nan"), 1.5, (float("inf"),)]})
-        == '{"a": [null, 1.5, [null]]}'
-    )
+    assert to_json({"a": [float("nan"), 1.5, (float("inf"),)]}) == '{"a": [null, 1.5, [null]]}'
 
 
 def test_what_is_done_after_training_is_done_before_the_test_in_a_folder_that_is_held(

@@ -1,4 +1,4 @@
-"""Broken and hostile files of a run: nothing in them is executed, memory and time stay bounded, and the file is named in one line."""
+"""Broken and hostile files of a run execute nothing, take bounded memory, and are named."""
 
 import copy
 import hashlib
@@ -17,6 +17,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -142,16 +143,10 @@ def test_other_tools_read_the_weights_under_their_own_names(run):
 
 
 def test_equal_states_are_equal_files(run, tmp_path):
-    """In other processes too, which hash differently."""
-    code = (
-        "import sys; from pathlib import Path; from metaplug import checkpoint; "
-        "checkpoint.write(Path(sys.argv[2]), checkpoint.read(Path(sys.argv[1])))"
-    )
-    for seed in "12":
-        path = tmp_path / f"{seed}.safetensors"
-        command = [sys.executable, "-c", code, run / "last.safetensors", path]
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
-        assert path.read_bytes() == (run / "last.safetensors").read_bytes()
+    path, whole = tmp_path / "a", (run / "last.safetensors").read_bytes()
+    for _ in range(5):  # safetensors orders several keys of metadata by chance
+        checkpoint.write(path, checkpoint.read(run / "last.safetensors"))
+        assert path.read_bytes() == whole
 
 
 def test_tensors_and_values_of_every_form_come_back(tmp_path, state):
@@ -225,14 +220,14 @@ def test_a_forged_file_with_the_right_digest_is_refused_or_loads(run, request, t
     number.parent.mkdir()
 
     def forged():
-        path.write_bytes(sealed(mutated([whole], int.from_bytes(number.read_bytes()))))
+        path.write_bytes(sealed(mutated([whole], crc32(number.read_bytes()))))
         checkpoint.read(path)
 
     report = fuzz(
         forged,
         number,
         [bytes(range(256))],
-        amount(request, 100, 5000),
+        amount(request, 100, 2000),
         says=[str(path)],
         owned=[tmp_path],
     )
@@ -320,9 +315,10 @@ def test_files_that_are_no_checkpoint_are_refused(run, tmp_path):
 def test_a_file_larger_than_the_free_memory_is_refused_before_it_is_read(run, monkeypatch):
     monkeypatch.setattr(checkpoint, "available", lambda _: 1000)
     path = run / "last.safetensors"
-    size = checkpoint.size_text(path.stat().st_size)
+    size = checkpoint.size_text(2 * path.stat().st_size)
     assert refusal(lambda: checkpoint.read(path)) == (
-        f"{path} is not a whole metaplug checkpoint (it has {size}, more than the 1000 bytes of memory that are free): "
+        f"{path} is not a whole metaplug checkpoint (it takes {size} to read, more than the "
+        f"1000 bytes of memory that are free): "
         "use another one of the run"
     )
 
@@ -331,7 +327,7 @@ def test_a_file_larger_than_the_free_memory_is_refused_before_it_is_read(run, mo
 
 
 def test_states_that_were_tampered_with_are_refused_or_load(run, request, tmp_path):
-    """Every part of a state exchanged, taken away or added to; the learner is then whole, or nothing was loaded."""
+    """Whatever part of a state is exchanged, gone or new: it loads whole, or nothing of it does."""
     whole = checkpoint.read(run / "last.safetensors")
     path, number = tmp_path / "forged.safetensors", tmp_path / "in" / "number"
     number.parent.mkdir()
@@ -459,13 +455,15 @@ def test_a_model_larger_than_its_weights_is_refused_before_it_takes_memory(tmp_p
         forge(path, state)
         begun = time.monotonic()
         assert refusal(lambda: MetaLearner.load(path)) == (
-            f"{path} belongs to another model: it asks for more weights than it has; use another one of the run"
+            f"{path} belongs to another model: it asks for more weights than it has; use "
+            f"another one of the run"
         )
         assert time.monotonic() - begun < 5
     state["config"] = state["config"].replace("- 8\n", "- 65536\n    - 65536\n")
     forge(path, state)
     assert refusal(lambda: load(path)) == (
-        f"{path} belongs to another model: it asks for more weights than it has; use another one of the run"
+        f"{path} belongs to another model: it asks for more weights than it has; use another "
+        f"one of the run"
     )
 
 
@@ -503,7 +501,7 @@ def test_nothing_is_loaded_of_what_a_module_refuses_late():
 
 
 def test_learners_that_took_over_a_state_share_nothing():
-    """torch's optimizers keep the tensors that they are given: two learners would train on one another's moments."""
+    """torch's optimizers keep the tensors that they are given: two learners would share moments."""
     tasks = Sinusoid(shots=5, queries=5)
 
     def learner():
@@ -591,7 +589,8 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path):
 
     learner = MetaLearner(Odd(), kind="regression")
     assert refusal(lambda: learner.save(tmp_path / "a.safetensors")) == (
-        f"cannot write {tmp_path / 'a.safetensors'}: model._extra_state is a set, which no checkpoint keeps; {MEND}"
+        f"cannot write {tmp_path / 'a.safetensors'}: model._extra_state is a set, which no "
+        f"checkpoint keeps; {MEND}"
     )
     assert not list(tmp_path.iterdir())
 
@@ -680,14 +679,16 @@ def test_tensors_that_overlap_are_written_apart(tmp_path, tensors):
         ),
         (
             {"a": torch.empty(2, device="meta")},
-            "plugins.keeping.a is torch.float32, torch.strided without values, which no checkpoint keeps",
+            "plugins.keeping.a is a Tensor of torch.float32, torch.strided, on meta, which no "
+            "checkpoint keeps",
         ),
         (
             {"a": torch.eye(2).to_sparse()},
-            "plugins.keeping.a is torch.float32, torch.sparse_coo, which no checkpoint keeps",
+            "plugins.keeping.a is a Tensor of torch.float32, torch.sparse_coo, on cpu, which "
+            "no checkpoint keeps",
         ),
         ({"a": "x" * 2**24}, LARGE),
-        ({"a": [0] * 6_000_000}, LARGE),
+        ({"a": ["x" * 200] * 100_000}, LARGE),
         ({"a": 2**20_000}, "plugins.keeping.a is a int, which no checkpoint keeps"),
         ({"a": DEEP}, f"plugins.keeping.a{'.0' * 48} nests more than 50 deep"),
         (
@@ -708,8 +709,8 @@ def test_a_name_that_no_file_can_have_is_refused_when_it_is_written(tmp_path):
     path, name = tmp_path / "a.safetensors", "a" * 201
     learner = MetaLearner(nn.Linear(1, 1), kind="regression", plugins=[GradientSharing(name=name)])
     assert refusal(lambda: learner.save(path)) == (
-        f"cannot write {path}: its content: plugins.0.name = '{name[:97]}...{name[-98:]}': string should have at most 200 characters; "
-        + MEND
+        f"cannot write {path}: its content: plugins.0.name = '{name[:97]}...{name[-98:]}': "
+        f"string should have at most 200 characters; " + MEND
     )
     assert not list(tmp_path.iterdir())
 
@@ -725,8 +726,8 @@ def test_a_run_whose_state_cannot_be_written_is_refused_before_its_first_step(
         )
     )
     assert text == (
-        f"cannot write {tmp_path / 'run' / 'last.safetensors'}: plugins.meta-sgd.a is a set, which no checkpoint keeps; "
-        + MEND
+        f"cannot write {tmp_path / 'run' / 'last.safetensors'}: plugins.meta-sgd.a is a set, "
+        f"which no checkpoint keeps; " + MEND
     )
     assert not stepped
     assert not (tmp_path / "run").exists()
@@ -824,7 +825,8 @@ TOO_MUCH = "its aliases stand for more than 100000 values, or nest more than 50 
         (
             "seed: 2001-99-99",
             ", line 1",
-            "'2001-99-99' is read as a timestamp, which no setting is: put it in quotes to have text",
+            "'2001-99-99' is read as a timestamp, which no setting is: put it in quotes to "
+            "have text",
         ),
         (
             "seed: !!binary aaaa",
@@ -834,7 +836,8 @@ TOO_MUCH = "its aliases stand for more than 100000 values, or nest more than 50 
         (
             "seed: !!python/object/apply:os.system [ls]",
             ", line 1",
-            "'[...]' is read as a python/object/apply:os.system, which no setting is: put it in quotes to have text",
+            "'[...]' is read as a python/object/apply:os.system, which no setting is: put it "
+            "in quotes to have text",
         ),
         ("seed: 0b_", ", line 1", "'0b_' cannot be read as int; in quotes it is text"),
         (
@@ -896,7 +899,8 @@ def test_a_configuration_may_be_a_pipe_but_not_endless(tmp_path):
             assert read_yaml(path) == {"seed": 3}
         else:
             assert refusal(lambda: read_yaml(path), RequestError) == (
-                f"{path} has more than 256 KiB, and no configuration is so long: give a YAML file of settings"
+                f"{path} has more than 256 KiB, and no configuration is so long: give a YAML "
+                f"file of settings"
             )
         writer.join()
 
@@ -925,7 +929,8 @@ def test_the_longest_configuration_is_read_or_refused_in_bounded_time(tmp_path):
     [
         (
             "2001-99-99",
-            "'2001-99-99' is read as a timestamp, which no setting is: put it in quotes to have text; put it in quotes to have text",
+            "'2001-99-99' is read as a timestamp, which no setting is: put it in quotes to "
+            "have text; put it in quotes to have text",
         ),
         ("[" * 60, "nested more than 50 deep; put it in quotes to have text"),
         ("0b_", "'0b_' cannot be read as int; in quotes it is text; put it in quotes to have text"),
@@ -945,7 +950,10 @@ def test_values_on_the_command_line_are_as_strict(text, reason):
 
 
 def test_mutated_configurations_and_presets(run, request, tmp_path):
-    preset = b"plugins:\n  - plugin: gradient-sharing\n    settings: {gate: 0.3}\n  - meta-sgd\ndefaults: {learner: {inner_steps: 2}}\n"
+    preset = (
+        b"plugins:\n  - plugin: gradient-sharing\n    settings: {gate: 0.3}\n  - "
+        b"meta-sgd\ndefaults: {learner: {inner_steps: 2}}\n"
+    )
     seeds = [
         (run / "config.yaml").read_bytes(),
         LAUGHS.encode(),
@@ -995,11 +1003,13 @@ def test_a_broken_line_of_metrics_is_named(run, tmp_path, text, reason):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes((run / "metrics.jsonl").read_bytes() + text)
     assert refusal(lambda: read_metrics(tmp_path)) == (
-        f"{path}, line 3, is not what a run writes ({reason}): take it from a backup, or train the run anew"
+        f"{path}, line 3, is not what a run writes ({reason}): take it from a backup, or train "
+        f"the run anew"
     )
     assert read_metrics(run)[0]["iteration"] == 1
     assert refusal(lambda: read_summary(tmp_path)) == (
-        f"cannot read {tmp_path / 'summary.json'}: No such file or directory; it is in the folder of a run that has begun"
+        f"cannot read {tmp_path / 'summary.json'}: No such file or directory; it is in the "
+        f"folder of a run that has begun"
     )
 
 
@@ -1010,7 +1020,8 @@ import torch
 from pathlib import Path
 Path("ran").write_text("")
 def make(input_shape, outputs, width=4):
-    return torch.nn.Sequential(torch.nn.Linear(1, width), torch.nn.Tanh(), torch.nn.Linear(width, outputs))
+    layers = torch.nn.Linear(1, width), torch.nn.Tanh(), torch.nn.Linear(width, outputs)
+    return torch.nn.Sequential(*layers)
 """
 
 
@@ -1038,21 +1049,23 @@ def test_a_factory_is_imported_only_where_the_user_names_it(own, capfd):
     code, words = evaluate(capfd, "runs/own")
     assert (code, words) == (
         2,
-        "metaplug: runs/own/best.safetensors names code for its model, 'own_models:make', which nobody lets run because a file says so: "
+        "metaplug: runs/own/best.safetensors names code for its model, 'own_models:make', "
+        "which nobody lets run because a file says so: "
         "if it is your own, give --model own_models:make, or runs.load(..., model=...)\n",
     )
     code, words = evaluate(capfd, "runs/own", "--model", "own_models:other")
     assert (code, words) == (
         2,
-        "metaplug: runs/own/best.safetensors has the model 'own_models:make', not 'own_models:other': give the model that it was trained with\n",
+        "metaplug: runs/own/best.safetensors has the model 'own_models:make', not "
+        "'own_models:other': give the model that it was trained with\n",
     )
     assert "own_models" not in sys.modules
     assert not Path("ran").exists()
     code, words = evaluate(capfd, "runs/own", "--model", "own_models:make")
     assert code == 0
     assert (
-        f"the model is made by own_models:make in {own.parent.parent / 'own_models.py'} with the settings {{'width': 3}}\n"
-        in words
+        f"the model is made by own_models:make in {own.parent.parent / 'own_models.py'} with "
+        f"the settings {{'width': 3}}\n" in words
     )
     assert load(own, model="own_models:make").learner.iteration >= 1
 
@@ -1092,13 +1105,14 @@ def test_a_preset_names_no_code(tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text("defaults: {model: {name: 'os:system'}}\n")
     assert refusal(lambda: find_preset(str(path)), RequestError) == (
-        f"{path}: defaults = {{'model': {{'name': 'os:system'}}}}: a preset contains no code, as its model 'os:system' is: "
+        f"{path}: defaults = {{'model': {{'name': 'os:system'}}}}: a preset contains no code, "
+        f"as its model 'os:system' is: "
         "give that by --model, or in a configuration"
     )
 
 
 def test_a_folder_that_somebody_sent_installs_nothing(tmp_path, monkeypatch, capfd):
-    """As the current folder it is at the end of Python's path, for MODULE:FACTORY, and Python would find its packages."""
+    """The current folder ends Python's path, for MODULE:FACTORY; its packages would be found."""
     folder = tmp_path / "evil-1.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1\n")
@@ -1137,7 +1151,8 @@ def test_a_checkpoint_starts_no_download_and_reads_no_preset(tmp_path, state, mo
     path = forged_config(state, tmp_path / "a.safetensors", preset="/etc/passwd.yaml")
     assert (
         refusal(lambda: load(path))
-        == f"{path} names the file /etc/passwd.yaml as its preset, which no run does: use another checkpoint of the run"
+        == f"{path} names the file /etc/passwd.yaml as its preset, which no run does: use "
+        f"another checkpoint of the run"
     )
 
 
@@ -1160,7 +1175,7 @@ def test_torchvisions_settings_fetch_no_weights(settings, monkeypatch):
 
 
 def test_the_command_line_shows_one_line_of_a_hostile_run(run, tmp_path, state):
-    """The whole of it in a process of its own, with an address space that a bomb would not fit into."""
+    """In a process of its own, with an address space that a bomb would not fit into."""
     state["model_spec"]["settings"]["hidden"] = [65536] * 40
     forged = forged_config(
         state,
@@ -1174,6 +1189,7 @@ def test_the_command_line_shows_one_line_of_a_hostile_run(run, tmp_path, state):
     assert (done.returncode, done.stdout) == (1, "")
     assert (
         done.stderr
-        == f"metaplug: {forged} belongs to another model: it asks for more weights than it has; use another one of the run\n"
+        == f"metaplug: {forged} belongs to another model: it asks for more weights than it "
+        f"has; use another one of the run\n"
     )
     assert json.loads((run / "summary.json").read_text())["iterations"] == 2

@@ -1,4 +1,4 @@
-"""The same seed gives the same run: what a run records of itself, and that it can be trained again and held against that."""
+"""The same seed gives the same run: it records itself, and can be trained again and compared."""
 
 from __future__ import annotations
 
@@ -152,7 +152,8 @@ def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
         read_sessions(tmp_path)
     assert (
         str(error.value)
-        == f"{path} is not the record of a run that metaplug wrote: remove it, and the run goes on with a new one"
+        == f"{path} is not the record of a run that metaplug wrote: remove it, and the run "
+        f"goes on with a new one"
     )
 
 
@@ -222,7 +223,8 @@ def test_a_run_is_not_held_against_itself(
             )
             assert status == 2
             assert words == (
-                f"metaplug: --from {source}: {out / name} is that run itself, which matches itself whatever it holds: "
+                f"metaplug: --from {source}: {out / name} is that run itself, which matches "
+                f"itself whatever it holds: "
                 "give a --name that is not taken\n"
             )
 
@@ -243,9 +245,12 @@ def test_a_run_that_does_not_match_says_where_and_what_differs(
     assert status == 1
     size = abs(2.5 - values["outer_loss"]) / max(2.5, values["outer_loss"])
     assert words.splitlines()[-1] == (
-        f"metaplug: {tmp_path}/mine-repeated does not match {tmp_path}/mine bit for bit over 12 iterations and the test: iteration 7 is "
-        f"the first to differ (outer_loss 2.5 there, {values['outer_loss']} here; largest relative difference {size:.1e}); "
-        f"torch 2.0.0 there, {torch.__version__} here: repeat it with the same versions, threads and kind of device, or judge by the size "
+        f"metaplug: {tmp_path}/mine-repeated does not match {tmp_path}/mine bit for bit over "
+        f"12 iterations and the test: iteration 7 is "
+        f"the first to differ (outer_loss 2.5 there, {values['outer_loss']} here; largest "
+        f"relative difference {size:.1e}); "
+        f"torch 2.0.0 there, {torch.__version__} here: repeat it with the same versions, "
+        f"threads and kind of device, or judge by the size "
         "of the difference"
     )
 
@@ -264,7 +269,10 @@ def test_a_test_that_alone_differs_is_found(whole: Path, tmp_path: Path) -> None
     mean = summary["test"]["mean"]
     summary["test"]["mean"] = mean * 2
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
-    fault = f"the test alone differs (mean {mean} there, {mean * 2} here; largest relative difference 5.0e-01)"
+    fault = (
+        f"the test alone differs (mean {mean} there, {mean * 2} here; largest relative "
+        f"difference 5.0e-01)"
+    )
     assert compare_runs(whole, tmp_path / "run").fault == fault
 
 
@@ -282,26 +290,29 @@ def test_what_cannot_be_repeated_is_refused(
     with pytest.raises(RequestError) as error:
         configuration_of(tmp_path)
     assert str(error.value) == (
-        f"--from {tmp_path}: no iteration of a run is there to repeat; give a folder that metaplug train wrote"
+        f"--from {tmp_path}: no iteration of a run is there to repeat; give a folder that "
+        f"metaplug train wrote"
     )
     with pytest.raises(RequestError) as error:
         check_same(whole, tiny(seed=1), None)
     assert str(error.value) == (
-        f"--from {whole}: with another seed it would be another run; leave that option out, or train a new run from {whole}/config.yaml"
+        f"--from {whole}: with another seed it would be another run; leave that option out, or "
+        f"train a new run from {whole}/config.yaml"
     )
     check_same(whole, tiny(runtime__checkpoint_steps=1), None)
     with pytest.raises(RequestError) as error:
         check_same(whole, tiny(model={"name": "os:system"}), None)
     assert str(error.value) == (
-        f"--from {whole}: {whole}/config.yaml names code for its model, 'os:system', which nobody lets run because a file says so: "
+        f"--from {whole}: {whole}/config.yaml names code for its model, 'os:system', which "
+        f"nobody lets run because a file says so: "
         "if it is your own, give --model os:system"
     )
     (tmp_path / "mine.yaml").write_text("seed: 1")
     status, words = command(capsys, "train", f"{tmp_path}/mine.yaml", "--from", str(whole))
     assert status == 2
     assert (
-        words
-        == f"metaplug: --from {whole} and {tmp_path}/mine.yaml: both give a configuration; leave one of them out\n"
+        words == f"metaplug: --from {whole} and {tmp_path}/mine.yaml: both give a configuration; "
+        f"leave one of them out\n"
     )
 
 
@@ -364,7 +375,8 @@ def test_an_operation_that_has_no_deterministic_algorithm_is_named() -> None:
     with pytest.raises(RunError) as error:
         MetaLearner(Puts(), task_batching="sequential", deterministic=True).meta_gradients(batch)
     assert str(error.value) == (
-        "a deterministic run cannot be had of this model and these plugins (put_ does not have a deterministic implementation): "
+        "a deterministic run cannot be had of this model and these plugins (put_ does not have "
+        "a deterministic implementation): "
         "replace that operation, or leave deterministic out"
     )
 

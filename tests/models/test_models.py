@@ -111,11 +111,13 @@ def test_mlp_names_and_default() -> None:
     [
         (
             lambda: Conv4((1, 14, 28), 5, pooling="max"),
-            "conv4 halves an image four times, but 14 x 28 pixels are fewer than 16 x 16: enlarge the images, or set pooling = 'stride'",
+            "conv4 halves an image four times, but 14 x 28 pixels are fewer than 16 x 16: enlarge "
+            "the images, or set pooling = 'stride'",
         ),
         (
             lambda: Conv4((1,), 1),
-            "conv4 takes images (channels, height, width) to at least one output, but the tasks have inputs (1,) and 1 outputs: "
+            "conv4 takes images (channels, height, width) to at least one output, but the tasks "
+            "have inputs (1,) and 1 outputs: "
             "choose other tasks, or the model mlp",
         ),
         (
@@ -132,7 +134,8 @@ def test_mlp_names_and_default() -> None:
         ),
         (
             lambda: Mlp((1,), 0),
-            "mlp takes at least one input to at least one output, but the tasks have inputs (1,) and 0 outputs: choose other tasks",
+            "mlp takes at least one input to at least one output, but the tasks have inputs (1,) "
+            "and 0 outputs: choose other tasks",
         ),
         (
             lambda: Mlp((1,), 1, hidden=(40, 0)),

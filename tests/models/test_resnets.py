@@ -1,4 +1,4 @@
-"""ResNet-12 and the wide ResNet: the architectures of their papers, their sizes, and exact meta-gradients through them."""
+"""ResNet-12 and the wide ResNet: their papers' architectures and sizes, exact meta-gradients."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -80,7 +80,11 @@ def test_parameters_have_readable_names() -> None:
 
 
 def test_resnet12_has_the_size_of_its_paper() -> None:
-    """12.4 million: of a block from a to b channels, 9ab + 9b² + 9b² in its convolutions, ab in its shortcut, 2b in each of 4 norms."""
+    """12.4 million.
+
+    A block from a to b channels has 9ab + 9b² + 9b² in its convolutions, ab in its shortcut, 2b in
+    each of 4 norms.
+    """
     widths = (3, 64, 160, 320, 640)
     blocks = sum(10 * a * b + 18 * b * b + 8 * b for a, b in pairwise(widths))
     model = ResNet12((3, 84, 84), 5)
@@ -89,7 +93,10 @@ def test_resnet12_has_the_size_of_its_paper() -> None:
 
 
 def test_wrn28_10_has_the_size_of_its_paper() -> None:
-    """36.5 million on CIFAR-10: two norms and convolutions a block, a shortcut where a group begins, one norm at the end."""
+    """36.5 million on CIFAR-10.
+
+    Two norms and convolutions a block, a shortcut where a group begins, one norm at the end.
+    """
     total, before = 9 * 3 * 16, 16
     for width in (160, 320, 640):
         for block in range(4):
@@ -200,12 +207,14 @@ def test_an_installed_model_comes_back_from_a_file(name: str, tmp_path: Path) ->
         ),
         (
             lambda: ResNet12((1,), 1),
-            "resnet12 takes images (channels, height, width) to at least one output, but the tasks have inputs (1,) and 1 outputs: "
+            "resnet12 takes images (channels, height, width) to at least one output, but the tasks "
+            "have inputs (1,) and 1 outputs: "
             "choose other tasks, or the model mlp",
         ),
         (
             lambda: WideResNet((3, 32, 32), 0),
-            "wrn28_10 takes images (channels, height, width) to at least one output, but the tasks have inputs (3, 32, 32) and 0 outputs: "
+            "wrn28_10 takes images (channels, height, width) to at least one output, but the tasks "
+            "have inputs (3, 32, 32) and 0 outputs: "
             "choose other tasks, or the model mlp",
         ),
         (

@@ -1,4 +1,4 @@
-"""Deliberately wrong plugins, a mistake each, by what they do wrong; `caught_by` is the clause that has to catch it."""
+"""Deliberately wrong plugins, one mistake each; `caught_by` is the clause that must catch it."""
 
 from mutants import forms, memory, numbers, tasks, together, traces
 

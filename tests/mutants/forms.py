@@ -10,7 +10,10 @@ class TakesAnySetting(Plugin):
     """A validator takes out what it does not know, before pydantic could refuse it."""
 
     caught_by = "strict-config"
-    says = "Config accepts the unknown field 'no_such_setting', so that a misspelt setting would pass unseen"
+    says = (
+        "Config accepts the unknown field 'no_such_setting', so that a misspelt setting "
+        "would pass unseen"
+    )
 
     class Config(PluginConfig):
         scale: float = Field(0.5, description="Factor.")

@@ -37,7 +37,10 @@ class WritesIntoTheMapping(Plugin):
     """Puts its gradient where the old one was."""
 
     caught_by = "no-mutation"
-    says = "tried to write into what it was given (TypeError: 'mappingproxy' object does not support item assignment)"
+    says = (
+        "tried to write into what it was given (TypeError: 'mappingproxy' object does not "
+        "support item assignment)"
+    )
 
     @hookimpl
     def transform_gradients(self, gradients):

@@ -35,7 +35,10 @@ class DividesByANorm(Plugin):
     """The direction of a gradient of zero."""
 
     caught_by = "finite-at-zero"
-    says = "where every loss is 0 (in float32): bound from below what you divide by or take the root of"
+    says = (
+        "where every loss is 0 (in float32): bound from below what you divide by or take the "
+        "root of"
+    )
 
     @hookimpl
     def transform_gradients(self, gradients):
@@ -51,7 +54,8 @@ class TakesARoot(Plugin):
 
     caught_by = "finite-at-zero"
     says = (
-        "the gradient of the support loss holds NaN or Inf in '0.weight', '0.bias', '2.weight' of task 0 in iteration 0, inner step 1 "
+        "the gradient of the support loss holds NaN or Inf in '0.weight', '0.bias', '2.weight' "
+        "of task 0 in iteration 0, inner step 1 "
         "where every loss is 0"
     )
 
@@ -79,7 +83,7 @@ class LooksForAGraph(Plugin):
 
 
 class ReadsBackItsStatistics(Plugin):
-    """Carries something from step to step by what it kept, which is not there when steps are taken again."""
+    """Reads what it kept in the step before, which is not there in a recomputed step."""
 
     caught_by = "recomputed"
     says = "with checkpoint_steps=1"

@@ -36,7 +36,10 @@ class SharesUndeclared(Plugin):
     """A plain mean over axis 0."""
 
     caught_by = "tasks-apart"
-    says = "when the other tasks of the batch are replaced, and the plugin does not say that it couples tasks"
+    says = (
+        "when the other tasks of the batch are replaced, and the plugin does not say that it "
+        "couples tasks"
+    )
 
     @hookimpl
     def transform_gradients(self, gradients, step):

@@ -28,7 +28,7 @@ class RunsPastItsSteps(Plugin):
 
 
 class IsNeverQuiteOff(Plugin):
-    """Off, it is a product and a quotient that give what was there before, but for the last digit."""
+    """Off, it is a product and a quotient that change the last digit."""
 
     caught_by = "off-is-baseline"
     says = "with the plugin off (strength = 0.0) and without it"
@@ -60,7 +60,10 @@ class TakesAPlaceThatIsTaken(Plugin):
     """Answers what another plugin answers, and does not say so."""
 
     caught_by = "composes"
-    says = "before multi-step-loss: plugins 'takes-a-place-that-is-taken' and 'multi-step-loss' both answer outer_step_weights"
+    says = (
+        "before multi-step-loss: plugins 'takes-a-place-that-is-taken' and 'multi-step-loss' "
+        "both answer outer_step_weights"
+    )
 
     @hookimpl
     def outer_step_weights(self, inner_steps):

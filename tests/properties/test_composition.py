@@ -1,4 +1,5 @@
-"""Any first-party plugins together, and in which order: invariant 12. What holds of each of them alone: tests/test_conformance.py."""
+"""Any first-party plugins together, and in which order: invariant 12. What holds of each of them
+alone: tests/test_conformance.py."""
 
 import copy
 import itertools
@@ -33,11 +34,11 @@ def test_any_chain_trains_evaluates_and_goes_on_from_its_state(chain, vectorized
     uses, case = chain
     model, batching = case.name, "vectorized" if vectorized else "sequential"
     learners = [case.learner(plugins=uses, task_batching=batching) for _ in range(2)]
-    learners[0].fit(Stream(model), iterations=1, tasks_per_batch=2)
+    learners[0].fit(Stream(model), iterations=1, total=2, tasks_per_batch=2)
     learners[1].load_state_dict(copy.deepcopy(learners[0].state_dict()))
     results = []
     for learner in learners:
-        learner.fit(Stream(model), iterations=1, tasks_per_batch=2)
+        learner.fit(Stream(model), iterations=1, total=2, tasks_per_batch=2)
         results.append(
             (
                 learner.meta_gradients(case.batch),
@@ -55,7 +56,8 @@ def test_any_chain_trains_evaluates_and_goes_on_from_its_state(chain, vectorized
 @pytest.mark.parametrize("name", plugins.NAMES)
 @pytest.mark.parametrize("extra", [0, 1, 4])
 def test_more_inner_steps_than_trained_repeat_the_last_slot(name, extra):
-    """A plugin trained for 2 steps acts in every later step as in its second: compared with values that are repeated by hand."""
+    """A plugin trained for 2 steps acts in every later step as in its second: compared with values
+    that are repeated by hand."""
     case, stream = problem("conv4", steps=2), Stream("conv4", split="test")
     learner = case.learner(plugins=[plugins.make(name)])
     learner.fit(Stream("conv4"), iterations=2, tasks_per_batch=2)
@@ -125,7 +127,8 @@ def test_the_pairs_that_share_a_fold_are_these():
 
 
 class Point(nn.Module):
-    """Answers its weight: with targets −g and no inputs, the gradient of half the squared distance at 0 is g."""
+    """Answers its weight: with targets −g and no inputs, the gradient of half the squared distance
+    at 0 is g."""
 
     def __init__(self):
         super().__init__()
@@ -177,7 +180,8 @@ def sharing():
 
 
 def test_clipping_and_curvature_by_hand():
-    """g = (3, 4), bound 1. Curvature first: (4, 6), clipped to (4, 6)/√52. Clipping first: (0.6, 0.8), then (0.8, 1.2)."""
+    """g = (3, 4), bound 1. Curvature first: (4, 6), clipped to (4, 6)/√52. Clipping first: (0.6,
+    0.8), then (0.8, 1.2)."""
     assert_close(moved([curvature(), clipping()], [[3.0, 4.0]], SWAP), rows([4.0, 6.0]) / 52**0.5)
     assert_close(moved([clipping(), curvature()], [[3.0, 4.0]], SWAP), rows([0.8, 1.2]))
 
@@ -185,8 +189,10 @@ def test_clipping_and_curvature_by_hand():
 def test_sharing_and_curvature_by_hand():
     """g = (3, 4) and (0, −10), gate ½, no momentum.
 
-    Sharing first: d = (2.25, 1.75) and (1.5, −5.5), then (1.75, 4.5) and (−5.5, 3). Curvature first: (4, 6) and (−10, 0), of lengths √52
-    and 10; ū = ((4/√52 − 1)/2, 3/√52); d = (2, 3) + √52 ū/2 = (3 − √52/4, 4.5) and (−5, 0) + 5 ū = (−7.5 + 10/√52, 15/√52).
+    Sharing first: d = (2.25, 1.75) and (1.5, −5.5), then (1.75, 4.5) and (−5.5, 3). Curvature
+    first: (4, 6) and (−10, 0), of lengths √52
+    and 10; ū = ((4/√52 − 1)/2, 3/√52); d = (2, 3) + √52 ū/2 = (3 − √52/4, 4.5) and (−5, 0) + 5 ū =
+    (−7.5 + 10/√52, 15/√52).
     """
     root = 52**0.5
     assert_close(moved([sharing(), curvature()], TWO, SWAP), rows([1.75, 4.5], [-5.5, 3.0]))
@@ -198,7 +204,8 @@ def test_sharing_and_curvature_by_hand():
 
 @pytest.mark.parametrize("other", [clipping, sharing, curvature])
 def test_noise_before_and_behind_another_plugin_by_hand(other):
-    """Behind, the noise n is added to what the other made of g; before, the other works on g + n."""
+    """Behind, the noise n is added to what the other made of g; before, the other works on g +
+    n."""
     matrix = SWAP if other is curvature else None
     noise = moved([plugins.make("gradient-noise", scale=1.0)], TWO) - rows(*TWO)
     assert float(noise.abs().min()) > 0
@@ -262,21 +269,25 @@ REFUSED = {
     ),
     "twice": (
         lambda: [plugins.make("gradient-sharing"), plugins.make("gradient-sharing")],
-        "plugin 'gradient-sharing' stands twice in the list: give one of them a name of its own, or leave it out",
+        "plugin 'gradient-sharing' stands twice in the list: give one of them a name of its own, "
+        "or leave it out",
     ),
     "no batch norm": (
         lambda: [plugins.make("per-step-batch-norm")],
-        "plugin 'per-step-batch-norm' needs batch norm layers with trainable scales and shifts, and the model has none: "
+        "plugin 'per-step-batch-norm' needs batch norm layers with trainable scales and shifts, "
+        "and the model has none: "
         "leave it out, or use a model that has them, such as conv4",
     ),
     "no such parameter": (
         lambda: [plugins.make("partial-adaptation", head=("fc.*",))],
-        "plugin 'partial-adaptation': the pattern 'fc.*' matches none of the parameters that may adapt "
+        "plugin 'partial-adaptation': the pattern 'fc.*' matches none of the parameters that may "
+        "adapt "
         "(0.weight, 0.bias, 2.weight, 2.bias): correct head",
     ),
     "no body": (
         lambda: [plugins.make("partial-adaptation", adapts="body", head=("*",))],
-        "plugin 'partial-adaptation' would adapt the body, but all that may adapt is the head: correct head",
+        "plugin 'partial-adaptation' would adapt the body, but all that may adapt is the head: "
+        "correct head",
     ),
     "nothing left": (
         lambda: [
@@ -287,7 +298,8 @@ REFUSED = {
     ),
     "too large a matrix": (
         lambda: [plugins.make("meta-curvature", largest=5)],
-        "plugin 'meta-curvature' would learn a matrix of 6 x 6 numbers for '0.weight', more than largest = 5 allows: "
+        "plugin 'meta-curvature' would learn a matrix of 6 x 6 numbers for '0.weight', more than "
+        "largest = 5 allows: "
         "raise it, or adapt less with partial-adaptation",
     ),
 }
@@ -307,7 +319,8 @@ def test_learned_rates_need_a_rate_to_start_from(name):
         problem(lr=0.0).learner(plugins=[name])
     assert (
         str(error.value)
-        == f"plugin '{name}' learns rates that start at inner_lr, which is 0: give an inner_lr above 0"
+        == f"plugin '{name}' learns rates that start at inner_lr, which is 0: give an inner_lr "
+        "above 0"
     )
 
 
@@ -316,7 +329,8 @@ def test_label_smoothing_needs_classes():
         MetaLearner(Point(), plugins=["label-smoothing"], kind="regression")
     assert (
         str(error.value)
-        == "plugin 'label-smoothing' smooths class labels, and regression has none: leave it out, or use classification"
+        == "plugin 'label-smoothing' smooths class labels, and regression has none: leave it out, "
+        "or use classification"
     )
 
 

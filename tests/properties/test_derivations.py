@@ -1,4 +1,5 @@
-"""Meta-gradients derived in chunks, or by a traced and compiled step: the engine's own numbers, with every plugin."""
+"""Meta-gradients derived in chunks, or by a traced and compiled step: the engine's own numbers,
+with every plugin."""
 
 import pytest
 import torch
@@ -75,7 +76,8 @@ def test_chunks_are_refused_where_a_plugin_couples_tasks():
     with pytest.raises(RequestError) as error:
         problem().learner(plugins=["gradient-sharing"], chunk_size=2)
     assert str(error.value) == (
-        "chunk_size = 2 takes a few tasks at a time, but plugin 'gradient-sharing' couples all tasks of a batch: "
+        "chunk_size = 2 takes a few tasks at a time, but plugin 'gradient-sharing' couples all "
+        "tasks of a batch: "
         "leave one of the two out, or use checkpoint_steps, which saves memory with every plugin"
     )
     with pytest.raises(
@@ -141,7 +143,8 @@ def test_a_trace_gives_the_meta_gradients_of_the_engine(name, case):
 
 @pytest.mark.parametrize("preset", ["maml", "maml++", "reptile"])
 def test_a_traced_run_is_the_untraced_run(preset):
-    """Weights, plugins' parameters and statistics go in anew at every step; changed orders and outer weights are traced anew."""
+    """Weights, plugins' parameters and statistics go in anew at every step; changed orders and
+    outer weights are traced anew."""
     case = problem("batch-norm", steps=2)
     plain, ours = (case.learner(preset=preset, plugins=["gradient-sharing"]) for _ in range(2))
     for learner in (plain, traced(ours)):
@@ -178,7 +181,8 @@ def test_a_plugin_that_computes_with_the_iteration_is_named_and_training_goes_on
     )
     with pytest.warns(
         UserWarning,
-        match=r"^steps are not compiled, and the run goes on uncompiled: .*plugin 'gradient-noise' in transform_g",
+        match=r"^steps are not compiled, and the run goes on uncompiled: .*plugin 'gradient-noise' "
+        r"in transform_g",
     ):
         ours.fit(Stream(), iterations=2, tasks_per_batch=2)
     plain.fit(Stream(), iterations=2, tasks_per_batch=2)

@@ -19,7 +19,8 @@ TEST = Stream(split="test")
 
 
 def trained(case, **options):
-    """A learner with gradient sharing whose running means, optimizer and meta-parameters have all moved."""
+    """A learner with gradient sharing whose running means, optimizer and meta-parameters have all
+    moved."""
     learner = case.learner(plugins=[GradientSharing(**options)], meta_lr=1e-2)
     learner.fit(Stream(), iterations=2, tasks_per_batch=2)
     return learner
@@ -105,7 +106,8 @@ ALGORITHMS = [f"plugin {name}" for name in registry.names("plugin")] + [
 
 
 def algorithm(which, **settings):
-    """A learner by a first-party plugin or preset, trained for two iterations, and test tasks for it."""
+    """A learner by a first-party plugin or preset, trained for two iterations, and test tasks for
+    it."""
     what, name = which.split()
     norm = name == "per-step-batch-norm" or name.startswith("maml++")
     model = "batch-norm" if norm else "layer-norm"
@@ -115,7 +117,7 @@ def algorithm(which, **settings):
         else {"plugins": [PluginUse(plugin=name, settings=FIRST_PARTY[name])]}
     )
     learner = problem(model).learner(**used, meta_lr=1e-2, **settings)
-    learner.fit(Stream(model), iterations=2, tasks_per_batch=2)
+    learner.fit(Stream(model), iterations=2, total=5, tasks_per_batch=2)
     return learner, Stream(model, split="test")
 
 
@@ -148,7 +150,8 @@ def test_a_task_of_any_algorithm_is_alone(which, batching, together, order, brok
 
 @pytest.mark.parametrize("which", ALGORITHMS)
 def test_an_evaluation_between_two_steps_changes_no_later_step(which):
-    """Weights, plugins, optimizer, metrics and the caller's random stream, bit for bit; as a validation and as a call of one's own."""
+    """Weights, plugins, optimizer, metrics and the caller's random stream, bit for bit; as a
+    validation and as a call of one's own."""
     states = []
     for evaluates in (False, True):
         torch.manual_seed(0)
@@ -258,7 +261,8 @@ def test_a_plugin_that_draws_at_evaluation_draws_the_same_every_time():
 
 
 def test_the_running_mean_is_used_as_stored():
-    """θ[k+1] = θ[k] − α [(1 − σ(λ)) g + σ(λ) ‖g‖ r] with r from training, whatever the test tasks are."""
+    """θ[k+1] = θ[k] − α [(1 − σ(λ)) g + σ(λ) ‖g‖ r] with r from training, whatever the test tasks
+    are."""
     case = problem(steps=1)
     learner = trained(case)
     plugin = learner.chain.plugins[0]
@@ -352,7 +356,8 @@ def test_a_mean_over_test_tasks_is_refused():
     with pytest.raises(RequestError) as error:
         learner.evaluate(TEST, num_tasks=2)
     assert str(error.value) == (
-        "plugin 'leaky' takes a mean over test tasks, which must not see each other: use what was stored in training "
+        "plugin 'leaky' takes a mean over test tasks, which must not see each other: use what was "
+        "stored in training "
         "when step.training is False"
     )
 

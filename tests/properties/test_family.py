@@ -1,4 +1,5 @@
-"""The members of the family against independent loops written from their equations, and against each other: invariants 7, 8 and 9."""
+"""The members of the family against independent loops written from their equations, and against
+each other: invariants 7, 8 and 9."""
 
 import math
 
@@ -77,7 +78,8 @@ def test_every_plugin_is_held_to_its_off_setting_or_has_none():
 @pytest.mark.parametrize("name", OFF)
 @given(problems(steps=(1, 3), lrs=(0.05, 0.5)))
 def test_off_is_maml_bit_for_bit(name, case):
-    """LSLR with all rates equal, Meta-SGD with α constant, MSL with all weight on the last step, identity curvature, …"""
+    """LSLR with all rates equal, Meta-SGD with α constant, MSL with all weight on the last step,
+    identity curvature, …"""
     plain, ours = case.learner(), case.learner(plugins=[plugins.make(name, **OFF[name])])
     assert bits_equal(adapted(ours, case.batch), adapted(plain, case.batch))
     found_here = {
@@ -304,7 +306,8 @@ def test_per_step_batch_norm_equals_a_plain_loop(case, seed):
 @pytest.mark.parametrize("iteration", [0, 40, 49, 50, 99])
 @pytest.mark.parametrize("name", WITH_NORM)
 def test_the_whole_of_maml_plus_plus_equals_a_straight_line(preset, iteration, name):
-    """All parts at once, with random rates, scales and shifts, from the equations; an epoch is one iteration here."""
+    """All parts at once, with random rates, scales and shifts, from the equations; an epoch is one
+    iteration here."""
     case = problem(name, steps=3, tasks=2)
     uses = [
         PluginUse(

@@ -1,4 +1,5 @@
-"""First order, for good or until an iteration: against MAML, FOMAML and the analytic first-order gradient."""
+"""First order, for good or until an iteration: against MAML, FOMAML and the analytic first-order
+gradient."""
 
 import torch
 from hypothesis import given
@@ -39,7 +40,8 @@ def test_second_order_begins_at_the_switch(case, switch):
 
 @given(problems(steps=(0, 3)))
 def test_first_order_is_the_query_gradient_at_the_adapted_weights(case):
-    """dL/dθ = mean over t of ∂ℓ(query t; θ[t,K])/∂θ[t,K]: the Jacobian of the inner loop counts as the identity."""
+    """dL/dθ = mean over t of ∂ℓ(query t; θ[t,K])/∂θ[t,K]: the Jacobian of the inner loop counts as
+    the identity."""
     learner = case.learner(preset="fomaml")
     outcome = found(learner, case.batch).outcome
     expected = {

@@ -1,4 +1,4 @@
-"""Gradient sharing against what its equations say it must keep: the invariants 1 to 6 of the algorithm."""
+"""Gradient sharing keeps the invariants that its equations imply."""
 
 import torch
 from hypothesis import given

@@ -1,4 +1,5 @@
-"""Meta-gradients against finite differences, a closed form and plain loops; and every batching against every other."""
+"""Meta-gradients against finite differences, a closed form and plain loops; and every batching
+against every other."""
 
 import copy
 
@@ -89,7 +90,8 @@ class Only(Plugin):
     problems(("mlp", "softplus", "max-pool", "batch-norm", "conv4"), steps=(1, 3), lrs=(0.1, 0.5))
 )
 def test_adapted_sets_partition_the_parameters(case):
-    """ANIL and BOIL in small: each moves its own part for every task, and meta-learns all of it as a plain loop does."""
+    """ANIL and BOIL in small: each moves its own part for every task, and meta-learns all of it as
+    a plain loop does."""
     names = {name for name, _ in case.model.named_parameters()}
     parts = []
     for first in (True, False):
@@ -143,7 +145,8 @@ def test_directional_derivative_equals_finite_differences(case, seed, sharing):
     }
     slope = sum(float((gradients[name] * direction[name]).sum()) for name in parameters)
     numeric = _slope(learner, case.batch, parameters, direction)
-    # A fourth-order difference at 1e-3: its own error is about 1e-9 of the scale of the gradient; batch norm's curvature adds to it.
+    # A fourth-order difference at 1e-3: its own error is about 1e-9 of the scale of the gradient;
+    # batch norm's curvature adds to it.
     scale = sum(float(gradients[name].square().sum()) for name in parameters) ** 0.5
     assert numeric == pytest.approx(slope, abs=1e-5 * max(scale, 1e-3))
 
@@ -176,7 +179,8 @@ def half_square(prediction, target):
 
 @given(st.integers(0, 4), st.floats(0, 1), st.integers(1, 6), seeds, st.sampled_from([1, 2]))
 def test_quadratic_has_a_closed_form(steps, lr, tasks, seed, order):
-    """θ[K] = s + (1 − α)^K (θ − s) with s the support mean; dL/dθ = (1 − α)^K (θ[K] − q), without the factor in first order."""
+    """θ[K] = s + (1 − α)^K (θ − s) with s the support mean; dL/dθ = (1 − α)^K (θ[K] − q), without
+    the factor in first order."""
     generator = torch.Generator().manual_seed(seed)
     support, query, weight = (
         torch.randn(*shape, dtype=torch.float64, generator=generator)
@@ -223,7 +227,8 @@ def test_vectorized_equals_sequential(case, sharing, preset):
     st.sampled_from(["sgd", "adam", "rmsprop", "adagrad", "adadelta", "adamax"]),
 )
 def test_vectorized_equals_sequential_under_every_optimizer(case, optimizer):
-    # A bias before batch norm has a gradient of zero up to rounding, by whose size these optimizers divide.
+    # A bias before batch norm has a gradient of zero up to rounding, by whose size these optimizers
+    # divide.
     if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in case.model.modules()):
         case = Problem(
             MODELS["mlp"]().double(),

@@ -1,4 +1,5 @@
-"""Inner steps whose graph is made again in the backward pass: the same numbers, with every plugin, in less memory."""
+"""Inner steps whose graph is made again in the backward pass: the same numbers, with every plugin,
+in less memory."""
 
 import gc
 
@@ -28,7 +29,8 @@ def test_it_gives_the_same_meta_gradients(case, steps, preset):
         for checkpoint in (None, steps)
     )
     ours, theirs = found(again, case.batch), found(plain, case.batch)
-    # Batch norm amplifies what rounding differs; gradients of a tensor that stands in two places are added in another order.
+    # Batch norm amplifies what rounding differs; gradients of a tensor that stands in two places
+    # are added in another order.
     assert_close(ours.gradients, dict(theirs.gradients), rtol=1e-7, atol=1e-9)
     assert_close(ours.outer_loss, theirs.outer_loss, rtol=1e-12, atol=1e-14)
     assert_close(
@@ -110,7 +112,8 @@ def batch_of(tasks):
 
 
 def test_memory_hardly_grows_with_the_inner_steps():
-    """Without, it grows with K; with a piece for every step, by K fast weights alone: below √K from 4 to 16 steps."""
+    """Without, it grows with K; with a piece for every step, by K fast weights alone: below √K from
+    4 to 16 steps."""
     peaks = {}
     for steps in (4, 16):
         for checkpoint in (None, 1):

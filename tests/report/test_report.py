@@ -1,4 +1,4 @@
-"""What people are shown: texts, tables, progress and pictures."""
+"""Texts, tables, progress and pictures for people."""
 
 from __future__ import annotations
 

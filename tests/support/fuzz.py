@@ -1,9 +1,10 @@
-"""Mutated files given to a loader, in a child process whose memory and time are bounded and in which nothing may be executed.
+"""Mutated files for a loader, in a child process of bounded memory that may execute nothing.
 
     report = fuzz(load, path, seeds, count)
     assert not report.failures, report
 
-Input NUMBER is always the same bytes; `METAPLUG_FUZZ=NUMBER pytest FILE -k TEST` runs it alone and in the open, with its traceback.
+Input NUMBER is always the same bytes; `METAPLUG_FUZZ=NUMBER pytest FILE -k TEST` runs it alone, in
+the open, with its traceback.
 """
 
 import json
@@ -118,7 +119,7 @@ def mutated(seeds: Sequence[bytes], number: int, *, text: bool = False) -> bytes
 
 @dataclass(repr=False)
 class Report:
-    """What became of the inputs: how many loaded, how many were refused, and everything else, a line each."""
+    """How many inputs loaded, how many were refused, and everything else, a line each."""
 
     loaded: int = 0
     refused: int = 0
@@ -147,11 +148,13 @@ def fuzz(
     mib: int = 512,
     seconds: float = 10,
 ) -> Report:
-    """Write every input to `path` and call `load`, which reads it there; it may assert what a file that loads has to give.
+    """Write every input to `path` and call `load`, which reads it, and may assert what it gives.
 
-    An input fails unless `load` returns, or raises a RequestError or RunError of one line that has `path` or one of `says` in it. It
-    fails too if anything is executed, unpickled, connected to, written outside `owned`, imported from outside the standard library and
-    `modules`, or said on standard output or error. Bytes that fail are kept in a hidden folder beside that of `path`.
+    An input fails unless `load` returns, or raises a RequestError or RunError of one line that has
+    `path` or one of `says` in it. It fails too if anything is executed, unpickled, connected to,
+    written outside `owned`, imported from outside the standard library and `modules`, or
+    said on standard output or error. Bytes that fail are kept in a hidden
+    folder beside that of `path`.
 
     Args:
         load: takes nothing; what it needs beside `path` is there already.

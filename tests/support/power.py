@@ -1,8 +1,9 @@
-"""A disk that loses its power: what a process does to a folder is recorded, and the states that a power failure may leave are made.
+"""A disk that loses its power: records a process's operations, and makes what a failure may leave.
 
-POSIX promises little: what was written to a file is on the disk after an fsync of that file, and a name (made, replaced, removed) after one
-of its folder. Everything else may be there or not, each on its own. A `Disk` watches the calls of `os` and `open` in this process,
-without help from what is watched, and after each of them holds its picture of the folder against the real one: nothing escapes it.
+POSIX promises little: what was written to a file is on the disk after an fsync of that file, and a
+name (made, replaced, removed) after one of its folder. Everything else may be there or not, each on
+its own. A `Disk` watches the calls of `os` and `open` in this process, without help from what is
+watched, and compares its picture of the folder with the real one after each: nothing escapes it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 Change = tuple[tuple[str, int | None], ...]
-"""Of a folder, all of it or nothing: names, and the number of what they now stand for; None for a name that goes."""
+"""Names in a folder with the number of what they now stand for, or None; all of it or nothing."""
 
 Tree = dict[str, bytes | None]
 """What lies in a folder: the content of files by their relative path; None for folders."""
@@ -351,7 +352,7 @@ def lay_out(tree: Tree, folder: Path) -> None:
 
 
 def _grown(old: bytes, new: bytes, change: Callable[[bytes], bytes]) -> bytes:
-    """The safe content, with something of what was added since; of a file that was written anew, something of the new."""
+    """The safe content with something of what was added, or something of a new content."""
     return old + change(new[len(old) :]) if new.startswith(old) else change(new)
 
 

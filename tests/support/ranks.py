@@ -1,4 +1,4 @@
-"""Several ranks on this machine, forked from a test, which has imported everything."""
+"""Several ranks on this machine, for tests: forked from the test, and joined over the loopback."""
 
 import itertools
 import os
@@ -14,22 +14,19 @@ import torch
 from metaplug import TaskBatch
 from metaplug.execution.ranks import joined
 
-LIMIT = 300
+LIMIT = 240
 """Seconds after which ranks that have not ended are killed."""
 
 FIELDS = ("support_x", "support_y", "query_x", "query_y")
 
 
 def shard(batch, world):
-    """The tasks of a batch that are this rank's."""
+    """Return the tasks of a batch that are this rank's."""
     return TaskBatch(*(getattr(batch, field)[world.rank :: world.size] for field in FIELDS))
 
 
-def on_ranks(action, size=2, timeout=120.0):
-    """Run `action(world)` on each of `size` ranks: what it returned or raised, None if killed.
-
-    A test's own step takes milliseconds. The limits are for a machine that is busy with others'.
-    """
+def on_ranks(action, size=2, timeout=60.0):
+    """Return what `action(world)` returned or raised on each rank; None of one that was killed."""
 
     def join():
         with joined(timeout) as world:
@@ -39,7 +36,7 @@ def on_ranks(action, size=2, timeout=120.0):
 
 
 def forked(action, size=2):
-    """Run it in processes as torchrun starts them, not joined: answers, and all that they wrote."""
+    """Do the same for processes that have not joined; return also all that they wrote."""
     with tempfile.TemporaryDirectory() as folder:
         files, words = [Path(folder) / f"{rank}.pt" for rank in range(size)], Path(folder) / "words"
         words.touch()

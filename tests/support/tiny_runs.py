@@ -1,4 +1,4 @@
-"""A run of a tenth of a second, what makes two runs the same, and a forked process to end one in."""
+"""A run of a tenth of a second, what two equal runs share, and a forked process to end one in."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Weights, optimizer, plugins' states, best validation, metrics and summary: all of a finished run."""
+    """All of a finished run: weights, optimizer, plugins, best validation, metrics and summary."""
     assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
     for name in ("last.safetensors", "best.safetensors"):
         assert_same(checkpoint.read(one / name), checkpoint.read(other / name))
@@ -82,7 +82,7 @@ def stop_after(iterations: int) -> Callable[[], bool]:
 
 
 def in_child(action: Callable[[], object], words: Path | None = None) -> int:
-    """Run in a forked process, which has imported everything already; its process id. What it says goes to the file `words`."""
+    """Run in a forked process, whose id this returns and whose words go to the file `words`."""
     pid = os.fork()
     if pid:
         return pid

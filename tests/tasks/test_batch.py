@@ -42,26 +42,31 @@ def test_moving_a_batch_moves_all_of_it() -> None:
         ),
         (
             {"support_y": torch.zeros(2)},
-            "TaskBatch: support_y has shape (2,): give (tasks, examples, ...) with at least one task and one example",
+            "TaskBatch: support_y has shape (2,): give (tasks, examples, ...) with at least one "
+            "task and one example",
         ),
         (
             {"query_x": torch.zeros(2, 0, 4)},
-            "TaskBatch: query_x has shape (2, 0, 4): give (tasks, examples, ...) with at least one task and one example",
+            "TaskBatch: query_x has shape (2, 0, 4): give (tasks, examples, ...) with at least one "
+            "task and one example",
         ),
         (
             {"query_x": torch.zeros(3, 5, 4)},
-            "TaskBatch: support_x is float32 of shape (2, 3, 4) and query_x float32 of shape (3, 5, 4), "
+            "TaskBatch: support_x is float32 of shape (2, 3, 4) and query_x float32 of shape (3, "
+            "5, 4), "
             "which do not fit: "
             "every field must stack the same number of tasks",
         ),
         (
             {"support_y": torch.zeros(2, 4, dtype=torch.int64)},
-            "TaskBatch: support_x is float32 of shape (2, 3, 4) and support_y int64 of shape (2, 4), "
+            "TaskBatch: support_x is float32 of shape (2, 3, 4) and support_y int64 of shape (2, "
+            "4), "
             "which do not fit: give one target for every example",
         ),
         (
             {"query_x": torch.zeros(2, 5, 6)},
-            "TaskBatch: support_x is float32 of shape (2, 3, 4) and query_x float32 of shape (2, 5, 6), "
+            "TaskBatch: support_x is float32 of shape (2, 3, 4) and query_x float32 of shape (2, "
+            "5, 6), "
             "which do not fit: "
             "support and query examples must have one input shape",
         ),
@@ -73,7 +78,8 @@ def test_moving_a_batch_moves_all_of_it() -> None:
         ),
         (
             {"query_x": torch.zeros(2, 5, 4, dtype=torch.float64)},
-            "TaskBatch: support_x is float32 of shape (2, 3, 4) and query_x float64 of shape (2, 5, 4), "
+            "TaskBatch: support_x is float32 of shape (2, 3, 4) and query_x float64 of shape (2, "
+            "5, 4), "
             "which do not fit: convert one of them",
         ),
         (
@@ -102,7 +108,8 @@ def test_values_that_are_not_finite_are_found(bad: float) -> None:
         TaskBatch(**parts(query_x=query_x)).check_values(None)
     assert (
         str(error.value)
-        == "query_x of task 1 holds NaN or Inf, on which no loss is defined: clean the data of that task"
+        == "query_x of task 1 holds NaN or Inf, on which no loss is defined: clean the data of "
+        "that task"
     )
 
 
@@ -121,7 +128,8 @@ def test_labels_out_of_range_are_found(label: int) -> None:
     with pytest.raises(RequestError) as error:
         batch.check_values(5)
     assert str(error.value) == (
-        f"labels out of range: query_y has the label {label}, but the model has 5 outputs, for the labels 0 to 4: "
+        f"labels out of range: query_y has the label {label}, but the model has 5 outputs, for the "
+        "labels 0 to 4: "
         "give the model more outputs, or the tasks fewer ways"
     )
 
@@ -137,8 +145,10 @@ def test_batches_are_stacked_in_their_order_and_unequal_sizes_refused() -> None:
     with pytest.raises(RequestError) as error:
         TaskBatch.stack([one, larger])
     assert str(error.value) == (
-        "TaskBatch.stack: query_x of batch 1 is (6, 4) for a task, of batch 0 (5, 4), but tasks computed together must be of one "
-        "size, as padding would count in every mean over examples: draw tasks of one size, or put those of another into "
+        "TaskBatch.stack: query_x of batch 1 is (6, 4) for a task, of batch 0 (5, 4), but tasks "
+        "computed together must be of one "
+        "size, as padding would count in every mean over examples: draw tasks of one size, or put "
+        "those of another into "
         "batches of their own"
     )
     with pytest.raises(

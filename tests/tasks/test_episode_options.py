@@ -1,4 +1,4 @@
-"""Options of episodes: super-classes, augmentations, sizes within bounds; and that none of them lets a split see another."""
+"""Options of episodes: super-classes, augmentations, sizes; none lets a split see another."""
 
 from typing import Any
 
@@ -28,7 +28,10 @@ def stream(
     seed: int = 0,
     **options: Any,
 ) -> ImageEpisodes:
-    """Twelve classes of seven 5 x 5 images, in super-classes of 3, 4 and 5; the middle pixel is the class, every other one is its own."""
+    """Twelve classes of seven 5 x 5 images, in super-classes of 3, 4 and 5.
+
+    The middle pixel is the class, every other one is its own.
+    """
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(
         100, 256, (CLASSES * COUNT, 1, SIDE, SIDE), dtype=torch.uint8, generator=generator
@@ -63,7 +66,7 @@ def images_of(batch: TaskBatch, ways: int) -> torch.Tensor:
 
 
 def classes_of(batch: TaskBatch, ways: int) -> np.ndarray:
-    """(T, ways): the class of each label, read off the middle pixel, which all images of the class must share."""
+    """(T, ways): the class of each label, read off the middle pixel that its images share."""
     middle = (images_of(batch, ways)[..., 0, SIDE // 2, SIDE // 2] * 255).round().long()
     assert bool((middle == middle[..., :1]).all())
     return middle[..., 0].numpy()
@@ -206,7 +209,7 @@ def test_a_task_depends_on_its_place_alone_whatever_the_options(
 def test_no_class_of_one_split_appears_in_another_whatever_the_options(
     options: dict[str, Any], seed: int, iteration: int
 ) -> None:
-    """Every image of a split has that split's own brightness, which no augmentation changes but to zero."""
+    """A split's images have its own brightness, which no augmentation changes but to zero."""
     level = {"train": 50, "val": 100, "test": 200}
     splits = {
         split: {
@@ -251,16 +254,19 @@ def test_validation_and_test_tasks_are_not_augmented_and_keep_their_size() -> No
     [
         (
             {"within": True, "ways": 6},
-            "6-way tasks within one super-class need 6 classes of one, but the largest of the train split, 'c', has 5: "
+            "6-way tasks within one super-class need 6 classes of one, but the largest of the "
+            "train split, 'c', has 5: "
             "lower ways, or leave within out",
         ),
         (
             {"train_ways": (2, 13)},
-            "13-way tasks need 13 classes, but the train split has 12: lower ways, or give that split more classes",
+            "13-way tasks need 13 classes, but the train split has 12: lower ways, or give that "
+            "split more classes",
         ),
         (
             {"train_shots": (1, 5)},
-            "5 shots and 3 queries need 8 images of every class, but the class 'class 0' of the train split has 7: "
+            "5 shots and 3 queries need 8 images of every class, but the class 'class 0' of the "
+            "train split has 7: "
             "lower shots or queries, or leave that class out",
         ),
     ],
@@ -283,11 +289,13 @@ def test_options_of_the_wrong_form_are_refused() -> None:
     for options, text in (
         (
             {"rotate": True},
-            "rotate turns images by multiples of 90 degrees, but they have 3 x 2 pixels: make them square, or leave rotate out",
+            "rotate turns images by multiples of 90 degrees, but they have 3 x 2 pixels: make them "
+            "square, or leave rotate out",
         ),
         (
             {"within": True},
-            "within draws tasks from one super-class, but the classes of the train split have none: leave it out, "
+            "within draws tasks from one super-class, but the classes of the train split have "
+            "none: leave it out, "
             "or give classes that stand in folders of their super-class",
         ),
         (

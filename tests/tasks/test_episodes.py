@@ -26,7 +26,7 @@ def stream(
     queries: int = 4,
     styles: bool = False,
 ) -> ImageEpisodes:
-    """Six classes of 6 to 11 images of 1 x 2 pixels: the first the class, the second the image's place in it."""
+    """Six classes of 6 to 11 images of 2 pixels: the class, and the image's place in it."""
     counts = (6, 7, 8, 9, 10, 11)
     pixels = np.array(
         [[label, image] for label, count in enumerate(counts) for image in range(count)], np.uint8
@@ -143,7 +143,8 @@ def test_distinct_draws_are_distinct(seed: int, sizes: list[int]) -> None:
 def test_every_ordered_choice_is_as_likely() -> None:
     drawn = distinct(draw(0, "train", 0, range(24_000), 3), np.full(24_000, 4))
     counts = [int((drawn == choice).all(1).sum()) for choice in permutations(range(4), 3)]
-    # 24 choices, 1,000 expected of each; 49.7 is the 99.9 % quantile of chi-square with 23 degrees of freedom.
+    # 24 choices, 1,000 expected of each; 49.7 is the 99.9 % quantile of chi-square with 23 degrees
+    # of freedom.
     assert sum((count - 1000) ** 2 / 1000 for count in counts) < 49.7
 
 
@@ -180,11 +181,13 @@ def test_a_moved_stream_makes_the_same_tasks_there() -> None:
     [
         (
             {"ways": 7},
-            "7-way tasks need 7 classes, but the train split has 6: lower ways, or give that split more classes",
+            "7-way tasks need 7 classes, but the train split has 6: lower ways, or give that split "
+            "more classes",
         ),
         (
             {"shots": 3},
-            "3 shots and 4 queries need 7 images of every class, but the class 'a' of the train split has 6: "
+            "3 shots and 4 queries need 7 images of every class, but the class 'a' of the train "
+            "split has 6: "
             "lower shots or queries, or leave that class out",
         ),
         ({"ways": 1}, "tasks: ways = 1: input should be greater than or equal to 2"),
@@ -206,7 +209,8 @@ def test_sizes_that_the_classes_cannot_give_are_refused(
             "ab",
             torch.zeros(3, 1, 2, 2),
             (1, 1),
-            "class images: 2 names and 2 images in 2 counts do not fit images of shape (3, 1, 2, 2): "
+            "class images: 2 names and 2 images in 2 counts do not fit images of shape (3, 1, 2, "
+            "2): "
             "give one count a class and images (N, channels, height, width)",
         ),
         (
@@ -219,7 +223,8 @@ def test_sizes_that_the_classes_cannot_give_are_refused(
             "ab",
             torch.zeros(2, 1, 2, 2, dtype=torch.int64),
             (1, 1),
-            "class images: the dtype torch.int64 is not known: give uint8 (0 to 255), or float32 (0 to 1)",
+            "class images: the dtype torch.int64 is not known: give uint8 (0 to 255), or float32 "
+            "(0 to 1)",
         ),
         (
             "ab",
@@ -280,7 +285,8 @@ def test_a_class_in_two_splits_is_refused() -> None:
     with pytest.raises(RequestError) as error:
         ArrayTasks(train=arrays("abc"), val=arrays("de"), test=arrays("bf"), ways=2, queries=5)
     assert str(error.value) == (
-        "the class 'b' stands in the train and in the test split, so it would not be new to the model: keep it in one of them"
+        "the class 'b' stands in the train and in the test split, so it would not be new to the "
+        "model: keep it in one of them"
     )
 
 
@@ -289,7 +295,8 @@ def test_splits_of_different_shape_are_refused() -> None:
     with pytest.raises(RequestError) as error:
         ArrayTasks(train=arrays("abc"), val=arrays("de"), test=wide, ways=2, queries=5)
     assert str(error.value) == (
-        "images of the train split have shape (1, 4, 4), of the test split (1, 4, 5), but one model takes one shape: resize them"
+        "images of the train split have shape (1, 4, 4), of the test split (1, 4, 5), but one "
+        "model takes one shape: resize them"
     )
 
 
@@ -303,7 +310,8 @@ def test_an_array_unlike_the_first_is_refused() -> None:
             queries=5,
         )
     assert str(error.value) == (
-        "the class 'c' of the train split has torch.uint8 images of shape (6, 4, 4), the class 'a' torch.uint8 images of (6, 1, 4, 4): "
+        "the class 'c' of the train split has torch.uint8 images of shape (6, 4, 4), the class 'a' "
+        "torch.uint8 images of (6, 1, 4, 4): "
         "give every class (n, channels, height, width) of one size and dtype"
     )
 

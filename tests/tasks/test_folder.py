@@ -1,4 +1,4 @@
-"""Folder: any layout of class folders and zips, its splits, and one clear line for everything that can be wrong."""
+"""Folder: any layout of class folders and zips, its splits, and a clear line for every fault."""
 
 import io
 import json
@@ -133,7 +133,8 @@ def test_a_class_twice_with_other_images_is_refused(tmp_path: Path) -> None:
     write_zip(tmp_path / "Greek.zip", [f"Greek/{c}/greek{i}.png" for c in "ab" for i in range(2)])
     write_zip(tmp_path / "Latin.zip", [f"Latin/{c}/latin{i}.png" for c in "ab" for i in range(2)])
     assert message_of(lambda: Folder(tmp_path, **SIZES)) == (
-        f"the class 'a' stands twice, with other images: {tmp_path}/Greek.zip/Greek/a/greek0.png and "
+        f"the class 'a' stands twice, with other images: {tmp_path}/Greek.zip/Greek/a/greek0.png "
+        "and "
         f"{tmp_path}/Latin.zip/Latin/a/latin0.png; rename one, or put its images together"
     )
 
@@ -177,7 +178,8 @@ FORM = '{"train": [names], "val": [names], "test": [names]}'
         ),
         (
             '{"train": ["a", "b"], "val": ["a"], "test": ["c"]}',
-            "the class 'a' stands in the train and in the val split, so it would not be new to the model: keep it in one",
+            "the class 'a' stands in the train and in the val split, so it would not be new to the "
+            "model: keep it in one",
         ),
         (
             '{"train": ["a"], "valid": ["b"], "test": ["c"]}',
@@ -188,7 +190,8 @@ FORM = '{"train": [names], "val": [names], "test": [names]}'
         ("[1]", f" are not lists of class names by split: write {FORM}"),
         (
             "{",
-            f" are not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)): write {FORM}",
+            " are not JSON (Expecting property name enclosed in double quotes: line 1 column 2 "
+            f"(char 1)): write {FORM}",
         ),
     ],
 )
@@ -211,7 +214,8 @@ def test_splits_that_are_not_there_are_refused(tmp_path: Path) -> None:
 def test_a_class_in_two_split_folders_is_refused(tmp_path: Path) -> None:
     write(tmp_path, ["train/a", "train/b", "val/c", "val/a", "test/e"])
     assert message_of(lambda: Folder(tmp_path, **SIZES)) == (
-        "the class 'a' stands in the train and in the val split, so it would not be new to the model: keep it in one"
+        "the class 'a' stands in the train and in the val split, so it would not be new to the "
+        "model: keep it in one"
     )
 
 
@@ -224,7 +228,8 @@ def test_fractions_must_be_whole(tmp_path: Path) -> None:
 def test_too_few_classes_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "abc")
     assert message_of(lambda: Folder(tmp_path, **SIZES)) == (
-        "2-way tasks need 2 classes, but the val split has 0: lower ways, or give that split more classes"
+        "2-way tasks need 2 classes, but the val split has 0: lower ways, or give that split more "
+        "classes"
     )
 
 
@@ -272,7 +277,8 @@ def test_images_keep_their_size_where_asked(split_folder: Path) -> None:
     path = split_folder / "train" / "b" / "1.png"
     path.write_bytes(png(size=(7, 6)))
     assert message_of(lambda: Folder(split_folder, **SIZES, size=None)) == (
-        f"the image {path} has 7 x 6 pixels, the first one 6 x 6, but one model takes one size: set 'size'"
+        f"the image {path} has 7 x 6 pixels, the first one 6 x 6, but one model takes one size: "
+        "set 'size'"
     )
 
 
@@ -288,7 +294,8 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_without_images_is_named(tmp_path: Path) -> None:
     assert message_of(lambda: Folder(tmp_path, **SIZES)) == (
-        f"tasks from the folder {tmp_path}: it holds no images (.bmp, .gif, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp); "
+        f"tasks from the folder {tmp_path}: it holds no images (.bmp, .gif, .jpeg, .jpg, .pgm, "
+        ".png, .ppm, .tif, .tiff, .webp); "
         "give a folder, or a zip, with a folder of images for each class"
     )
 
@@ -297,14 +304,16 @@ def test_an_image_outside_all_classes_is_named(tmp_path: Path) -> None:
     write(tmp_path, "abc")
     (tmp_path / "cover.png").write_bytes(png())
     assert message_of(lambda: Folder(tmp_path, **SIZES)) == (
-        f"the image {tmp_path}/cover.png stands in no class folder: move it into the folder of its class"
+        f"the image {tmp_path}/cover.png stands in no class folder: move it into the folder of its "
+        "class"
     )
 
 
 def test_an_image_beside_the_classes_of_a_split_is_named(split_folder: Path) -> None:
     (split_folder / "val" / "cover.png").write_bytes(png())
     assert message_of(lambda: Folder(split_folder, **SIZES)) == (
-        f"the image {split_folder}/val/cover.png stands in the folder of the val split, but in no class folder: move it into one"
+        f"the image {split_folder}/val/cover.png stands in the folder of the val split, but in no "
+        "class folder: move it into one"
     )
 
 
@@ -340,7 +349,8 @@ def test_an_image_of_more_than_8_bits_is_named(split_folder: Path) -> None:
     path = split_folder / "val" / "d" / "1.png"
     Image.fromarray(np.full((6, 6), 40_000, np.uint16)).save(path)
     assert message_of(lambda: Folder(split_folder, **SIZES)) == (
-        f"the image {path} cannot be read (its mode I;16 has more than 8 bits a channel): replace it, or remove it"
+        f"the image {path} cannot be read (its mode I;16 has more than 8 bits a channel): replace "
+        "it, or remove it"
     )
 
 
@@ -354,7 +364,8 @@ def test_an_image_of_too_many_pixels_is_refused_unread(split_folder: Path) -> No
     path = split_folder / "test" / "e" / "0.png"
     path.write_bytes(content)
     assert message_of(lambda: Folder(split_folder, **SIZES)) == (
-        f"the image {path} has more than the 50000000 pixels that are read: make it smaller, or remove it"
+        f"the image {path} has more than the 50000000 pixels that are read: make it smaller, or "
+        "remove it"
     )
 
 
@@ -369,7 +380,8 @@ def test_a_member_of_too_many_bytes_is_refused_unread(
         lambda number: bytes(1001) if members[number] == "d/1.png" else png(),
     )
     assert message_of(lambda: Folder(path, **SIZES, fractions=(0.4, 0.3, 0.3))) == (
-        f"the image {path}/d/1.png has 1001 bytes, more than the 1000 that are read: make it smaller, or remove it"
+        f"the image {path}/d/1.png has 1001 bytes, more than the 1000 that are read: make it "
+        "smaller, or remove it"
     )
 
 
@@ -378,7 +390,8 @@ def test_an_empty_or_truncated_zip_is_named(keep: int, tmp_path: Path) -> None:
     path = write_zip(tmp_path / "set.zip", [f"{c}/{i}.png" for c in "abc" for i in range(2)])
     path.write_bytes(path.read_bytes()[:keep])
     assert message_of(lambda: Folder(path, **SIZES)) == (
-        f"{path} is no readable zip (File is not a zip file): it may be empty or cut short; copy or download it again"
+        f"{path} is no readable zip (File is not a zip file): it may be empty or cut short; copy "
+        "or download it again"
     )
 
 
@@ -388,7 +401,8 @@ def test_an_empty_or_truncated_zip_is_named(keep: int, tmp_path: Path) -> None:
 def test_a_zip_that_points_outside_is_refused(member: str, tmp_path: Path) -> None:
     path = write_zip(tmp_path / "set.zip", ["a/0.png", member])
     assert message_of(lambda: Folder(path, **SIZES)) == (
-        f"{path} is refused, since its member '{member}' points outside it: make the zip anew without it"
+        f"{path} is refused, since its member '{member}' points outside it: make the zip anew "
+        "without it"
     )
 
 
@@ -398,7 +412,8 @@ def test_a_zip_with_a_symbolic_link_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         archive.writestr(link, "/etc/passwd")
     assert message_of(lambda: Folder(tmp_path / "set.zip", **SIZES)) == (
-        f"{tmp_path}/set.zip is refused, since its member 'a/0.png' points outside it: make the zip anew without it"
+        f"{tmp_path}/set.zip is refused, since its member 'a/0.png' points outside it: make the "
+        "zip anew without it"
     )
 
 
@@ -408,7 +423,8 @@ def test_a_damaged_member_is_named(tmp_path: Path) -> None:
     place = content.index(b"IDAT")
     path.write_bytes(content[:place] + b"XXXX" + content[place + 4 :])
     assert message_of(lambda: Folder(path, **SIZES, fractions=(0.4, 0.3, 0.3))) == (
-        f"the image {path}/a/0.png cannot be read (Bad CRC-32 for file 'a/0.png'): replace it, or remove it"
+        f"the image {path}/a/0.png cannot be read (Bad CRC-32 for file 'a/0.png'): replace it, or "
+        "remove it"
     )
 
 

@@ -237,7 +237,8 @@ def test_more_ways_than_letters_are_refused() -> None:
         Glyphs(ways=100)
     assert (
         str(error.value)
-        == "100-way tasks need 100 classes, but the val split has 72: lower ways, or give that split more classes"
+        == "100-way tasks need 100 classes, but the val split has 72: lower ways, or give that "
+        "split more classes"
     )
 
 
@@ -257,6 +258,6 @@ def test_accented_letters_come_on_top() -> None:
 
 @pytest.mark.slow
 def test_the_table_is_what_its_script_selects() -> None:
-    from select_glyphs import select
+    from support.select_glyphs import select
 
     assert select() == TABLE

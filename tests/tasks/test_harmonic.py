@@ -83,11 +83,13 @@ def test_the_distributions_of_the_paper() -> None:
     count = 20_000
     x, y = together(Harmonic(shots=10, queries=10).train.batch(0, range(count)))
     centre = x.mean(1)
-    # Tolerances are four standard errors. The mean of 20 inputs adds 1 / 20 to the variance of U(-4, 4).
+    # Tolerances are four standard errors. The mean of 20 inputs adds 1 / 20 to the variance of
+    # U(-4, 4).
     assert float(centre.mean()) == pytest.approx(0, abs=4 * 2.32 / count**0.5)
     assert float(centre.var()) == pytest.approx(8**2 / 12 + 1 / 20, rel=0.03)
     assert float(x.var(1).mean()) == pytest.approx(1, abs=4 * (2 / 19) ** 0.5 / count**0.5)
-    # E y² = E a₁² / 2 + E a₂² / 2 + 0.1², whatever the frequency, as the phases are uniform over a period.
+    # E y² = E a₁² / 2 + E a₂² / 2 + 0.1², whatever the frequency, as the phases are uniform over a
+    # period.
     assert float(y.mean()) == pytest.approx(0, abs=4 / count**0.5)
     assert float(y.square().mean()) == pytest.approx(1.01, abs=0.05)
 

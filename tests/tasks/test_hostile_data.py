@@ -1,4 +1,7 @@
-"""Data files that are broken or meant to do harm: refused in one line that names the file, or read; nothing is executed, nothing hangs."""
+"""Data files that are broken or meant to do harm are read, or refused in a line that names them.
+
+Nothing is executed, nothing hangs.
+"""
 
 import csv
 import errno
@@ -28,7 +31,7 @@ from metaplug.tasks.glyphs import source as glyphs
 from metaplug.tasks.identities import digest
 from metaplug.tasks.images import class_files
 from metaplug.tasks.images.class_images import allocate
-from metaplug.tasks.torchmeta import mends as torchmeta_mends
+from metaplug.tasks.torchmeta import compatibility
 
 SIZES = {"ways": 2, "shots": 1, "queries": 1}
 EVEN = {"fractions": (0.4, 0.3, 0.3)}
@@ -208,7 +211,7 @@ def test_mutated_data_of_torchmeta(
     name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     try:
-        torchmeta_mends.apply()
+        compatibility.apply()
     except RequestError as error:
         pytest.skip(str(error))
     import h5py
@@ -333,7 +336,8 @@ def test_an_eps_by_the_name_of_a_png_is_not_given_to_ghostscript(
         EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("Ghostscript was run")
     )
     image.write_bytes(
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 6\n%%EndComments\n(%pipe%id) (r) file\n%%EOF\n"
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 6\n%%EndComments\n(%pipe%id) (r) "
+        b"file\n%%EOF\n"
     )
     with Image.open(image) as opened:
         assert opened.format == "EPS"  # what Pillow takes it for by itself
@@ -366,7 +370,8 @@ def test_a_name_that_cannot_be_printed_is_refused(name: bytes, images: Path) -> 
     os.mkdir(path)  # noqa: PTH102
     (Path(os.fsdecode(path)) / "0.png").write_bytes(encoded("PNG"))
     assert refusal(images) == (
-        f"the name of the image {os.fsdecode(path) + '/0.png'!a} is not UTF-8, or has a line break or the like: rename it"
+        f"the name of the image {os.fsdecode(path) + '/0.png'!a} is not UTF-8, or has a line break "
+        "or the like: rename it"
     )
 
 
@@ -376,7 +381,8 @@ def test_a_file_that_changes_vanishes_or_may_not_be_read_is_named(
     image.symlink_to("/proc/self/status")  # which has no size, but content
     assert (
         refusal(images)
-        == f"the image {image} cannot be read (it changes while it is read): replace it, or remove it"
+        == f"the image {image} cannot be read (it changes while it is read): replace it, or "
+        "remove it"
     )
     image.unlink()
     image.write_bytes(encoded("PNG"))
@@ -400,7 +406,8 @@ def test_a_jpeg_of_many_scans_is_refused(images: Path) -> None:
     path.write_bytes(encoded("JPEG", progressive=True) + b"\xff\xda" * 1000)
     assert (
         refusal(images)
-        == f"the image {path} cannot be read (it has more than the 1000 scans that are read): replace it, or remove it"
+        == f"the image {path} cannot be read (it has more than the 1000 scans that are read): "
+        "replace it, or remove it"
     )
 
 
@@ -409,7 +416,8 @@ def test_no_memory_is_taken_on_the_word_of_an_image(image: Path, images: Path) -
     with image.open("r+b") as file:
         file.truncate(10 * 2**30)
     assert refusal(images) == (
-        f"the image {image} has {10 * 2**30} bytes, more than the {class_files._MOST_BYTES} that are read: make it smaller, or remove it"
+        f"the image {image} has {10 * 2**30} bytes, more than the {class_files._MOST_BYTES} that "
+        "are read: make it smaller, or remove it"
     )
 
 
@@ -422,7 +430,8 @@ def test_images_beyond_the_disk_are_refused_before_any_is_written(
     monkeypatch.setattr(os, "posix_fallocate", full)
     monkeypatch.setattr("tempfile.tempdir", "/tmp")
     assert message_of(lambda: allocate((1000, 1, 64, 64), 1)) == (
-        "1000 images need 3 MiB, more than memory_mib = 1, and a file of that size in /tmp cannot be had (No space left on device): "
+        "1000 images need 3 MiB, more than memory_mib = 1, and a file of that size in /tmp cannot "
+        "be had (No space left on device): "
         "lower 'size', or point TMPDIR to a larger disk"
     )
 
@@ -457,7 +466,8 @@ def patched(path: Path, change: Callable[[bytearray, int], None]) -> Path:
 def test_a_zip_packed_in_another_way_is_refused(packing: int, tmp_path: Path) -> None:
     path = write_zip(tmp_path / "set.zip", packing)
     assert refusal(path) == (
-        f"{path} is refused, since its member 'train/a/0.png' is packed in another way than most zips: make the zip anew without that"
+        f"{path} is refused, since its member 'train/a/0.png' is packed in another way than most "
+        "zips: make the zip anew without that"
     )
 
 
@@ -468,7 +478,8 @@ def test_an_encrypted_member_and_one_that_stands_twice_are_refused(tmp_path: Pat
     )
     assert (
         refusal(path)
-        == f"{path} is refused, since its member 'train/a/0.png' is encrypted: make the zip anew without that"
+        == f"{path} is refused, since its member 'train/a/0.png' is encrypted: make the zip anew "
+        "without that"
     )
     with (
         pytest.warns(UserWarning, match="Duplicate name"),
@@ -477,7 +488,8 @@ def test_an_encrypted_member_and_one_that_stands_twice_are_refused(tmp_path: Pat
         archive.writestr("train/a/0.png", encoded("PNG"))
     assert (
         refusal(path)
-        == f"{path} is refused, since its member 'train/a/0.png' stands in it twice: make the zip anew without that"
+        == f"{path} is refused, since its member 'train/a/0.png' stands in it twice: make the zip "
+        "anew without that"
     )
 
 
@@ -495,7 +507,8 @@ def test_members_that_overlap_are_refused(tmp_path: Path) -> None:
     end = data[-22:-10] + struct.pack("<II", len(directory), first) + b"\0\0"
     path.write_bytes(data[:first] + directory + end)
     assert refusal(path) == (
-        f"{path} is refused, since its members overlap, as a few bytes would unpack to very many: make the zip anew"
+        f"{path} is refused, since its members overlap, as a few bytes would unpack to very many: "
+        "make the zip anew"
     )
 
 
@@ -511,7 +524,8 @@ def test_a_size_that_lies_is_not_believed(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert (
         message
-        == f"the image {path}/train/a/0.png cannot be read (Bad CRC-32 for file 'train/a/0.png'): replace it, or remove it"
+        == f"the image {path}/train/a/0.png cannot be read (Bad CRC-32 for file 'train/a/0.png'): "
+        "replace it, or remove it"
     )
     assert peak < 2**22
 
@@ -571,15 +585,18 @@ def table(path: Path, *lines: str) -> Path:
     [
         (
             "a,1_000,2",
-            "row 2, column 'x': '1_000' is not a number; correct it, or leave out that row or column",
+            "row 2, column 'x': '1_000' is not a number; correct it, or leave out that row or "
+            "column",
         ),
         (
             "a,\u0663,2",
-            "row 2, column 'x': '\u0663' is not a number; correct it, or leave out that row or column",
+            "row 2, column 'x': '\u0663' is not a number; correct it, or leave out that row or "
+            "column",
         ),
         (
             "a,0x10,2",
-            "row 2, column 'x': '0x10' is not a number; correct it, or leave out that row or column",
+            "row 2, column 'x': '0x10' is not a number; correct it, or leave out that row or "
+            "column",
         ),
         (
             "a,1\u00a0,2",
@@ -587,11 +604,13 @@ def table(path: Path, *lines: str) -> Path:
         ),
         (
             "a," + "9" * 5000 + ",2",
-            f"row 2, column 'x': '{'9' * 80}...' is NaN, Inf or too large for float32; correct it, or",
+            f"row 2, column 'x': '{'9' * 80}...' is NaN, Inf or too large for float32; correct it, "
+            "or",
         ),
         (
             "a," + "9" * 140_000 + ",2",
-            f"row 2, column 'x': '{'9' * 80}...' is NaN, Inf or too large for float32; correct it, or",
+            f"row 2, column 'x': '{'9' * 80}...' is NaN, Inf or too large for float32; correct it, "
+            "or",
         ),
         (
             "a,1\0,2",
@@ -599,11 +618,13 @@ def table(path: Path, *lines: str) -> Path:
         ),
         (
             "a\x1b[2J,1,2",
-            "row 2, column 'task': 'a?[2J' is no name, as it has more than 200 characters, a line break or the like: rename the task",
+            "row 2, column 'task': 'a?[2J' is no name, as it has more than 200 characters, a line "
+            "break or the like: rename it",
         ),
         (
             '"a\nb",1,2',
-            "row 2, column 'task': 'a b' is no name, as it has more than 200 characters, a line break or the like: rename the task",
+            "row 2, column 'task': 'a b' is no name, as it has more than 200 characters, a line "
+            "break or the like: rename it",
         ),
     ],
 )
@@ -645,7 +666,8 @@ def test_a_file_beyond_the_memory_is_not_read_to_its_end(tmp_path: Path) -> None
     tracemalloc.stop()
     assert (
         message
-        == f"the table {path} is no readable CSV file in UTF-8 (CSV parse error: Empty CSV file or block: cannot infer number of columns): correct it there"
+        == f"the table {path} is no readable CSV file in UTF-8 (CSV parse error: Empty CSV file "
+        "or block: cannot infer number of columns): correct it there"
     )
     assert peak < 2**24
 
@@ -657,7 +679,8 @@ def test_a_table_that_is_no_file_is_refused_unopened(kind: str, tmp_path: Path) 
         kind
     ](path)
     assert message_of(lambda: Tabular(path)) == (
-        f"cannot read the table {path}: it is no regular file; give a CSV or Parquet file that you may read"
+        f"cannot read the table {path}: it is no regular file; give a CSV or Parquet file that you "
+        "may read"
     )
 
 
@@ -670,7 +693,8 @@ def test_a_class_of_two_splits_under_two_names_is_refused(images: Path) -> None:
             (images / "train" / "b" / f"{1 - number}.png").read_bytes()
         )
     assert refusal(images) == (
-        "the class 'b' of the train split and the class 'e' of the test split have the same images, so they would not be new to the "
+        "the class 'b' of the train split and the class 'e' of the test split have the same "
+        "images, so they would not be new to the "
         "model: leave one of them out"
     )
     (images / "test" / "e" / "0.png").write_bytes(encoded("PNG", "L", 99))
@@ -684,7 +708,8 @@ def test_a_class_that_stands_twice_with_files_of_other_content_is_refused(tmp_pa
         for member in first.infolist():
             second.writestr(member.filename, bytes(member.file_size))
     assert refusal(tmp_path) == (
-        f"the class 'test/e' stands twice, with other images: {zips[0]}/test/e/0.png and {zips[1]}/test/e/0.png; rename one, or put its "
+        f"the class 'test/e' stands twice, with other images: {zips[0]}/test/e/0.png and "
+        f"{zips[1]}/test/e/0.png; rename one, or put its "
         "images together"
     )
 

@@ -161,7 +161,8 @@ def test_a_picture_of_more_than_8_bits_is_refused_as_in_a_folder(mode: str) -> N
     with pytest.raises(RequestError) as error:
         LabelledTasks.from_dataset(pictures, ways=2, shots=1, queries=1)
     assert str(error.value) == (
-        f"item 0 of the dataset is an image that cannot be read (its mode {mode} has more than 8 bits a channel): "
+        f"item 0 of the dataset is an image that cannot be read (its mode {mode} has more than 8 "
+        "bits a channel): "
         "let the dataset's transform scale it to 8 bits, or to a float tensor in [0, 1]"
     )
 
@@ -185,7 +186,8 @@ NAMES = [str(index) for index in range(CLASSES)]
     [
         (
             {"names": NAMES[:5]},
-            "labelled tasks: the label 5 is no class, as there are 5 names: correct labels or names",
+            "labelled tasks: the label 5 is no class, as there are 5 names: correct labels or "
+            "names",
         ),
         (
             {"names": ["same"] * CLASSES},
@@ -201,7 +203,8 @@ NAMES = [str(index) for index in range(CLASSES)]
         ),
         (
             {"splits": {"train": NAMES[:6], "val": NAMES[5:8], "test": NAMES[8:]}},
-            "the class '5' stands in the train and in the val split, so it would not be new to the model: keep it in one of them",
+            "the class '5' stands in the train and in the val split, so it would not be new to the "
+            "model: keep it in one of them",
         ),
         (
             {"splits": {"train": ["0", "1"], "val": ["2", "3"], "test": ["4", "50"]}},
@@ -269,27 +272,33 @@ def stream_of_pairs() -> Any:
         ([], "the dataset list is empty: give one with images"),
         (
             stream_of_pairs(),
-            "generator is no map-style dataset: give one with a length, whose items are found by index",
+            "generator is no map-style dataset: give one with a length, whose items are found by "
+            "index",
         ),
         (
             [torch.zeros(3)],
-            "item 0 of the dataset is no pair of an image and an integer label: give (image, label)",
+            "item 0 of the dataset is no pair of an image and an integer label: give (image, "
+            "label)",
         ),
         (
             [(torch.zeros(1, 2, 2), "cat")],
-            "item 0 of the dataset is no pair of an image and an integer label: give (image, label)",
+            "item 0 of the dataset is no pair of an image and an integer label: give (image, "
+            "label)",
         ),
         (
             [(torch.zeros(1, 2, 2), 0.5)],
-            "item 0 of the dataset has the label 0.5: give images (channels, height, width) and integer labels",
+            "item 0 of the dataset has the label 0.5: give images (channels, height, width) and "
+            "integer labels",
         ),
         (
             [(torch.zeros(2), 0)],
-            "item 0 of the dataset has an image of shape (2,): give images (channels, height, width) and integer labels",
+            "item 0 of the dataset has an image of shape (2,): give images (channels, height, "
+            "width) and integer labels",
         ),
         (
             [(torch.zeros(1, 2, 2), 0), (torch.zeros(1, 2, 3), 1)],
-            "item 1 of the dataset is torch.float32 of shape (1, 2, 3), item 0 torch.float32 of (1, 2, 2), but one model takes one form: "
+            "item 1 of the dataset is torch.float32 of shape (1, 2, 3), item 0 torch.float32 of "
+            "(1, 2, 2), but one model takes one form: "
             "resize or convert them in the dataset's transform",
         ),
     ],

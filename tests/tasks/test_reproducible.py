@@ -1,4 +1,7 @@
-"""One seed, one task: in any worker, on any rank, before and after a resume, on any device; and no class of one split in another."""
+"""One seed, one task: in any worker, on any rank, before and after a resume, on any device.
+
+No class of one split stands in another.
+"""
 
 from pathlib import Path
 from typing import Any

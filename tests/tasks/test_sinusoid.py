@@ -45,17 +45,6 @@ def test_one_curve_exactly() -> None:
     assert batch.query_x.max() <= 3
 
 
-def test_a_task_depends_on_seed_split_iteration_and_index_alone() -> None:
-    whole = Sinusoid().train.batch(2, range(6))
-    assert torch.equal(Sinusoid().train.batch(2, [4]).query_y[0], whole.query_y[4])
-    others = [
-        Sinusoid(seed=1).train.batch(2, range(6)),
-        Sinusoid().val.batch(2, range(6)),
-        Sinusoid().train.batch(3, range(6)),
-    ]
-    assert not any(torch.equal(other.query_y, whole.query_y) for other in others)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

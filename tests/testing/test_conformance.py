@@ -1,4 +1,4 @@
-"""Every first-party plugin keeps the contract, by the suite that is there for everyone; and that suite is what its page says."""
+"""Every first-party plugin passes the conformance suite, and the suite is what its page says."""
 
 import re
 import subprocess
@@ -221,15 +221,18 @@ REFUSED = {
     ),
     "no model": (
         lambda: check(Outer, models=()),
-        "models = (): a plugin that fits no model cannot be tried; give names of metaplug.testing.MODELS",
+        "models = (): a plugin that fits no model cannot be tried; give names of "
+        "metaplug.testing.MODELS",
     ),
     "settings": (
         lambda: check(half_the_gradient, settings={"strength": 1}),
-        "a plugin in the shortest form has no configuration: leave settings out, or write it as a class with a Config",
+        "a plugin in the shortest form has no configuration: leave settings out, or write it as "
+        "a class with a Config",
     ),
     "instance": (
         lambda: check(Outer()),
-        "Outer(...) is an instance, which serves one learner: give the class, with its settings beside it",
+        "Outer(...) is an instance, which serves one learner: give the class, with its settings "
+        "beside it",
     ),
     "no plugin": (
         lambda: Unnamed().test_clause("composes"),
@@ -255,7 +258,7 @@ def test_a_wrong_setting_is_told_as_a_learner_tells_it():
 
 
 class Second(Plugin):
-    """Must stand behind a first-party plugin, and says so; beside another it cannot be, and says so."""
+    """Declares that it must stand after one plugin, and cannot be beside another."""
 
     runs_after = ("gradient-clipping",)
     conflicts_with = ("reptile",)
@@ -316,7 +319,8 @@ def test_without_them_it_says_what_to_install():
     program = (
         "import importlib.util as util\n"
         "found = util.find_spec\n"
-        "util.find_spec = lambda name, *rest: None if name in ('pytest', 'hypothesis') else found(name, *rest)\n"
+        "util.find_spec = lambda name, *rest: None if name in ('pytest', 'hypothesis') else "
+        "found(name, *rest)\n"
         "import metaplug.testing\n"
     )
     ended = subprocess.run(
@@ -324,5 +328,6 @@ def test_without_them_it_says_what_to_install():
     )
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1] == (
-        "ModuleNotFoundError: metaplug.testing needs pytest and hypothesis, which are not installed: pip install 'metaplug[testing]'"
+        "ModuleNotFoundError: metaplug.testing needs pytest and hypothesis, which are not "
+        "installed: pip install 'metaplug[testing]'"
     )

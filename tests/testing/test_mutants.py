@@ -1,4 +1,4 @@
-"""The conformance suite is held to what it promises: each deliberately wrong plugin fails at the clause that it breaks, and says so."""
+"""The conformance suite catches each deliberately wrong plugin by the clause that it breaks."""
 
 import warnings
 
@@ -19,7 +19,7 @@ def test_a_wrong_plugin_is_caught_by_the_clause_that_it_breaks_and_by_none_befor
             off=getattr(mutant, "off", None),
             exceptions=getattr(mutant, "exceptions", {}),
             models=("mlp",),
-            examples=3,
+            examples=2,
         )
     text = str(error.value)
     assert text.startswith(f"plugin '{mutant.kind()}' breaks {mutant.caught_by}: ")

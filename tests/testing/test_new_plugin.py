@@ -1,4 +1,4 @@
-"""`metaplug new-plugin`: what it writes installs, is listed, passes its own tests, and is clean; and what it refuses."""
+"""`metaplug new-plugin`: its packages install, are listed, pass their own tests, are clean."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def tell(*command: str, folder: Path = Path(), path: str = "") -> str:
 
 
 def install(folder: Path) -> str:
-    """What pip makes of a package, made by hand, since pip may want the network: its import path."""
+    """Install a package by hand, as pip may want the network; its import path."""
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     metadata = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     metadata.mkdir()
@@ -221,29 +221,35 @@ def test_pip_installs_it(metaplug: Any, kind: str) -> None:
 WRONG = [
     (
         "My-Idea",
-        "'My-Idea' cannot name a plugin: use lower-case letters, digits and single hyphens, as in 'my-idea'",
+        "'My-Idea' cannot name a plugin: use lower-case letters, digits and single hyphens, as "
+        "in 'my-idea'",
     ),
     (
         "my_idea",
-        "'my_idea' cannot name a plugin: use lower-case letters, digits and single hyphens, as in 'my-idea'",
+        "'my_idea' cannot name a plugin: use lower-case letters, digits and single hyphens, as "
+        "in 'my-idea'",
     ),
     (
         "../idea",
-        "'../idea' cannot name a plugin: use lower-case letters, digits and single hyphens, as in 'my-idea'",
+        "'../idea' cannot name a plugin: use lower-case letters, digits and single hyphens, as "
+        "in 'my-idea'",
     ),
     ("a" * 41, f"'{'a' * 41}' cannot name a plugin: it has 41 letters; use at most 40"),
     (
         "lambda",
-        "'lambda' cannot name a plugin, as its module would be called lambda, a keyword of Python: choose another name",
+        "'lambda' cannot name a plugin, as its module would be called lambda, a keyword of "
+        "Python: choose another name",
     ),
     (
         "statistics",
-        "'statistics' cannot name a plugin, as there is a module statistics already, and one of the two would hide the other: "
+        "'statistics' cannot name a plugin, as there is a module statistics already, and one of "
+        "the two would hide the other: "
         "choose another name",
     ),
     (
         "torch",
-        "'torch' cannot name a plugin, as there is a module torch already, and one of the two would hide the other: choose another name",
+        "'torch' cannot name a plugin, as there is a module torch already, and one of the two "
+        "would hide the other: choose another name",
     ),
     (
         "a-b-step",
@@ -280,14 +286,20 @@ def test_names_that_are_not_valid_are_refused(metaplug: Any, name: str, text: st
 def test_names_that_are_taken_are_refused_by_kind(
     metaplug: Any, kind: str, name: str, part: str
 ) -> None:
-    text = f"metaplug: the {part} '{name}' is installed already, by metaplug 0.1.0: choose another name\n"
+    text = (
+        f"metaplug: the {part} '{name}' is installed already, by metaplug 0.1.0: choose "
+        "another name\n"
+    )
     assert metaplug("new-plugin", name, "--kind", kind) == (2, "", text)
 
 
 def test_nothing_is_written_over(metaplug: Any) -> None:
     Path("mine").mkdir()
     Path("mine/thesis.tex").write_text("years of work")
-    text = "metaplug: mine already exists, and nothing is written over: give another --out, or another name\n"
+    text = (
+        "metaplug: mine already exists, and nothing is written over: give another --out, or "
+        "another name\n"
+    )
     assert metaplug("new-plugin", "an-idea", "--out", "mine") == (2, "", text)
     assert metaplug("new-plugin", "an-idea", "--out", "mine/thesis.tex") == (
         2,

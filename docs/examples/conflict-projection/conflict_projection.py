@@ -1,4 +1,4 @@
-"""Conflict projection: what a task's gradient has against the batch is taken out of it."""
+"""Conflict projection: remove from a task's gradient what opposes the batch."""
 
 import torch
 from metaplug import Context, Gradients, InnerStep, Plugin, PluginConfig, hookimpl
@@ -15,9 +15,9 @@ class ConflictProjection(Plugin):
     """
 
     class Config(PluginConfig):
-        """How much of the conflict goes."""
+        """The strength of the projection."""
 
-        strength: float = Field(1.0, ge=0, le=1, description="Share that is taken out; 0: nothing.")
+        strength: float = Field(1.0, ge=0, le=1, description="Share of the conflict to remove.")
 
     config: Config
     couples_tasks = True

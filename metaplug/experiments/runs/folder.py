@@ -1,6 +1,7 @@
 """The folder of a run: its files, the order of writing them, and the one process that may write.
 
-A crash at any moment leaves a run to resume: whatever a checkpoint counts on is on the disk before it,
+A crash at any moment leaves a run to resume: whatever a checkpoint counts on is on the disk before
+    it,
 and what is there beyond the checkpoint is cut away:
 
     config.yaml, run.json, metrics.jsonl (empty)
@@ -81,7 +82,8 @@ class RunFolder:
         return (self.path / SUMMARY).exists()  # the process that held it may have finished
 
     def begin(self, config: ExperimentConfig) -> tuple[Path, dict[str, Any]] | None:
-        """Make or clear up the folder, and lock it; the checkpoint to go on from, where there is one.
+        """Make or clear up the folder, and lock it; the checkpoint to go on from, where there is
+        one.
 
         Without the last checkpoint that is the best, which has all that the last had when it was
         written.

@@ -28,12 +28,12 @@ def load(
         path: a run's folder, or one of its checkpoints.
         device: default: as the run was configured.
         world: the processes that evaluate together, of which rank 0 reads.
-        model: the run's MODULE:FACTORY, where its model is one: a file names code, but only a caller
-            lets it run.
+        model: the run's MODULE:FACTORY, where its model is one: a file names code, but only a
+            caller lets it run.
 
     Raises:
-        RequestError: nothing is there, it is not a run's, or its model is code that `model` does not
-            name.
+        RequestError: nothing is there, it is not a run's, or its model is code that `model` does
+            not name.
         RunError: the checkpoint is damaged, or of another model or version.
     """
     file, state = world.from_main(lambda: _read(path))

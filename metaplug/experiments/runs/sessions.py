@@ -69,7 +69,7 @@ def _command() -> str:
 
 @cache
 def _commit(folder: Path) -> str | None:
-    """The commit of the git checkout that tracks a folder, with "-dirty" where tracked files differ."""
+    """The commit of the checkout that tracks a folder, with "-dirty" where tracked files differ."""
     if not _git(folder, "ls-tree", "HEAD", "./"):
         return None
     head = _git(folder, "rev-parse", "--verify", "HEAD")

@@ -37,12 +37,13 @@ def train(
 ) -> dict[str, Any] | None:
     """Run an experiment in a folder: meta-train, then test the best validation on unseen tasks.
 
-    A checkpoint is written at every validation and at a stop. Killed at any moment and resumed, a run
-    gives bit for bit the checkpoints and the metrics of one that was left alone, but for the seconds
-    that were spent. While this process lives, no other can train in the folder.
+    A checkpoint is written at every validation and at a stop. Killed at any moment and resumed, a
+    run gives bit for bit the checkpoints and the metrics of one that was left alone, but for the
+    seconds that were spent. While this process lives, no other can train in the folder.
 
-    Every rank of `world` calls this; rank 0 alone reads and writes the folder. A run may be resumed on
-    another number of ranks, and with other settings of the runtime but its precision: then to
+    Every rank of `world` calls this; rank 0 alone reads and writes the folder. A run may be
+    resumed on another number of ranks, and with other settings of the runtime but its precision:
+        then to
     rounding.
 
     Args:
@@ -61,8 +62,8 @@ def train(
     Raises:
         RequestError: a part is unknown or refuses its settings; the folder holds another run than
             this to resume, or one to leave alone; or another process trains there.
-        RunError: a loss or gradient is NaN or Inf, memory runs out, or a file cannot be written; the
-            last checkpoint is kept.
+        RunError: a loss or gradient is NaN or Inf, memory runs out, or a file cannot be written;
+            the last checkpoint is kept.
     """
     with RunFolder(folder) as place:
         if world.from_main(lambda: place.check(config, resume=resume)):
@@ -77,7 +78,7 @@ def train(
 
 
 def _begin(folder: RunFolder, experiment: Experiment) -> _Run:
-    """A new run, or the one in the folder from its last checkpoint on; what came after is cut away."""
+    """A new run, or the one in the folder from its last checkpoint on, without what came after."""
     learner, path = experiment.learner, folder.path
     # A state that no file can hold is refused now, not after hours.
     learner.world.from_main(lambda: checkpoint.check_writable(path / LAST, learner.state_dict()))
@@ -177,7 +178,7 @@ class _Run:
         self.folder.log(values, durable=durable)
 
     def _save(self, record: Record, stopped: bool) -> None:
-        """Write the best checkpoint first: killed between the two, a resumed run writes it again."""
+        """Write the best checkpoint first: killed between the two, a run writes it again."""
         validation = record.validation
         if validation is not None and math.isfinite(validation.mean):
             mean, interval = validation.mean, validation.interval

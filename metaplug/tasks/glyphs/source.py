@@ -32,7 +32,7 @@ GROUPS = ("plain", "accented")
 _DIGEST = 32
 """Bytes of the checksum at the start of a cached file."""
 _MORE_BYTES = 4096
-"""What a file may have beyond its unpacked size: the checksum, and what zlib adds at worst."""
+"""A file's bound beyond its unpacked size: the checksum, and what zlib adds at worst."""
 
 Rendered = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Images, and the face of each."""
@@ -44,9 +44,7 @@ class GlyphsConfig(EpisodeOptions):
     """Which letters."""
 
     accents: bool = Field(
-        False,
-        description="Whether accented letters and ligatures are classes too, beside the plain "
-        "letters.",
+        False, description="Whether accented letters and ligatures are classes too."
     )
 
 
@@ -140,7 +138,7 @@ def _load(table: Mapping[str, Any], group: str) -> list[Rendered]:
 
 
 def _read(path: Path, count: int) -> Rendered | None:
-    """What `_write` wrote; never more than it can have written is read, nor unpacked."""
+    """Read the cache; never more than `_write` can have written is read, nor unpacked."""
     pixels, size = count * SIDE**2, count * (SIDE**2 + 1)
     try:
         data = read_regular(path, size + _MORE_BYTES)

@@ -29,24 +29,17 @@ from metaplug.tasks.splits import (
 
 
 class FolderConfig(EpisodeOptions, SplitFractions):
-    """How a folder of images is read and split."""
+    """The reading and splitting of a folder of images."""
 
     size: int | None = Field(
-        28,
-        ge=1,
-        le=1024,
-        description="Side of an image after resizing, in pixels; null keeps the images' own size.",
+        28, ge=1, le=1024, description="Side of an image, in pixels; null keeps the images' own."
     )
     mode: Mode = Field("grey", description="One channel, or three.")
     invert: bool | Literal["auto"] = Field(
-        "auto",
-        description="Whether dark and bright change places; auto: for grey images whose training "
-        "part is mostly bright (ink on paper).",
+        "auto", description="Exchange dark and bright; auto: where grey training images are bright."
     )
     splits: Path | None = Field(
-        None,
-        description="JSON file of class names by split; null takes splits.json beside the data, if "
-        "there.",
+        None, description="JSON file of class names by split; null: splits.json beside the data."
     )
 
 

@@ -20,7 +20,7 @@ from metaplug.tasks.splits import SPLITS, SplitFractions, by_fractions
 
 
 class LabelledConfig(EpisodeOptions, SplitFractions):
-    """How tasks are drawn, and how classes are split where no split is given."""
+    """The options of episodes, and the split of classes where none is given."""
 
 
 class MapDataset(Protocol):

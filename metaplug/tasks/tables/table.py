@@ -25,7 +25,7 @@ _NO_NAME = "no name, as it has more than 200 characters, a line break or the lik
 
 
 class TabularConfig(SplitFractions):
-    """What the columns of a table mean, and how its tasks are split."""
+    """The roles of a table's columns, and the split of its tasks."""
 
     task: str = Field("task", description="Column with the name of a row's task.")
     features: tuple[str, ...] | None = Field(
@@ -39,9 +39,7 @@ class TabularConfig(SplitFractions):
         None, description="Column with the split of a row's task: train, val or test."
     )
     standardise: bool = Field(
-        True,
-        description="Whether features and targets get mean 0 and deviation 1 over the training "
-        "tasks' rows.",
+        True, description="Scale columns to mean 0 and deviation 1 over the training tasks' rows."
     )
     separator: Literal["comma", "semicolon", "tab", "bar"] = Field(
         "comma", description="What stands between the columns of a CSV file."
@@ -111,8 +109,7 @@ def read_table(path: Path, config: TabularConfig) -> Table:
             )
         if task not in tasks and not _is_name(task):
             raise RequestError(
-                f"{where}, column '{config.task}': '{one_line(task, 80)}' is {_NO_NAME}: rename the "
-                "task"
+                f"{where}, column '{config.task}': '{one_line(task, 80)}' is {_NO_NAME}: rename it"
             )
         tasks.setdefault(task, array("q")).append(place)
         if config.split_column is not None:

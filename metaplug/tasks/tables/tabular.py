@@ -140,7 +140,7 @@ def _by_file(path: Path, tasks: Collection[str]) -> dict[str, str]:
 def _moments(
     values: NDArray[np.float64], standardise: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What to subtract from every column, and what to divide it by."""
+    """The number to subtract from every column, and the one to divide it by."""
     if not standardise:
         return np.zeros(values.shape[1]), np.ones(values.shape[1])
     deviation = values.std(axis=0)

@@ -20,10 +20,10 @@ from metaplug.tasks.images.pixels import converted, to_array
 from metaplug.tasks.reading import cache_folder
 from metaplug.tasks.sources import ImageSource, TaskSource
 from metaplug.tasks.splits import SPLITS
+from metaplug.tasks.torchmeta.compatibility import apply
 from metaplug.tasks.torchmeta.data import naming_damage, open_splits
-from metaplug.tasks.torchmeta.mends import apply
 from metaplug.tasks.torchmeta.toys import TOYS, WORDS, points
-from metaplug.tasks.toys.functions import FunctionTasks
+from metaplug.tasks.toys.functions import UNBOUNDED, FunctionStream
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,10 @@ IMAGES = {
 
 
 class TorchmetaConfig(EpisodeOptions):
-    """Where the images are and how they are read; or the noise of a toy."""
+    """The place and the reading of the images; or the noise of a toy."""
 
     root: Path | None = Field(
-        None,
-        description="Images: the folder with a folder for each data set; null: the folder "
-        "torchmeta in metaplug's cache folder.",
+        None, description="Images: folder of all data sets; null: torchmeta in the cache folder."
     )
     download: bool = Field(
         False, description="Images: whether archives that are missing are downloaded."
@@ -62,8 +60,7 @@ class TorchmetaConfig(EpisodeOptions):
         None,
         ge=1,
         le=1024,
-        description="Images: side after resizing, in pixels; null: as torchmeta's helper has it, "
-        "28 for Omniglot.",
+        description="Images: side in pixels; null: as torchmeta's helper has it.",
     )
     noise_std: float = Field(
         0.0, ge=0, le=1000, description="Toys: standard deviation of the noise on the targets."
@@ -119,36 +116,37 @@ class Torchmeta(TaskSource):
             raise unknown("data set of torchmeta", name, [*IMAGES, *TOYS])
         self.config = config = validated(TorchmetaConfig, settings, "torchmeta")
         of_toys = config.model_fields_set & {"noise_std"}
-        if idle := sorted(config.model_fields_set - of_toys if name in TOYS else of_toys):
+        if unused := sorted(config.model_fields_set - of_toys if name in TOYS else of_toys):
             reason = "a toy has no images" if name in TOYS else "only toys have noise"
             raise RequestError(
-                f"torchmeta:{name} has no use for {quoted(idle)}, since {reason}: leave it out"
+                f"torchmeta:{name} has no use for {quoted(unused)}, since {reason}: leave it out"
             )
         torchmeta = apply()
-        sizes = {"shots": shots, "queries": queries, "seed": seed}
-        source = (
-            _toy(name, torchmeta, config, sizes)
-            if name in TOYS
-            else _images(name, torchmeta, config, sizes | {"ways": ways})
-        )
-        self.kind, self.input_shape, self.outputs = source.kind, source.input_shape, source.outputs
-        self.train, self.val, self.test = source.train, source.val, source.test
-        self._description = source.describe()
+        if name in TOYS:
+            self.kind, self.input_shape, self.outputs = "regression", (1,), 1
+            identity = f"torchmeta's {name.replace('-', '_')}", f"{config.noise_std}"
+            own = partial(points, name, torchmeta.toy, config.noise_std), WORDS, identity
+            self.train, self.val, self.test = (
+                FunctionStream(*own, split=split, seed=seed, shots=shots, queries=queries)
+                for split in SPLITS
+            )
+            origin = f"computed: torchmeta's toy {name}"
+            self._description = self._described(origin, "none needed", UNBOUNDED)
+        else:
+            sizes = {"ways": ways, "shots": shots, "queries": queries, "seed": seed}
+            source = _images(name, torchmeta, config, sizes)
+            self.kind, self.input_shape = source.kind, source.input_shape
+            self.outputs, self._description = source.outputs, source.describe()
+            self.train, self.val, self.test = source.train, source.val, source.test
 
     def describe(self) -> dict[str, Any]:
         """The data in words and numbers, ready for JSON."""
         return self._description
 
 
-def _toy(name: str, torchmeta: Any, config: TorchmetaConfig, sizes: dict[str, int]) -> TaskSource:
-    identity = f"torchmeta's {name.replace('-', '_')}", f"{config.noise_std}"
-    own = partial(points, name, torchmeta.toy, config.noise_std)
-    return FunctionTasks(config, own, WORDS, identity, f"torchmeta's toy {name}", **sizes)
-
-
 def _images(
     name: str, torchmeta: Any, config: TorchmetaConfig, sizes: dict[str, int]
-) -> TaskSource:
+) -> ImageSource:
     root = (config.root or cache_folder() / "torchmeta").expanduser()
     dataset = attrgetter(IMAGES[name].path)(torchmeta.datasets)
     side, colour = config.size or IMAGES[name].size, IMAGES[name].channels == 3

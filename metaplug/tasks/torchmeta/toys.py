@@ -7,10 +7,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from metaplug.tasks.draws import normal, uniform
-from metaplug.tasks.toys.functions import Numbers
+from metaplug.tasks.toys.functions import Numbers, Words
 
 WORDS = (10, 6)
 """The random words that the hungriest toy needs for a task, and for each of its examples."""
@@ -19,7 +18,7 @@ WORDS = (10, 6)
 class _Draws:
     """Stand in for torchmeta's random state, for T tasks at once, each with its own words."""
 
-    def __init__(self, words: NDArray[np.uint64]) -> None:
+    def __init__(self, words: Words) -> None:
         self._words = words
 
     def uniform(self, low: float, high: float, size: tuple[int, int] = (1, 1)) -> Numbers:
@@ -30,7 +29,7 @@ class _Draws:
         """(T, count)."""
         return normal(self._next(2 * count).reshape(-1, count, 2))[..., 0]
 
-    def _next(self, count: int) -> NDArray[np.uint64]:
+    def _next(self, count: int) -> Words:
         taken, self._words = self._words[:, :count], self._words[:, count:]
         return taken
 
@@ -74,7 +73,7 @@ TOYS: dict[str, Toy] = {
 
 
 def points(
-    name: str, toys: ModuleType, noise_std: float, words: NDArray[np.uint64], examples: int
+    name: str, toys: ModuleType, noise_std: float, words: Words, examples: int
 ) -> tuple[Numbers, Numbers]:
     """Inputs and targets of the toy `name`, for FunctionStream."""
     both = TOYS[name](toys, noise_std, _Draws(words), examples)

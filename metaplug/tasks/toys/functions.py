@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.settings import Settings, validated
+from metaplug.settings import validated
 from metaplug.tasks.draws import draw
 from metaplug.tasks.episodes import ExampleCounts
 from metaplug.tasks.identities import identity_of_stream
 from metaplug.tasks.sources import TaskSource
 from metaplug.tasks.splits import SPLITS
 
+Words = NDArray[np.uint64]
 Numbers = NDArray[np.float64]
-Points = Callable[[NDArray[np.uint64], int], tuple[Numbers, Numbers]]
-"""From random words (T, n) and the number of examples, the inputs and targets (T, examples)."""
 
 
 def in_order(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -33,8 +34,9 @@ class FunctionStream:
     """The tasks of one split. A TaskStream.
 
     Args:
-        points: of a batch of tasks.
-        words: how many random words a task needs, and each of its examples.
+        points: from random words (T, n) and the number of examples, inputs and targets
+            (T, examples).
+        words: the number of random words for a task, and for each of its examples.
         identity: the name of the function, and its settings as text.
         split, seed: parts of every task's seed.
         shots, queries: as in ExampleCounts.
@@ -42,7 +44,7 @@ class FunctionStream:
 
     def __init__(
         self,
-        points: Points,
+        points: Callable[[Words, int], tuple[Numbers, Numbers]],
         words: tuple[int, int],
         identity: tuple[str, str],
         *,
@@ -70,32 +72,46 @@ class FunctionStream:
 
 
 class FunctionTasks(TaskSource):
-    """The base of toys: one number to one number, with as many tasks as are asked for.
+    """The base of toys: regression of one number from another, with as many tasks as are asked for.
 
     Args:
-        config: the checked settings of the subclass.
-        points, words, identity: as for FunctionStream.
-        formula: of the function, for `describe`.
-        sizes: shots, queries and seed.
+        shots, queries: support and query points of a task.
+        seed: any integer.
+        settings: fields of the subclass's Config.
+
+    Raises:
+        RequestError: a size or a setting is out of bounds or unknown.
+
+    Attributes:
+        name: of the source.
+        formula: of the function.
+        words: as for FunctionStream.
     """
 
+    name: ClassVar[str]
+    formula: ClassVar[str]
+    words: ClassVar[tuple[int, int]]
+
     def __init__(
-        self,
-        config: Settings,
-        points: Points,
-        words: tuple[int, int],
-        identity: tuple[str, str],
-        formula: str,
-        **sizes: int,
+        self, *, shots: int = 10, queries: int = 10, seed: int = 0, **settings: Any
     ) -> None:
-        self.config = config
+        self.config = config = validated(self.Config, settings, self.name)
         self.kind, self.input_shape, self.outputs = "regression", (1,), 1
-        self._formula = formula
+        own = partial(self.points, config), self.words, (self.name, config.model_dump_json())
         self.train, self.val, self.test = (
-            FunctionStream(points, words, identity, split=split, **sizes) for split in SPLITS
+            FunctionStream(*own, split=split, seed=seed, shots=shots, queries=queries)
+            for split in SPLITS
         )
+
+    @staticmethod
+    @abstractmethod
+    def points(config: Any, words: Words, examples: int) -> tuple[Numbers, Numbers]:
+        """Inputs and targets (T, examples) from random words (T, n)."""
 
     def describe(self) -> dict[str, Any]:
         """The data in words and numbers, ready for JSON."""
-        sizes = {split: {"tasks": "unbounded"} for split in SPLITS}
-        return self._described(f"computed: {self._formula}", "none needed", sizes)
+        return self._described(f"computed: {self.formula}", "none needed", UNBOUNDED)
+
+
+UNBOUNDED = {split: {"tasks": "unbounded"} for split in SPLITS}
+"""The size of every split of a toy, for `describe`."""

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Annotated, Any, final
+from typing import Annotated, final
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
-from metaplug.settings import Settings, validated
+from metaplug.settings import Settings
 from metaplug.tasks.draws import normal, uniform
-from metaplug.tasks.toys.functions import FunctionTasks, Numbers, in_order
+from metaplug.tasks.toys.functions import FunctionTasks, Numbers, Words, in_order
 
 _Bound = Annotated[float, Field(ge=-1000, le=1000)]
 _Range = Annotated[tuple[_Bound, _Bound], AfterValidator(in_order)]
@@ -35,45 +33,29 @@ class HarmonicConfig(Settings):
     noise: float = Field(0.1, ge=0, le=1000, description="Standard deviation of the noise ε.")
 
 
-def _points(
-    config: HarmonicConfig, words: NDArray[np.uint64], examples: int
-) -> tuple[Numbers, Numbers]:
-    centre = uniform(words[:, 0:1], *config.centre)
-    frequency = uniform(words[:, 1:2], *config.frequency)
-    phase = uniform(words[:, 2:4], *config.phase)
-    amplitude = normal(words[:, 4:6])
-    # An example has one pair of words, so more queries leave the examples before them as they are.
-    pairs = normal(words[:, 6:].reshape(len(words), examples, 2))
-    x = centre + pairs[..., 0]
-    first = amplitude[:, 0:1] * np.sin(frequency * x + phase[:, 0:1])
-    second = amplitude[:, 1:2] * np.sin(2 * frequency * x + phase[:, 1:2])
-    return x, first + second + config.noise * pairs[..., 1]
-
-
 @final
 class Harmonic(FunctionTasks):
     """Regression of y = a₁ sin(ω x + b₁) + a₂ sin(2 ω x + b₂) + ε from a few points near one place.
 
     A task has a₁, a₂ ~ N(0, 1), ω ~ U(5, 7), b₁, b₂ ~ U(0, 2π) and μ ~ U(-4, 4); its points have
     x ~ N(μ, 1) and ε ~ N(0, 0.1²) (Lacoste et al. 2018, arXiv 1806.07528). The three splits draw
-    from the same distributions.
-
-    Args:
-        shots, queries: support and query points of a task.
-        seed: any integer.
-        settings: fields of HarmonicConfig.
-
-    Raises:
-        RequestError: a size or a setting is out of bounds or unknown.
+    from the same distributions. Arguments and errors are those of FunctionTasks.
     """
 
     Config = HarmonicConfig
+    name, words = "harmonic", (6, 2)
+    formula = "y = a₁ sin(ω x + b₁) + a₂ sin(2 ω x + b₂) + ε"
 
-    def __init__(
-        self, *, shots: int = 10, queries: int = 10, seed: int = 0, **settings: Any
-    ) -> None:
-        config = validated(HarmonicConfig, settings, "harmonic")
-        identity = ("harmonic", config.model_dump_json())
-        formula = "y = a₁ sin(ω x + b₁) + a₂ sin(2 ω x + b₂) + ε"
-        sizes = {"shots": shots, "queries": queries, "seed": seed}
-        super().__init__(config, partial(_points, config), (6, 2), identity, formula, **sizes)
+    @staticmethod
+    def points(config: HarmonicConfig, words: Words, examples: int) -> tuple[Numbers, Numbers]:
+        """Inputs and targets (T, examples) from random words (T, n)."""
+        centre = uniform(words[:, 0:1], *config.centre)
+        frequency = uniform(words[:, 1:2], *config.frequency)
+        phase = uniform(words[:, 2:4], *config.phase)
+        amplitude = normal(words[:, 4:6])
+        # An example has its own pair of words, so more queries leave those before them as they are.
+        pairs = normal(words[:, 6:].reshape(len(words), examples, 2))
+        x = centre + pairs[..., 0]
+        first = amplitude[:, 0:1] * np.sin(frequency * x + phase[:, 0:1])
+        second = amplitude[:, 1:2] * np.sin(2 * frequency * x + phase[:, 1:2])
+        return x, first + second + config.noise * pairs[..., 1]

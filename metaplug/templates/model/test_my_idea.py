@@ -54,7 +54,7 @@ def test_it_learns_and_goes_on_from_a_file(tmp_path: Path) -> None:
     learner.fit(tasks.train, iterations=50, tasks_per_batch=4)
     after = learner.evaluate(tasks.test, num_tasks=16)
     assert after.mean < before
-    learner.save(tmp_path / "learner.pt")
+    learner.save(tmp_path / "learner.safetensors")
     again = MyIdea(tasks.input_shape, tasks.outputs, width=8)
-    loaded = MetaLearner.load(tmp_path / "learner.pt", model=again)
+    loaded = MetaLearner.load(tmp_path / "learner.safetensors", model=again)
     assert loaded.evaluate(tasks.test, num_tasks=16).mean == after.mean

@@ -1,4 +1,4 @@
-"""The contract of every plugin, and what this one promises beside it."""
+"""The contract of every plugin, and the promises of this one."""
 
 import torch
 from metaplug import MetaLearner, Plugin, TaskBatch, hookimpl
@@ -15,7 +15,7 @@ class TestConformance(PluginConformance):
 
 
 class Spy(Plugin):
-    """Remembers the gradients that pass its place in the list, (tasks, weights) by inner step."""
+    """Record the gradients that pass its place in the list, (tasks, weights) by inner step."""
 
     @hookimpl
     def setup(self):
@@ -28,7 +28,7 @@ class Spy(Plugin):
 
 
 def learn(plugin, tasks=6, inner_steps=2):
-    """A small learner with spies on both sides of the plugin, and tasks, one of which disagrees."""
+    """Make a small learner with spies around the plugin, and tasks of which one disagrees."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
@@ -41,7 +41,7 @@ def learn(plugin, tasks=6, inner_steps=2):
 
 
 class Given:
-    """A stream of the same batch again and again."""
+    """A stream that repeats one batch."""
 
     split = "train"
 

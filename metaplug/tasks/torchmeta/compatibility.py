@@ -28,19 +28,19 @@ def apply() -> ModuleType:
     """
     for name in _NEEDS:
         _imported(name)
-    mend_names()
+    fix_names()
     torchmeta = _imported("torchmeta")
-    mend_integrity()
-    mend_drive()
-    mend_subsets()
-    mend_pickles()
+    fix_integrity()
+    fix_drive()
+    fix_subsets()
+    fix_pickles()
     return torchmeta
 
 
-def mend_names() -> None:
+def fix_names() -> None:
     """Fix an ImportError at `import torchmeta`: torchvision lost two helpers of a download.
 
-    They are never called, as `mend_drive` replaces that download.
+    They are never called, as `fix_drive` replaces that download.
     """
     utils = import_module("torchvision.datasets.utils")
     for name in ("_get_confirm_token", "_save_response_content"):
@@ -48,14 +48,14 @@ def mend_names() -> None:
             setattr(utils, name, None)
 
 
-def mend_integrity() -> None:
+def fix_integrity() -> None:
     """Fix a NameError where an archive was put in its place by hand: a missing import."""
     utils: Any = import_module("torchmeta.datasets.utils")
     if "check_integrity" not in vars(utils):
         utils.check_integrity = import_module("torchvision.datasets.utils").check_integrity
 
 
-def mend_drive() -> None:
+def fix_drive() -> None:
     """Fix downloads from Google Drive, which save its warning page in place of the data.
 
     torchvision's own download knows that page. It needs gdown.
@@ -69,15 +69,15 @@ def mend_drive() -> None:
                 setattr(module, name, new)
 
 
-def mend_subsets() -> None:
+def fix_subsets() -> None:
     """Fix a NotImplementedError in every ClassSplitter: torch asks a Subset for `__getitems__`."""
     subset = import_module("torchmeta.utils.data.task").SubsetTask
     if "__getitems__" not in vars(subset):
         subset.__getitems__ = lambda self, indices: [self[index] for index in indices]
 
 
-def mend_pickles() -> None:
-    """Fix the ImportError of `mend_names` in DataLoader workers that start by spawn.
+def fix_pickles() -> None:
+    """Fix the ImportError of `fix_names` in DataLoader workers that start by spawn.
 
     There unpickling imports torchmeta first, so the pickles of its classes begin with the fixes.
     """
@@ -88,14 +88,14 @@ def mend_pickles() -> None:
             owner.__reduce_ex__ = _reduce
 
 
-class _Mends:
+class _Fixes:
     """Unpickles to torchmeta's name, once `apply()` has been called."""
 
     def __reduce__(self) -> tuple[Callable[[], str], tuple[()]]:
-        return _mend, ()
+        return _fixed, ()
 
 
-def _mend() -> str:
+def _fixed() -> str:
     return apply().__name__
 
 
@@ -103,7 +103,7 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     reduced: Any = object.__reduce_ex__(self, protocol)
     function, arguments, *rest = reduced
     # The class stands in the arguments, and unpickles after the fixes before it.
-    return _rebuild, (_Mends(), function, *arguments), *rest
+    return _rebuild, (_Fixes(), function, *arguments), *rest
 
 
 def _rebuild(_: Any, function: Callable[..., Any], *arguments: Any) -> Any:

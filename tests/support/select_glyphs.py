@@ -1,7 +1,8 @@
-"""How the table of letters was chosen: `python -m metaplug.tasks.glyphs.selection` writes table.json anew.
+"""How the table of letters was chosen: `python tests/support/select_glyphs.py` writes it.
 
-Letters (Unicode categories Lu, Ll, Lo) of six scripts that at least eight of the sixteen faces have, less look-alikes. Plain letters, those
-that are their own NFKD, come before accented ones and ligatures; so the plain letters are the same with and without the others.
+Letters (Unicode categories Lu, Ll, Lo) of six scripts that at least eight of the sixteen faces
+have, less look-alikes. Plain letters, those that are their own NFKD, come before accented ones and
+ligatures; so the plain letters are the same with and without the others.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ UNSTEADY = {
     "STIXGeneralItalic.ttf": "Ññ",
     "STIXGeneralBolIta.ttf": "Ññɧ",
 }
-"""Letters of a face that its hinting draws differently in Pillow 10.0, 11.3 and 13.0; the face is not used for them."""
+"""Letters of a face that Pillow 10.0, 11.3 and 13.0 hint differently; it is not used for them."""
 SPLIT_OF = {
     "LAO": "val",
     "GEORGIAN": "test",
@@ -51,10 +52,10 @@ SPLIT_OF = {
     "GREEK": "val",
     "LATIN": "train",
 }
-"""The split of every script, and, by its order, which script keeps a letter that looks like another's."""
+"""The split of every script; the first script that has a letter keeps it from look-alikes."""
 FEWEST_FACES = 8
 MOST_ALIKE_FACE_BY_FACE = 0.90
-"""Mean, over the faces that have both letters, of the cosine of their pixels; a letter that reaches it is a look-alike."""
+"""Look-alikes: mean, over the faces that have both letters, of the cosine of their pixels."""
 MOST_ALIKE_ON_AVERAGE = 0.95
 """Cosine of the letters' mean images; likewise. Neither alone finds all of o and O, A and Α."""
 
@@ -103,7 +104,7 @@ def _is_plain(letter: str) -> bool:
 
 
 def _without_look_alikes(candidates: Mapping[str, list[int]], faces: list[Face]) -> list[str]:
-    """The letters that stay, in order of code points: each that is like none of those that come before it in right."""
+    """The letters like none that comes before them in right, in order of code points."""
     letters = list(candidates)
     pixels = np.zeros((len(letters), len(faces), SIDE * SIDE), np.float32)
     for row, letter in enumerate(letters):
