@@ -7,7 +7,7 @@ import math
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -221,17 +221,13 @@ class Chain:
         self.watch.look(kept, saying("kept"), advice)
         self.watch.look(result, saying("returned"), advice, by_task=by_task)
 
-    @property
-    def scheduled(self) -> tuple[str, ...]:
-        """The plugins that follow the length of the run."""
-        links = [link for links in self._links.values() for link in links]
-        follow = [
-            link.plugin.name
-            for link in links
-            if "total" in link.arguments
-            or "meta_iterations" in getattr(link.function, "__code__", _NO_CODE).co_names
+    def reading(self, field: str, *, but_in: Collection[str]) -> tuple[str, ...]:
+        """The plugins of which a hook, other than these, reads a field of what it is given."""
+        links = [
+            link for hook, links in self._links.items() if hook not in but_in for link in links
         ]
-        return tuple(dict.fromkeys(follow))
+        codes = [(link.plugin.name, getattr(link.function, "__code__", None)) for link in links]
+        return tuple(name for name, code in codes if code and field in code.co_names)
 
     @property
     def transductive(self) -> tuple[str, ...]:
@@ -260,8 +256,6 @@ def _check_list(plugins: Sequence[Plugin]) -> None:
             continue
         raise RequestError(f"plugin '{plugin.name}' {fault}")
 
-
-_NO_CODE = (lambda: None).__code__
 
 _BY_TASK = ("tasks", "parameters", "inner_losses", "gradients", "outer_losses")
 """The values that have the tasks along their first axis, of the hooks transform_…."""

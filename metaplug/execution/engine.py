@@ -177,7 +177,7 @@ class Engine:
         if found is None or not finite:
             text = self.diagnose(self, batch, failure, total, not skip)
             self._skip(text, total)
-            meta_lr = self._rates[0] * self._factor(iteration, total)
+            meta_lr = self._rates[0] * self.factor(iteration, total)
             return MetaStep(self.iteration, outer_loss, norm, meta_lr, {}, text)
         meta_lr = self.update(found, total)
         self._check_update()
@@ -187,7 +187,7 @@ class Engine:
     def update(self, found: MetaGradients, total: int) -> float:
         """Step, commit and count one iteration; return the meta learning rate of the weights."""
         iteration = self.iteration
-        factor = self._factor(iteration, total)
+        factor = self.factor(iteration, total)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         for name, parameter in self.meta_parameters.items():
@@ -310,8 +310,8 @@ class Engine:
         with stream(mix(self.seed, iteration, self.world.size), self.device):
             yield
 
-    def _factor(self, iteration: int, total: int) -> float:
-        """The factor of every meta learning rate, by the plugins' schedules."""
+    def factor(self, iteration: int, total: int) -> float:
+        """Return the factor of every meta learning rate, by the plugins' schedules."""
         factor: float = self.chain.fold(
             "scale_meta_learning_rate", 1.0, iteration=iteration, total=total
         )

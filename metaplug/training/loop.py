@@ -95,15 +95,34 @@ class Loop:
 
     def _length(self) -> int:
         """The length of the run; a warning where an earlier call's schedules would not go on."""
-        engine, before = self.engine, self.engine.total
-        scheduled = engine.chain.scheduled
-        if self.total is None and engine.iteration and before not in (0, self.end) and scheduled:
+        before = self.engine.total
+        if self.total is not None or not self.engine.iteration or before in (0, self.end):
+            return self.end if self.total is None else self.total
+        if jumping := self._jumping(before):
             warnings.warn(
                 f"this call makes a run of {before} iterations one of {self.end}, so the schedules "
-                f"of plugin {quoted(scheduled)} jump: give total=, the same in every call",
+                f"of plugin {quoted(jumping)} jump: give total=, the same in every call",
                 stacklevel=4,
             )
-        return self.end if self.total is None else self.total
+        return self.end
+
+    def _jumping(self, before: int) -> tuple[str, ...]:
+        """The plugins that answer otherwise in a run of `end` iterations than of `before`."""
+        engine, iteration = self.engine, self.engine.iteration
+        answers = {
+            "scale_meta_learning_rate": engine.factor,
+            "outer_step_weights": engine.outer.weights,
+            "derivative_order": engine.inner.orders_of,
+        }
+        names = [
+            link.plugin.name
+            for hook, ask in answers.items()
+            if ask(iteration, before) != ask(iteration, self.end)
+            for link in engine.chain.links(hook)
+        ]
+        # What the other hooks make of the run's length cannot be asked for.
+        unasked = engine.chain.reading("meta_iterations", but_in=answers)
+        return tuple(dict.fromkeys([*names, *unasked]))
 
 
 def stream_of(tasks: TaskStream | Any, seed: int, ranks: int) -> TaskStream:

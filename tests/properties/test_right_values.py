@@ -541,6 +541,7 @@ def test_schedules_go_on_over_several_calls():
     )
     assert rates([(3, None), (3, None)], plugins=[first_party.make("gradient-clipping")])[1] == []
     assert rates([(3, None), (3, None)])[1] == []
+    assert rates([(3, None), (3, None)], preset="fomaml")[1] == [], "its order is always the same"
 
 
 # j. One learner, several threads.
