@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from metaplug.checks.probe_model import answer, check_rows
+from metaplug.checks.output_form import check_rows
+from metaplug.checks.probe_model import answer
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Kind
 from metaplug.core.functional_model import clone

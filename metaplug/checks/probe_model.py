@@ -7,18 +7,17 @@ functional model would do otherwise without a word is refused, with the cause.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metaplug.checks.module_state import Held, Tally, noting_checkpoints, snapshot
+from metaplug.checks.output_form import check_rows, check_targets, count_classes
 from metaplug.contract.return_checks import form
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Kind
@@ -87,9 +86,9 @@ def probe_model(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> Probed:
     inner.first_order_only = probe.refuses_second_derivative()
     outputs = None
     if kind == "regression":
-        _check_targets(prediction, probe.y)
+        check_targets(prediction, probe.y)
     else:
-        outputs = _classes(prediction, probe.y, own_loss=inner.loss is not F.cross_entropy)
+        outputs = count_classes(prediction, probe.y, own_loss=inner.loss is not F.cross_entropy)
     batch.check_values(outputs)
     probe.check_loss(prediction)
     return Probed(outputs, frozenset(probe.written))
@@ -118,13 +117,13 @@ class _Probe:
         original = inner.functional.model if original is None else original
         self.model = clone(original, shared=False)
         self.weights = _give_weights(self.model, original)
-        before = _snapshot(self.model)
+        before = snapshot(self.model)
         self._given, self._tensors = version(self.x), self._values()
-        with _noting_checkpoints() as noted:
+        with noting_checkpoints() as noted:
             self.expected = self.ask(self.x)
         self.checkpointed = bool(noted)
         self.written = {
-            place for place, value in _snapshot(self.model).items() if before.get(place) != value
+            place for place, value in snapshot(self.model).items() if before.get(place) != value
         }
         # Another number of examples shows what is kept for a number; all would take long.
         others = batch.query_x[-1][: len(self.x) + 1].clone()
@@ -176,13 +175,13 @@ class _Probe:
         if after is not None and at_first is not None and not _close(after, at_first):
             raise RequestError(REMEMBERS)
         for _ in range(2):  # after other examples, and after its own
-            numbers = _snapshot(self.model)
+            numbers = snapshot(self.model)
             with torch.no_grad():
                 again = self.ask(self.x)
             if not _close(again, self.expected):
                 raise RequestError(REMEMBERS)
         # A number that goes on changing may matter later than a few passes can show.
-        now = _snapshot(self.model)
+        now = snapshot(self.model)
         for path, name in self.written:
             value = vars(self.model.get_submodule(path)).get(name)
             before, after = numbers.get((path, name)), now.get((path, name))
@@ -190,7 +189,7 @@ class _Probe:
                 continue
             counted = isinstance(value, PLAIN) and value == value and self._reads(path, name)  # noqa: PLR0124
             # An array, a tensor or an object of the user's is not put back after a pass.
-            if counted or (isinstance(after, _Held) and after.same_place(before)):
+            if counted or (isinstance(after, Held) and after.same_place(before)):
                 raise RequestError(WRITES.format(f"{path}.{name}".lstrip(".")))
 
     def refuse_sleepers(self) -> None:
@@ -364,13 +363,13 @@ class _Probe:
     def _reads(self, path: str, name: str) -> bool:
         """Return whether forward does anything with a number that it writes but add to it."""
         attributes = vars(self.model.get_submodule(path))
-        attributes[name] = _Tally()
+        attributes[name] = Tally()
         try:
             with torch.no_grad():
                 self.ask(self.x)
         except Exception:
             return True
-        return not isinstance(attributes.get(name), (_Tally, *PLAIN))
+        return not isinstance(attributes.get(name), (Tally, *PLAIN))
 
 
 def answer(model: nn.Module, x: Any, batch_norm: str, asleep: Collection[str] = ()) -> Tensor:
@@ -396,42 +395,6 @@ def answer(model: nn.Module, x: Any, batch_norm: str, asleep: Collection[str] = 
     return output
 
 
-def check_rows(prediction: object, x: Tensor) -> None:
-    """Refuse an output that is not one tensor with a row for each example."""
-    if not isinstance(prediction, Tensor) or prediction.shape[:1] != x.shape[:1]:
-        raise RequestError(
-            "the model must answer with one tensor (n, *output), a row for each example: "
-            "wrap it in a module that does"
-        )
-
-
-def _check_targets(prediction: Tensor, y: Tensor) -> None:
-    if prediction.shape != y.shape:
-        raise RequestError(
-            "for regression the model must answer in the form of the targets, "
-            f"{tuple(y.shape)} for a task, not {tuple(prediction.shape)}: reshape one of them"
-        )
-
-
-def _classes(prediction: Tensor, y: Tensor, *, own_loss: bool) -> int | None:
-    """The number of classes that class indices may name; None where targets are no indices."""
-    if y.is_floating_point():
-        return None
-    if own_loss and prediction.numel() == y.numel():
-        return 2  # one logit for each target
-    for axis in dict.fromkeys((1, prediction.dim() - 1)):
-        if (
-            0 < axis < prediction.dim()
-            and prediction.shape[:axis] + prediction.shape[axis + 1 :] == y.shape
-        ):
-            return prediction.shape[axis]
-    rest = "".join(f", {size}" for size in y.shape[1:])
-    raise RequestError(
-        f"for classification the model must answer (n, classes{rest}), not "
-        f"{tuple(prediction.shape)}: give it a head of that form"
-    )
-
-
 def _stores_statistics(module: nn.Module) -> bool:
     norm = isinstance(module, nn.modules.batchnorm._NormBase)
     return norm and module.running_mean is not None
@@ -448,96 +411,6 @@ def _give_weights(model: nn.Module, original: nn.Module) -> dict[str, Tensor]:
         own[id(parameter)] = named[name] = value
     give_parameters(model, own)
     return named
-
-
-def _snapshot(model: nn.Module) -> dict[Place, Any]:
-    """What stands at every attribute: numbers and texts by value, the rest by identity."""
-    found: dict[Place, Any] = {}
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, PLAIN):
-                found[path, name] = value if value == value else "NaN"  # noqa: PLR0124
-            elif isinstance(value, list | tuple | set | dict) and name not in _TORCHS_OWN:
-                found[path, name] = (id(value), *map(id, value), *_values_of(value))
-            elif name not in _TORCHS_OWN:
-                found[path, name] = _Held(id(value), _contents(value))
-    return {place: value for place, value in found.items() if place[1] != "training"}
-
-
-@dataclass(frozen=True)
-class _Held:
-    """A value that is no container: which one it is, and what it holds now."""
-
-    place: int
-    contents: Any
-
-    def same_place(self, before: object) -> bool:
-        return isinstance(before, _Held) and before.place == self.place
-
-
-def _contents(value: Any) -> Any:
-    """What may be written within a value: an array's numbers, a tensor's version, plain fields."""
-    if isinstance(value, np.ndarray):
-        return hash(value.tobytes())
-    if isinstance(value, Tensor):
-        return version(value)
-    if isinstance(value, nn.Module | type | FunctionType):
-        return None
-    fields = getattr(value, "__dict__", {}).items()
-    return [(key, each) for key, each in fields if isinstance(each, PLAIN) and each == each]  # noqa: PLR0124
-
-
-def _values_of(value: Any) -> list[int]:
-    return [*map(id, value.values())] if isinstance(value, dict) else []
-
-
-_TORCHS_OWN = frozenset(vars(nn.Module())) | {"_flat_weights"}
-
-
-class _Tally:
-    """A number that can be added to, and that does not show what it is."""
-
-    def __add__(self, other: object) -> _Tally:
-        return _Tally() if isinstance(other, int | float) else NotImplemented
-
-    __radd__ = __sub__ = __add__
-
-    def _refuse(self, *_: object) -> Any:
-        raise TypeError("a number that is only counted is not to be read")
-
-    __bool__ = __eq__ = __ne__ = __hash__ = __repr__ = __format__ = _refuse
-
-
-@contextmanager
-def _noting_checkpoints() -> Iterator[list[str]]:
-    """Inside, every use of torch's activation checkpointing is noted."""
-    noted: list[str] = []
-    module: Any = torch.utils.checkpoint
-    reentrant = module.CheckpointFunction
-
-    def noting(real: Any) -> Any:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            noted.append(real.__name__)
-            return real(*args, **kwargs)
-
-        return called
-
-    class Noted:
-        apply = staticmethod(noting(reentrant.apply))
-
-    with ExitStack() as patched:
-        patched.enter_context(mock.patch.object(module, "CheckpointFunction", Noted))
-        for name in _NON_REENTRANT:
-            if hasattr(module, name):
-                replaced = noting(getattr(module, name))
-                patched.enter_context(mock.patch.object(module, name, replaced))
-        yield noted
-
-
-_NON_REENTRANT = (
-    "_checkpoint_without_reentrant_generator_impl",  # of newer versions of torch
-    "_checkpoint_without_reentrant_generator",
-)
 
 
 @contextmanager
