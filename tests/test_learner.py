@@ -726,7 +726,8 @@ def test_an_evaluation_that_diverges_is_no_wrong_answer():
         list(learner.model.parameters())[-1].fill_(math.nan)
     with pytest.raises(
         RunError,
-        match=r"^evaluation task 0 has a query loss of NaN or Inf after 2 inner steps: NaN or Inf in "
+        match=r"^evaluation task 0 has a query loss of NaN or Inf after 2 inner steps: NaN or "
+        r"Inf in "
         r"'2.bias' stood in the "
         r"meta-parameters; go on from a checkpoint before that$",
     ):

@@ -1,4 +1,5 @@
-"""NaN and Inf stop training, or skip a batch: who made it is named, nothing else changes. Inner loops that diverge are told."""
+"""NaN and Inf stop training, or skip a batch: who made it is named, nothing else changes. Inner
+loops that diverge are told."""
 
 import copy
 import dataclasses
@@ -127,7 +128,8 @@ class Inject(Plugin):
 
 
 class Holed(Stream):
-    """A stream with a value in one element of a field, in the task of an index of some iterations."""
+    """A stream with a value in one element of a field, in the task of an index of some
+    iterations."""
 
     def __init__(self, field="query_x", value=math.nan, iterations=(BAD,), index=1):
         super().__init__()
@@ -157,7 +159,8 @@ def state(learner):
 
 
 def first_bad(learner, stream, iterations=5, tasks=3):
-    """The text that training stops with in iteration BAD, before which all went well, and after which all is as it was before."""
+    """The text that training stops with in iteration BAD, before which all went well, and after
+    which all is as it was before."""
     good = []
     with pytest.raises(RunError) as error:
         learner.fit(stream, iterations=iterations, tasks_per_batch=tasks, on_record=good.append)
@@ -200,7 +203,8 @@ HOOKS = {
 )
 @pytest.mark.parametrize("hook", HOOKS)
 def test_every_hook_and_way(hook, way, inf):
-    """The first plugin is named with hook, iteration, inner step, tensor and task; weights, optimizer, plugins are as before the step."""
+    """The first plugin is named with hook, iteration, inner step, tensor and task; weights,
+    optimizer, plugins are as before the step."""
     where, did, what = HOOKS[hook]
     learner, good = (
         problem().learner(plugins=[Inject(hook=hook, inf=inf)], **WAYS[way]) for _ in range(2)
@@ -217,7 +221,8 @@ def test_every_hook_and_way(hook, way, inf):
     iteration = f", iteration {BAD}" if hook == "transform_outer_losses" else where
     asked = "transform_gradients" if hook == "keep" else hook
     assert text == (
-        f"plugin 'inject' in {asked} (link 1 of 1{iteration}) {did} NaN or Inf in {what}; see what 'inject' computes there, or leave it out"
+        f"plugin 'inject' in {asked} (link 1 of 1{iteration}) {did} NaN or Inf in {what}; see what "
+        "'inject' computes there, or leave it out"
     )
     assert_same(state(learner), state(good))
 
@@ -243,7 +248,8 @@ def test_in_a_traced_step():
     learner.chain.plugins[0].scale.fill_(math.nan)
     with pytest.raises(
         RunError,
-        match=r"^iteration 2 stopped, nothing was updated: plugin 'scaled' in transform_gradients \(link 1 of 1, it",
+        match=r"^iteration 2 stopped, nothing was updated: plugin 'scaled' in transform_gradients "
+        r"\(link 1 of 1, it",
     ):
         learner.fit(Stream(), iterations=1, tasks_per_batch=3)
 
@@ -285,7 +291,8 @@ def test_an_element_that_does_not_reach_the_loss(hook):
 
     learner = MetaLearner(Unused(), inner_lr=0.1, inner_steps=2, plugins=[Corner()])
     assert first_bad(learner, Stream()) == (
-        f"plugin 'corner' in {hook} (link 1 of 1, iteration {BAD}, inner step 0) returned NaN or Inf in 'table' of task 0; "
+        f"plugin 'corner' in {hook} (link 1 of 1, iteration {BAD}, inner step 0) returned NaN or "
+        "Inf in 'table' of task 0; "
         "see what 'corner' computes there, or leave it out"
     )
 
@@ -297,7 +304,8 @@ def test_in_the_data(field, every, value):
     text = first_bad(problem().learner(metrics_every=every), Holed(field, value))
     assert (
         text
-        == f"{field} of task 1 holds NaN or Inf, on which no loss is defined: clean the data of that task"
+        == f"{field} of task 1 holds NaN or Inf, on which no loss is defined: clean the data of "
+        "that task"
     )
 
 
@@ -310,7 +318,8 @@ def test_in_the_weights_before():
     with pytest.raises(RunError) as error:
         learner.fit(Stream(), iterations=1, tasks_per_batch=2)
     assert str(error.value) == (
-        "iteration 2 stopped, nothing was updated: NaN or Inf in '0.bias' stood in the meta-parameters before iteration 2; "
+        "iteration 2 stopped, nothing was updated: NaN or Inf in '0.bias' stood in the "
+        "meta-parameters before iteration 2; "
         "go on from a checkpoint before that"
     )
     assert_same(state(learner), before)
@@ -331,8 +340,10 @@ def test_made_by_the_backward_pass_alone():
     with pytest.raises(RunError) as error:
         MetaLearner(Cusp(), inner_steps=1).fit(Stream(), iterations=1, tasks_per_batch=2)
     assert str(error.value) == (
-        "iteration 0 stopped, nothing was updated: the gradient of the support loss holds NaN or Inf in 'weight' of all 2 tasks in "
-        "iteration 0, inner step 0; the loss was finite: an operation of the model, or of a plugin's loss, has no finite derivative there, "
+        "iteration 0 stopped, nothing was updated: the gradient of the support loss holds NaN or "
+        "Inf in 'weight' of all 2 tasks in "
+        "iteration 0, inner step 0; the loss was finite: an operation of the model, or of a "
+        "plugin's loss, has no finite derivative there, "
         "such as a root or norm of 0: add a small number inside it"
     )
 
@@ -350,8 +361,10 @@ def test_in_the_meta_gradient_of_a_plugin_alone():
     with pytest.raises(RunError) as error:
         problem().learner(plugins=[Rooted()]).fit(Stream(), iterations=1, tasks_per_batch=2)
     assert str(error.value) == (
-        "iteration 0 stopped, nothing was updated: the meta-gradient holds NaN or Inf in 'rooted.zero' in iteration 0; every loss on the "
-        "way was finite: an operation of the model or of a plugin has no finite derivative there, such as a root or norm of 0: "
+        "iteration 0 stopped, nothing was updated: the meta-gradient holds NaN or Inf in "
+        "'rooted.zero' in iteration 0; every loss on the "
+        "way was finite: an operation of the model or of a plugin has no finite derivative there, "
+        "such as a root or norm of 0: "
         "add a small number inside it"
     )
 
@@ -365,7 +378,8 @@ def test_a_norm_that_overflows_though_its_elements_do_not():
     with pytest.raises(RunError) as error:
         problem().learner(plugins=[Large()]).fit(Stream(), iterations=1, tasks_per_batch=2)
     assert str(error.value) == (
-        "iteration 0 stopped, nothing was updated: the norm of the meta-gradient, or its square, is Inf in iteration 0, though each of its elements is "
+        "iteration 0 stopped, nothing was updated: the norm of the meta-gradient, or its square, "
+        "is Inf in iteration 0, though each of its elements is "
         "finite; clip it inside the loop, or lower inner_lr"
     )
 
@@ -384,7 +398,8 @@ def test_a_plugin_that_fails_on_nan_is_not_who_made_it():
         plugins=[Inject(hook="transform_inner_losses", inf=False, step=0), Chokes()]
     )
     assert first_bad(learner, Stream()).startswith(
-        "plugin 'inject' in transform_inner_losses (link 1 of 1, iteration 2, inner step 0) returned"
+        "plugin 'inject' in transform_inner_losses (link 1 of 1, iteration 2, inner step 0) "
+        "returned"
     )
 
 
@@ -398,7 +413,8 @@ def test_a_factor_of_the_rate_that_is_not_finite_stops_within_a_window():
     good = []
     with pytest.raises(
         RunError,
-        match=r"^plugin 'factor' in scale_meta_learning_rate \(link 1 of 1, iteration 2\) returned nan, not a finite",
+        match=r"^plugin 'factor' in scale_meta_learning_rate \(link 1 of 1, iteration 2\) returned "
+        r"nan, not a finite",
     ):
         learner.fit(Stream(), iterations=5, tasks_per_batch=2, on_record=good.append)
     assert (len(good), learner.iteration) == (BAD, BAD)
@@ -414,7 +430,8 @@ def test_a_figure_changes_no_number_and_is_told_once():
     with pytest.warns(UserWarning) as told:
         learner.fit(Stream(), iterations=3, tasks_per_batch=2)
     assert [str(warning.message) for warning in told] == [
-        "the figure 'figures.bad' of a plugin's end_meta_step is NaN or Inf after iteration 1: it is logged as null, and as nothing is "
+        "the figure 'figures.bad' of a plugin's end_meta_step is NaN or Inf after iteration 1: it "
+        "is logged as null, and as nothing is "
         "computed from it, training goes on; see what the plugin computes there"
     ]
     plain.fit(Stream(), iterations=3, tasks_per_batch=2)
@@ -464,7 +481,8 @@ def test_a_skipped_batch_counts_and_changes_nothing(hook, every):
     if hook == "data":
         assert (
             records[2].step.skipped
-            == "query_x of task 1 holds NaN or Inf, on which no loss is defined: clean the data of that task"
+            == "query_x of task 1 holds NaN or Inf, on which no loss is defined: clean the data "
+            "of that task"
         )
     else:
         assert records[2].step.skipped.startswith("plugin 'inject' in transform_")
@@ -484,8 +502,10 @@ def test_too_many_in_a_row_stop(every):
             on_record=seen.append,
         )
     assert str(error.value) == (
-        "iteration 12 stopped, nothing was updated: 10 batches in a row would be skipped, which is no fault of a batch; the last because "
-        "query_x of task 1 holds NaN or Inf, on which no loss is defined: clean the data of that task"
+        "iteration 12 stopped, nothing was updated: 10 batches in a row would be skipped, which is "
+        "no fault of a batch; the last because "
+        "query_x of task 1 holds NaN or Inf, on which no loss is defined: clean the data of that "
+        "task"
     )
     assert (len(seen), learner.iteration, learner.skipped) == (12, 12, SKIPS_IN_A_ROW - 1)
 
@@ -558,7 +578,8 @@ def _relabelled(batch, iteration):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_ranks_skip_together():
-    """Task 1 is rank 1's, and each kind of fault is in it alone; with a plugin that couples tasks, so that the replay exchanges too."""
+    """Task 1 is rank 1's, and each kind of fault is in it alone; with a plugin that couples tasks,
+    so that the replay exchanges too."""
 
     def train_on(world):
         found = []
@@ -592,11 +613,13 @@ def test_ranks_skip_together():
     assert data == [
         None,
         None,
-        "query_x of task 1 holds NaN or Inf, on which no loss is defined: clean the data of that task",
+        "query_x of task 1 holds NaN or Inf, on which no loss is defined: clean the data of that "
+        "task",
         None,
     ]
     assert plugin[2] == (
-        "plugin 'inject' in transform_inner_losses (link 1 of 1, iteration 2, inner step 1) returned NaN or Inf in 'its value' of task 3; "
+        "plugin 'inject' in transform_inner_losses (link 1 of 1, iteration 2, inner step 1) "
+        "returned NaN or Inf in 'its value' of task 3; "
         "see what 'inject' computes there, or leave it out"
     )
     alone = problem().learner(plugins=["gradient-sharing"])
@@ -620,8 +643,10 @@ def test_ranks_stop_together():
 
     found, repeated = sorted(on_ranks(train_badly), key=lambda error: isinstance(error, RankError))
     assert str(found) == (
-        "iteration 2 stopped, nothing was updated: plugin 'inject' in transform_gradients (link 2 of 2, iteration 2, inner step 1) "
-        "returned NaN or Inf in '2.bias' of task 3; see what 'inject' computes there, or leave it out"
+        "iteration 2 stopped, nothing was updated: plugin 'inject' in transform_gradients (link 2 "
+        "of 2, iteration 2, inner step 1) "
+        "returned NaN or Inf in '2.bias' of task 3; see what 'inject' computes there, or leave it "
+        "out"
     )
     assert str(repeated) == f"rank 1 ended the run: {found}"
 
@@ -661,7 +686,10 @@ def test_a_run_with_skips_goes_on_bit_for_bit(tmp_path, holed, every):
     config = tiny(training__non_finite="skip", runtime__metrics_every=every)
     summary = train(config, tmp_path / "whole")
     lines = read_metrics(tmp_path / "whole")
-    reason = "support_x of task 0 holds NaN or Inf, on which no loss is defined: clean the data of that task"
+    reason = (
+        "support_x of task 0 holds NaN or Inf, on which no loss is defined: clean the "
+        "data of that task"
+    )
     assert [(line["iteration"], line["skipped"]) for line in lines if "skipped" in line] == [
         (2, reason),
         (7, reason),
@@ -730,7 +758,8 @@ def test_the_progress_line_counts_them():
 
 
 class Line:
-    """Tasks y = w x with w of their own and x = ±√(L / 2): a quadratic of curvature L in one weight, whose optimum every task has."""
+    """Tasks y = w x with w of their own and x = ±√(L / 2): a quadratic of curvature L in one
+    weight, whose optimum every task has."""
 
     def __init__(self, curvature):
         self.x = (curvature / 2) ** 0.5
@@ -760,7 +789,8 @@ def line(curvature, inner_lr, steps=3, **more):
     batching=st.sampled_from(["vectorized", "sequential"]),
 )
 def test_a_quadratic_diverges_beyond_two_over_its_curvature(curvature, times, steps, batching):
-    """θ ← θ − α L (θ − w): the loss is multiplied by (1 − α L)² in each step, so that it grows where α > 2 / L, and only there."""
+    """θ ← θ − α L (θ − w): the loss is multiplied by (1 − α L)² in each step, so that it grows
+    where α > 2 / L, and only there."""
     learner, tasks = line(curvature, times * 2 / curvature, steps, task_batching=batching)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -786,7 +816,8 @@ def test_most_support_losses_growing_is_told_once():
             validation_tasks=6,
         )
     assert [str(warning.message) for warning in told] == [
-        "adaptation raises the support loss of 6 of 6 validation tasks (mean 6.907 to 442 over 3 inner steps, inner_lr = 1.5): "
+        "adaptation raises the support loss of 6 of 6 validation tasks (mean 6.907 to 442 over 3 "
+        "inner steps, inner_lr = 1.5): "
         "the inner loop diverges; lower inner_lr"
     ]
     assert [result.raised for _, result in history.validations] == [6, 6]
@@ -800,7 +831,8 @@ def test_the_warning_names_the_plugin_that_changes_the_rate():
     learner, tasks = line(2.0, 1.5, plugins=["per-step-learning-rates"])
     with pytest.warns(
         UserWarning,
-        match=r"inner_lr = 1.5, which plugin 'per-step-learning-rates' changes\): the inner loop diverges; lower",
+        match=r"inner_lr = 1.5, which plugin 'per-step-learning-rates' changes\): the inner loop "
+        r"diverges; lower",
     ):
         learner.fit(tasks, iterations=1, tasks_per_batch=2, validation=tasks, validation_tasks=6)
 
@@ -849,7 +881,8 @@ def test_a_stop_after_losses_that_grew_says_so():
     text = str(error.value)
     assert text.startswith("iteration 0 stopped, nothing was updated: the ")
     found = re.search(
-        r"; the inner loop diverges: the support loss of task 1 grew from 6.25 to (\S+) in 47 inner steps at inner_lr = 900; ",
+        r"; the inner loop diverges: the support loss of task 1 grew from 6.25 to (\S+) in 47 "
+        r"inner steps at inner_lr = 900; ",
         text,
     )
     assert float(found[1]) == pytest.approx(6.25 * 1799.0 ** (2 * 47), rel=1e-3)
@@ -862,10 +895,12 @@ def test_an_evaluation_that_diverges_names_the_rate():
         learner.evaluate(tasks, num_tasks=2)
     text = str(error.value)
     assert text.startswith(
-        "evaluation task 0 has a query loss of NaN or Inf after 60 inner steps: the support loss holds NaN or Inf in 'loss'"
+        "evaluation task 0 has a query loss of NaN or Inf after 60 inner steps: the support loss "
+        "holds NaN or Inf in 'loss'"
     )
     found = re.search(
-        r"; the inner loop diverges: the support loss of task 0 grew from 2.25 to (\S+) in 47 inner steps at inner_lr = 900; lower inner_l",
+        r"; the inner loop diverges: the support loss of task 0 grew from 2.25 to (\S+) in 47 "
+        r"inner steps at inner_lr = 900; lower inner_l",
         text,
     )
     assert float(found[1]) == pytest.approx(2.25 * 1799.0 ** (2 * 47), rel=1e-3)
@@ -879,8 +914,10 @@ def test_an_evaluation_asserts_no_cause_that_is_not_there():
     with pytest.raises(RunError) as error:
         MetaLearner(Cusp(), inner_lr=1e-6, inner_steps=1).evaluate(Stream(), num_tasks=3)
     assert str(error.value) == (
-        "evaluation task 0 has a query loss of NaN or Inf after 1 inner steps: the gradient of the support loss holds NaN or Inf in "
-        "'weight' of task 0 in iteration 0, inner step 0; the loss was finite: an operation of the model, or of a plugin's loss, has no "
+        "evaluation task 0 has a query loss of NaN or Inf after 1 inner steps: the gradient of the "
+        "support loss holds NaN or Inf in "
+        "'weight' of task 0 in iteration 0, inner step 0; the loss was finite: an operation of the "
+        "model, or of a plugin's loss, has no "
         "finite derivative there, such as a root or norm of 0: add a small number inside it"
     )
 
@@ -915,8 +952,10 @@ def test_an_evaluation_names_the_plugin_and_the_task(batching):
     with pytest.raises(RunError) as error:
         learner.evaluate(Stream(), num_tasks=40)
     assert str(error.value).startswith(
-        "evaluation task 18 has a query loss of NaN or Inf after 2 inner steps: plugin 'spoils' in transform_gradients "
-        "(link 1 of 1, iteration 0, inner step 0) returned NaN or Inf in '0.weight', '0.bias', '2.weight' of task 18; "
+        "evaluation task 18 has a query loss of NaN or Inf after 2 inner steps: plugin 'spoils' in "
+        "transform_gradients "
+        "(link 1 of 1, iteration 0, inner step 0) returned NaN or Inf in '0.weight', '0.bias', "
+        "'2.weight' of task 18; "
     )
     assert learner.chain.watch is None
 
@@ -956,7 +995,10 @@ def test_a_model_that_fails_on_nan_is_not_who_made_it(every, batching):
             task_batching=batching,
         )
 
-    said = "plugin 'spoils' in transform_gradients (link 1 of 1, iteration 2, inner step 0) returned NaN or Inf in "
+    said = (
+        "plugin 'spoils' in transform_gradients (link 1 of 1, iteration 2, inner step 0) "
+        "returned NaN or Inf in "
+    )
     assert first_bad(learner(), Stream()).startswith(said)
     made = learner()
     records = made.fit(Stream(), iterations=5, tasks_per_batch=3, non_finite="skip").records
@@ -965,7 +1007,8 @@ def test_a_model_that_fails_on_nan_is_not_who_made_it(every, batching):
     made.engine.iteration = BAD
     with pytest.raises(
         RunError,
-        match=r"^evaluation tasks 0 to 4 cannot be computed: plugin 'spoils' in transform_gradients",
+        match=r"^evaluation tasks 0 to 4 cannot be computed: plugin 'spoils' in "
+        r"transform_gradients",
     ):
         made.evaluate(Stream(split="test"), num_tasks=5)
 
@@ -997,7 +1040,8 @@ def test_a_fault_that_has_nothing_to_do_with_nan_is_no_less_one_behind_it(skip):
     learner = problem().learner(plugins=[Late()])
     with pytest.raises(
         RunError,
-        match=r"^(query_x of task 3 holds NaN|plugin 'late' in transform_gradients .* ValueError: four$)",
+        match=r"^(query_x of task 3 holds NaN|plugin 'late' in transform_gradients .* ValueError: "
+        r"four$)",
     ) as error:
         learner.fit(Stream(), validation=HoledTests({0}), **VALIDATED, non_finite=skip)
     assert ("four" in str(error.value)) == (skip == "skip")
@@ -1014,7 +1058,8 @@ def test_a_loss_that_is_finite_when_it_is_computed_again_says_so():
     with pytest.raises(RunError) as error:
         learner.evaluate(Stream(), num_tasks=1)
     assert str(error.value) == (
-        "evaluation task 0 has a query loss of NaN or Inf after 2 inner steps, but not when it was computed once more: "
+        "evaluation task 0 has a query loss of NaN or Inf after 2 inner steps, but not when it was "
+        "computed once more: "
         "see what draws at random"
     )
 
@@ -1042,8 +1087,10 @@ def test_a_validation_with_nan_is_not_finite_and_training_goes_on():
     with pytest.warns(UserWarning) as told:
         history = learner.fit(Stream(), validation=HoledTests({0}), **VALIDATED, non_finite="skip")
     assert [str(warning.message) for warning in told] == [
-        "the validation after iteration 2 counts for nothing: evaluation task 3 has a query loss of NaN or Inf after 2 inner steps: "
-        "query_x of task 3 holds NaN or Inf, on which no loss is defined: clean the data of that task"
+        "the validation after iteration 2 counts for nothing: evaluation task 3 has a query loss "
+        "of NaN or Inf after 2 inner steps: "
+        "query_x of task 3 holds NaN or Inf, on which no loss is defined: clean the data of that "
+        "task"
     ]
     expected = plain.fit(Stream(), validation=Stream(split="val"), **VALIDATED)
     assert [record.step for record in history.records] == [
@@ -1157,7 +1204,8 @@ def test_a_run_passes_over_validations_that_are_not_finite(tmp_path, holed_valid
     with pytest.raises(RunError) as error:
         train(tiny(training__non_finite="skip"), tmp_path / "none")
     assert str(error.value) == (
-        f"no validation of {tmp_path}/none was finite, so there is nothing to test: try a smaller learning rate"
+        f"no validation of {tmp_path}/none was finite, so there is nothing to test: try a smaller "
+        "learning rate"
     )
 
 

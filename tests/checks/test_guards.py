@@ -163,7 +163,10 @@ def twice(module):
 
 @pytest.mark.parametrize("write", [in_place, anew, twice])
 def test_a_buffer_written_in_forward_is_refused(write):
-    expected = "the model writes to a buffer in forward, which would leak from task to task: make its buffers constant in training"
+    expected = (
+        "the model writes to a buffer in forward, which would leak from task to task: "
+        "make its buffers constant in training"
+    )
     assert refused(Counter(write)) == expected
 
 
@@ -174,20 +177,24 @@ def test_parameters_that_cannot_be_meta_learned_are_refused():
     frozen = body().requires_grad_(False)
     assert (
         refused(frozen)
-        == "the model has no trainable parameter, so there is nothing to meta-learn: set requires_grad on some"
+        == "the model has no trainable parameter, so there is nothing to meta-learn: set "
+        "requires_grad on some"
     )
     assert (
         refused(nn.ReLU())
-        == "the model has no trainable parameter, so there is nothing to meta-learn: set requires_grad on some"
+        == "the model has no trainable parameter, so there is nothing to meta-learn: set "
+        "requires_grad on some"
     )
     lazy = nn.Sequential(nn.LazyLinear(3))
     assert (
         refused(lazy)
-        == "the model's parameters '0.weight', '0.bias' have no shape yet: pass one batch through the model first"
+        == "the model's parameters '0.weight', '0.bias' have no shape yet: pass one batch through "
+        "the model first"
     )
     mixed = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3).double())
     assert refused(mixed) == (
-        "the model's parameters differ in dtype or device ('(torch.float32, device(type='cpu'))', '(torch.float64, device(type='cpu'))'): "
+        "the model's parameters differ in dtype or device ('(torch.float32, device(type='cpu'))', "
+        "'(torch.float64, device(type='cpu'))'): "
         "call model.to(...) first"
     )
 
@@ -196,7 +203,10 @@ def test_parameters_that_cannot_be_meta_learned_are_refused():
 
 
 def test_outputs_of_a_wrong_form_are_refused():
-    rows = "the model must answer with one tensor (n, *output), a row for each example: wrap it in a module that does"
+    rows = (
+        "the model must answer with one tensor (n, *output), a row for each example: "
+        "wrap it in a module that does"
+    )
 
     class Answer(nn.Module):
         def __init__(self, answer):
@@ -210,12 +220,14 @@ def test_outputs_of_a_wrong_form_are_refused():
     assert refused(Answer(lambda output: (output, output))) == rows
     assert refused(Answer(lambda output: output.mean(0))) == rows
     assert refused(Answer(lambda output: output[:, 0])) == (
-        "for classification the model must answer (n, classes), not (5,): give it a head of that form"
+        "for classification the model must answer (n, classes), not (5,): give it a head of that "
+        "form"
     )
     narrow = problem(dtype=torch.float32).batch
     narrow.support_y[0, 0] = 3
     assert refused(body(), narrow) == (
-        "labels out of range: support_y has the label 3, but the model has 3 outputs, for the labels 0 to 2: "
+        "labels out of range: support_y has the label 3, but the model has 3 outputs, for the "
+        "labels 0 to 2: "
         "give the model more outputs, or the tasks fewer ways"
     )
 
@@ -233,7 +245,10 @@ def test_labels_are_checked_in_every_batch():
 
 
 def test_losses_of_a_wrong_form_are_refused():
-    expected = "the loss must answer with one number for a task, a tensor of shape (): take the mean over its examples"
+    expected = (
+        "the loss must answer with one number for a task, a tensor of shape (): take the "
+        "mean over its examples"
+    )
     for loss in (nn.CrossEntropyLoss(reduction="none"), lambda prediction, target: 0.5):
         assert refused(body(), loss=loss) == expected
 
@@ -247,14 +262,16 @@ def test_a_regression_that_would_broadcast_is_refused():
         case.batch.query_y.squeeze(-1),
     )
     assert refused(case.model, case.batch, kind="regression") == (
-        "for regression the model must answer in the form of the targets, (5,) for a task, not (5, 1): reshape one of them"
+        "for regression the model must answer in the form of the targets, (5,) for a task, not (5, "
+        "1): reshape one of them"
     )
 
 
 def test_a_model_that_fails_on_the_tasks_is_named_with_its_own_words():
     text = refused(body(), problem().batch)
     assert text.startswith(
-        "the model fails on the support examples of a task, shape (5, 4), torch.float64 on cpu (RuntimeError: "
+        "the model fails on the support examples of a task, shape (5, 4), torch.float64 on cpu "
+        "(RuntimeError: "
     )
     assert text.endswith("): give it the form and dtype of the tasks")
     single = problem(support=1, dtype=torch.float32).batch
@@ -305,7 +322,8 @@ def test_auto_falls_back_for_a_data_dependent_model_and_names_the_operation():
     )
     text = refused(copy.deepcopy(case.model), case.batch, task_batching="vectorized")
     assert text.startswith(
-        "task batching 'vectorized' cannot be had, as torch.vmap refuses the model (vmap: It looks like you're calling .item()"
+        "task batching 'vectorized' cannot be had, as torch.vmap refuses the model (vmap: It looks "
+        "like you're calling .item()"
     )
     assert text.endswith("): use 'auto' or 'sequential'")
 

@@ -21,7 +21,8 @@ from metaplug.testing import Stream
 
 
 class Keeping(nn.Module):
-    """A model of which a test writes the beginning and what is done with the input, with the hidden layer and with the output."""
+    """A model of which a test writes the beginning and what is done with the input, with the hidden
+    layer and with the output."""
 
     def __init__(self, begin=None, before=None, between=None, after=None):
         super().__init__()
@@ -162,7 +163,8 @@ def test_what_is_changed_by_hand_is_still_named():
         with pytest.raises(RequestError) as refusal:
             learner.meta_gradients(BATCH)
         assert str(refusal.value) == (
-            "the model's 'power' was changed from 1.0 to 2.0 after the learner was made, which goes on as it was: make a new learner of "
+            "the model's 'power' was changed from 1.0 to 2.0 after the learner was made, which "
+            "goes on as it was: make a new learner of "
             "the changed model"
         )
     assert (model.n, model.power) == (0, 2.0)
@@ -393,7 +395,8 @@ def test_layers_whose_sleep_makes_a_difference_are_named(first, name):
     with pytest.raises(RequestError) as refusal:
         learner_of(asleep(first)).meta_gradients(BATCH)
     assert str(refusal.value) == (
-        f"the layer '{name}' is in evaluation mode in a model in training mode, but meta-training is in training mode throughout: "
+        f"the layer '{name}' is in evaluation mode in a model in training mode, but meta-training "
+        "is in training mode throughout: "
         "call model.train(), and set what the layer is to do (dropout p = 0, batch_norm = 'frozen')"
     )
 

@@ -1,6 +1,8 @@
-"""What would be wrong in silence: how wrong it is without a guard, against plain loops in float64, and what metaplug does about it.
+"""What would be wrong in silence: how wrong it is without a guard, against plain loops in float64,
+and what metaplug does about it.
 
-Errors are |ours − exact| / |exact|, over all meta-gradients as one vector. docs/reliability.md has the table of them.
+Errors are |ours − exact| / |exact|, over all meta-gradients as one vector. docs/reliability.md has
+the table of them.
 """
 
 import copy
@@ -64,7 +66,8 @@ def double(make=body, *arguments):
 
 
 def by_hand(model, inner_gradient, batch=BATCH):
-    """Meta-gradients of a loop over tasks stacked by vmap, two steps; `inner_gradient(loss)` is what takes the gradient of a loss."""
+    """Meta-gradients of a loop over tasks stacked by vmap, two steps; `inner_gradient(loss)` is
+    what takes the gradient of a loss."""
     weights = {
         name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()
     }
@@ -180,7 +183,8 @@ def test_the_norm_of_a_zero_gradient_has_no_derivative():
 
 
 def without_adjoint(share, x):
-    """The right value, summed by torch.distributed as it stands: what other ranks do with it is not differentiated."""
+    """The right value, summed by torch.distributed as it stands: what other ranks do with it is not
+    differentiated."""
     total = x * share.weight
     dist.all_reduce(total)
     return total
@@ -314,7 +318,8 @@ def test_maximize_is_ignored_by_higher():
     assert off(ignored, exactly(model, lr=-0.3)) == about(0.826)
     with pytest.raises(
         RequestError,
-        match=r"^inner optimizer 'sgd' does not take the setting 'maximize': higher would ignore it",
+        match=r"^inner optimizer 'sgd' does not take the setting 'maximize': higher would "
+        r"ignore it",
     ):
         learner_of(model, inner_optimizer_settings={"maximize": True})
 
@@ -363,7 +368,8 @@ def test_learned_betas_get_a_wrong_meta_gradient():
     with pytest.raises(RequestError) as error:
         learner_of(model, inner_optimizer="adam", inner_optimizer_settings={"betas": betas})
     assert str(error.value) == (
-        "inner optimizer 'adam' is given a tensor as 'betas', whose meta-gradient higher gets wrong: give plain numbers"
+        "inner optimizer 'adam' is given a tensor as 'betas', whose meta-gradient higher gets "
+        "wrong: give plain numbers"
     )
 
 
@@ -641,7 +647,8 @@ def test_other_changes_are_named():
     for change, text in (
         (
             lambda model: model.float(),
-            "dtype of the model's 'layers.0.weight' was changed from torch.float64 to torch.float32",
+            "dtype of the model's 'layers.0.weight' was changed from torch.float64 to "
+            "torch.float32",
         ),
         (lambda model: delattr(model, "power"), "the model's 'power' was changed"),
         (lambda model: setattr(model, "power", torch.ones(2)), "the model's 'power' was changed"),
@@ -804,8 +811,10 @@ def half_asleep():
 
 
 STRANGERS = (
-    "the {} uses tensors that require a gradient and are no parameters of the model (of shape {}), so that nothing would train them: "
-    "register them with the model, as by nn.Parameter and nn.ModuleList, or call requires_grad_(False) on them"
+    "the {} uses tensors that require a gradient and are no parameters of the model (of shape {}), "
+    "so that nothing would train them: "
+    "register them with the model, as by nn.Parameter and nn.ModuleList, or call "
+    "requires_grad_(False) on them"
 )
 STATES = {
     "a number": (
@@ -824,8 +833,10 @@ STATES = {
         half_asleep,
         half_asleep,
         1.86,
-        "the layer '1' is in evaluation mode in a model in training mode, but meta-training is in training mode throughout: "
-        "call model.train(), and set what the layer is to do (dropout p = 0, batch_norm = 'frozen')",
+        "the layer '1' is in evaluation mode in a model in training mode, but meta-training is in "
+        "training mode throughout: "
+        "call model.train(), and set what the layer is to do (dropout p = 0, batch_norm "
+        "= 'frozen')",
     ),
 }
 
@@ -844,7 +855,8 @@ def test_what_a_model_remembers_is_refused(name, unguarded, monkeypatch):
 
 
 def test_an_input_changed_in_place_is_refused(unguarded, monkeypatch):
-    """In second order, or with several tasks, torch notices; in first order with one task nobody does."""
+    """In second order, or with several tasks, torch notices; in first order with one task nobody
+    does."""
     single = problem(tasks=1).batch
     exact, batch = exactly(double(OutOfPlace), single, order=1), copy.deepcopy(single)
     assert off(learner_of(double(InPlace), preset="fomaml").meta_gradients(batch), exact) == about(
@@ -855,7 +867,8 @@ def test_an_input_changed_in_place_is_refused(unguarded, monkeypatch):
     with pytest.raises(RequestError) as refusal:
         learner_of(double(InPlace), preset="fomaml").meta_gradients(batch)
     assert str(refusal.value) == (
-        "the model changes its input in place, and with it the data of the next inner step: give it operations that make new tensors"
+        "the model changes its input in place, and with it the data of the next inner step: give "
+        "it operations that make new tensors"
     )
     assert torch.equal(batch.support_x, single.support_x)
 
@@ -870,7 +883,8 @@ def test_what_a_loss_remembers_is_refused(unguarded, monkeypatch):
     with pytest.raises(RequestError) as refusal:
         learner_of(double(), loss=counting()).meta_gradients(BATCH)
     assert str(refusal.value) == (
-        "the loss answers otherwise when it is asked again, as if it remembered, so that tasks would see each other: keep nothing in it"
+        "the loss answers otherwise when it is asked again, as if it remembered, so that tasks "
+        "would see each other: keep nothing in it"
     )
 
 
@@ -889,7 +903,8 @@ def test_weights_that_nobody_trains_are_refused(unguarded, monkeypatch):
     with pytest.raises(RequestError) as refusal:
         learner_of(double(), loss=Scaling())
     assert str(refusal.value) == (
-        "the loss has the trainable parameters 'weight', which nothing would train: make them a plugin's, which changes losses in "
+        "the loss has the trainable parameters 'weight', which nothing would train: make them a "
+        "plugin's, which changes losses in "
         "transform_inner_losses and transform_outer_losses, or call loss.requires_grad_(False)"
     )
     assert learner_of(double(), loss=Scaling().requires_grad_(False)).meta_gradients(BATCH)
@@ -904,7 +919,8 @@ def test_weights_that_nobody_trains_are_refused(unguarded, monkeypatch):
 
 @pytest.mark.parametrize("batching", ["vectorized", "sequential"])
 def test_every_task_draws_its_own_dropout(batching):
-    """As a plain loop does; vmap's default would be an error, and randomness="same" one mask for all tasks."""
+    """As a plain loop does; vmap's default would be an error, and randomness="same" one mask for
+    all tasks."""
 
     class Noted(nn.Module):
         def __init__(self):

@@ -101,7 +101,8 @@ RULES = [
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize(("name", "settings", "rule"), RULES)
 def test_meta_gradients_flow_through_the_state_of_the_optimizer(name, settings, rule, order):
-    # Smooth and without batch norm: no gradient is exactly zero, where the square root has no derivative.
+    # Smooth and without batch norm: no gradient is exactly zero, where the square root has no
+    # derivative.
     case = problem("mlp", steps=3, seed=3)
     learner = case.learner(
         preset="maml" if order == 2 else "fomaml",
@@ -138,11 +139,13 @@ def test_refused_optimizers_and_settings():
         refused(inner_optimizer="adamw") == "unknown inner optimizer 'adamw': did you mean 'adam'?"
     )
     assert refused(inner_optimizer="sgd", inner_optimizer_settings={"maximize": True}) == (
-        "inner optimizer 'sgd' does not take the setting 'maximize': higher would ignore it or get it wrong: "
+        "inner optimizer 'sgd' does not take the setting 'maximize': higher would ignore it or get "
+        "it wrong: "
         "known: 'momentum', 'dampening', 'nesterov', 'weight_decay'"
     )
     assert refused(inner_optimizer="adam", inner_optimizer_settings={"wieght_decay": 0.1}) == (
-        "inner optimizer 'adam' does not take the setting 'wieght_decay': higher would ignore it or get it wrong: "
+        "inner optimizer 'adam' does not take the setting 'wieght_decay': higher would ignore it "
+        "or get it wrong: "
         "did you mean 'weight_decay'?"
     )
     assert refused(inner_optimizer="sgd", inner_optimizer_settings={"momentum": -1}) == (
@@ -212,7 +215,8 @@ def test_nothing_of_a_step_stays_alive(name, optimizer):
         task = case.batch
         learner.adapt(task.support_x[0], task.support_y[0])
     after = tensors()
-    # The optimizer keeps its own state tensor by tensor, and plugins their statistics; no other tensor may be new.
+    # The optimizer keeps its own state tensor by tensor, and plugins their statistics; no other
+    # tensor may be new.
     kept = {
         id(each) for state in learner.engine.optimizer.state.values() for each in state.values()
     }
@@ -398,7 +402,8 @@ def test_a_loss_that_reaches_no_adapted_parameter_is_named():
         learner.meta_gradients(problem(dtype=torch.float32).batch)
     assert (
         str(error.value)
-        == "no gradient reaches the adapted parameters 'spare': the loss does not depend on them; adapt others"
+        == "no gradient reaches the adapted parameters 'spare': the loss does not depend on them; "
+        "adapt others"
     )
 
 
@@ -415,7 +420,8 @@ def test_a_meta_loss_that_reaches_no_parameter_is_named():
         MetaLearner(Cut(), inner_steps=0).meta_gradients(problem(dtype=torch.float32).batch)
     assert (
         str(error.value)
-        == "no meta-gradient: the outer loss depends on no trainable parameter; let the model's output depend on one"
+        == "no meta-gradient: the outer loss depends on no trainable parameter; let the model's "
+        "output depend on one"
     )
 
 
@@ -464,6 +470,7 @@ def test_first_order_keeps_no_graph_of_the_support_losses():
     with pytest.raises(RunError) as error:
         case.learner(preset="fomaml", plugins=[Penalty()]).meta_gradients(case.batch)
     assert str(error.value) == (
-        "a plugin uses the support losses of a first-order step in what is differentiated, but their graph is gone: "
+        "a plugin uses the support losses of a first-order step in what is differentiated, but "
+        "their graph is gone: "
         "detach them in the plugin, or use second order"
     )

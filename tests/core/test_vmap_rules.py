@@ -1,4 +1,5 @@
-"""All tasks in one call: what layers answer when they fold the tasks is what torch.vmap's own rules give, derivatives included."""
+"""All tasks in one call: what layers answer when they fold the tasks is what torch.vmap's own rules
+give, derivatives included."""
 
 from contextlib import nullcontext
 

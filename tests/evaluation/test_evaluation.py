@@ -292,7 +292,10 @@ def refused(call):
     return str(error.value)
 
 
-ON_PURPOSE = "evaluate tasks.test, or give allow_training_classes=True (--allow-training-classes) to measure training on purpose"
+ON_PURPOSE = (
+    "evaluate tasks.test, or give allow_training_classes=True "
+    "(--allow-training-classes) to measure training on purpose"
+)
 
 
 def test_training_classes_are_refused_and_measured_on_purpose():

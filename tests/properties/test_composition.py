@@ -85,7 +85,8 @@ def test_more_inner_steps_warn_once():
     learner = problem("conv4").learner(plugins=["gradient-sharing"])
     with pytest.warns(
         UserWarning,
-        match=r"^adapting for 3 inner steps, trained with 2: later steps use the last step's values$",
+        match=r"^adapting for 3 inner steps, trained with 2: later steps use the last step's "
+        r"values$",
     ):
         learner.evaluate(Stream("conv4", split="test"), num_tasks=2, inner_steps=3)
     learner.evaluate(Stream("conv4", split="test"), num_tasks=2, inner_steps=3)
