@@ -550,8 +550,8 @@ SETUP, STEP = (
     ("metaplug.execution.engine.Engine.meta_step", 5),
 )
 VALIDATION, TEST = (
-    ("metaplug.learner.MetaLearner._measured", 2),
-    ("metaplug.learner.MetaLearner._measured", 5),
+    ("metaplug.evaluation.evaluator.Evaluator.evaluate", 2),
+    ("metaplug.evaluation.evaluator.Evaluator.evaluate", 5),
 )
 STOPPING, TWICE = "stopping after this step", "metaplug: stopped"
 ASKED = f"{STOPPING}; Ctrl-C again stops at once"
