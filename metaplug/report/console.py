@@ -28,13 +28,13 @@ class _Errors:
         return getattr(sys.stderr, name)
 
 
-CONSOLE = Console(file=cast("IO[str]", _Errors()), highlight=False)
+CONSOLE = Console(file=cast("IO[str]", _Errors()), highlight=False, emoji=False)
 
 
 def line(text: str, style: str | None = None, console: Console = CONSOLE) -> None:
     """Show text as exactly one line, whatever the width of the terminal."""
     one = re.sub(r"\s*\n\s*", " ", text.strip())
-    console.print(one, style=style, soft_wrap=True, markup=False, highlight=False)
+    console.print(one, style=style, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 def warn(text: str) -> None:

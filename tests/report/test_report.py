@@ -23,7 +23,7 @@ from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.report import figures
 from metaplug.report.catalogue import Entry, SettingRow, rows
 from metaplug.report.comparison import comparison_report
-from metaplug.report.console import line
+from metaplug.report.console import CONSOLE, line
 from metaplug.report.figures import _wrapped, comparison_figure, run_figure
 from metaplug.report.tables import catalogue_table
 from metaplug.report.terminal import TrainingProgress, result_line, value_text
@@ -218,6 +218,15 @@ def test_a_line_is_one_line_on_the_narrowest_terminal() -> None:
     file = io.StringIO()
     line("[bold]one\n   and the same[/bold] " + "x" * 100, console=Console(file=file, width=20))
     assert file.getvalue() == "[bold]one and the same[/bold] " + "x" * 100 + "\n"
+
+
+def test_a_word_between_colons_is_no_emoji() -> None:
+    file = io.StringIO()
+    line("a:b:c is no MODULE:FACTORY: write both", console=Console(file=file))
+    assert file.getvalue() == "a:b:c is no MODULE:FACTORY: write both\n"
+    with CONSOLE.capture() as captured:
+        CONSOLE.print("a:b:c")
+    assert captured.get() == "a:b:c\n"
 
 
 class Example(BaseModel):
