@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -46,13 +46,22 @@ def validated(model: type[S], values: Mapping[str, Any], owner: str) -> S:
 
 _MOST_FAULTS = 10  # that one error names
 
+# What pydantic says in terms of Python's classes.
+_PLAIN = {
+    "model_type": "input should be a mapping, such as {field: value}",
+    "dict_type": "input should be a mapping, such as {field: value}",
+    "list_type": "input should be a list, such as [value, value]",
+    "tuple_type": "input should be a list, such as [value, value]",
+}
+
 
 def _fault(model: type[BaseModel], fault: Any) -> str:
     path = [one_line(part, 60) for part in fault["loc"]]
     if fault["type"] == "extra_forbidden":
         hint = did_you_mean(path[-1], _fields_at(model, path[:-1]))
         return f"unknown field '{'.'.join(path)}': {hint}"
-    message = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    message = _PLAIN.get(fault["type"], fault["msg"])
+    message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = one_line(message[:1].lower() + message[1:], 1000)
     return f"{'.'.join(path)} = {_shown(fault['input'])}: {message}" if path else message
 
@@ -67,10 +76,15 @@ def _shown(given: Any) -> str:
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
     """The field names of the model that stands at `path`, for the nearest-name hint."""
+    kind: Any = model
     for part in path:
-        field = model.model_fields.get(part)
-        kind = None if field is None else field.annotation
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
-            return []
-        model = kind
-    return list(model.model_fields)
+        if part.isdigit() and get_origin(kind) in (list, tuple):
+            kind = get_args(kind)[0]
+        else:
+            field = kind.model_fields.get(part) if _is_model(kind) else None
+            kind = None if field is None else field.annotation
+    return list(kind.model_fields) if _is_model(kind) else []
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)

@@ -286,8 +286,19 @@ def test_a_mistake_in_a_file_is_named_with_the_file(metaplug: Any) -> None:
     Path("e.yaml").write_text("plugins: gradient-sharing\n")
     answer = metaplug("train", "e.yaml", "--with", "gradient-clipping:max_norm=1")
     assert (answer.err, answer.status) == (
-        "metaplug: e.yaml: plugins = 'gradient-sharing': input should be a valid tuple\n",
+        "metaplug: e.yaml: plugins = 'gradient-sharing': input should be a list, such as [value,"
+        " value]\n",
         2,
+    )
+    Path("e.yaml").write_text("tasks: sinusoid\n")
+    assert (
+        metaplug("explain", "e.yaml").err
+        == "metaplug: e.yaml: tasks = 'sinusoid': input should be a mapping, such as {field:"
+        " value}\n"
+    )
+    Path("e.yaml").write_text("plugins: [{gradient-sharing: {gate: 0.3}}]\n")
+    assert metaplug("explain", "e.yaml").err.endswith(
+        "unknown field 'plugins.0.gradient-sharing': known: 'plugin', 'name', 'settings'\n"
     )
 
 
