@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -282,6 +283,19 @@ def test_a_run_without_its_record_is_compared_all_the_same(whole: Path, tmp_path
     assert compare_runs(tmp_path / "run", whole) == Repetition(
         12, tested=True, fault=None, changes=(f"{tmp_path}/run has no run.json",)
     )
+
+
+@pytest.mark.parametrize("damaged", ["run.json", "summary.json"])
+def test_a_damaged_run_is_refused_before_it_is_trained_again(
+    whole: Path, tmp_path: Path, damaged: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "damaged", tmp_path / "out"
+    shutil.copytree(whole, source)
+    (source / damaged).write_text((source / damaged).read_text()[:40])
+    status, words = command(capsys, "train", "--from", str(source), "--out", str(out))
+    assert (status, words.count("\n")) == (1, 1)
+    assert words.startswith(f"metaplug: {source / damaged} is not ")
+    assert not out.exists()
 
 
 def test_what_cannot_be_repeated_is_refused(

@@ -38,15 +38,19 @@ class Repetition:
 
 
 def configuration_of(source: Path) -> Path:
-    """The file that configured the run in the folder `source`.
+    """The file that configured the run in the folder `source`, whose other files are readable.
 
     Raises:
         RequestError: no iteration of a run is there.
+        RunError: a file that `compare_runs` reads is damaged, and training would be in vain.
     """
     files = source / CONFIG, source / METRICS
     if not all(file.is_file() for file in files) or not read_metrics(source):
         what = f"--from {source}: no iteration of a run is there to repeat"
         raise RequestError(f"{what}; give a folder that metaplug train wrote")
+    read_sessions(source)
+    if (source / SUMMARY).is_file():
+        read_summary(source)
     return source / CONFIG
 
 
