@@ -155,6 +155,19 @@ def test_a_picture_of_any_mode_is_what_it_shows_as_in_a_folder(mode: str, tmp_pa
         assert torch.equal(folder.train.classes.images, tasks.train.classes.images)
 
 
+def test_a_lab_picture_can_be_grey(tmp_path: Path) -> None:
+    for label in range(CLASSES):
+        (tmp_path / str(label)).mkdir()
+        for number in range(2):
+            # Lightness alone, with both colour axes at their middle, is a grey.
+            image = Image.new("LAB", (2, 1), (255, 128, 128))
+            image.putpixel((0, 0), (20 * label, 128, 128))
+            image.save(tmp_path / str(label) / f"{number}.tif")
+    tasks = Folder(tmp_path, ways=2, shots=1, queries=1, size=None, invert=False)
+    assert tasks.input_shape == (1, 1, 2)
+    assert tasks.train.classes.images[..., 1].min() >= 250
+
+
 @pytest.mark.parametrize("mode", ["I", "I;16", "I;16B", "F"])
 def test_a_picture_of_more_than_8_bits_is_refused_as_in_a_folder(mode: str) -> None:
     pictures = [(Image.new(mode, (2, 1), 300 + label), label) for label in range(CLASSES)]

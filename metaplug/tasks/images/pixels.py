@@ -36,6 +36,8 @@ def converted(image: Image.Image, mode: Mode | None = None) -> Image.Image:
     """
     if image.mode[0] in "IF":
         raise ValueError(f"its mode {image.mode} has more than 8 bits a channel")
+    if image.mode == "LAB":  # which Pillow converts to RGB only
+        image = image.convert("RGB")
     grey = image.mode in ("1", "L", "LA", "La") if mode is None else mode == "grey"
     if image.has_transparency_data:
         # Dropping alpha alone would leave ink on a transparent ground black on black.
