@@ -251,7 +251,7 @@ def _check_list(plugins: Sequence[Plugin]) -> None:
         elif conflicts := [kind for kind in kinds if kind in plugin.conflicts_with]:
             fault = f"conflicts with {quoted(conflicts)}: leave one of them out"
         elif late := [kind for kind in kinds[index + 1 :] if kind in plugin.runs_after]:
-            fault = f"must run after {quoted(late)}: move it behind in the list of plugins"
+            fault = f"must run after {quoted(late)}: move it after that in the list of plugins"
         else:
             continue
         raise RequestError(f"plugin '{plugin.name}' {fault}")

@@ -102,7 +102,7 @@ def _check_arguments(where: str, hook: str, function: Callable[..., Any], *, own
             raise RequestError(f"{fault}: take the default out")
         if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             raise RequestError(
-                f"{where} has the argument {parameter.name} behind a star, which the hook would "
+                f"{where} has the argument {parameter.name} after a star, which the hook would "
                 f"never fill: name those that you need of {', '.join(known)}"
             )
         if parameter.name not in known:

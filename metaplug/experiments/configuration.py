@@ -37,7 +37,7 @@ class TaskSettings(Settings):
 
     source: str = Field(
         "glyphs",
-        description="A task source's entry-point name, with its argument behind a colon: "
+        description="A task source's entry-point name, with its argument after a colon: "
         "folder:PATH.",
     )
     ways: int = Field(5, ge=2, le=1000, description="Classes in a task (classification).")
@@ -128,7 +128,7 @@ class ExperimentConfig(Settings):
         "or a whole preset of one's own.",
     )
     plugins: tuple[PluginUse, ...] = Field(
-        (), description="Plugins behind the preset's, in the order of application."
+        (), description="Plugins after the preset's, in the order of application."
     )
     model: ModelSettings = ModelSettings()
     tasks: TaskSettings = TaskSettings()

@@ -273,17 +273,17 @@ def test_the_list_is_checked_and_never_reordered():
     )
     assert (
         refused([After(), First()])
-        == "plugin 'after' must run after 'first': move it behind in the list of plugins"
+        == "plugin 'after' must run after 'first': move it after that in the list of plugins"
     )
     assert (
         refused([After(), First(name="other")])
-        == "plugin 'after' must run after 'first': move it behind in the list of plugins"
+        == "plugin 'after' must run after 'first': move it after that in the list of plugins"
     )
     for rivals in ([First(), Rival()], [Rival(), First()]):
         assert refused(rivals) == "plugin 'rival' conflicts with 'first': leave one of them out"
     assert (
         refused([First(), After(), First(name="again")])
-        == "plugin 'after' must run after 'first': move it behind in the list of plugins"
+        == "plugin 'after' must run after 'first': move it after that in the list of plugins"
     )
     assert [plugin.name for plugin in Chain([First(), First(name="again"), After()]).plugins] == [
         "first",

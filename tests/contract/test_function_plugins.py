@@ -353,7 +353,7 @@ def test_a_star_is_refused():
         return gradients
 
     text = (
-        "plugin 'mine': method transform_gradients has the argument {} behind a star, which "
+        "plugin 'mine': method transform_gradients has the argument {} after a star, which "
         "the hook would never fill: "
     )
     text += "name those that you need of gradients, step"

@@ -79,7 +79,7 @@ class TakesWhateverComes(Plugin):
     """Arguments by their number and place."""
 
     caught_by = "future-arguments"
-    says = "has the argument arguments behind a star, which the hook would never fill"
+    says = "has the argument arguments after a star, which the hook would never fill"
 
     @hookimpl
     def transform_inner_losses(self, *arguments):
