@@ -24,14 +24,14 @@ ANIL = Preset(
 
 BOIL = Preset(
     name="boil",
-    summary="Body only update in the inner loop: the head is meta-learned for all tasks.",
+    summary="Body only update in the inner loop: the body adapts, the head is the same for all.",
     source="Oh et al. 2021, arXiv 2008.08882, section 3",
     plugins=(PluginUse(plugin="partial-adaptation", settings={"adapts": "body"}),),
 )
 
 REPTILE = Preset(
     name="reptile",
-    summary="Move the weights towards the mean of where the inner loops end; no second order.",
+    summary="Move the weights a step towards the mean of the inner loops' ends; no query loss.",
     source="Nichol et al. 2018, arXiv 1803.02999, sections 2 and 5",
     plugins=(PluginUse(plugin="derivative-order"), PluginUse(plugin="reptile")),
     defaults={"learner": {"meta_optimizer": "sgd", "meta_lr": 1.0}},
@@ -62,7 +62,7 @@ MAML_PLUS_PLUS = Preset(
 
 MAML_PLUS_PLUS_REFERENCE = Preset(
     name="maml++-reference",
-    summary="MAML++ as its authors' code runs on Omniglot: 100 epochs of 500 iterations.",
+    summary="MAML++ as its authors' code runs on Omniglot: second order, 100 epochs of 500.",
     source="Antoniou et al. 2019, arXiv 1810.09502; settings of the authors' code",
     plugins=(
         PluginUse(plugin="per-step-batch-norm"),
