@@ -625,3 +625,35 @@ def test_a_task_that_draws_does_not_depend_on_its_batch(batching):
     assert len(set(found[0].tolist())) == 6
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-12)
+
+
+# l. Layers that training and evaluation run otherwise, within a module of the user's own.
+
+
+class Moded(nn.Module):
+    """Notes the modes that it and its dropout run in."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.dropout, self.head = nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)
+
+    def forward(self, x):
+        MODES.append((self.training, self.dropout.training))
+        return self.head(self.dropout(self.layer(x)))
+
+
+MODES = []
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_dropout_is_on_in_training_and_off_at_evaluation(batching):
+    learner = learner_of(double(Moded), kind="regression", task_batching=batching)
+    batch = Numbers().batch(0, range(3))
+    learner.meta_gradients(batch)  # the model is tried in both modes before the first step
+    for _ in range(2):
+        MODES.clear()
+        learner.meta_gradients(batch)
+        assert set(MODES) == {(True, True)}
+        MODES.clear()
+        learner.evaluate(Numbers(), num_tasks=2)
+        assert set(MODES) == {(False, False)}
