@@ -11,7 +11,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
 
@@ -51,7 +52,7 @@ def difference(inner: InnerLoop, batch: TaskBatch) -> str | None:
     """
     rows = batch.map(lambda tensor: tensor[[0, -1]])
     operations, draws = _operations(inner, rows)
-    if operations <= KNOWN:
+    if operations <= KNOWN and not _hooked(inner.functional.module):
         return None
     if draws:  # stacked, two tasks draw in another order than one after the other
         rows = rows.tasks(slice(0, 1))
@@ -168,14 +169,37 @@ class _Noted(TorchFunctionMode):
 def _operations(inner: InnerLoop, rows: TaskBatch) -> tuple[set[str], bool]:
     """The names of one task's operations, and whether one beside dropout draws random numbers."""
     x, y = rows.support_x[0], rows.support_y[0]
-    weights = [parameter.detach() for parameter in inner.parameters.values()]
+    weights = [
+        each.detach().requires_grad_(each.requires_grad) for each in inner.parameters.values()
+    ]
     noted = _Noted()
-    with stream(0, inner.device), torch.set_grad_enabled(inner.query_graph):
+    with stream(0, inner.device):
         before = _random_state(inner.device)
         with _NoDropout(), noted:
-            inner.task(weights, x, y)
+            loss, _ = inner.task(weights, x, y)
         draws = not torch.equal(before, _random_state(inner.device))
-    return noted.names, draws
+    return noted.names | _own_functions(loss), draws
+
+
+def _own_functions(loss: Tensor) -> set[str]:
+    """The names of the autograd.Functions of a graph, of which no mode hears."""
+    seen, waiting = set[Any](), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [source for source, _ in node.next_functions]
+    return {type(each).__name__ for each in seen if isinstance(each, BackwardCFunction)}
+
+
+def _hooked(model: nn.Module) -> bool:
+    """Whether a module has hooks: vmap does not call those of the backward pass."""
+    return any(
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name.endswith("_hooks") and "state_dict" not in name
+    )
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -44,6 +44,37 @@ def test_a_model_of_known_operations_is_not_compared(monkeypatch):
     assert choice(known).batching == "vectorized"
 
 
+class Reversed(torch.autograd.Function):
+    """The identity, whose gradient is reversed; all that it calls is known."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x * 1
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+@pytest.mark.parametrize("strange", ["hook", "function"])
+def test_what_no_operation_tells_of_is_compared(strange, monkeypatch):
+    seen = []
+    monkeypatch.setattr(compare_batching, "_compare", lambda *_: seen.append(1))
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    if strange == "hook":
+        model[1].register_full_backward_hook(lambda module, taken, given: None)
+    else:
+        model[1].forward = Reversed.apply
+    choice(model)
+    assert seen
+
+
 def in_single(h):
     assert h.dtype == torch.float32
     return h
