@@ -19,8 +19,9 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
 
     Raises:
         RequestError: no trainable parameter; a lazy parameter; parameters of several devices or
-            dtypes, or in float16; a scripted, compiled or data-parallel module, which runs other
-            weights than a task's; frozen batch norm asked of layers that store no statistics.
+            dtypes, of whole numbers, or in float16; a compiled, scripted or data-parallel module,
+            which runs other weights than a task's; frozen batch norm asked of layers that store no
+            statistics.
     """
     parameters = dict(model.named_parameters())
     lazy = [name for name, value in parameters.items() if nn.parameter.is_lazy(value)]
@@ -33,6 +34,21 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
         raise RequestError(
             "the model has no trainable parameter, so there is nothing to meta-learn: "
             "set requires_grad on some"
+        )
+    whole = [
+        name
+        for name, parameter in parameters.items()
+        if not (parameter.is_floating_point() or parameter.is_complex())
+    ]
+    if whole:
+        raise RequestError(
+            f"the model's parameters {quoted(whole[:3])} hold whole numbers, which nothing trains: "
+            "make them buffers, by register_buffer"
+        )
+    if len({parameter.is_complex() for parameter in parameters.values()}) > 1:
+        raise RequestError(
+            "some of the model's parameters are complex and some are real, but all must be of one "
+            "dtype: hold the complex ones as real ones, and read them by torch.view_as_complex"
         )
     forms = {(parameter.dtype, parameter.device) for parameter in parameters.values()}
     if len(forms) > 1:

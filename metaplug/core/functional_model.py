@@ -56,6 +56,7 @@ class FunctionalModel:
             if parameter is not None
         }
         set_mode(self.module, True, batch_norm)
+        self._training = True
         own = dict(model.named_modules())
         self._buffers = [
             (own[path]._buffers, module._buffers, name)
@@ -88,8 +89,10 @@ class FunctionalModel:
 
     def begin(self, training: bool) -> None:
         """Set the mode, and take over buffers that were put in the place of others."""
-        if self.module.training != training:
+        if self._training is not training:
             set_mode(self.module, training, self.batch_norm)
+            self._written.accept("training")
+            self._training = training
         for own, shared, name in self._buffers:
             if shared[name] is not own[name]:
                 shared[name] = own[name]
@@ -178,6 +181,11 @@ class Attributes:
             if name not in _TORCHS_OWN
         )
         self._contents = [(each, copy.copy(each)) for each in _containers(own, set())]
+
+    def accept(self, name: str) -> None:
+        """Take over what stands at an attribute now."""
+        for now, before in self._held:
+            before[name] = now[name]
 
     def put_back(self) -> None:
         """Give the modules these attributes again."""

@@ -126,7 +126,7 @@ def _max_pool2d(input: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
-    if not _is_stacked(weight) or not _is_stacked(input) or input.dim() < 2:
+    if not _is_stacked(weight) or not _is_stacked(input) or input.dim() < 2 or weight.dim() < 2:
         return NotImplemented
     inputs, weights = _stacked(input), _stacked(weight)
     outputs = torch.bmm(inputs.flatten(1, -2), weights.transpose(1, 2))

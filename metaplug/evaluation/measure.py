@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metaplug.checks.find_nonfinite import find_nonfinite_at_evaluation
 from metaplug.checks.prepare_batch import PrepareBatch
-from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_batch import IGNORED, TaskBatch
 from metaplug.contract.values import Kind
 from metaplug.errors import RunError
 from metaplug.evaluation.results import larger, score
@@ -76,7 +76,7 @@ def measure(
             if values[1, place].any():
                 if found is None:
                     first = int(values[1, place].nonzero()[0])
-                    found = text or _explain(engine, batch, own, first, steps)
+                    found = text or _explain(engine, batch, own, first, steps=steps, kind=kind)
                 if not skip:
                     break
     values = engine.world.sum(values)
@@ -104,12 +104,10 @@ def _values(
     *,
     losses: bool,
 ) -> Tensor:
-    """(2 or 4, T) float64 on the CPU: scores, 1 for a non-finite query loss, support losses."""
+    """(2 or 4, T) float64 on the CPU: scores; 1 for NaN or Inf there or in query losses; losses."""
     outcome = engine.evaluate(batch, steps, numbers)
-    rows = [
-        score(kind, outcome.query_predictions, batch.query_y),
-        ~torch.isfinite(outcome.query_losses[steps]),
-    ]
+    scores = score(kind, outcome.query_predictions, batch.query_y)
+    rows = [scores, ~torch.isfinite(outcome.query_losses[steps]) | scores.isnan()]
     if losses:
         first = outcome.support_losses[0].detach() if steps else torch.zeros_like(rows[0])
         rows += [first, engine.adapted_losses(outcome, numbers) if steps else first]
@@ -117,11 +115,22 @@ def _values(
 
 
 def _explain(
-    engine: Engine, batch: TaskBatch, numbers: Sequence[int], place: int, steps: int
+    engine: Engine,
+    batch: TaskBatch,
+    numbers: Sequence[int],
+    place: int,
+    *,
+    steps: int,
+    kind: Kind,
 ) -> str:
     """Say which task has a non-finite query loss, the one at `place` of its batch, and why."""
     alone = batch.tasks(slice(place, place + 1))
     number = numbers[place]
+    if kind == "classification" and (alone.query_y == IGNORED).all():
+        return (
+            f"evaluation task {number} has no query target that counts, as all of them are "
+            f"{IGNORED}: leave the task out, or give it others"
+        )
     cause = find_nonfinite_at_evaluation(engine, alone, [number], steps)
     if cause is None:  # a plugin may share between test tasks
         cause = find_nonfinite_at_evaluation(engine, batch, numbers, steps)

@@ -117,7 +117,7 @@ def _refusal(inner: InnerLoop, batch: TaskBatch) -> str | None:
             with torch.set_grad_enabled(inner.query_graph), stream(0, batch.device):
                 shared = [False] * len(weights)
                 for_all_tasks(task, weights, shared, first.support_x, first.support_y)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+    except Exception as error:
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
         return f"{reason} (in {watch.failed})" if watch.failed else reason

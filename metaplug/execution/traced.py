@@ -12,7 +12,9 @@ untraced one, for what nobody thought of.
 
 from __future__ import annotations
 
+import dis
 import inspect
+import logging
 import math
 import types
 import warnings
@@ -20,11 +22,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.core.functional_model import PLAIN
@@ -40,6 +46,9 @@ further ones are uncompiled."""
 APART = 0.05
 """The relative difference of a traced meta-gradient from the untraced that rounding cannot explain,
 not even where an inner loop amplifies it."""
+
+MOST_BYTES = 2**20
+"""Of an array of NumPy whose contents are looked at."""
 
 Compile = Callable[[torch.fx.GraphModule, Sequence[Tensor]], Callable[..., Any]]
 
@@ -192,7 +201,7 @@ class CompiledDerivation:
         length: Any = _Unknown(total)
 
         def derivation(*tensors: Tensor) -> list[Tensor]:
-            with _swapped(self.engine, tensors) as batch:
+            with _swapped(self.engine, tensors) as batch, _NothingRead():
                 found = self.engine.derive(batch, now, length, weights, orders=orders)
             named["gradients"] = tuple(found.gradients)
             named["statistics"] = tuple(
@@ -230,6 +239,30 @@ class _Unknown:
 
     def __repr__(self) -> str:
         return repr(self.value)
+
+
+class _NothingRead(TorchFunctionMode):
+    """Refuses to give Python the numbers of a tensor, past which no trace sees.
+
+    Of a single number, as by Tensor.item, the trace itself refuses it.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _READING:
+            raise TypeError(
+                f"it reads a tensor's numbers by Tensor.{func.__name__}, which a compiled or "
+                "captured step would freeze at its first values"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+_READING = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__})
 
 
 def _refused(self: Any, *_: Any) -> Any:
@@ -281,20 +314,38 @@ def _python_state(engine: Engine) -> tuple[tuple[Any, ...], dict[str, Any]]:
 _MODULES_OWN = frozenset(vars(nn.Module())) | {"config"}
 
 
-def _outside(function: Any) -> Iterator[tuple[str, Any]]:
-    """The variables that a function reads from around it, by name."""
+def _outside(function: Any, seen: frozenset[Any] = frozenset()) -> Iterator[tuple[str, Any]]:
+    """The variables that a function reads from around it, by name.
+
+    So do the functions of its module that it reads.
+    """
     function = inspect.unwrap(getattr(function, "__func__", function))
-    if not isinstance(function, types.FunctionType):
+    if not isinstance(function, types.FunctionType) or function in seen:
         return
+    for name, value in _own_outside(function):
+        yield name, value
+        if getattr(value, "__module__", None) == function.__module__:
+            yield from _outside(value, seen | {function})
+
+
+def _own_outside(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     code = function.__code__
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
         try:
             yield name, cell.cell_contents
         except ValueError:  # not bound yet
             continue
-    for name in code.co_names:
+    for name in _globals_of(code):
         if name in function.__globals__:
             yield name, function.__globals__[name]
+
+
+@cache
+def _globals_of(code: types.CodeType) -> tuple[str, ...]:
+    """The global names that code reads, and the code within it, as of comprehensions."""
+    names = [each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL"]
+    within = [each for each in code.co_consts if isinstance(each, types.CodeType)]
+    return tuple(dict.fromkeys([*names, *chain.from_iterable(map(_globals_of, within))]))
 
 
 def _image(value: Any, depth: int = 4) -> Any:
@@ -305,7 +356,12 @@ def _image(value: Any, depth: int = 4) -> Any:
         return value
     if isinstance(value, Tensor):
         return id(value), 0 if value.is_inference() else value._version
-    if depth == 0 or isinstance(value, types.ModuleType | types.FunctionType | type):
+    if isinstance(value, np.ndarray) and value.nbytes <= MOST_BYTES and not value.dtype.hasobject:
+        return id(value), value.shape, hash(value.tobytes())
+    # A logger notes by itself which levels are on.
+    if depth == 0 or isinstance(
+        value, types.ModuleType | types.FunctionType | type | logging.Logger
+    ):
         return id(value)
     if isinstance(value, Mapping):
         return [(_image(key, depth - 1), _image(each, depth - 1)) for key, each in value.items()]

@@ -197,6 +197,18 @@ def test_parameters_that_cannot_be_meta_learned_are_refused():
         "'(torch.float64, device(type='cpu'))'): "
         "call model.to(...) first"
     )
+    rotated = body()
+    rotated.angles = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    assert refused(rotated) == (
+        "some of the model's parameters are complex and some are real, but all must be of one "
+        "dtype: hold the complex ones as real ones, and read them by torch.view_as_complex"
+    )
+    counted = body()
+    counted.levels = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
+    assert refused(counted) == (
+        "the model's parameters 'levels' hold whole numbers, which nothing trains: "
+        "make them buffers, by register_buffer"
+    )
 
 
 # Outputs, labels and losses.

@@ -59,6 +59,17 @@ def test_what_forward_writes_is_put_back_after_each_call():
         assert not hasattr(module, "new")
 
 
+def test_every_module_has_the_mode_that_was_set_last():
+    model = Writing()
+    functional, x = FunctionalModel(model, "batch"), torch.ones(1, 2)
+    for training in (False, True, True, False):
+        functional.begin(training)
+        for _ in range(2):
+            functional(weights_of(model), x)
+            assert {module.training for module in functional.module.modules()} == {training}
+    assert {module.training for module in model.modules()} == {True}
+
+
 def test_attributes_are_put_back_in_the_containers_that_held_them():
     model = Writing()
     log, attributes = model.log, Attributes([model])

@@ -22,6 +22,12 @@ LAYERS = {
     "linear without bias": (lambda x, w, b: F.linear(x, w) + 0 * b.sum(), (6, 4), (6,), (5, 4)),
     "linear of matrices": (F.linear, (6, 4), (6,), (5, 3, 4)),
     "linear of one vector": (lambda x, w, b: F.linear(x[0], w, b), (6, 4), (6,), (5, 4)),
+    "linear to one number": (
+        lambda x, w, b: F.linear(x, w[0])[:, None] + b,
+        (6, 4),
+        (6,),
+        (5, 4),
+    ),
     "a row as the input": (lambda x, w, b: F.linear(w, x) + b[:, None], (6, 4), (6,), (5, 4)),
     "batch norm": (
         lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True),

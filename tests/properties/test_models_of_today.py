@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metaplug import MetaLearner, Plugin, RequestError, TaskBatch, hookimpl
+from metaplug import MetaLearner, Plugin, RequestError, RunError, TaskBatch, hookimpl
 
 CLASSES = 3
 VOCABULARY = 11
@@ -321,6 +321,23 @@ def test_ignored_labels_count_neither_in_training_nor_in_scores():
         learner_of(model).evaluate(Same(each), num_tasks=3).per_task for each in (batch, whole)
     ]
     torch.testing.assert_close(scores[0], scores[1])
+
+
+def summed(prediction, target):
+    """Zero, and finite, where all targets are ignored."""
+    return F.cross_entropy(prediction, target, reduction="sum")
+
+
+@pytest.mark.parametrize("loss", [None, summed])
+def test_a_task_whose_targets_are_all_ignored_has_no_score(loss):
+    batch = data()
+    batch.query_y[1] = -100
+    with pytest.raises(RunError) as error:
+        learner_of(made("linear by name"), loss=loss).evaluate(Same(batch), num_tasks=3)
+    assert str(error.value) == (
+        "evaluation task 1 has no query target that counts, as all of them are -100: "
+        "leave the task out, or give it others"
+    )
 
 
 class Reshaped(nn.Module):

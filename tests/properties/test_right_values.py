@@ -2,11 +2,13 @@
 
 import copy
 import itertools
+import logging
 import math
 import random
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from support import plugins as first_party
@@ -332,6 +334,82 @@ FROZEN = {
 }
 
 
+TABLE, ARRAY, LOGGER = [3.0], np.array([3.0]), logging.getLogger("metaplug.tests.chatty")
+
+
+def from_the_table():
+    return TABLE[0]
+
+
+def by_a_comprehension(_, gradients, step):
+    return {name: TABLE[0] * one for name, one in gradients.items()}
+
+
+def by_a_helper(_, gradients, step):
+    return {name: from_the_table() * one for name, one in gradients.items()}
+
+
+def by_an_array(_, gradients, step):
+    factor = float(ARRAY[0])
+    return {name: factor * one for name, one in gradients.items()}
+
+
+def logged(_, gradients, step):
+    LOGGER.debug("the hook has been called")
+    return {name: 1.0 * one for name, one in gradients.items()}
+
+
+def plugin_of(hook):
+    return type("Reading", (Plugin,), {"transform_gradients": hookimpl(hook)})()
+
+
+@pytest.mark.parametrize("hook", [by_a_comprehension, by_a_helper, by_an_array])
+def test_a_trace_does_not_freeze_what_hooks_read_around_them(hook):
+    def halve(record):
+        TABLE[0], ARRAY[0] = TABLE[0] * 0.98, ARRAY[0] * 0.98
+
+    hook.__name__ = "transform_gradients"
+    TABLE[0] = ARRAY[0] = 3.0
+    exact, _ = run(plugin_of(hook), traced=False, between=halve)
+    TABLE[0] = ARRAY[0] = 3.0
+    ours, [warned] = run(plugin_of(hook), traced=True, between=halve)
+    assert "which plugin 'reading' reads in transform_gradients, changes from step" in warned
+    for key, each in exact.items():
+        torch.testing.assert_close(ours[key], each, rtol=1e-10, atol=1e-12)
+
+
+def test_a_trace_does_not_mind_what_a_logger_keeps():
+    logged.__name__ = "transform_gradients"
+    assert run(plugin_of(logged), traced=True)[1] == []
+
+
+class Reader(nn.Module):
+    """Scales its features by numbers that it has read from them."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.layer, self.head, self.read = nn.Linear(4, 8), nn.Linear(8, 3), read
+
+    def forward(self, x):
+        h = torch.tanh(self.layer(x))
+        return self.head(h * torch.as_tensor(self.read(h.detach()), dtype=h.dtype))
+
+
+READINGS = {
+    "numpy": lambda h: 1 + h.numpy().mean(1, keepdims=True),
+    "tolist": torch.Tensor.tolist,
+    "__array__": lambda h: np.asarray(h).copy(),
+}
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_a_trace_does_not_freeze_numbers_that_forward_reads(name):
+    learner = learner_of(double(Reader, READINGS[name]))
+    learner.engine.derivation = CompiledDerivation(learner.engine, lambda graph, inputs: graph)
+    with pytest.warns(UserWarning, match=rf"^steps are not compiled.* by Tensor\.{name}, which"):
+        learner.meta_gradients(CASE.batch)
+
+
 def stateful_loss():
     """A loss of which a test changes the temperature between two iterations."""
     temperature = [1.0]
@@ -626,3 +704,35 @@ def test_a_task_that_draws_does_not_depend_on_its_batch(batching):
     assert len(set(found[0].tolist())) == 6
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-12)
+
+
+# l. Layers that training and evaluation run otherwise, within a module of the user's own.
+
+
+class Moded(nn.Module):
+    """Notes the modes that it and its dropout run in."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.dropout, self.head = nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)
+
+    def forward(self, x):
+        MODES.append((self.training, self.dropout.training))
+        return self.head(self.dropout(self.layer(x)))
+
+
+MODES = []
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_dropout_is_on_in_training_and_off_at_evaluation(batching):
+    learner = learner_of(double(Moded), kind="regression", task_batching=batching)
+    batch = Numbers().batch(0, range(3))
+    learner.meta_gradients(batch)  # the model is tried in both modes before the first step
+    for _ in range(2):
+        MODES.clear()
+        learner.meta_gradients(batch)
+        assert set(MODES) == {(True, True)}
+        MODES.clear()
+        learner.evaluate(Numbers(), num_tasks=2)
+        assert set(MODES) == {(False, False)}
