@@ -230,6 +230,8 @@ class MetaLearner:
         """
         _check_counts(tasks_per_batch=tasks_per_batch, validate_every=validate_every)
         _check_counts(validation_tasks=validation_tasks)
+        if iterations < 0:
+            raise RequestError(f"iterations = {iterations}: give at least 0")
         if non_finite not in get_args(NonFinite):
             raise unknown("non_finite", non_finite, get_args(NonFinite))
         tasks = self._stream(tasks)

@@ -388,9 +388,12 @@ def answer(model: nn.Module, x: Any, batch_norm: str, asleep: Collection[str] = 
         with stream(0, x.device):
             output: Tensor = model(x)
     except Exception as error:
+        advice = "give it the form and dtype of the tasks"
+        if "Expected more than 1 value" in str(error):
+            advice = "give tasks more support examples, or take batch_norm='frozen'"
         raise RequestError(
             f"the model fails on the support examples of a task, {form(x)} ({said_by(error)}): "
-            "give it the form and dtype of the tasks"
+            f"{advice}"
         ) from error
     return output
 

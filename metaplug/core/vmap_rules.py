@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._C._functorch import (
     _add_batch_dim,
     _remove_batch_dim,
+    _set_vmap_fallback_warning_enabled,  # type: ignore[attr-defined]
     _vmap_decrement_nesting,
     _vmap_increment_nesting,
     current_level,
@@ -77,8 +78,12 @@ def for_all_tasks(
 
 @cache
 def _load_decompositions() -> None:
-    """Let torch load the decompositions that vmap uses, as its first call does."""
+    """Let torch load the decompositions that vmap uses, as its first call does.
+
+    Its advice on slow operations is for torch's authors, and would be an error under -W error.
+    """
     torch.vmap(torch.clone)(torch.zeros(1))
+    _set_vmap_fallback_warning_enabled(False)
 
 
 class TaskRules(TorchFunctionMode):

@@ -43,6 +43,9 @@ MOST_TRACES = 8
 """Traces of one run (forms of batch, outer weights, derivative orders, plugins' numbers); steps of
 further ones are uncompiled."""
 
+MOST_ITEMS = 10_000
+"""Items of a container that are looked at in every step; of a larger one, their number alone."""
+
 APART = 0.05
 """The relative difference of a traced meta-gradient from the untraced that rounding cannot explain,
 not even where an inner loop amplifies it."""
@@ -363,6 +366,8 @@ def _image(value: Any, depth: int = 4) -> Any:
         value, types.ModuleType | types.FunctionType | type | logging.Logger
     ):
         return id(value)
+    if isinstance(value, Mapping | list | tuple | deque) and len(value) > MOST_ITEMS:
+        return id(value), len(value)  # to look at each would cost more than the step
     if isinstance(value, Mapping):
         return [(_image(key, depth - 1), _image(each, depth - 1)) for key, each in value.items()]
     if isinstance(value, list | tuple | deque):
@@ -373,15 +378,16 @@ def _image(value: Any, depth: int = 4) -> Any:
 
 
 def _apart(traced: MetaGradients, exact: MetaGradients) -> float:
-    """The relative difference of two results' meta-gradients and outer losses; 0 for NaN."""
+    """The relative difference of meta-gradients, or of outer losses if larger; 0 for NaN."""
     if traced.gradients.keys() != exact.gradients.keys():
         return math.inf
-    pairs = [(traced.gradients[name], exact.gradients[name]) for name in exact.gradients]
-    pairs.append((traced.outer_loss, exact.outer_loss))
-    apart = torch.nn.utils.get_total_norm([one - other for one, other in pairs])
-    norm = torch.nn.utils.get_total_norm([other for _, other in pairs])
-    found = float(apart / norm.clamp_min(torch.finfo(norm.dtype).tiny))
-    return 0.0 if math.isnan(found) else found
+    gradients = [(traced.gradients[name], exact.gradients[name]) for name in exact.gradients]
+    found = []
+    for pairs in (gradients, [(traced.outer_loss, exact.outer_loss)]):
+        apart = torch.nn.utils.get_total_norm([one - other for one, other in pairs])
+        norm = torch.nn.utils.get_total_norm([other for _, other in pairs])
+        found.append(float(apart / norm.clamp_min(torch.finfo(norm.dtype).tiny)))
+    return max(0.0 if math.isnan(each) else each for each in found)
 
 
 def _places(engine: Engine) -> list[tuple[Any, str]]:

@@ -12,7 +12,15 @@ import torch
 from torch import nn
 
 from metaplug.contract import registry
-from metaplug.errors import RequestError, RunError, did_you_mean, one_line, said_by, unknown
+from metaplug.errors import (
+    MetaplugError,
+    RequestError,
+    RunError,
+    did_you_mean,
+    one_line,
+    said_by,
+    unknown,
+)
 from metaplug.models.parts import check_images
 
 
@@ -129,7 +137,9 @@ def _made(
 ) -> nn.Module:
     try:
         model = factory(*args, **kwargs, **settings)
-    except TypeError as error:
+    except MetaplugError:
+        raise
+    except Exception as error:
         raise RequestError(
             f"the model '{name}' cannot be made with the settings {one_line(dict(settings), 400)} "
             f"({said_by(error)}): correct model.settings, or what the factory takes"
