@@ -19,10 +19,10 @@ from torch import Tensor
 
 # There is no public way to reach the stacked tensor that is seen through vmap, nor into vmap but by
 # walking through trees of arguments.
-from torch._C._functorch import (
+from torch._C._functorch import (  # type: ignore[attr-defined]
     _add_batch_dim,
     _remove_batch_dim,
-    _set_vmap_fallback_warning_enabled,  # type: ignore[attr-defined]
+    _set_vmap_fallback_warning_enabled,
     _vmap_decrement_nesting,
     _vmap_increment_nesting,
     current_level,
