@@ -95,15 +95,18 @@ class SharingParts(nn.Module):
                 "or leave streaming out"
             )
         self._sizes = {name: context.shapes[name].numel() for name in context.adapted}
-        sizes, slots = torch.tensor([*self._sizes.values()]), max(context.inner_steps, 1)
-        running = torch.zeros(slots, int(sizes.sum()), dtype=context.dtype, device=context.device)
+        # Counted in Python: a checkpoint is first tried with tensors that have no values.
+        total, slots = sum(self._sizes.values()), max(context.inner_steps, 1)
+        running = torch.zeros(slots, total, dtype=context.dtype, device=context.device)
         learned = config.statistics == "learned"
         if learned:
             self.running = nn.Parameter(running)
         else:
             self.register_buffer("running", running)
         self.register_buffer("started", torch.full((slots,), learned, device=context.device))
-        tensor_of = torch.arange(len(sizes)).repeat_interleave(sizes).to(context.device)
+        sizes = torch.tensor([*self._sizes.values()])
+        tensor_of = torch.arange(len(sizes)).repeat_interleave(sizes, output_size=total)
+        tensor_of = tensor_of.to(context.device)
         self.register_buffer("tensor_of", tensor_of, persistent=False)
         by_step, by_tensor = "step" in config.granularity, "tensor" in config.granularity
         shape = (slots if by_step else 1, len(sizes) if by_tensor else 1)

@@ -104,10 +104,13 @@ def _values(
     *,
     losses: bool,
 ) -> Tensor:
-    """(2 or 4, T) float64 on the CPU: scores; 1 for NaN or Inf there or in query losses; losses."""
+    """(2 or 4, T) float64 on the CPU: scores; 1 for no score or query loss; support losses."""
     outcome = engine.evaluate(batch, steps, numbers)
     scores = score(kind, outcome.query_predictions, batch.query_y)
-    rows = [scores, ~torch.isfinite(outcome.query_losses[steps]) | scores.isnan()]
+    missing = ~torch.isfinite(outcome.query_losses[steps])
+    if kind == "classification":
+        missing = missing | (batch.query_y == IGNORED).flatten(1).all(1)
+    rows = [scores, missing]
     if losses:
         first = outcome.support_losses[0].detach() if steps else torch.zeros_like(rows[0])
         rows += [first, engine.adapted_losses(outcome, numbers) if steps else first]
