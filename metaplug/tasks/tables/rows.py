@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from metaplug.errors import RequestError, reason
 from metaplug.tasks.reading import open_regular
@@ -31,7 +31,7 @@ def read_rows(path: Path, separator: str) -> Iterator[tuple[int, Sequence[Any]]]
     import pyarrow as pa  # noqa: PLC0415
 
     try:
-        file = open_regular(path)
+        open_regular(path).close()  # a pipe or a device is refused here
     except FileNotFoundError:
         raise RequestError(
             f"the table {path}: there is no such file; give the path of a CSV or Parquet file"
@@ -43,14 +43,13 @@ def read_rows(path: Path, separator: str) -> Iterator[tuple[int, Sequence[Any]]]
         ) from None
     parquet = path.suffix.lower() == ".parquet"
     try:
-        with file:
-            names, batches = _parquet(file) if parquet else _csv(file, separator)
-            yield int(not parquet), names
-            number = int(not parquet)
-            for batch in batches:
-                for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                    number += 1
-                    yield number, row
+        names, batches = _parquet(path) if parquet else _csv(path, separator)
+        yield int(not parquet), names
+        number = int(not parquet)
+        for batch in batches:
+            for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                number += 1
+                yield number, row
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError) as error:
         help_ = (
             "Parquet file ({}): write it anew, or save the table as CSV"
@@ -62,14 +61,15 @@ def read_rows(path: Path, separator: str) -> Iterator[tuple[int, Sequence[Any]]]
         ) from None
 
 
-def _csv(file: BinaryIO, separator: str) -> tuple[list[str], Iterable[Any]]:
+def _csv(path: Path, separator: str) -> tuple[list[str], Iterable[Any]]:
     import pyarrow as pa  # noqa: PLC0415
     from pyarrow import csv  # noqa: PLC0415
 
     def opened(**types: Any) -> Any:
-        file.seek(0)
         return csv.open_csv(
-            file,
+            # pyarrow reads ahead in a thread of its own, also after its reader has failed or gone,
+            # and that thread crashes on a file object of Python's.
+            pa.OSFile(str(path)),
             csv.ReadOptions(use_threads=False, block_size=_BLOCK),
             csv.ParseOptions(delimiter=separator, newlines_in_values=True),
             csv.ConvertOptions(**types),
@@ -81,8 +81,9 @@ def _csv(file: BinaryIO, separator: str) -> tuple[list[str], Iterable[Any]]:
     return names, opened(column_types=dict.fromkeys(names, pa.string()))
 
 
-def _parquet(file: BinaryIO) -> tuple[list[str], Iterable[Any]]:
+def _parquet(path: Path) -> tuple[list[str], Iterable[Any]]:
+    import pyarrow as pa  # noqa: PLC0415
     from pyarrow import parquet  # noqa: PLC0415
 
-    table = parquet.ParquetFile(file)
+    table = parquet.ParquetFile(pa.OSFile(str(path)))
     return table.schema_arrow.names, table.iter_batches(_BATCH)
