@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn, Unpack, get_args
 
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ from metaplug.settings import validated
 from metaplug.tasks.episodes import TaskStream
 from metaplug.tasks.identities import TrainedOn
 from metaplug.training.assemble import assemble
-from metaplug.training.loop import Loop, stream_of
+from metaplug.training.loop import Loop, LoopSettings, stream_of
 
 LOSSES: dict[Kind, Loss] = {
     "classification": nn.functional.cross_entropy,
@@ -180,7 +180,7 @@ class MetaLearner:
         *,
         iterations: int,
         on_record: Callable[[Record], None] | None = None,
-        **settings: Any,
+        **settings: Unpack[LoopSettings],
     ) -> History:
         """Meta-train for `iterations` more iterations; `iterate` with its records gathered.
 

@@ -21,6 +21,11 @@ def mix(*parts: int) -> int:
     return state >> 1
 
 
+def random_state(device: torch.device) -> torch.Tensor:
+    """Return the state of torch's random numbers on a device, uint8: equal if nothing was drawn."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
 @contextmanager
 def stream(seed: int, device: torch.device) -> Iterator[torch.Generator]:
     """Start torch's random numbers, on the CPU and on `device`, from `seed`.

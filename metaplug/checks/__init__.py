@@ -1,7 +1,7 @@
 """What is refused before the first step, or diagnosed after a failed one.
 
 * `model`: a model and loss as they stand (dtype, device, form); `probe_model`: tried on one task.
-  It uses `module_state` (what forward leaves on modules) and `output_form`.
+  It uses `module_state` (what forward leaves on modules), `output_form` and `autograd_graph`.
 * `compare_batching`: whether stacked tasks give the numbers of one task at a time, on which the
   rule in `execution.batching` decides.
 * `model_changes`: what was changed of a model after its learner was made.

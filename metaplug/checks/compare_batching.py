@@ -16,10 +16,11 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from metaplug.checks.autograd_graph import graph_nodes
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.core.inner_loop import InnerLoop
 from metaplug.errors import said_by
-from metaplug.random_streams import stream
+from metaplug.random_streams import random_state, stream
 
 TOLERANCE = {
     torch.float64: 1e-6,
@@ -174,22 +175,17 @@ def _operations(inner: InnerLoop, rows: TaskBatch) -> tuple[set[str], bool]:
     ]
     noted = _Noted()
     with stream(0, inner.device):
-        before = _random_state(inner.device)
+        before = random_state(inner.device)
         with _NoDropout(), noted:
             loss, _ = inner.task(weights, x, y)
-        draws = not torch.equal(before, _random_state(inner.device))
+        draws = not torch.equal(before, random_state(inner.device))
     return noted.names | _own_functions(loss), draws
 
 
 def _own_functions(loss: Tensor) -> set[str]:
     """The names of the autograd.Functions of a graph, of which no mode hears."""
-    seen, waiting = set[Any](), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [source for source, _ in node.next_functions]
-    return {type(each).__name__ for each in seen if isinstance(each, BackwardCFunction)}
+    nodes = graph_nodes(loss)
+    return {type(each).__name__ for each in nodes if isinstance(each, BackwardCFunction)}
 
 
 def _hooked(model: nn.Module) -> bool:
@@ -200,12 +196,6 @@ def _hooked(model: nn.Module) -> bool:
         for name, value in vars(module).items()
         if name.endswith("_hooks") and "state_dict" not in name
     )
-
-
-def _random_state(device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    return torch.get_rng_state()
 
 
 class _NoDropout(TorchFunctionMode):

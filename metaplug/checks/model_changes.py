@@ -31,6 +31,8 @@ class ModelChanges:
             for path, module in modules
             for holder in (module._parameters, module._modules)
         ]
+        # Other buffers are followed, as long as there are as many.
+        self._buffers = [(path, module._buffers, {*module._buffers}) for path, module in modules]
         self._parameters = [
             (name, parameter, parameter.requires_grad, parameter.dtype)
             for name, parameter in model.named_parameters()
@@ -62,6 +64,10 @@ class ModelChanges:
                 raise _changed(
                     f"the model's '{_join(path, name)}' was replaced, added or taken away"
                 )
+        for path, buffers, known in self._buffers:
+            if buffers.keys() != known:
+                name = next(iter(known ^ buffers.keys()))
+                raise _changed(f"the model's '{_join(path, name)}' was added or taken away")
         for name, parameter, trained, dtype in self._parameters:
             if parameter.requires_grad is not trained:
                 change = f"from {trained} to {not trained}"

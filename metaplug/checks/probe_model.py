@@ -16,6 +16,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metaplug.checks.autograd_graph import graph_leaves, graph_nodes
 from metaplug.checks.module_state import Held, Tally, noting_checkpoints, snapshot
 from metaplug.checks.output_form import check_rows, check_targets, count_classes
 from metaplug.contract.return_checks import form
@@ -38,7 +39,7 @@ WRITES = (
 CHECKPOINTED = (
     "the model uses activation checkpointing, which runs forward again in the backward pass, with "
     "weights that are no longer this step's: switch it off; MetaLearner's checkpoint_steps saves "
-    "memory rightly"
+    "the same memory"
 )
 OTHER_WEIGHTS = (
     "forward uses the model's own {} and not the weights that it is given, as a stored function "
@@ -248,8 +249,8 @@ class _Probe:
         """
         self._refuse_closures(output, what)
         known = {id(weight) for weight in self.weights.values()}
-        stay = {id(leaf) for leaf in _leaves(again)} - known
-        if leaves := [leaf for leaf in _leaves(output) if id(leaf) in stay]:
+        stay = {id(leaf) for leaf in graph_leaves(again)} - known
+        if leaves := [leaf for leaf in graph_leaves(output) if id(leaf) in stay]:
             forms = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
             raise RequestError(
                 f"the {what} uses tensors that require a gradient and are no parameters of the "
@@ -289,7 +290,7 @@ class _Probe:
             taken = torch.autograd.grad(value, trained, create_graph=True, allow_unused=True)
         except RuntimeError:
             return False  # the inner loop meets it, too
-        nodes = [node for each in taken if each is not None for node in _nodes(each)]
+        nodes = [node for each in taken if each is not None for node in graph_nodes(each)]
         return any(node.name() == "torch::autograd::Error" for node in nodes)
 
     def check_loss(self, prediction: Tensor) -> None:
@@ -320,7 +321,7 @@ class _Probe:
 
     def _refuse_closures(self, output: Tensor, what: str = "model") -> None:
         """Refuse the model's own weights in a graph, which the fast weights should stand in."""
-        leaves = {id(leaf) for leaf in _leaves(output)}
+        leaves = {id(leaf) for leaf in graph_leaves(output)}
         named = self.inner.functional.model.named_parameters()
         if own := [name for name, parameter in named if id(parameter) in leaves]:
             if what == "loss":
@@ -434,23 +435,6 @@ def _gradients(output: Tensor, trained: list[Tensor]) -> list[Tensor] | None:
         torch.zeros_like(weight) if one is None else one.to_dense() if one.is_sparse else one
         for one, weight in zip(taken, trained, strict=True)
     ]
-
-
-def _leaves(output: Tensor) -> list[Tensor]:
-    """The leaves of an output's graph."""
-    found = [getattr(node, "variable", None) for node in _nodes(output)]
-    return [leaf for leaf in found if isinstance(leaf, Tensor)]
-
-
-def _nodes(output: Tensor) -> list[Any]:
-    """The nodes of an output's graph."""
-    seen, waiting = dict[Any, None](), [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen[node] = None
-            waiting += [source for source, _ in node.next_functions]
-    return list(seen)
 
 
 def _close(own: Tensor, expected: Tensor) -> bool:

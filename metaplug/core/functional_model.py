@@ -214,9 +214,9 @@ def set_mode(module: nn.Module, training: bool, batch_norm: str) -> None:
                 layer.eval()
 
 
-def version(tensor: Tensor) -> int:
+def version(tensor: Tensor | None) -> int:
     """Return how often a tensor was written to in place; 0 where torch does not count."""
-    return 0 if tensor.is_inference() else tensor._version
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

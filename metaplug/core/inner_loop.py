@@ -337,7 +337,7 @@ class _Walk:
             order = loop.order(step) if self.orders is None else self.orders[step.index]
         if loop.first_order_only and order == 2 and graph:
             raise RunError(
-                "second-order meta-gradients cannot be had of this model (an operation of its is "
+                "second-order meta-gradients cannot be had of this model (one of its operations is "
                 "marked once_differentiable): add the plugin derivative-order"
             )
         taken: Sequence[Tensor | None] = ()

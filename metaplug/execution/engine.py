@@ -23,7 +23,7 @@ from metaplug.errors import RankError, RunError, quoted
 from metaplug.execution.determinism import repeatable
 from metaplug.execution.precision import Precision, arithmetic
 from metaplug.execution.ranks import ALONE, Share, World
-from metaplug.random_streams import mix, stream
+from metaplug.random_streams import mix, random_state, stream
 
 META_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -236,9 +236,9 @@ class Engine:
         numbers = range(batch.num_tasks) if numbers is None else numbers
         with self._computing(mix(self.seed)):
             if not self.draws_at_evaluation:
-                before = self._random_state()
+                before = random_state(self.device)
                 outcome = self._adapt(batch, steps, None)
-                if torch.equal(before, self._random_state()):
+                if torch.equal(before, random_state(self.device)):
                     return outcome
                 self.draws_at_evaluation = True  # from now on, tasks run one after the other
             return self._adapt(batch, steps, self._task_seeds(numbers))
@@ -287,11 +287,6 @@ class Engine:
 
     def _task_seeds(self, numbers: Sequence[int], *salt: int) -> list[int]:
         return [mix(self.seed, number, *salt) for number in numbers]
-
-    def _random_state(self) -> Tensor:
-        if self.device.type == "cuda":
-            return torch.cuda.get_rng_state(self.device)
-        return torch.get_rng_state()
 
     @contextmanager
     def _computing(self, seed: int) -> Iterator[torch.Generator]:

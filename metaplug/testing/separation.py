@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from metaplug.contract.chain import Link
-from metaplug.contract.task_batch import FIELDS, TaskBatch
+from metaplug.contract.task_batch import TaskBatch
 from metaplug.learner import MetaLearner
 from metaplug.testing.clauses import BreachError, Example, Subject, clause_on
 from metaplug.testing.comparing import SAME_SUMS, Findings, difference, evaluation, training
@@ -126,7 +126,7 @@ def _training(learner: MetaLearner, batch: TaskBatch) -> Findings:
 
 
 def _rows(batch: TaskBatch, rows: list[int]) -> TaskBatch:
-    return TaskBatch(*(getattr(batch, name)[rows] for name in FIELDS))
+    return batch.map(lambda tensor: tensor[rows])
 
 
 def _others_replaced(example: Example) -> TaskBatch:

@@ -6,7 +6,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from metaplug.checks.prepare_batch import PrepareBatch
 from metaplug.errors import RequestError, quoted
@@ -14,9 +14,21 @@ from metaplug.evaluation.history import Record
 from metaplug.evaluation.results import EvaluationResult
 from metaplug.execution.engine import Engine
 from metaplug.execution.memory import memory_explained
+from metaplug.execution.settings import NonFinite
 from metaplug.execution.windows import meta_steps
 from metaplug.tasks.adapters import LoaderTasks, as_stream
 from metaplug.tasks.episodes import TaskStream
+
+
+class LoopSettings(TypedDict, total=False):
+    """The arguments that `MetaLearner.fit` passes on to `iterate`, which explains them."""
+
+    total: int | None
+    tasks_per_batch: int
+    validation: TaskStream | Any
+    validate_every: int
+    validation_tasks: int
+    non_finite: NonFinite
 
 
 @dataclass(frozen=True)

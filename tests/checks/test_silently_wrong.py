@@ -669,6 +669,30 @@ def test_other_changes_are_named():
         assert str(refusal.value) == text + AFTER
 
 
+class Shifted(nn.Module):
+    """Adds a buffer that may be None."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = body()
+        self.register_buffer("shift", torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.layers(x) if self.shift is None else self.layers(x) * self.shift * 2
+
+
+def test_a_buffer_that_becomes_none_is_followed_and_one_taken_away_is_named():
+    model = double(Shifted)
+    learner = learner_of(model)
+    learner.meta_gradients(BATCH)
+    model.shift = None
+    assert off(learner.meta_gradients(BATCH), exactly(model)) < 1e-13
+    del model.shift
+    with pytest.raises(RequestError) as refusal:
+        learner.meta_gradients(BATCH)
+    assert str(refusal.value) == "the model's 'shift' was added or taken away" + AFTER
+
+
 def test_what_changes_nothing_of_a_forward_pass_is_no_hindrance():
     model = double(Scaled)
     learner, exact = learner_of(model), exactly(model)

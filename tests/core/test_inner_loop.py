@@ -452,7 +452,7 @@ def test_a_model_without_second_derivatives_is_named_and_learns_in_first_order()
     with pytest.raises(RunError) as error:
         MetaLearner(FirstOrderOnly()).meta_gradients(batch)
     assert str(error.value) == (
-        "second-order meta-gradients cannot be had of this model (an operation of its is marked "
+        "second-order meta-gradients cannot be had of this model (one of its operations is marked "
         "once_differentiable): add the plugin derivative-order"
     )
     gradients = MetaLearner(FirstOrderOnly(), preset="fomaml").meta_gradients(batch)
