@@ -1,7 +1,8 @@
 """How a meta-step runs; every way gives the same numbers.
 
 * `engine` makes meta-iterations one by one, `windows` several in a row.
-* `plan` decides what stands in for the plain step: `chunks`, `traced` (compiled), `cuda_graphs`.
+* `plan` decides what stands in for the plain step: `chunks`, `traced` (compiled), `cuda_graphs`;
+  `python_state` is what a trace would freeze.
 * `batching` chooses between stacked tasks and one at a time.
 * `ranks`: several processes; `devices`, `precision`, `determinism`, `memory` and `free_memory`:
   the machine.

@@ -12,46 +12,31 @@ untraced one, for what nobody thought of.
 
 from __future__ import annotations
 
-import dis
-import inspect
-import logging
 import math
-import types
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.core.functional_model import PLAIN
 from metaplug.core.outer_loop import MetaGradients
 from metaplug.errors import said_by
 from metaplug.execution.engine import Engine
+from metaplug.execution.python_state import NothingRead, Unknown, python_state
 from metaplug.random_streams import stream
 
 MOST_TRACES = 8
 """Traces of one run (forms of batch, outer weights, derivative orders, plugins' numbers); steps of
 further ones are uncompiled."""
 
-MOST_ITEMS = 10_000
-"""Items of a container that are looked at in every step; of a larger one, their number alone."""
-
 APART = 0.05
 """The relative difference of a traced meta-gradient from the untraced that rounding cannot explain,
 not even where an inner loop amplifies it."""
-
-MOST_BYTES = 2**20
-"""Of an array of NumPy whose contents are looked at."""
 
 Compile = Callable[[torch.fx.GraphModule, Sequence[Tensor]], Callable[..., Any]]
 
@@ -147,7 +132,7 @@ class CompiledDerivation:
             return engine.derive(batch, iteration, total, weights)
         tensors = [batch.support_x, batch.support_y, batch.query_x, batch.query_y]
         orders = engine.inner.orders_of(iteration, total)
-        numbers, kept = _python_state(engine)
+        numbers, kept = python_state(engine)
         self._refuse_changed(kept)
         forms = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
         key = (forms, tuple(weights.items()), orders, numbers)
@@ -200,11 +185,11 @@ class CompiledDerivation:
             what = "forms, outer weights, derivative orders or attributes of plugins"
             raise RuntimeError(f"batches of more than {MOST_TRACES} {what} came along")
         named: dict[str, Any] = {}
-        now: Any = _Unknown(iteration)
-        length: Any = _Unknown(total)
+        now: Any = Unknown(iteration)
+        length: Any = Unknown(total)
 
         def derivation(*tensors: Tensor) -> list[Tensor]:
-            with _swapped(self.engine, tensors) as batch, _NothingRead():
+            with _swapped(self.engine, tensors) as batch, NothingRead():
                 found = self.engine.derive(batch, now, length, weights, orders=orders)
             named["gradients"] = tuple(found.gradients)
             named["statistics"] = tuple(
@@ -232,149 +217,6 @@ class CompiledDerivation:
         """Count one more step of this form; return whether it comes too early for a trace."""
         self._row = (key, self._row[1] + 1 if key == self._row[0] else 1)
         return self._row[1] <= self.patience
-
-
-class _Unknown:
-    """An iteration that a trace would freeze: it can be shown, and nothing else."""
-
-    def __init__(self, value: int) -> None:
-        self.value = value
-
-    def __repr__(self) -> str:
-        return repr(self.value)
-
-
-class _NothingRead(TorchFunctionMode):
-    """Refuses to give Python the numbers of a tensor, past which no trace sees.
-
-    Of a single number, as by Tensor.item, the trace itself refuses it.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func in _READING:
-            raise TypeError(
-                f"it reads a tensor's numbers by Tensor.{func.__name__}, which a compiled or "
-                "captured step would freeze at its first values"
-            )
-        return func(*args, **(kwargs or {}))
-
-
-_READING = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__})
-
-
-def _refused(self: Any, *_: Any) -> Any:
-    raise TypeError(
-        "it computes with the meta-iteration, which a compiled or captured step would freeze at "
-        "its first value"
-    )
-
-
-_NUMBERS_METHODS = """
-    add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow divmod rdivmod
-    matmul rmatmul and rand or ror xor rxor lshift rlshift rshift rrshift eq ne lt le gt ge neg pos
-    abs int float index bool hash round trunc floor ceil
-"""
-for _name in _NUMBERS_METHODS.split():
-    setattr(_Unknown, f"__{_name}__", _refused)
-
-
-def _python_state(engine: Engine) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What hooks and the loss may read beside registered tensors.
-
-    Returns:
-        The numbers and texts that plugins keep, which are part of a trace's key; and by name an
-        image of everything else, which is not to change.
-    """
-    numbers: list[Any] = []
-    kept: dict[str, Any] = {}
-    for plugin in engine.chain.plugins:
-        for path, module in plugin.named_modules():
-            for name, value in vars(module).items():
-                if isinstance(value, PLAIN):
-                    numbers.append(value)
-                elif name not in _MODULES_OWN:
-                    where = f"{path}.{name}".lstrip(".")
-                    kept[f"'{where}' of plugin '{plugin.name}'"] = _image(value)
-    for hook in engine.chain.order():
-        for link in engine.chain.links(hook):
-            for name, value in _outside(link.function):
-                kept[f"'{name}', which plugin '{link.plugin.name}' reads in {hook},"] = _image(
-                    value
-                )
-    loss = engine.inner.loss
-    kept["the loss"] = _image(vars(loss)) if hasattr(loss, "__dict__") else None
-    for name, value in _outside(loss):
-        kept[f"'{name}', which the loss reads,"] = _image(value)
-    return tuple(numbers), kept
-
-
-_MODULES_OWN = frozenset(vars(nn.Module())) | {"config"}
-
-
-def _outside(function: Any, seen: frozenset[Any] = frozenset()) -> Iterator[tuple[str, Any]]:
-    """The variables that a function reads from around it, by name.
-
-    So do the functions of its module that it reads.
-    """
-    function = inspect.unwrap(getattr(function, "__func__", function))
-    if not isinstance(function, types.FunctionType) or function in seen:
-        return
-    for name, value in _own_outside(function):
-        yield name, value
-        if getattr(value, "__module__", None) == function.__module__:
-            yield from _outside(value, seen | {function})
-
-
-def _own_outside(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    code = function.__code__
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
-        try:
-            yield name, cell.cell_contents
-        except ValueError:  # not bound yet
-            continue
-    for name in _globals_of(code):
-        if name in function.__globals__:
-            yield name, function.__globals__[name]
-
-
-@cache
-def _globals_of(code: types.CodeType) -> tuple[str, ...]:
-    """The global names that code reads, and the code within it, as of comprehensions."""
-    names = [each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL"]
-    within = [each for each in code.co_consts if isinstance(each, types.CodeType)]
-    return tuple(dict.fromkeys([*names, *chain.from_iterable(map(_globals_of, within))]))
-
-
-def _image(value: Any, depth: int = 4) -> Any:
-    """Something that is equal for as long as a value is what it was."""
-    if isinstance(value, float) and math.isnan(value):
-        return "NaN"
-    if value is None or isinstance(value, PLAIN):
-        return value
-    if isinstance(value, Tensor):
-        return id(value), 0 if value.is_inference() else value._version
-    if isinstance(value, np.ndarray) and value.nbytes <= MOST_BYTES and not value.dtype.hasobject:
-        return id(value), value.shape, hash(value.tobytes())
-    # A logger notes by itself which levels are on.
-    if depth == 0 or isinstance(
-        value, types.ModuleType | types.FunctionType | type | logging.Logger
-    ):
-        return id(value)
-    if isinstance(value, Mapping | list | tuple | deque) and len(value) > MOST_ITEMS:
-        return id(value), len(value)  # to look at each would cost more than the step
-    if isinstance(value, Mapping):
-        return [(_image(key, depth - 1), _image(each, depth - 1)) for key, each in value.items()]
-    if isinstance(value, list | tuple | deque):
-        return [_image(each, depth - 1) for each in value]
-    if isinstance(value, set | frozenset):
-        return sorted(map(id, value))
-    return id(value), [_image(each, depth - 1) for each in getattr(value, "__dict__", {}).values()]
 
 
 def _apart(traced: MetaGradients, exact: MetaGradients) -> float:

@@ -1014,7 +1014,7 @@ def test_a_trace_does_not_freeze_what_plugins_keep_in_python(monkeypatch):
 
     exact = second(trace=False)
     assert off(second(trace=True), exact) < 1e-13
-    monkeypatch.setattr("metaplug.execution.traced.PLAIN", ())
+    monkeypatch.setattr("metaplug.execution.python_state.PLAIN", ())
     with pytest.warns(UserWarning, match="'seen' of plugin 'counts' changes from step to step"):
         assert off(second(trace=True), exact) < 1e-13
 
