@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaplug.contract.task_batch import FIELDS, TaskBatch
+from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import RunError, quoted
 from metaplug.execution.engine import FAILURES, Engine
 
@@ -251,7 +251,7 @@ def _largest(values: Mapping[str, Tensor]) -> float:
 
 def _non_finite(values: Any) -> dict[str, Tensor]:
     if isinstance(values, TaskBatch):
-        values = {name: getattr(values, name) for name in FIELDS}
+        values = values.named_tensors()
     named = values if isinstance(values, Mapping) else {"its value": values}
     return {
         name: value

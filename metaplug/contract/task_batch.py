@@ -3,30 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from metaplug.contract.inputs import (
+    Inputs,
+    count_of,
+    device_of,
+    map_inputs,
+    named_tensors,
+    tensors_of,
+    with_tensors,
+)
 from metaplug.errors import RequestError, RunError, quoted
 
 FIELDS = ("support_x", "support_y", "query_x", "query_y")
 
+Part: TypeAlias = Literal["support", "query"]
 
 IGNORED = -100
 """The class index that losses and scores leave out, as torch's cross-entropy does."""
 
 
-@dataclass(frozen=True, slots=True)
-class TaskBatch:
-    """T >= 1 tasks of equal size. Checked when made.
+class TaskSize(NamedTuple):
+    """The size of one task.
 
     Attributes:
-        support_x: (T, n_support, *input), n_support >= 1.
+        support, query: the number of examples that count, the first of their axis.
+        ways: the number of classes; the model's further outputs count in no loss and no score.
+            None where all outputs count.
+    """
+
+    support: int
+    query: int
+    ways: int | None = None
+
+    def examples(self, part: Part) -> int:
+        """The number of examples of a part."""
+        return self.support if part == "support" else self.query
+
+
+@dataclass(frozen=True, slots=True)
+class TaskBatch:
+    """T >= 1 tasks, of equal size or padded to it. Checked when made.
+
+    Attributes:
+        support_x: (T, n_support, *input), n_support >= 1; or a mapping or tuple of such tensors,
+            which the model gets as keyword or positional arguments.
         support_y: (T, n_support, *target): integer labels, or floating-point targets.
-        query_x: (T, n_query, *input), n_query >= 1, of the dtype of support_x.
+        query_x: (T, n_query, *input), n_query >= 1, in the form and dtypes of support_x.
         query_y: (T, n_query, *target): integer where support_y is, floating-point where it is.
+        sizes: of each task, where they differ; what lies beyond a task's size never reaches the
+            model (`from_tasks`). None: every example and every output of the model counts.
 
     Raises:
         RequestError: names a field that is no tensor, or does not fit the others.
@@ -36,40 +67,82 @@ class TaskBatch:
     8
     """
 
-    support_x: Tensor
+    support_x: Inputs
     support_y: Tensor
-    query_x: Tensor
+    query_x: Inputs
     query_y: Tensor
+    sizes: tuple[TaskSize, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in FIELDS:
             value = getattr(self, name)
-            if not isinstance(value, Tensor):
-                given = f"a {type(value).__name__}, not a tensor"
-                raise RequestError(f"TaskBatch: {name} is {given}: give torch.as_tensor({name})")
-            if value.ndim < 2 or 0 in value.shape[:2]:
-                raise RequestError(
-                    f"TaskBatch: {name} has shape {tuple(value.shape)}: give (tasks, examples, "
-                    "...) with at least one task and one example"
-                )
-            if value.device != self.device:
-                raise RequestError(
-                    f"TaskBatch: {name} is on {value.device}, support_x on {self.device}: "
-                    "move all four to one device"
-                )
-            self._match("support_x", name, len, "every field must stack the same number of tasks")
-        for part in ("support", "query"):
-            advice = "give one target for every example"
-            self._match(f"{part}_x", f"{part}_y", lambda x: x.shape[1], advice)
-        for axis, word in (("x", "input"), ("y", "target")):
-            advice = f"support and query examples must have one {word} shape"
-            self._match(f"support_{axis}", f"query_{axis}", lambda x: x.shape[2:], advice)
-        self._match("support_x", "query_x", lambda x: x.dtype, "convert one of them")
+            if isinstance(value, Mapping) and name.endswith("_x"):
+                value = {str(key): each for key, each in value.items()}
+                object.__setattr__(self, name, value)
+            if isinstance(value, dict | tuple) and not value:
+                raise RequestError(f"TaskBatch: {name} is empty: give at least one tensor")
+        for name, each in self.named_tensors().items():
+            self._check_tensor(name, each)
+        support, query = self._named("support"), self._named("query")
+        if [each[7:] for each in support] != [each[5:] for each in query]:
+            raise RequestError(
+                f"TaskBatch: support_x has the inputs {quoted(support)} and query_x "
+                f"{quoted(query)}: give both parts the same, in one order"
+            )
+        first = next(iter(support))
+        for part, inputs in (("support", support), ("query", query)):
+            target = f"{part}_y"
+            advice = "every field must stack the same number of tasks"
+            for name in (*inputs, target):
+                self._match(first, name, len, advice)
+            for name in inputs:
+                advice = "give one target for every example"
+                self._match(name, target, lambda x: x.shape[1], advice)
+        for one, other in zip(support, query, strict=True):
+            advice = "support and query examples must have one input shape"
+            self._match(one, other, lambda x: x.shape[2:], advice)
+            self._match(one, other, lambda x: x.dtype, "convert one of them")
+        advice = "support and query examples must have one target shape"
+        self._match("support_y", "query_y", lambda x: x.shape[2:], advice)
         advice = "give integer labels in both, or floating-point targets in both"
         self._match("support_y", "query_y", Tensor.is_floating_point, advice)
+        if self.sizes is not None:
+            self._check_sizes(self.sizes)
+
+    def _check_tensor(self, name: str, value: Any) -> None:
+        if not isinstance(value, Tensor):
+            given = f"a {type(value).__name__}, not a tensor"
+            raise RequestError(f"TaskBatch: {name} is {given}: give torch.as_tensor({name})")
+        if value.ndim < 2 or 0 in value.shape[:2]:
+            raise RequestError(
+                f"TaskBatch: {name} has shape {tuple(value.shape)}: give (tasks, examples, ...) "
+                "with at least one task and one example"
+            )
+        if value.device != self.device:
+            raise RequestError(
+                f"TaskBatch: {name} is on {value.device}, support_x on {self.device}: "
+                "move all to one device"
+            )
+
+    def _check_sizes(self, sizes: Sequence[TaskSize]) -> None:
+        most = [self.support_y.shape[1], self.query_y.shape[1]]
+        fit = [
+            0 < size.support <= most[0] and 0 < size.query <= most[1] and size.ways != 0
+            for size in sizes
+        ]
+        if len(sizes) != self.num_tasks or not all(fit):
+            raise RequestError(
+                f"TaskBatch: sizes is {quoted(map(str, sizes[:3]))}, but the batch has "
+                f"{self.num_tasks} tasks of at most {most[0]} support and {most[1]} query examples:"
+                " give one size for each task, or make the batch by TaskBatch.from_tasks"
+            )
+
+    def _named(self, part: Part) -> dict[str, Tensor]:
+        return named_tensors(f"{part}_x", getattr(self, f"{part}_x"))
 
     def _match(self, one: str, other: str, of: Callable[[Tensor], Any], advice: str) -> None:
-        first, second = getattr(self, one), getattr(self, other)
+        known = self.named_tensors()
+        first, second = known[one], known[other]
         if of(first) != of(second):
             a, b = (f"{str(x.dtype)[6:]} of shape {tuple(x.shape)}" for x in (first, second))
             raise RequestError(
@@ -81,16 +154,92 @@ class TaskBatch:
         """Join batches of one size, such as tasks made one by one, in their order."""
         if not tasks:
             raise RequestError("TaskBatch.stack: there is no task: give at least one")
-        for name in FIELDS:
-            shapes = [tuple(getattr(task, name).shape[1:]) for task in tasks]
-            if different := [place for place, shape in enumerate(shapes) if shape != shapes[0]]:
+        _check_joined("stack", tasks, 1, "join tasks of other sizes by TaskBatch.from_tasks")
+        return cls._joined(tasks)
+
+    @classmethod
+    def from_tasks(
+        cls, tasks: Sequence[TaskBatch], *, ways: Sequence[int | None] | None = None
+    ) -> TaskBatch:
+        """Join tasks whose numbers of examples, and of classes, may differ, in their order.
+
+        Each task gets exactly the result that it gets alone: the examples that fill the others up
+        reach neither the model nor a statistic of batch norm. Tasks of one size are computed
+        together.
+
+        Args:
+            tasks: batches of one task or more.
+            ways: classes of each task, at most the model's outputs; the outputs beyond them count
+                in no loss and no score. Default: what a batch says itself in `sizes`; else, for one
+                class index an example, one more than a task's highest label, and for other targets
+                None, where all outputs count.
+
+        Raises:
+            RequestError: no task, other inputs or targets from task to task, or a label that is
+                not below a task's ways.
+
+        >>> y = torch.tensor([[0, 1, 2]])
+        >>> small, large = TaskBatch(y, y, y, y), TaskBatch(*[y.repeat(1, 2)] * 4)
+        >>> TaskBatch.from_tasks([small, large]).sizes[0]
+        TaskSize(support=3, query=3, ways=3)
+        """
+        if not tasks:
+            raise RequestError("TaskBatch.from_tasks: there is no task: give at least one")
+        advice = "pad the examples of all tasks to one shape"
+        _check_joined("from_tasks", tasks, 2, advice)
+        sizes = [size for task in tasks for size in task._sizes(infer=ways is None)]
+        if ways is not None:
+            if len(ways) != len(sizes):
                 raise RequestError(
-                    f"TaskBatch.stack: {name} of batch {different[0]} is {shapes[different[0]]} "
-                    f"for a task, of batch 0 {shapes[0]}, but tasks computed together must be of "
-                    "one size, as padding would count in every mean over examples: draw tasks of "
-                    "one size, or put those of another into batches of their own"
+                    f"TaskBatch.from_tasks: {len(ways)} ways for {len(sizes)} tasks: give one "
+                    "number for each"
                 )
-        return cls(*(torch.cat([getattr(task, name) for task in tasks]) for name in FIELDS))
+            sizes = [size._replace(ways=own) for size, own in zip(sizes, ways, strict=True)]
+        support = max(task.support_y.shape[1] for task in tasks)
+        query = max(task.query_y.shape[1] for task in tasks)
+        joined = cls._joined([task._padded(support, query) for task in tasks])
+        batch = cls(*(getattr(joined, name) for name in FIELDS), sizes=tuple(sizes))
+        batch.check_labels(None)
+        full = TaskSize(support, query, None)
+        return joined if all(size == full for size in sizes) else batch
+
+    @classmethod
+    def _joined(cls, tasks: Sequence[TaskBatch]) -> TaskBatch:
+        lists = [task.tensors() for task in tasks]
+        whole = tasks[0].with_tensors([torch.cat(each) for each in zip(*lists, strict=True)])
+        sizes = None
+        if any(task.sizes is not None for task in tasks):
+            sizes = tuple(size for task in tasks for size in task._sizes())
+        return cls(*(getattr(whole, name) for name in FIELDS), sizes=sizes)
+
+    def _padded(self, support: int, query: int) -> TaskBatch:
+        """The batch with more rows of examples, whose labels are ignored, and no sizes."""
+        fields = []
+        for name in FIELDS:
+            most = support if name.startswith("support") else query
+            fill = IGNORED if name.endswith("_y") and not self.support_y.is_floating_point() else 0
+
+            def pad(tensor: Tensor, most: int = most, fill: int = fill) -> Tensor:
+                rest = (tensor.shape[0], most - tensor.shape[1], *tensor.shape[2:])
+                return torch.cat([tensor, tensor.new_full(rest, fill)], 1) if rest[1] else tensor
+
+            fields.append(map_inputs(pad, getattr(self, name)))
+        return TaskBatch(*fields)
+
+    def _sizes(self, *, infer: bool = False) -> tuple[TaskSize, ...]:
+        """The size of every task.
+
+        Args:
+            infer: where `sizes` says nothing, take one more than the highest label for the ways.
+        """
+        if self.sizes is not None:
+            return self.sizes
+        ways: list[int | None] = [None] * self.num_tasks
+        if infer and self.support_y.ndim == 2 and not self.support_y.is_floating_point():
+            highest = torch.cat([self.support_y, self.query_y], 1).amax(1)
+            ways = [max(label + 1, 1) for label in highest.tolist()]
+        support, query = self.support_y.shape[1], self.query_y.shape[1]
+        return tuple(TaskSize(support, query, own) for own in ways)
 
     @classmethod
     def from_torchmeta(cls, batch: Any) -> TaskBatch:
@@ -117,36 +266,61 @@ class TaskBatch:
     @property
     def num_tasks(self) -> int:
         """T."""
-        return len(self.support_x)
+        return count_of(self.support_x)
 
     @property
     def device(self) -> torch.device:
-        """The one device of all four tensors."""
-        return self.support_x.device
+        """The one device of all tensors."""
+        device: torch.device = device_of(self.support_x)
+        return device
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """All tensors, by how a user would write them."""
+        return {
+            name: each
+            for one in FIELDS
+            for name, each in named_tensors(one, getattr(self, one)).items()
+        }
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order of the fields."""
+        return [each for name in FIELDS for each in tensors_of(getattr(self, name))]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> TaskBatch:
+        """The batch of other tensors, in the order of `tensors()`, of the same tasks."""
+        given, fields = list(tensors), []
+        for name in FIELDS:
+            value = getattr(self, name)
+            count = len(tensors_of(value))
+            fields.append(with_tensors(value, given[:count]))
+            given = given[count:]
+        return TaskBatch(*fields, sizes=self.sizes)
 
     def to(self, device: torch.device | str) -> TaskBatch:
         """Move the batch to `device`; the batch itself if it is there already.
 
         It goes to CUDA through pinned memory, without a host synchronization.
         """
-        tensors = [getattr(self, name) for name in FIELDS]
+        tensors = self.tensors()
         pins = torch.device(device).type == "cuda" and self.device.type == "cpu"
         given = [tensor.pin_memory() for tensor in tensors] if pins else tensors
         moved = [tensor.to(device, non_blocking=pins) for tensor in given]
         stays = all(new is old for new, old in zip(moved, tensors, strict=True))
-        return self if stays else TaskBatch(*moved)
+        return self if stays else self.with_tensors(moved)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TaskBatch:
-        """The batch of what `function` makes of each of the four tensors."""
-        return TaskBatch(*(function(getattr(self, name)) for name in FIELDS))
+        """The batch of what `function` makes of each tensor, of the same tasks."""
+        return self.with_tensors([function(each) for each in self.tensors()])
 
     def tasks(self, rows: slice) -> TaskBatch:
         """The batch of some of the tasks."""
-        return self.map(lambda tensor: tensor[rows])
+        sizes = None if self.sizes is None else self.sizes[rows]
+        fields = [map_inputs(lambda each: each[rows], getattr(self, name)) for name in FIELDS]
+        return TaskBatch(*fields, sizes=sizes)
 
     def recordable(self) -> TaskBatch:
         """The batch, or copies of tensors made under inference_mode, which autograd cannot save."""
-        if not any(getattr(self, name).is_inference() for name in FIELDS):
+        if not any(each.is_inference() for each in self.tensors()):
             return self
         return self.map(torch.clone)
 
@@ -164,8 +338,7 @@ class TaskBatch:
             RunError: NaN or Inf in an input or in a floating-point target; names field and task.
             RequestError: an integer label is not one of 0 ... outputs - 1.
         """
-        for name in FIELDS:
-            value: Tensor = getattr(self, name)
+        for name, value in self.named_tensors().items():
             if value.is_floating_point() and not torch.isfinite(value).all():
                 task = int((~torch.isfinite(value)).flatten(1).any(1).nonzero()[0])
                 raise RunError(
@@ -175,10 +348,21 @@ class TaskBatch:
         self.check_labels(outputs)
 
     def check_labels(self, outputs: int | None) -> None:
-        """Check integer labels alone, as `check_values` does."""
+        """Check integer labels alone, as `check_values` does; and each task's against its ways."""
+        if self.support_y.is_floating_point():
+            return
+        ways = [None] if self.sizes is None else [size.ways for size in self.sizes]
+        most = max((own for own in ways if own is not None), default=0)
+        if outputs is not None and most > outputs:
+            raise RequestError(
+                f"a task has {most} ways, but the model has {outputs} outputs: give the model more "
+                "outputs, or the tasks fewer ways"
+            )
         for name in ("support_y", "query_y"):
             value: Tensor = getattr(self, name)
-            if outputs is None or value.is_floating_point():
+            if most:
+                self._check_ways(name, value, ways)
+            if outputs is None:
                 continue
             value = value[value != IGNORED]
             if not len(value):
@@ -189,4 +373,43 @@ class TaskBatch:
                     f"labels out of range: {name} has the label {low if low < 0 else high}, but "
                     f"the model has {outputs} outputs, for the labels 0 to {outputs - 1}: "
                     "give the model more outputs, or the tasks fewer ways"
+                )
+
+    def _check_ways(self, name: str, value: Tensor, ways: Sequence[int | None]) -> None:
+        highest = value.flatten(1).amax(1).tolist()
+        for task, (label, own) in enumerate(zip(highest, ways, strict=True)):
+            if own is not None and label >= own:
+                raise RequestError(
+                    f"labels out of range: {name} of task {task} has the label {label}, but the "
+                    f"task has {own} ways, for the labels 0 to {own - 1}: correct its labels or "
+                    "its ways"
+                )
+
+
+def _check_joined(method: str, tasks: Sequence[TaskBatch], axes: int, advice: str) -> None:
+    """Refuse batches that differ in form beyond their first `axes` axes."""
+
+    def forms(task: TaskBatch) -> dict[str, tuple[Any, ...]]:
+        return {
+            name: (tuple(each.shape[axes:]), each.dtype, each.device)
+            for name, each in task.named_tensors().items()
+        }
+
+    first = forms(tasks[0])
+    for place, task in enumerate(tasks):
+        own = forms(task)
+        if own.keys() != first.keys():
+            raise RequestError(
+                f"TaskBatch.{method}: batch {place} has {quoted(own)}, batch 0 {quoted(first)}: "
+                "give all tasks the same inputs"
+            )
+        for name, form in own.items():
+            if form != first[name]:
+                wanted, given = (
+                    f"{str(dtype)[6:]} of shape {shape} on {device}"
+                    for shape, dtype, device in (first[name], form)
+                )
+                raise RequestError(
+                    f"TaskBatch.{method}: {name} of batch {place} is {given} for "
+                    f"{'a task' if axes == 1 else 'an example'}, of batch 0 {wanted}: {advice}"
                 )

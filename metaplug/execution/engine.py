@@ -269,7 +269,7 @@ class Engine:
         values = torch.stack([value.to(norm) for value in single])
         finite = torch.isfinite(torch.cat([values, found.losses.to(norm)])).all()
         if batch is not None:
-            for tensor in (batch.support_x, batch.support_y, batch.query_x, batch.query_y):
+            for tensor in batch.tensors():
                 finite = finite & torch.isfinite(tensor).all()
             finite = self.world.sum((~finite).to(norm.dtype)) == 0
         return torch.stack([found.outer_loss.to(norm), norm, finite.to(norm.dtype)])

@@ -121,7 +121,7 @@ class LoaderTasks:
     def batch(self, iteration: int, indices: Sequence[int] | range) -> TaskBatch:
         """The next len(indices) tasks."""
         fields = zip(*islice(self._tasks, len(indices)), strict=True)
-        return TaskBatch(*(torch.stack(tasks) for tasks in fields))
+        return TaskBatch(*map(torch.stack, fields))
 
 
 def _endless(loader: Any) -> Iterator[tuple[Tensor, ...]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metaplug.contract.task_batch import FIELDS, TaskBatch
+from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Kind
 from metaplug.errors import unknown
 from metaplug.learner import MetaLearner
@@ -112,10 +112,8 @@ class Problem:
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same in another floating dtype."""
-        tensors = [getattr(self.batch, name) for name in FIELDS]
-        cast = [each.to(dtype) if each.is_floating_point() else each for each in tensors]
-        model = copy.deepcopy(self.model).to(dtype)
-        return replace(self, model=model, batch=TaskBatch(*cast))
+        batch = self.batch.map(lambda each: each.to(dtype) if each.is_floating_point() else each)
+        return replace(self, model=copy.deepcopy(self.model).to(dtype), batch=batch)
 
     def __str__(self) -> str:
         tasks, steps = (

@@ -90,7 +90,7 @@ def test_moving_a_batch_moves_all_of_it() -> None:
         ),
         (
             {"query_y": torch.zeros(2, 5, dtype=torch.int64, device="meta")},
-            "TaskBatch: query_y is on meta, support_x on cpu: move all four to one device",
+            "TaskBatch: query_y is on meta, support_x on cpu: move all to one device",
         ),
     ],
 )
@@ -145,11 +145,8 @@ def test_batches_are_stacked_in_their_order_and_unequal_sizes_refused() -> None:
     with pytest.raises(RequestError) as error:
         TaskBatch.stack([one, larger])
     assert str(error.value) == (
-        "TaskBatch.stack: query_x of batch 1 is (6, 4) for a task, of batch 0 (5, 4), but tasks "
-        "computed together must be of one "
-        "size, as padding would count in every mean over examples: draw tasks of one size, or put "
-        "those of another into "
-        "batches of their own"
+        "TaskBatch.stack: query_x of batch 1 is float32 of shape (6, 4) on cpu for a task, of "
+        "batch 0 float32 of shape (5, 4) on cpu: join tasks of other sizes by TaskBatch.from_tasks"
     )
     with pytest.raises(
         RequestError, match=r"^TaskBatch.stack: there is no task: give at least one$"
