@@ -32,6 +32,7 @@ class TaskSource(ABC):
         kind: "classification" (integer labels) or "regression" (floating-point targets).
         train, val, test: the streams; no class of one stands in another.
         input_shape: of one example.
+        inputs: the names of an example's tensors, where it has several.
         outputs: the number of outputs that a model needs: the ways, or the width of the target.
     """
 
@@ -45,6 +46,7 @@ class TaskSource(ABC):
     val: TaskStream
     test: TaskStream
     input_shape: tuple[int, ...]
+    inputs: tuple[str, ...] = ()
     outputs: int
 
     @classmethod
