@@ -55,11 +55,12 @@ def build_tasks(config: ExperimentConfig) -> TaskSource:
     return made
 
 
-def _tokenizer(source: type[TaskSource], config: ExperimentConfig) -> dict[str, str]:
-    """The model's own tokenizer, for a source of texts."""
+def _tokenizer(source: type[TaskSource], config: ExperimentConfig) -> dict[str, Any]:
+    """The model's own tokenizer, for a source of texts; it is fetched where the model may be."""
     zoo, _, name = config.model.name.partition(":")
-    takes = "tokenizer" in source.Config.model_fields and zoo == "transformers"
-    return {"tokenizer": name} if takes else {}
+    if "tokenizer" not in source.Config.model_fields or zoo != "transformers":
+        return {}
+    return {"tokenizer": name, "download": config.model.settings.get("download", False)}
 
 
 def task_form(config: ExperimentConfig) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any, final
@@ -26,9 +26,9 @@ class Text(TaskSource):
     A table is a CSV file (UTF-8, with a header), JSON lines (named .jsonl or .json, one object a
     line) or a Parquet file (named .parquet), with a column of texts and one of labels, which are
     the classes; a column of groups may give each class a super-class. Classes are split by a file
-    {"train": [names], "val": [names], "test": [names]}, where all names are labels or all are
-    groups; else by a column; else by `fractions`, in the order of a hash of the labels. No seed
-    changes a split.
+    {"train": [names], "val": [names], "test": [names]}, where a name is a label, or a group, which
+    takes all of its labels; else by a column; else by `fractions`, in the order of a hash of the
+    labels. No seed changes a split.
 
     Texts are tokenised once, by a tokenizer of transformers, cut at `max_length` tokens, and kept
     in `cache_folder()`. Batches are {"input_ids", "attention_mask"}, padded to their longest text.
@@ -159,15 +159,14 @@ def _by_file(path: Path, table: TextTable) -> dict[str, str]:
     given = {split: list(map(str, own)) for split, own in read_splits(path, "class").items()}
     if missing := [split for split in SPLITS if split not in given]:
         raise RequestError(f"the splits {path} do not name {quoted(missing)}: write {SPLITS_FORM}")
-    members: dict[str, Collection[str]] = {name: [name] for name in table.classes}
+    labels: dict[str, list[str]] = {name: [name] for name in table.classes}
+    groups: dict[str, list[str]] = {}
+    for name, group in (table.groups or {}).items():
+        groups.setdefault(group, []).append(name)
     named = {name for own in given.values() for name in own}
-    if not named <= members.keys() and table.groups is not None:
-        by_group: dict[str, list[str]] = {}
-        for name, group in table.groups.items():
-            by_group.setdefault(group, []).append(name)
-        if named & by_group.keys():
-            # Where a group has the name of one of its labels, all of it is meant.
-            members = {**members, **by_group} if named <= by_group.keys() else by_group | members
+    # A name may be both: a file that names groups alone means them.
+    by_group = named <= groups.keys() and not named <= labels.keys()
+    members = labels | groups if by_group else groups | labels
     owner: dict[str, str] = {}
     for split in SPLITS:
         for name in given[split]:

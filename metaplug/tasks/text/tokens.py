@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from metaplug.errors import RequestError, one_line, said_by
+from metaplug.errors import RequestError, one_line, reason, said_by
 from metaplug.tasks.cache import make_room, read_cached, write_cached
 from metaplug.tasks.identities import digest
 from metaplug.tasks.reading import cache_folder, read_regular
@@ -78,11 +78,16 @@ def tokenize(texts: Sequence[str], tokenizer: str, max_length: int, *, download:
             tokens, a text has no token, or transformers is not installed.
     """
     folder = find_tokenizer(tokenizer, download=download)
-    files = [
-        digest(name, read_regular(folder / name, _MOST_BYTES))
-        for name in FILES
-        if (folder / name).is_file()
-    ]
+    try:
+        files = [
+            digest(name, read_regular(folder / name, _MOST_BYTES))
+            for name in FILES
+            if (folder / name).is_file()
+        ]
+    except OSError as error:
+        raise RequestError(
+            f"the tokenizer in {folder} cannot be read: {reason(error)}; give one that you may read"
+        ) from None
     key = digest(_FORMAT, _version(), str(max_length), digest(*files), digest(*texts))
     path = cache_folder() / "tokens" / f"{key}.bin"
     tokens = _read(path, len(texts), max_length)
@@ -184,6 +189,7 @@ def _read(path: Path, count: int, max_length: int) -> Tokens | None:
     content = read_cached(path, 1024 + count * (5 + 4 * max_length), "tokens")
     if content is None:
         return None
+    # The checksum of the file says that `_write` made it, of so many texts.
     head, _, rest = content.partition(b"\n")
     given = json.loads(head)
     lengths = np.frombuffer(rest, np.int32, count).astype(np.int64)
