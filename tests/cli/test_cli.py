@@ -989,8 +989,9 @@ def test_a_task_is_drawn(metaplug: Any) -> None:
     )
     assert (
         metaplug("tasks", "glyphs", "--set", "turn=true").err
-        == "metaplug: glyphs: unknown field 'turn': known: 'within', 'rotate', 'flip', 'shift',"
-        " 'train_ways', 'train_shots', 'memory_mib', 'accents'\n"
+        == "metaplug: glyphs: unknown field 'turn': known: 'within', 'train_ways',"
+        " 'train_shots', 'vary', 'varied_evaluation', 'rotate', 'flip', 'shift', 'memory_mib',"
+        " 'accents'\n"
     )
     wrong = metaplug("tasks", "glyphs", "--draw", "nowhere/task.png")
     assert (wrong.status, wrong.err.count("\n")) == (1, 1)

@@ -122,9 +122,12 @@ def test_pixels_alone_do_not_solve_the_test_tasks(ways: int, accuracy: float) ->
 
 def test_support_and_query_come_from_different_faces() -> None:
     stream = Glyphs().train
-    chosen, _ = stream._choose(0, range(100), ways=5, shots=1)
-    faces = stream.classes.styles[chosen]
-    assert not (faces[..., :1] == faces[..., 1:]).any()
+    choice = stream.chooser.choose(0, range(100))
+    support, query = (
+        stream.classes.styles[part.places].reshape(100, 5, -1)
+        for part in (choice.support, choice.query)
+    )
+    assert not (support == query).any()
 
 
 def test_ink_is_bright() -> None:

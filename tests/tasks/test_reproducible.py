@@ -176,8 +176,8 @@ def test_tasks_within_an_alphabet_of_real_characters() -> None:
     superclasses = tasks.train.classes.superclasses
     assert superclasses is not None
     assert set(superclasses) == {"Korean", "Latin", "Greek", "Japanese_(katakana)", "Balinese"}
-    places, _ = tasks.train._choose(0, range(50), ways=5, shots=1)
+    places = tasks.train.chooser.choose(0, range(50)).query.places
     class_of_image = np.repeat(np.arange(len(superclasses)), tasks.train.classes.counts)
     alphabets = np.array(superclasses)[class_of_image[places]]
-    assert all(len(set(task.ravel())) == 1 for task in alphabets)
-    assert len(set(alphabets[:, 0, 0])) == 5
+    assert all(len(set(task)) == 1 for task in alphabets)
+    assert len(set(alphabets[:, 0])) == 5
