@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from metaplug import MetaLearner, checkpoint
 from metaplug.cli.main import main
@@ -827,6 +828,27 @@ def test_tasks(metaplug: Any) -> None:
     assert (people.status, people.out) == (0, "")
     assert "y = A sin(x + φ)" in people.err
     assert metaplug("tasks").status == 0
+
+
+def test_tasks_keeps_decoded_images_in_the_chosen_cache(
+    metaplug: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metaplug.tasks.images.decoded._FEWEST", 1)
+    for number in range(60):  # of which ten classes are made
+        path = Path(f"data/{number // 6}/{number}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (6, 6), number).save(path)
+    page = []
+    for place in ("one", "one", "two"):
+        monkeypatch.setenv("METAPLUG_CACHE", place)
+        arguments = ("--set", "fractions=[0.4,0.3,0.3]", "--set", "cache_mib=1")
+        page.append(metaplug("tasks", "folder", "data", *arguments, "--json").json)
+    assert page[0] == page[1] == page[2]
+    kept = [sorted(Path(place).rglob("*.bin")) for place in ("one", "two")]
+    assert [path.parent for paths in kept for path in paths] == [
+        Path("one/images"),
+        Path("two/images"),
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

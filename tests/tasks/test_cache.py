@@ -93,3 +93,23 @@ def test_the_longest_unused_make_room(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a", "c"]
     make_room(tmp_path, 40, 80)
     assert names(tmp_path) == ["c"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_two_processes_write_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, contents = tmp_path / "a.bin", [bytes([number]) * 100_000 for number in range(2)]
+    children = []
+    for content in contents:
+        if not (child := os.fork()):
+            for _ in range(20):
+                write_cached(path, content, noun="letters")
+            os._exit(0)
+        children.append(child)
+    caplog.set_level(logging.INFO, "metaplug")
+    while children:
+        assert read(path, 100_000) in (None, *contents)
+        children = [child for child in children if os.waitpid(child, os.WNOHANG) == (0, 0)]
+    assert names(tmp_path) == ["a.bin"]
+    assert read(path, 100_000) in contents
+    assert caplog.messages == []

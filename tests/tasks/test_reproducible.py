@@ -172,7 +172,7 @@ def test_a_folder_that_is_mapped_into_memory_draws_the_same_tasks(tmp_path: Path
     not SHARED.is_dir(), reason=f"real characters are not at {SHARED.name} beside the project"
 )
 def test_tasks_within_an_alphabet_of_real_characters() -> None:
-    tasks = Folder(SHARED, ways=5, shots=1, queries=3, within=True)
+    tasks = Folder(SHARED, ways=5, shots=1, queries=3, within=True, cache_mib=0)
     superclasses = tasks.train.classes.superclasses
     assert superclasses is not None
     assert set(superclasses) == {"Korean", "Latin", "Greek", "Japanese_(katakana)", "Balinese"}

@@ -113,7 +113,7 @@ def _load(table: Mapping[str, Any], group: str) -> list[Rendered]:
     """A group's images of each split, from the cache if whole, else rendered and put there."""
     letters = [letters_of(table[group][split]) for split in SPLITS]
     key = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
-    path = cache_folder() / f"glyphs-{group}-{key}.bin"
+    path = cache_folder() / f"letters-{group}-{key}.bin"
     sizes = [VARIANTS * len(own) for own in letters]
     rendered = _read(path, sum(sizes))
     if rendered is None:
