@@ -14,6 +14,7 @@ import pytest
 import torch
 from support import plugins
 from support.ranks import forked, on_ranks, shard
+from torch.utils.data import DataLoader
 
 from metaplug import MetaLearner, Plugin, RequestError, RunError, checkpoint, hookimpl
 from metaplug.cli.main import main
@@ -22,7 +23,6 @@ from metaplug.execution.devices import resolve_device
 from metaplug.execution.ranks import ALONE, World, joined
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.runs import read_metrics, train
-from metaplug.tasks.adapters import LoaderTasks
 from metaplug.testing import Stream, assert_close, problem
 
 pytestmark = pytest.mark.filterwarnings(
@@ -510,11 +510,11 @@ def test_what_cannot_be_spread_is_refused():
         "tasks, or start fewer ranks"
     )
     with pytest.raises(RequestError) as error:
-        problem_of(world).evaluate(LoaderTasks.__new__(LoaderTasks))
+        problem_of(world).evaluate(DataLoader([TRAIN.batch(0, [0])], collate_fn=list))
     assert str(error.value) == (
-        "a BatchMetaDataLoader decides itself which tasks come next, so that 2 ranks would train "
-        "on the same: "
-        "give its CombinationMetaDataset instead"
+        "a DataLoader decides itself which tasks come next, so that 2 ranks would train on the "
+        "same: give a list of its tasks, a function (seed, iteration, index) that returns one, or "
+        "the CombinationMetaDataset of a loader of torchmeta"
     )
     with pytest.raises(RequestError) as error:
         resolve_device("cuda:0", world)
