@@ -2,9 +2,9 @@
 
 `sources` holds the base of every source, `splits` the division into train, val and test. The
 sources stand in `glyphs`, `images`, `tables`, `toys` and `torchmeta`. `episodes` draws few-shot
-tasks from class images, with the counter-based random numbers of `draws`; `adapters` takes
-torchmeta's own data sets as streams; `identities` tells whether two streams share a class;
-`reading` opens files of others safely.
+tasks from class images, with the counter-based random numbers of `draws`. `adapters` makes a stream
+of whatever `fit` and `evaluate` are given; `own` has those of a user's own tasks. `identities`
+tells whether two streams share a class; `reading` opens files of others safely.
 """
 
 from metaplug.contract.task_batch import TaskBatch
@@ -14,6 +14,7 @@ from metaplug.tasks.images.arrays import ArrayTasks
 from metaplug.tasks.images.class_images import ClassImages
 from metaplug.tasks.images.folder import Folder
 from metaplug.tasks.images.labelled import LabelledTasks
+from metaplug.tasks.own.promises import Promises
 from metaplug.tasks.sources import ImageSource, TaskSource
 from metaplug.tasks.tables.tabular import Tabular
 from metaplug.tasks.toys.harmonic import Harmonic
@@ -29,6 +30,7 @@ __all__ = [
     "ImageEpisodes",
     "ImageSource",
     "LabelledTasks",
+    "Promises",
     "Sinusoid",
     "Tabular",
     "TaskBatch",

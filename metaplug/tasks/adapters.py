@@ -12,14 +12,14 @@ from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import MetaplugError, RequestError, RunError
 from metaplug.tasks.episodes import TaskStream
 from metaplug.tasks.own.function import FunctionTasks
-from metaplug.tasks.own.items import tasks_of
+from metaplug.tasks.own.items import split
 from metaplug.tasks.own.iterated import (
     IteratedTasks,
     all_of,
+    batches_in,
     epochs,
     first_of,
     no_tasks,
-    one_by_one,
 )
 from metaplug.tasks.own.listed import DatasetTasks, ListedTasks
 from metaplug.tasks.own.promises import promises_of
@@ -68,7 +68,7 @@ def training_stream(
         )
 
     once = isinstance(tasks, Iterator)
-    stream = IteratedTasks(one_by_one(tasks) if once else epochs(tasks), ended)
+    stream = IteratedTasks(batches_in(tasks) if once else epochs(tasks), ended)
     stream = _shared(stream, tasks, ranks)
     if iteration > 0 and not once:
         warnings.warn(
@@ -106,7 +106,7 @@ def evaluation_stream(
         def ended(iteration: int, batch: int, given: int) -> MetaplugError:
             return too_few(name, measure, count, given) if given else no_tasks(tasks)
 
-        return IteratedTasks(one_by_one(tasks), ended), count
+        return IteratedTasks(batches_in(tasks), ended), count
     if listed is None and measure == "validation_tasks":
         most = DEFAULTS[measure] if wanted is None else wanted
         if isinstance(tasks, Iterator):
@@ -149,19 +149,16 @@ def _streamed(tasks: Any, seed: int) -> TaskStream | None:
 def _listed(tasks: Any) -> Sequence[TaskBatch] | None:
     """The tasks of what has a length; None for what is only iterated over."""
     if isinstance(tasks, TaskBatch):
-        return tasks_of(tasks, "the TaskBatch")
+        return split(tasks)
     if isinstance(tasks, IterableDataset):  # its base has an index that answers nothing
         return None
-    listed: Sequence[TaskBatch]
     if isinstance(tasks, Sequence):
-        listed = list(one_by_one(tasks))
-    elif hasattr(tasks, "__getitem__") and hasattr(tasks, "__len__"):
-        listed = DatasetTasks(tasks)
-    else:
+        return first_of(tasks)
+    if not hasattr(tasks, "__getitem__") or not hasattr(tasks, "__len__"):
         return None
-    if not len(listed):
+    if not len(tasks):
         raise no_tasks(tasks)
-    return listed
+    return DatasetTasks(tasks)
 
 
 def _shared(stream: TaskStream, tasks: Any, ranks: int) -> TaskStream:

@@ -18,8 +18,8 @@ TORCHMETA = (("train", "test"), ("support", "query"))
 FORM = "(support_x, support_y, query_x, query_y)"
 
 
-def tasks_of(item: Any, where: str) -> list[TaskBatch]:
-    """Return the tasks of an item, each a TaskBatch of one task without padding.
+def batches_of(item: Any, where: str) -> list[TaskBatch]:
+    """Return the tasks of an item.
 
     Args:
         item: a TaskBatch of one task or more; a tuple (support_x, support_y, query_x, query_y) of
@@ -32,37 +32,43 @@ def tasks_of(item: Any, where: str) -> list[TaskBatch]:
         RequestError: it is none of these, it can be read in two ways, or as TaskBatch raises.
     """
     if isinstance(item, list) and item and all(map(_is_task, item)):
-        return [task for own in item for task in tasks_of(own, where)]
+        return [task for own in item for task in batches_of(own, where)]
     try:
-        batch = _read(item, where)
+        return [_read(item, where)]
     except RequestError as error:
         said = str(error)
         raise RequestError(said if said.startswith(where) else f"{where}: {said}") from error
-    if batch.num_tasks == 1:
-        return [uniform(batch)]
+
+
+def split(batch: TaskBatch) -> list[TaskBatch]:
+    """Return the tasks of a batch one by one, without their padding."""
     return [uniform(batch.tasks(slice(row, row + 1))) for row in range(batch.num_tasks)]
 
 
-def join(tasks: Sequence[TaskBatch]) -> TaskBatch:
+def join(batches: Sequence[TaskBatch]) -> TaskBatch:
     """Join tasks of any sizes; each counts in all outputs of the model, or in the ways it names.
 
     Ways are not taken from labels here, so what a task is does not depend on its neighbours.
     """
-    if len(tasks) == 1:
-        return tasks[0]
-    ways = [None if task.sizes is None else task.sizes[0].ways for task in tasks]
-    return TaskBatch.from_tasks(tasks, ways=ways)
+    if len(batches) == 1:
+        return batches[0]
+    ways: list[int | None] = []
+    for batch in batches:
+        sizes = batch.sizes
+        ways += [None] * batch.num_tasks if sizes is None else [size.ways for size in sizes]
+    return TaskBatch.from_tasks(batches, ways=ways)
 
 
 def single(item: Any, where: str) -> TaskBatch:
-    """Return the one task of an item; as `tasks_of`, but several are refused."""
-    tasks = tasks_of(item, where)
-    if len(tasks) > 1:
+    """Return the one task of an item; as `batches_of`, but several are refused."""
+    batches = batches_of(item, where)
+    tasks = sum(batch.num_tasks for batch in batches)
+    if tasks > 1:
         raise RequestError(
-            f"{where} is {len(tasks)} tasks, but a number stands for one: give the task of that "
-            "number alone"
+            f"{where} is {tasks} tasks, but a number stands for one: give the task of that number "
+            "alone"
         )
-    return tasks[0]
+    return batches[0]
 
 
 def _is_task(item: Any) -> bool:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, default_collate, default_convert
 
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import MetaplugError, RequestError, one_line
-from metaplug.tasks.own.items import join, tasks_of
+from metaplug.tasks.own.items import batches_of, join, split
 from metaplug.tasks.own.promises import Promises
 
 MOST_UNCOUNTED = 10_000
@@ -24,7 +24,7 @@ class IteratedTasks:
     """The next tasks of an iterator, whatever iteration and indices say. A TaskStream.
 
     Args:
-        tasks: each of one task.
+        batches: of any numbers of tasks.
         ended: (iteration, tasks wanted, tasks given before) → the error where they end.
     """
 
@@ -32,40 +32,50 @@ class IteratedTasks:
     promises = Promises(repeatable=False, resumable=False, sharded=False)
 
     def __init__(
-        self, tasks: Iterator[TaskBatch], ended: Callable[[int, int, int], MetaplugError]
+        self, batches: Iterator[TaskBatch], ended: Callable[[int, int, int], MetaplugError]
     ) -> None:
-        self._tasks, self._ended, self._given = tasks, ended, 0
+        self._batches, self._ended, self._given = batches, ended, 0
+        self._left: TaskBatch | None = None
 
     def batch(self, iteration: int, indices: Sequence[int] | range) -> TaskBatch:
-        """The next len(indices) tasks.
+        """The next len(indices) tasks: one batch as it is, where it has that many.
 
         Raises:
-            MetaplugError: there are not that many; or as `one_by_one` raises.
+            MetaplugError: there are not that many; or as `batches_in` raises.
         """
-        tasks = list(islice(self._tasks, len(indices)))
-        if len(tasks) < len(indices):
-            raise self._ended(iteration, len(indices), self._given + len(tasks))
-        self._given += len(tasks)
-        return join(tasks)
+        found, missing = [], len(indices)
+        while missing:
+            batch = next(self._batches, None) if self._left is None else self._left
+            if batch is None:
+                given = self._given + len(indices) - missing
+                raise self._ended(iteration, len(indices), given)
+            self._left = None
+            if batch.num_tasks > missing:
+                self._left = batch.tasks(slice(missing, None))
+                batch = batch.tasks(slice(0, missing))
+            found.append(batch)
+            missing -= batch.num_tasks
+        self._given += len(indices)
+        return join(found)
 
 
 def epochs(tasks: Iterable[Any]) -> Iterator[TaskBatch]:
-    """Yield the tasks of an iterable that can be started anew, epoch after epoch.
+    """Yield the batches of an iterable that can be started anew, epoch after epoch.
 
     Raises:
-        RequestError: an epoch has no task; or as `one_by_one` raises.
+        RequestError: an epoch has no task; or as `batches_in` raises.
     """
     given, before = 0, -1
     while given > before:
         before = given
-        for task in one_by_one(tasks):
-            given += 1
-            yield task
+        for batch in batches_in(tasks):
+            given += batch.num_tasks
+            yield batch
     raise no_tasks(tasks, given)
 
 
-def one_by_one(tasks: Iterable[Any]) -> Iterator[TaskBatch]:
-    """Yield the tasks of an iterable once.
+def batches_in(tasks: Iterable[Any]) -> Iterator[TaskBatch]:
+    """Yield the batches of an iterable once.
 
     Raises:
         RequestError: it holds something else, or tasks that its collation cannot join.
@@ -92,12 +102,12 @@ def one_by_one(tasks: Iterable[Any]) -> Iterator[TaskBatch]:
             )
         if type(tasks).__module__.partition(".")[0] == "torchmeta":  # whose errors know its parts
             item = TaskBatch.from_torchmeta(item)
-        yield from tasks_of(item, f"item {place} of the {name}")
+        yield from batches_of(item, f"item {place} of the {name}")
 
 
-def first_of(tasks: Iterable[Any], most: int) -> list[TaskBatch]:
-    """Return the first tasks of an iterable, at least one."""
-    found = list(islice(one_by_one(tasks), most))
+def first_of(tasks: Iterable[Any], most: int | None = None) -> list[TaskBatch]:
+    """Return the first tasks of an iterable one by one, at least one; None: all of them."""
+    found = list(islice((task for batch in batches_in(tasks) for task in split(batch)), most))
     if not found:
         raise no_tasks(tasks)
     return found
@@ -130,8 +140,8 @@ def no_tasks(tasks: Any, given: int = 0) -> RequestError:
     name = type(tasks).__name__
     if given:
         return RequestError(
-            f"the {name} gave {given} tasks, and none when it was started anew: let its __iter__ "
-            "make a new iterator each time, or give a list of its tasks"
+            f"the {name} gave {given} task{'s' * (given > 1)}, and none when it was started anew: "
+            "let its __iter__ make a new iterator each time, or give a list of its tasks"
         )
     advice = "at least one"
     if isinstance(tasks, Iterator):

@@ -76,6 +76,6 @@ def too_few(name: str, measure: str, wanted: int, given: int) -> RequestError:
         measure: the argument that says how many are wanted.
     """
     return RequestError(
-        f"{measure} = {wanted}, but the {name} has {given} tasks: give at most {given}, or leave "
-        f"{measure} out"
+        f"{measure} = {wanted}, but the {name} has {given} task{'s' * (given > 1)}: give at most "
+        f"{given}, or leave {measure} out"
     )
