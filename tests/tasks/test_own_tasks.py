@@ -126,6 +126,14 @@ def test_a_function_gets_the_seed_the_iteration_and_the_index():
     assert asked == [(7, 2, 1), (7, 2, 3), (7, 2, 1), (7, 3, 1)], "the first is asked for twice"
 
 
+def test_a_tuple_is_one_task_wherever_its_shapes_allow_no_other_reading():
+    points, tokens = torch.zeros(10, 1), torch.zeros(6, 8, dtype=torch.long)
+    images, masks = torch.zeros(4, 3, 8, 8), torch.zeros(4, 8, 8, dtype=torch.long)
+    for x, y in ((points, points), (tokens, tokens), (images, masks)):
+        [alone] = batches_of((x, y, x, y), "it")
+        assert alone.num_tasks == 1
+
+
 # What is refused.
 
 Episode = namedtuple("Episode", ["support_x", "support_y", "query_x", "query_y"])
@@ -245,8 +253,14 @@ PAIRS = (
         ),
         (
             [tuple(x[None] for x in task())],
-            f"item 0 of the list is a tuple {FORM} with support_y of shape (1, 2), which may be "
-            "one task with labels along an axis, or many tasks: give a TaskBatch, whose first axis "
+            f"item 0 of the list is a tuple {FORM} with support_x of shape (1, 2, 4) and support_y "
+            "of shape (1, 2), which may be one task or many: give a TaskBatch, whose first axis is "
+            "that of tasks",
+        ),
+        (
+            [(torch.zeros(3, 5, 1),) * 2 + (torch.zeros(3, 7, 1),) * 2],
+            f"item 0 of the list is a tuple {FORM} with support_x of shape (3, 5, 1) and support_y "
+            "of shape (3, 5, 1), which may be one task or many: give a TaskBatch, whose first axis "
             "is that of tasks",
         ),
         (

@@ -104,12 +104,15 @@ def test_a_generator_goes_on_where_it_stopped_and_says_where_it_ended():
     twice.fit(tasks, iterations=1, total=3, tasks_per_batch=2)
     twice.fit(tasks, iterations=2, total=3, tasks_per_batch=2)
     assert same(once, twice)
-    with pytest.raises(RunError) as error:
-        problem().learner().fit((task for task in TASKS), iterations=9, tasks_per_batch=4)
-    assert str(error.value) == (
-        "iteration 1 needs 4 tasks, but the generator ended after 6 in this call: give an endless "
-        "one, or a list, whose tasks come epoch after epoch"
-    )
+    for metrics_every in (1, 3):
+        learner = problem().learner(metrics_every=metrics_every)
+        with pytest.raises(RunError) as error:
+            learner.fit((task for task in TASKS), iterations=9, tasks_per_batch=4)
+        assert str(error.value) == (
+            "iteration 1 needs 4 tasks, but the generator ended after 6 in this call: give an "
+            "endless one, or a list, whose tasks come epoch after epoch"
+        )
+        assert learner.iteration == 1
 
 
 def test_an_iterable_that_starts_anew_in_a_later_fit_says_so():

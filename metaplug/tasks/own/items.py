@@ -103,33 +103,37 @@ def _with_task_axis(x: Any) -> Any:
 
 
 def _check_one(tensors: Mapping[str, list[Tensor]], where: str) -> None:
-    """Refuse a tuple that is a batch as well, by its shapes: its labels have a second axis."""
-    labels = tensors["support_y"]
-    if not labels or labels[0].ndim < 2 or labels[0].is_floating_point():
-        return
-    support, query = (
-        {tuple(x.shape[:2]) for name in (f"{part}_x", f"{part}_y") for x in tensors[name]}
+    """Refuse a tuple that is a batch as well, by its shapes."""
+    leading = [
+        {x.shape[:2] for name in (f"{part}_x", f"{part}_y") for x in tensors[name]}
         for part in ("support", "query")
+    ]
+    fits = all(len(each) == 1 for each in leading)
+    if not fits or _lacks_task_axis(tensors) or leading[0].pop()[0] != leading[1].pop()[0]:
+        return
+    x, y = (tuple(tensors[name][0].shape) for name in ("support_x", "support_y"))
+    raise RequestError(
+        f"{where} is a tuple {FORM} with support_x of shape {x} and support_y of shape {y}, which "
+        "may be one task or many: give a TaskBatch, whose first axis is that of tasks"
     )
-    if len(support) == len(query) == 1 and support.pop()[0] == query.pop()[0]:
-        raise RequestError(
-            f"{where} is a tuple {FORM} with support_y of shape {tuple(labels[0].shape)}, which "
-            "may be one task with labels along an axis, or many tasks: give a TaskBatch, whose "
-            "first axis is that of tasks"
-        )
 
 
 def _check_several(tensors: Mapping[str, list[Tensor]], where: str) -> None:
-    """Refuse a list that is one task as well, by its shapes: nothing is left for the inputs."""
+    """Refuse a list that is no batch, by its shapes."""
+    if name := _lacks_task_axis(tensors):
+        shape = tuple(min(tensors[name], key=Tensor.dim).shape)
+        raise RequestError(
+            f"{where} is a list {FORM}, so a batch of tasks, but {name} has shape {shape}, which "
+            "leaves no axis of tasks: give one task as a tuple or a TaskBatch"
+        )
+
+
+def _lacks_task_axis(tensors: Mapping[str, list[Tensor]]) -> str | None:
+    """The first part without axes of tasks, of examples and, of inputs, one of their own."""
     for name, each in tensors.items():
-        least = 3 if name.endswith("_x") else 2
-        for x in each:
-            if x.ndim < least:
-                raise RequestError(
-                    f"{where} is a list {FORM}, so a batch of tasks, but {name} has shape "
-                    f"{tuple(x.shape)}, which leaves no axis of tasks: give one task as a tuple "
-                    "or a TaskBatch"
-                )
+        if any(x.ndim < (3 if name.endswith("_x") else 2) for x in each):
+            return name
+    return None
 
 
 def _no_task(item: Any, where: str) -> RequestError:

@@ -63,7 +63,7 @@ def not_on_ranks(tasks: Any, ranks: int) -> RequestError:
     """Make the error for tasks that several ranks cannot share."""
     return RequestError(
         f"a {type(tasks).__name__} decides itself which tasks come next, so that {ranks} ranks "
-        "would train on the same: give a list of its tasks, a function (seed, iteration, index) "
+        "would see the same: give a list of its tasks, a function (seed, iteration, index) "
         "that returns one, or the CombinationMetaDataset of a loader of torchmeta"
     )
 
