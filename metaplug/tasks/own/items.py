@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -41,8 +42,14 @@ def batches_of(item: Any, where: str) -> list[TaskBatch]:
 
 
 def split(batch: TaskBatch) -> list[TaskBatch]:
-    """Return the tasks of a batch one by one, without their padding."""
-    return [uniform(batch.tasks(slice(row, row + 1))) for row in range(batch.num_tasks)]
+    """Return the tasks of a batch one by one, without their padding; each keeps its ways."""
+    return [_bare(batch.tasks(slice(row, row + 1))) for row in range(batch.num_tasks)]
+
+
+def _bare(task: TaskBatch) -> TaskBatch:
+    bare = uniform(task)
+    named = task.sizes is not None and task.sizes[0].ways is not None
+    return replace(bare, sizes=task.sizes) if named else bare
 
 
 def join(batches: Sequence[TaskBatch]) -> TaskBatch:
