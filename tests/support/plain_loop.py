@@ -54,7 +54,9 @@ OPTIMIZERS = {
 
 def predict(model, weights, x):
     """The model's answer with these weights, its logits where it answers with an object."""
-    positional, named = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
+    positional, named = (
+        ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
+    )
     answer = torch.func.functional_call(model, weights, positional, named)
     return answer if isinstance(answer, torch.Tensor) else answer.logits
 
@@ -129,5 +131,6 @@ def loop(
 def off(ours, exact):
     """The relative error of meta-gradients as one vector; one that is missing counts as zero."""
     names = {*ours, *exact}
+    assert all(ours[name].shape == exact[name].shape for name in {*ours} & {*exact})
     wrong = sum((ours.get(name, 0) - exact.get(name, 0)).square().sum() for name in names)
     return float((wrong / sum(each.square().sum() for each in exact.values())).sqrt())
