@@ -107,7 +107,9 @@ class TaskBatch:
         advice = "give integer labels in both, or floating-point targets in both"
         self._match("support_y", "query_y", Tensor.is_floating_point, advice)
         if self.sizes is not None:
-            self._check_sizes(self.sizes)
+            sizes = tuple(TaskSize(*size) for size in self.sizes)  # plain tuples, too
+            object.__setattr__(self, "sizes", sizes)
+            self._check_sizes(sizes)
 
     def _check_tensor(self, name: str, value: Any) -> None:
         if not isinstance(value, Tensor):
@@ -127,7 +129,9 @@ class TaskBatch:
     def _check_sizes(self, sizes: Sequence[TaskSize]) -> None:
         most = [self.support_y.shape[1], self.query_y.shape[1]]
         fit = [
-            0 < size.support <= most[0] and 0 < size.query <= most[1] and size.ways != 0
+            0 < size.support <= most[0]
+            and 0 < size.query <= most[1]
+            and (size.ways is None or size.ways > 0)
             for size in sizes
         ]
         if len(sizes) != self.num_tasks or not all(fit):
@@ -409,7 +413,9 @@ def _check_joined(method: str, tasks: Sequence[TaskBatch], axes: int, advice: st
                     f"{str(dtype)[6:]} of shape {shape} on {device}"
                     for shape, dtype, device in (first[name], form)
                 )
+                shapes = form[0] != first[name][0]
                 raise RequestError(
                     f"TaskBatch.{method}: {name} of batch {place} is {given} for "
-                    f"{'a task' if axes == 1 else 'an example'}, of batch 0 {wanted}: {advice}"
+                    f"{'a task' if axes == 1 else 'an example'}, of batch 0 {wanted}: "
+                    f"{advice if shapes else 'convert or move one of them'}"
                 )
