@@ -101,7 +101,8 @@ def make(
     if is_fixed and not {"img_size", "dynamic_img_size"} & given.keys():
         options["img_size"] = tuple(input_shape[1:])
     body: Any = made(name, timm.create_model, given, wanted, pretrained=False, **options)
-    if config.pretrained is not None:
+    # Without values, as a checkpoint is first compared with its model, there are none to load.
+    if config.pretrained is not None and torch.get_default_device().type != "meta":
         _load(name, timm, body, wanted, Path(config.pretrained).expanduser())
     head: nn.Module = body.get_classifier()
     if config.train == "lora":

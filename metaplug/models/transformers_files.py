@@ -41,12 +41,11 @@ def load_body(name: str, wanted: str, config: TransformersConfig) -> nn.Module:
                 f"the model '{name}' is none that transformers {library.__version__} knows by "
                 f"{folder / 'config.json'} ({said_by(error)}): give the folder of another model"
             ) from error
-        kind = _class_of(name, library, form)
         _set_dropout(form, config.dropout)
         # Later calls must give an object with last_hidden_state, and no keys and values.
         form.return_dict, form.use_cache = True, False
         try:
-            return _made(name, kind, form, folder, config)
+            return _made(name, library, form, folder, config)
         except RequestError:
             raise
         except Exception as error:
@@ -56,13 +55,17 @@ def load_body(name: str, wanted: str, config: TransformersConfig) -> nn.Module:
             ) from error
 
 
-def _made(name: str, kind: Any, form: Any, folder: Path, config: TransformersConfig) -> nn.Module:
+def _made(
+    name: str, library: Any, form: Any, folder: Path, config: TransformersConfig
+) -> nn.Module:
+    kind = _class_of(name, library, form)
     options: dict[str, Any] = {}
     if "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
         options = {"add_pooling_layer": False}
     dtype = getattr(torch, config.dtype)
-    if not config.pretrained:
-        body: nn.Module = kind(form, **options).to(dtype)
+    # Without values, as a checkpoint is first compared with its model, there are none to load.
+    if not config.pretrained or torch.get_default_device().type == "meta":
+        body: nn.Module = library.AutoModel.from_config(form, dtype=dtype, **options)
         return body.eval()
     if not any(file for ending in _WEIGHTS for file in folder.glob(ending)):
         raise RequestError(
@@ -144,7 +147,7 @@ def _set_dropout(form: Any, dropout: float | None) -> None:
     for key, value in vars(form).items():
         is_rate = isinstance(value, int | float) and not isinstance(value, bool)
         whole_layers = "layerdrop" in key or "drop_path" in key
-        if is_rate and ("drop" in key or "pdrop" in key) and not (whole_layers and dropout):
+        if is_rate and "drop" in key and not (whole_layers and dropout):
             setattr(form, key, dropout)
 
 

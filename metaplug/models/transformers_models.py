@@ -77,12 +77,20 @@ class LanguageModel(_BodyAndHead):
         self.is_causal = any(getattr(layer, "is_causal", False) for layer in body.modules())
         self.most_tokens, self.why_most = _most_tokens(body)
         # Two texts, the second of which is padded.
-        ids = torch.arange(8, device=body.device).view(2, 4) % body.config.vocab_size
+        ids = (
+            torch.arange(8, device=body.device).view(2, 4)
+            % body.config.get_text_config().vocab_size
+        )
         mask = (torch.arange(8, device=body.device).view(2, 4) < 7).long()
         self._train_with_head(self._width(ids, mask), ids, mask)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Answer n texts.
+        """Answer n texts with (n, outputs) in the head's dtype; arguments as of `features`."""
+        logits: Tensor = self.head(self.features(input_ids, attention_mask))
+        return logits
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embed n texts as what the head is given.
 
         Args:
             input_ids: (n, tokens), whole numbers.
@@ -90,7 +98,7 @@ class LanguageModel(_BodyAndHead):
                 (n, 1, 1 or tokens, tokens) is read as the tokens that its last query may look at.
 
         Returns:
-            (n, outputs), of the head's dtype.
+            (n, width), of the head's dtype.
 
         Raises:
             RequestError: there are more tokens than the body can tell apart by place.
@@ -103,8 +111,7 @@ class LanguageModel(_BodyAndHead):
             )
         kept = kept_tokens(attention_mask)
         hidden = self._hidden(input_ids, kept).to(self.head.weight.dtype)
-        logits: Tensor = self.head(pooled(hidden, kept, self.config.pooling))
-        return logits
+        return pooled(hidden, kept, self.config.pooling)
 
     def _hidden(self, input_ids: Tensor, kept: Tensor) -> Tensor:
         mask = additive_mask(kept, self.body.dtype, causal=self.is_causal)
@@ -130,7 +137,7 @@ class LanguageModel(_BodyAndHead):
         difference = ((own - theirs) * kept[:, :, None]).abs().max()
         bound = torch.finfo(own.dtype).eps ** 0.5 * theirs.abs().max().clamp(min=1)
         if not own.is_meta and difference > bound:
-            raise self._unfit("reads more from attention_mask than which tokens to look at")
+            raise self._unfit("answers otherwise by a mask of attention than by one of tokens")
         return own.shape[-1]
 
     def _unfit(self, reason: str) -> RequestError:
@@ -164,10 +171,14 @@ class VisionModel(_BodyAndHead):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, channels, height, width) to (n, outputs), of the head's dtype."""
+        logits: Tensor = self.head(self.features(x))
+        return logits
+
+    def features(self, x: Tensor) -> Tensor:
+        """(n, channels, height, width) to what the head is given, (n, width)."""
         tokens = self._tokens(x).to(self.head.weight.dtype)
         kept = torch.ones(tokens.shape[:2], dtype=torch.bool, device=x.device)
-        logits: Tensor = self.head(pooled(tokens, kept, self.config.pooling))
-        return logits
+        return pooled(tokens, kept, self.config.pooling)
 
     def _tokens(self, x: Tensor) -> Tensor:
         """(n, tokens, width); the places of a feature map are its tokens."""
@@ -200,7 +211,7 @@ def _most_tokens(body: Any) -> tuple[int | None, str]:
             before = 0 if layer.padding_idx is None else layer.padding_idx + 1
             limits.append((layer.num_embeddings - before, "the places that it knows"))
     for field in ("sliding_window", "attention_chunk_size"):
-        window = getattr(body.config, field, None)
+        window = getattr(body.config.get_text_config(), field, None)
         if isinstance(window, int):
             # Up to here, a layer of limited attention sees every token.
             limits.append((window, f"its {field}"))
