@@ -65,7 +65,9 @@ def _made(
     dtype = getattr(torch, config.dtype)
     # Without values, as a checkpoint is first compared with its model, there are none to load.
     if not config.pretrained or torch.get_default_device().type == "meta":
-        body: nn.Module = library.AutoModel.from_config(form, dtype=dtype, **options)
+        body: nn.Module = library.AutoModel.from_config(
+            form, dtype=dtype, trust_remote_code=False, **options
+        )
         return body.eval()
     if not any(file for ending in _WEIGHTS for file in folder.glob(ending)):
         raise RequestError(

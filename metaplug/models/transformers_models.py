@@ -107,7 +107,7 @@ class LanguageModel(_BodyAndHead):
         if self.most_tokens is not None and tokens > self.most_tokens:
             raise RequestError(
                 f"a text has {tokens} tokens, but {self.name} takes {self.most_tokens} "
-                f"({self.why_most}): cut texts there, by tasks.settings.max_tokens"
+                f"({self.why_most}): cut texts there, by tasks.settings.max_length"
             )
         kept = kept_tokens(attention_mask)
         hidden = self._hidden(input_ids, kept).to(self.head.weight.dtype)

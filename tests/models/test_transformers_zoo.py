@@ -13,12 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaplug import MetaLearner, TaskBatch
 from metaplug.checkpoint import read, write
 from metaplug.errors import RequestError
+from metaplug.experiments.configuration import ExperimentConfig
+from metaplug.experiments.runs import load, train
 from metaplug.models.factories import is_own, make_model
 from metaplug.models.token_masks import additive_mask, kept_tokens, pooled
 
@@ -174,6 +178,26 @@ def test_stacked_adapters_are_those_of_one_task_at_a_time(folders: Path, name: s
         alone = [call([each[task] for each in weights], ids[task], mask[task]) for task in range(3)]
         for one, other in zip(stacked, derivatives(torch.stack(alone)), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_trace_holds_for_other_masks(folders: Path, name: str) -> None:
+    """Nothing in it follows from a value, such as whether any token is padding."""
+    model = made(folders / name, dtype="float64")
+    weights = {key: value.detach().expand(3, *value.shape) for key, value in trained(model).items()}
+
+    def call(ids: Tensor, mask: Tensor) -> Tensor:
+        def one(given: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+            answer: Tensor = torch.func.functional_call(model, given, inputs)
+            return answer
+
+        return torch.vmap(one)(weights, ids, mask)
+
+    ids, mask = texts(3)
+    with sdpa_kernel(SDPBackend.MATH):
+        traced = make_fx(call)(ids, torch.ones_like(mask))
+        assert torch.equal(traced(ids, mask), call(ids, mask))
+        assert not torch.equal(call(ids, mask), call(ids, torch.ones_like(mask)))
 
 
 @pytest.mark.parametrize("size", [16, 32])
@@ -396,7 +420,7 @@ def test_a_text_may_be_as_long_as_there_are_places(folders: Path) -> None:
     assert model(ids[:, 1:], ids[:, 1:]).shape == (1, 3)
     assert refusal(lambda: model(ids, ids)) == (
         f"a text has 17 tokens, but transformers:{folders}/bert takes 16 (the places that it "
-        "knows): cut texts there, by tasks.settings.max_tokens"
+        "knows): cut texts there, by tasks.settings.max_length"
     )
 
 
@@ -532,6 +556,47 @@ def test_a_checkpoint_neither_runs_code_nor_fetches(
     assert refusal(lambda: MetaLearner.load(path)) == (
         f"{path} names code for its model, 'os:system': give it as MetaLearner.load(..., model=...)"
     )
+
+
+def test_code_in_a_folder_is_not_run(
+    folders: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folders / "bert", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "code.py").write_text("print('run')\nclass Body: pass\nclass Config: pass\n")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    code = {"auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Body"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings | code))
+    assert type(made(tmp_path).body).__name__ == "BertModel"
+    assert type(made(tmp_path, pretrained=False).body).__name__ == "BertModel"
+    (tmp_path / "config.json").write_text(json.dumps(settings | code | {"model_type": "mine"}))
+    assert "is none that transformers" in refusal(lambda: made(tmp_path))
+    assert capfd.readouterr().out == ""
+
+
+def test_a_run_is_evaluated_later_without_fetching(folders: Path, tmp_path: Path) -> None:
+    for place, split in enumerate(("train", "val", "test")):
+        for label, shade in (("dark", 60 + place), ("light", 190 + place)):
+            (tmp_path / "images" / split / f"{split}-{label}").mkdir(parents=True)
+            for index in range(2):
+                image = Image.new("RGB", (16, 16), (shade, index, 3 * index))
+                image.save(tmp_path / "images" / split / f"{split}-{label}" / f"{index}.png")
+    sizes = {"ways": 2, "shots": 1, "queries": 1, "settings": {"mode": "colour", "size": 16}}
+    few = {"validation_tasks": 2, "test_tasks": 2, "tasks_per_batch": 1, "iterations": 1}
+    model = {"name": f"transformers:{folders}/vit", "settings": {"download": True}}
+    config = ExperimentConfig.model_validate(
+        {
+            "model": model,
+            "tasks": {"source": f"folder:{tmp_path}/images", **sizes},
+            "learner": {"inner_steps": 1},
+            "training": few,
+            "runtime": {"threads": 1, "device": "cpu"},
+        }
+    )
+    summary = train(config, tmp_path / "run")
+    loaded = load(tmp_path / "run")
+    assert summary is not None
+    assert loaded.config.model.settings == {"download": False}
+    assert loaded.learner.evaluate(loaded.tasks.test, num_tasks=2).mean == summary["test"]["mean"]
 
 
 def test_minilm_tells_a_paraphrase() -> None:
