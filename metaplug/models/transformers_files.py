@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from metaplug.errors import RequestError, one_line, quoted, said_by
+from metaplug.errors import RequestError, quoted, said_by
 from metaplug.models.making import imported
+from metaplug.models.model_folders import find_folder
 from metaplug.models.transformers_config import TransformersConfig
 
-_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
@@ -32,7 +32,7 @@ def load_body(name: str, wanted: str, config: TransformersConfig) -> nn.Module:
         RequestError: the library or a file is missing, or the folder holds no such body.
     """
     library: Any = imported(name, "transformers", "text")
-    folder = _folder(name, wanted, config)
+    folder = find_folder(name, wanted, download=config.download)
     with _quiet(library):
         try:
             form = library.AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -91,46 +91,6 @@ def _made(
     return body.eval()
 
 
-def _folder(name: str, wanted: str, config: TransformersConfig) -> Path:
-    """The local folder of a model; fetched before, if that is asked."""
-    folder = Path(wanted).expanduser()
-    if not folder.is_dir():
-        folder = _cached(name, wanted, config.download)
-    if not (folder / "config.json").is_file():
-        raise RequestError(
-            f"the model '{name}' needs {folder / 'config.json'}, which is not there: give a folder "
-            "that save_pretrained wrote"
-        )
-    return folder
-
-
-def _cached(name: str, wanted: str, download: bool) -> Path:
-    hub: Any = imported(name, "huggingface_hub", "text")
-    files = "config.json and model.safetensors"
-    try:
-        with _without_bars(hub):
-            found = hub.snapshot_download(
-                wanted, allow_patterns=list(_FILES), local_files_only=not download
-            )
-    except hub.errors.HFValidationError:
-        raise RequestError(
-            f"the model '{name}' asks for the folder '{one_line(wanted)}', which is not there: "
-            f"give the path of a folder that holds {files}"
-        ) from None
-    except Exception as error:
-        if not download:
-            raise RequestError(
-                f"the model '{name}' is no folder, and config.json of '{one_line(wanted)}' is not "
-                f"in {hub.constants.HF_HUB_CACHE}: put {files} into a folder and give "
-                "transformers:FOLDER, or set model.settings.download = true"
-            ) from None
-        raise RequestError(
-            f"the model '{name}' cannot be fetched from {hub.constants.ENDPOINT} "
-            f"({said_by(error)}): put {files} into a folder and give transformers:FOLDER"
-        ) from error
-    return Path(found)
-
-
 def _class_of(name: str, library: Any, form: Any) -> Any:
     kind = library.AutoModel._model_mapping.get(type(form), None)
     if kind is None or isinstance(kind, tuple | list) or getattr(form, "is_encoder_decoder", False):
@@ -166,14 +126,3 @@ def _quiet(library: Any) -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def _without_bars(hub: Any) -> Iterator[None]:
-    is_off = hub.utils.are_progress_bars_disabled()
-    hub.utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not is_off:
-            hub.utils.enable_progress_bars()
