@@ -16,10 +16,11 @@ from metaplug.contract.presets import PluginLike, Preset, find_preset, make_plug
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Kind
 from metaplug.core.inner_loop import Loss
-from metaplug.errors import RequestError, unknown
-from metaplug.evaluation.evaluator import Evaluator
+from metaplug.errors import RequestError, at_least_one, unknown
+from metaplug.evaluation.evaluator import MEASURE_UNSEEN, VALIDATE_UNSEEN, Evaluator
 from metaplug.evaluation.history import History, Record
 from metaplug.evaluation.results import EvaluationResult
+from metaplug.evaluation.scores import ScoreLike
 from metaplug.execution.batching import Batching, BatchingChoice
 from metaplug.execution.plan import StepPlan
 from metaplug.execution.precision import Precision
@@ -63,6 +64,8 @@ class MetaLearner:
             the inputs' dtype, with a loss for them) or "regression".
         loss: (prediction, target) of one task → a tensor of shape (). Default: cross-entropy or
             mean squared error, by kind.
+        score: a name in metaplug.evaluation.scores.SCORES, a Score, or a function (predictions,
+            targets) → (tasks,). Default: accuracy or mean squared error, by kind.
         task_batching: "auto", "vectorized" or "sequential": the same numbers, another speed.
         checkpoint_steps: keep the graph of this many inner steps; recompute the rest in the
             backward pass: less memory, a third more time. None keeps all of it.
@@ -98,6 +101,7 @@ class MetaLearner:
         inner_optimizer_settings: Mapping[str, Any] | None = None,
         kind: Kind = "classification",
         loss: Loss | None = None,
+        score: ScoreLike | None = None,
         meta_optimizer: Literal["adam", "sgd"] | None = None,
         meta_lr: float | None = None,
         batch_norm: Literal["batch", "frozen"] | None = None,
@@ -122,7 +126,7 @@ class MetaLearner:
             raise RequestError(f"unknown kind of task '{kind}': classification or regression")
         if task_batching not in get_args(Batching):
             raise unknown("task batching", task_batching, get_args(Batching))
-        _check_counts(metrics_every=metrics_every)
+        at_least_one(metrics_every=metrics_every)
         plan = StepPlan(checkpoint_steps, chunk_size, compile, capture)
         check_model(model, self.settings.batch_norm)
         check_loss(loss)
@@ -143,7 +147,7 @@ class MetaLearner:
             world=self.world,
         )
         self.prepare_batch = PrepareBatch(self.engine, model, kind, task_batching)
-        self.evaluator = Evaluator(self.engine, self.prepare_batch, model, kind, seed)
+        self.evaluator = Evaluator(self.engine, self.prepare_batch, model, kind, score, seed=seed)
 
     @property
     def iteration(self) -> int:
@@ -224,12 +228,13 @@ class MetaLearner:
                 a row stops training all the same. Of a validation, such a task makes the mean NaN.
 
         Raises:
-            RequestError: an argument out of bounds, or a validation class that is trained on.
+            RequestError: an argument out of bounds, or validation tasks that are trained on, or
+                cannot be scored.
             RunError: a loss or gradient is NaN or Inf, or memory runs out; the weights are those of
                 the iteration before.
         """
-        _check_counts(tasks_per_batch=tasks_per_batch, validate_every=validate_every)
-        _check_counts(validation_tasks=validation_tasks)
+        at_least_one(tasks_per_batch=tasks_per_batch, validate_every=validate_every)
+        at_least_one(validation_tasks=validation_tasks)
         if iterations < 0:
             raise RequestError(f"iterations = {iterations}: give at least 0")
         if non_finite not in get_args(NonFinite):
@@ -237,8 +242,8 @@ class MetaLearner:
         tasks = self._stream(tasks)
         trained_on = self.trained_on.and_by(tasks) if iterations > 0 else self.trained_on
         if validation is not None:
-            advice = "give validation tasks of other classes, such as tasks.val"
-            self.evaluator.refuse_trained_on(self._stream(validation), advice, trained_on)
+            stream = self._stream(validation)
+            self.evaluator.refuse_trained_on(stream, VALIDATE_UNSEEN, trained_on)
         skip = non_finite == "skip"
 
         def validate() -> EvaluationResult:
@@ -253,6 +258,7 @@ class MetaLearner:
             total=total,
             tasks_per_batch=tasks_per_batch,
             validate=None if validation is None else validate,
+            check=None if validation is None else self.evaluator.check_score,
             validate_every=validate_every,
             metrics_every=self.metrics_every,
             skip=skip,
@@ -266,6 +272,7 @@ class MetaLearner:
         num_tasks: int = 600,
         inner_steps: int | None = None,
         tasks_per_batch: int | None = None,
+        score: ScoreLike | None = None,
         allow_training_classes: bool = False,
     ) -> EvaluationResult:
         """Adapt to tasks that do not see each other, and score their query examples.
@@ -278,22 +285,20 @@ class MetaLearner:
             inner_steps: default: as in training.
             tasks_per_batch: how many are computed together; the result does not depend on it.
                 Default: 16, or the learner's chunk_size where that is less.
+            score: as for MetaLearner. Default: the learner's.
             allow_training_classes: also measure on classes that were trained on, and say so.
 
         Raises:
-            RequestError: the tasks are of a class that was trained on, and that is not allowed.
+            RequestError: the tasks are of a class that was trained on, and that is not allowed;
+                or they cannot be scored.
             RunError: a task's query loss is NaN or Inf, which no mean should hide; the task is
                 named. Or memory runs out.
         """
-        _check_counts(num_tasks=num_tasks)
+        at_least_one(num_tasks=num_tasks)
         tasks = self._stream(tasks)
         if not allow_training_classes:
-            advice = (
-                "evaluate tasks.test, or give allow_training_classes=True "
-                "(--allow-training-classes) to measure training on purpose"
-            )
-            self.evaluator.refuse_trained_on(tasks, advice, self.trained_on)
-        return self.evaluator.evaluate(tasks, num_tasks, inner_steps, tasks_per_batch)[0]
+            self.evaluator.refuse_trained_on(tasks, MEASURE_UNSEEN, self.trained_on)
+        return self.evaluator.evaluate(tasks, num_tasks, inner_steps, tasks_per_batch, score)[0]
 
     def adapt(
         self, support_x: Tensor, support_y: Tensor, *, inner_steps: int | None = None
@@ -369,9 +374,3 @@ class MetaLearner:
 
     def _stream(self, tasks: TaskStream | Any) -> TaskStream:
         return stream_of(tasks, self.seed, self.world.size)
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise RequestError(f"{name} = {count}: give at least 1")
