@@ -19,7 +19,6 @@ _of_run = partial(typer.Option, show_default="as the run was configured")
 @examples(
     "metaplug evaluate runs/mine",
     "metaplug evaluate runs/mine --num-tasks 2000 --inner-steps 10 --interval bootstrap --json",
-    "metaplug evaluate runs/mine --score balanced-accuracy",
     "metaplug evaluate runs/own --model my_models:make",
 )
 def evaluate(

@@ -123,6 +123,11 @@ def named(name: str) -> NamedScore | None:
     return {str(key): each for key, each in SCORES.items()}.get(_key(name))
 
 
+def option_of(score: Score) -> ScoreName | None:
+    """Return the name that options and files have for a score; None for one of one's own."""
+    return next((name for name, each in SCORES.items() if each is score), None)
+
+
 def better(name: str, candidate: float, than: float) -> bool:
     """Return whether `candidate` is the better value of a score, by its name.
 

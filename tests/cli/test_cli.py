@@ -516,6 +516,18 @@ def test_evaluate_by_a_bootstrap(metaplug: Any, trained: Path) -> None:
     )
 
 
+def test_evaluate_by_another_score(metaplug: Any, trained: Path) -> None:
+    refused = metaplug("evaluate", str(trained), "--score", "accuracy")
+    assert (refused.status, refused.out) == (2, "")
+    assert refused.err == (
+        "metaplug: score 'accuracy' is for class indices or labels of 0 and 1, but the targets are "
+        "real numbers, float32 of shape (1,) an example: give mean-squared-error, or a function of "
+        "your own\n"
+    )
+    unknown = metaplug("evaluate", str(trained), "--score", "f1")
+    assert (unknown.status, unknown.out) == (2, "")
+
+
 def test_evaluate_on_training_tasks_is_on_purpose(metaplug: Any, trained: Path) -> None:
     refused = metaplug("evaluate", str(trained), "--split", "train")
     assert (refused.status, refused.out) == (2, "")
