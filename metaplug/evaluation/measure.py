@@ -20,6 +20,9 @@ from metaplug.execution.engine import FAILURES, Engine
 from metaplug.execution.memory import memory_explained
 from metaplug.tasks.episodes import TaskStream
 
+LOST, UNSCORED = 1.0, 2.0
+"""Of a task without a query loss, and of one with a loss and no score that is a finite number."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -83,10 +86,12 @@ def measure(
                 if cause is None:
                     raise
                 which = f"task {own.start}" if len(own) == 1 else f"tasks {own.start} to {own[-1]}"
-                values[1, place], text = 1.0, f"evaluation {which} cannot be computed: {cause}"
+                values[1, place], text = LOST, f"evaluation {which} cannot be computed: {cause}"
             if values[1, place].any():
                 if found is None:
                     first = int(values[1, place].nonzero()[0])
+                    if values[1, own[first]] == UNSCORED:
+                        text = _unscored(scorer, own[first])
                     found = text or _explain(engine, batch, own, first, steps=steps, scorer=scorer)
                 if not skip:
                     break
@@ -103,7 +108,7 @@ def measure(
     if losses:
         before, after = values[2], values[3]
         growth = int(larger(before, after).sum()), (float(before.mean()), float(after.mean()))
-    per_class = _joined(engine.world.gather(tables), batches)
+    per_class = _joined(engine.world.gather(tables), batches) if scorer.has_table else None
     return Measured(scores.masked_fill(missing, torch.nan), growth, per_class, fault)
 
 
@@ -120,11 +125,12 @@ def _values(
     *,
     losses: bool,
 ) -> Tensor:
-    """(2 or 4, T) float64 on the CPU: scores; 1 for no score or query loss; support losses."""
+    """(2 or 4, T) float64 on the CPU: scores; LOST, UNSCORED or 0; support losses."""
     scores = scorer(*_scored(outcome))
-    missing = ~(torch.isfinite(outcome.query_losses[steps]) & torch.isfinite(scores))
+    missing = ~torch.isfinite(outcome.query_losses[steps])
     if scorer.kind == "classification":
         missing = missing | (outcome.batch.query_y == IGNORED).flatten(1).all(1)
+    missing = torch.where(missing, LOST, (~torch.isfinite(scores)).double() * UNSCORED)
     rows = [scores, missing]
     if losses:
         first = outcome.support_losses[0].detach() if steps else torch.zeros_like(rows[0])
@@ -144,6 +150,13 @@ def _joined(
     return torch.tensor(rows, dtype=torch.float64)
 
 
+def _unscored(scorer: Scorer, number: int) -> str:
+    return (
+        f"score '{scorer.score.name}' of evaluation task {number} is NaN or Inf, while its query "
+        "loss is finite: choose a score that is finite for every task"
+    )
+
+
 def _explain(
     engine: Engine,
     batch: TaskBatch,
@@ -153,19 +166,13 @@ def _explain(
     steps: int,
     scorer: Scorer,
 ) -> str:
-    """Say which task, at `place` of its batch, has a non-finite query loss or score, and why."""
+    """Say which task, at `place` of its batch, has a non-finite query loss, and why."""
     alone = batch.tasks(slice(place, place + 1))
     number = numbers[place]
     if scorer.kind == "classification" and (alone.query_y == IGNORED).all():
         return (
             f"evaluation task {number} has no query target that counts, as all of them are "
             f"{IGNORED}: leave the task out, or give it others"
-        )
-    outcome = engine.evaluate(batch, steps, numbers)
-    if outcome.query_losses[steps][place].isfinite():
-        return (
-            f"score '{scorer.score.name}' of evaluation task {number} is NaN or Inf, while its "
-            "query loss is finite: choose a score that is finite for every task"
         )
     cause = find_nonfinite_at_evaluation(engine, alone, [number], steps)
     if cause is None:  # a plugin may share between test tasks

@@ -32,6 +32,15 @@ class Scorer:
         self.score, self.kind, self.outputs = score, kind, outputs
         self._form: Form | None = None
 
+    @property
+    def has_table(self) -> bool:
+        """Whether `by_class` gives something."""
+        return self._table is not None
+
+    @property
+    def _table(self) -> ScoreFunction | None:
+        return self.score.by_class if isinstance(self.score, NamedScore) else None
+
     def __call__(
         self, predictions: Tensor, targets: Tensor, sizes: Sequence[TaskSize] | None = None
     ) -> Tensor:
@@ -55,8 +64,7 @@ class Scorer:
         self, predictions: Tensor, targets: Tensor, sizes: Sequence[TaskSize] | None = None
     ) -> Tensor | None:
         """Return (T, classes) float64 where the score has such a table; NaN for no class."""
-        table: ScoreFunction | None = getattr(self.score, "by_class", None)
-        if table is None:
+        if (table := self._table) is None:
             return None
         found = [(rows, table(*own)) for rows, *own in self._groups(predictions, targets, sizes)]
         classes = self.outputs or max(each.shape[1] for _, each in found)

@@ -61,7 +61,7 @@ def result_line(result: Mapping[str, Any]) -> str:
 def class_lines(result: Mapping[str, Any]) -> list[str]:
     """Write the accuracy of each class of an evaluation, a line each; none without a table."""
     return [
-        f"  class {row['class']}: "
+        f"class {row['class']}: "
         f"{value_text('accuracy', row['mean'], None if row['num_tasks'] == 1 else row['interval'])}"
         f" ({row['num_tasks']} task{'s' * (row['num_tasks'] != 1)})"
         for row in result.get("by_class", ())

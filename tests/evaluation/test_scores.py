@@ -453,6 +453,6 @@ def test_accuracy_by_class_is_a_table():
         own = column[~column.isnan()]
         assert row["mean"] == pytest.approx(float(own.mean()))
         assert line == (
-            f"  class {row['class']}: {row['mean']:.2%}"[:-1]
+            f"class {row['class']}: {row['mean']:.2%}"[:-1]
             + f" ± {100 * row['interval']:.2f} % ({len(own)} tasks)"
         )
