@@ -19,11 +19,10 @@ Groups = list[tuple[list[int], Tensor, Tensor]]
 
 
 class Scorer:
-    """A score, for tasks of one kind.
-
-    Args:
+    """A score, for the tasks of one evaluation. The form of their targets is that of the first.
 
     Attributes:
+        score, kind: of the tasks.
         outputs: the number of classes that the model tells apart, once it is known; 1 says that a
             single output is a class, and no logit.
     """
