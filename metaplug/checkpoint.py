@@ -46,6 +46,7 @@ from metaplug.execution.free_memory import available, size_text
 from metaplug.execution.ranks import World
 from metaplug.execution.settings import LearnerSettings
 from metaplug.files import replacing
+from metaplug.models.factories import is_own, make_model, name_of, without_download
 from metaplug.settings import Settings, validated
 from metaplug.tasks.identities import TrainedOn
 
@@ -268,15 +269,18 @@ def _digests(others: Any) -> Any:
 
 
 Name = Annotated[StrictStr, Field(min_length=1, max_length=200), AfterValidator(_printable)]
+ModelName = Annotated[  # with the path of a folder
+    StrictStr, Field(min_length=1, max_length=4200), AfterValidator(_printable)
+]
 Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
 Length = Annotated[StrictInt, Field(ge=1, lt=2**31)]
 Plain = Annotated[dict[StrictStr, Any], BeforeValidator(_plain)]
 
 
 class ModelSpec(Settings):
-    """How an installed model is built."""
+    """How an installed model, or one of a zoo, is built."""
 
-    name: Name
+    name: ModelName
     input_shape: list[Length] = Field(max_length=8)
     outputs: Length
     settings: Plain
@@ -399,7 +403,7 @@ def state_of(learner: Learner) -> dict[str, Any]:
     engine, plugins = learner.engine, learner.chain.plugins
     model: Any = learner.model
     spec = None
-    if (name := registry.name_of("model", type(model))) is not None:
+    if (name := name_of(model)) is not None:
         form = {"input_shape": list(model.input_shape), "outputs": model.outputs}
         spec = {"name": name, **form, "settings": _settings(model)}
     return {
@@ -613,9 +617,11 @@ def _model(spec: Mapping[str, Any] | None, path: str | Path) -> nn.Module:
     if spec is None:
         what = "holds the weights of a model of your own, which a file cannot build"
         raise RequestError(f"{path} {what}: give it as MetaLearner.load(..., model=...)")
-    kind = registry.load("model", spec["name"])
-    model: nn.Module = kind(tuple(spec["input_shape"]), spec["outputs"], **spec["settings"])
-    return model
+    if is_own(spec["name"]):
+        how = "give it as MetaLearner.load(..., model=...)"
+        raise RequestError(f"{path} names code for its model, '{one_line(spec['name'])}': {how}")
+    settings = without_download(spec["settings"])
+    return make_model(spec["name"], tuple(spec["input_shape"]), spec["outputs"], settings)
 
 
 def _plugin(use: Mapping[str, Any], path: str | Path) -> PluginUse:

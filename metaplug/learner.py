@@ -16,6 +16,8 @@ from metaplug.contract.presets import PluginLike, Preset, find_preset, make_plug
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Kind
 from metaplug.core.inner_loop import Loss
+from metaplug.core.losses import cross_entropy
+from metaplug.core.model_calls import Output
 from metaplug.errors import RequestError, at_least_one, unknown
 from metaplug.evaluation.evaluator import MEASURE_UNSEEN, VALIDATE_UNSEEN, Evaluator
 from metaplug.evaluation.history import History, Record
@@ -33,7 +35,7 @@ from metaplug.training.assemble import assemble
 from metaplug.training.loop import Loop, LoopSettings, stream_of
 
 LOSSES: dict[Kind, Loss] = {
-    "classification": nn.functional.cross_entropy,
+    "classification": cross_entropy,
     "regression": nn.functional.mse_loss,
 }
 """The loss of one task where none is given."""
@@ -45,9 +47,9 @@ class MetaLearner:
     Several threads may use one learner: they take turns, a step at a time.
 
     Args:
-        model: any `nn.Module` from inputs (n, *input) to one tensor (n, *output), on its device, in
-            one floating dtype. Its trainable parameters are updated in place; nothing else of it
-            changes.
+        model: any `nn.Module` from inputs (n, *input), or several by name or place, to outputs
+            (n, *output), on one device, its trainable parameters in one floating dtype. They are
+            updated in place; nothing else of it changes.
         preset: an algorithm: a name that `metaplug plugins` lists, the path of a YAML file, or a
             Preset. None, like "maml", adds no plugin.
         plugins: instances, names, or modules and functions that are hooks; applied after the
@@ -66,6 +68,8 @@ class MetaLearner:
             mean squared error, by kind.
         score: a name in metaplug.evaluation.scores.SCORES, a Score, or a function (predictions,
             targets) → (tasks,). Default: accuracy or mean squared error, by kind.
+        output: the part of the model's answer that is its prediction: a name ("logits"), key or
+            place. Default: the answer itself, or its `logits` where it has them.
         task_batching: "auto", "vectorized" or "sequential": the same numbers, another speed.
         checkpoint_steps: keep the graph of this many inner steps; recompute the rest in the
             backward pass: less memory, a third more time. None keeps all of it.
@@ -105,6 +109,7 @@ class MetaLearner:
         meta_optimizer: Literal["adam", "sgd"] | None = None,
         meta_lr: float | None = None,
         batch_norm: Literal["batch", "frozen"] | None = None,
+        output: Output = None,
         task_batching: Batching = "auto",
         checkpoint_steps: int | None = None,
         chunk_size: int | None = None,

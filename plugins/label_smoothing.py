@@ -39,5 +39,6 @@ class LabelSmoothing(Plugin):
     def transform_inner_losses(self, losses: Tensor, step: InnerStep) -> Tensor | None:
         if self.config.smoothing == 0:
             return None
-        spread = -step.predictions.log_softmax(2).flatten(1).mean(1)
+        axis = 2 if step.class_axis is None else step.class_axis
+        spread = step.by_task(lambda logits: -logits.log_softmax(axis).flatten(1).mean(1))
         return (1 - self.config.smoothing) * losses + self.config.smoothing * spread

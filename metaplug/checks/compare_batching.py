@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from metaplug.checks.autograd_graph import graph_nodes
+from metaplug.contract.inputs import map_inputs
 from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_groups import uniform
 from metaplug.core.inner_loop import InnerLoop
 from metaplug.errors import said_by
 from metaplug.random_streams import random_state, stream
@@ -51,17 +53,17 @@ def difference(inner: InnerLoop, batch: TaskBatch) -> str | None:
     Args:
         batch: its first and last task are compared, each with weights of its own.
     """
-    rows = batch.map(lambda tensor: tensor[[0, -1]])
+    rows = uniform(batch).map(lambda tensor: tensor[[0, -1]])
     operations, draws = _operations(inner, rows)
     if operations <= KNOWN and not _hooked(inner.functional.module):
         return None
     if draws:  # stacked, two tasks draw in another order than one after the other
         rows = rows.tasks(slice(0, 1))
     for part in (rows.map(lambda tensor: tensor[:, :FEW]), rows):
-        for dtype in dict.fromkeys((_double(inner.dtype), inner.dtype)):
+        for dtype in dict.fromkeys((double(inner.dtype), inner.dtype)):
             # In float64 rounding hides nothing; a model with constants in float32 refuses it.
             try:
-                with _in_dtype(inner, dtype), _NoDropout():
+                with in_dtype(inner, dtype), _NoDropout():
                     return _compare(inner, _cast(part, dtype), dtype)
             except Exception:
                 continue
@@ -69,14 +71,7 @@ def difference(inner: InnerLoop, batch: TaskBatch) -> str | None:
 
 
 def _compare(inner: InnerLoop, rows: TaskBatch, dtype: torch.dtype) -> str | None:
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for name, parameter in inner.parameters.items():
-        noise = torch.randn(rows.num_tasks, *parameter.shape, generator=generator).to(
-            inner.device, dtype
-        )
-        value = parameter.detach().to(dtype) + 0.1 * noise
-        weights[name] = value.requires_grad_(parameter.requires_grad)
+    weights = perturbed(inner, dtype, rows.num_tasks)
     single = _derivatives(inner, weights, rows, vectorized=False)
     try:
         stacked = _derivatives(inner, weights, rows, vectorized=True, of=tuple(single))
@@ -95,6 +90,19 @@ def _compare(inner: InnerLoop, rows: TaskBatch, dtype: torch.dtype) -> str | Non
     return None
 
 
+def perturbed(inner: InnerLoop, dtype: torch.dtype, tasks: int) -> dict[str, Tensor]:
+    """Return weights (tasks, *shape) near the model's, others for each task; frozen ones shared."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, parameter in inner.parameters.items():
+        rows = tasks if parameter.requires_grad else 1
+        noise = torch.randn(rows, *parameter.shape, generator=generator).to(inner.device, dtype)
+        value = parameter.detach().to(dtype) + 0.1 * noise
+        value = value.expand(tasks, *parameter.shape) if rows == 1 else value
+        weights[name] = value.requires_grad_(parameter.requires_grad)
+    return weights
+
+
 def _derivatives(
     inner: InnerLoop,
     weights: dict[str, Tensor],
@@ -107,9 +115,7 @@ def _derivatives(
     before, inner.vectorized = inner.vectorized, vectorized
     try:
         with stream(0, inner.device):
-            losses, predictions = inner.all_tasks(
-                list(weights.values()), rows.support_x, rows.support_y
-            )
+            losses, predictions = inner.all_tasks(list(weights.values()), rows, "support")
     finally:
         inner.vectorized = before
     found = {"prediction": {"output": predictions.detach()}}
@@ -169,7 +175,10 @@ class _Noted(TorchFunctionMode):
 
 def _operations(inner: InnerLoop, rows: TaskBatch) -> tuple[set[str], bool]:
     """The names of one task's operations, and whether one beside dropout draws random numbers."""
-    x, y = rows.support_x[0], rows.support_y[0]
+    x = map_inputs(
+        lambda each: each.select(0, 0), inner.functional.inputs(rows.support_x, inner.dtype)
+    )
+    y = rows.support_y[0]
     weights = [
         each.detach().requires_grad_(each.requires_grad) for each in inner.parameters.values()
     ]
@@ -229,7 +238,7 @@ _DROPOUT = frozenset(
 
 
 @contextmanager
-def _in_dtype(inner: InnerLoop, dtype: torch.dtype) -> Iterator[None]:
+def in_dtype(inner: InnerLoop, dtype: torch.dtype) -> Iterator[None]:
     """Inside, the clone's buffers are in this dtype, and the model rounds no coarser."""
     holders = [module._buffers for module in inner.functional.module.modules()]
     before = [(holder, dict(holder)) for holder in holders]
@@ -258,5 +267,5 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype.to_real()) if tensor.is_floating_point() else tensor
 
 
-def _double(dtype: torch.dtype) -> torch.dtype:
+def double(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype.is_complex else torch.float64

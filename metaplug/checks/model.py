@@ -7,7 +7,9 @@ from torch import nn
 
 from metaplug.checks.output_form import check_rows
 from metaplug.checks.probe_model import answer
+from metaplug.contract.inputs import tensors_of, with_tensors
 from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_groups import uniform
 from metaplug.contract.values import Kind
 from metaplug.core.functional_model import clone
 from metaplug.core.inner_loop import InnerLoop, Loss
@@ -18,10 +20,10 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
     """Refuse a model that cannot be meta-trained, or not rightly.
 
     Raises:
-        RequestError: no trainable parameter; a lazy parameter; parameters of several devices or
-            dtypes, of whole numbers, or in float16; a compiled, scripted or data-parallel module,
-            which runs other weights than a task's; frozen batch norm asked of layers that store no
-            statistics.
+        RequestError: no trainable parameter; a lazy parameter; parameters of several devices,
+            trainable ones of several dtypes, any of whole numbers, or in float16; a compiled,
+            scripted or data-parallel module, which runs other weights than a task's; frozen batch
+            norm asked of layers that store no statistics.
     """
     parameters = dict(model.named_parameters())
     lazy = [name for name, value in parameters.items() if nn.parameter.is_lazy(value)]
@@ -50,13 +52,16 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
             "some of the model's parameters are complex and some are real, but all must be of one "
             "dtype: hold the complex ones as real ones, and read them by torch.view_as_complex"
         )
-    forms = {(parameter.dtype, parameter.device) for parameter in parameters.values()}
-    if len(forms) > 1:
+    trained = {each.dtype for each in parameters.values() if each.requires_grad}
+    devices = {each.device for each in parameters.values()}
+    if len(trained) > 1 or len(devices) > 1:
+        differ = devices if len(devices) > 1 else trained
         raise RequestError(
-            "the model's parameters differ in dtype or device "
-            f"({quoted(map(str, sorted(map(str, forms))))}): call model.to(...) first"
+            "the model's trainable parameters differ in dtype, or its parameters in device "
+            f"({quoted(sorted(map(str, differ)))}): call model.to(...) first; frozen parameters "
+            "may be of another dtype"
         )
-    if next(iter(forms))[0] == torch.float16:
+    if torch.float16 in {each.dtype for each in parameters.values()}:
         raise RequestError(
             "the model is in float16, whose largest number is 65504 and whose smallest step loses "
             "a meta-update: call model.float(), and give precision='bfloat16' for speed"
@@ -115,10 +120,13 @@ def check_outputs(inner: InnerLoop, batch: TaskBatch, outputs: int, kind: Kind) 
         RequestError: the model fails on two examples, does not answer with one tensor, or with one
             of another form.
     """
-    x = torch.cat([batch.support_x[0], batch.query_x[0]])[:2]
-    model = clone(inner.functional.model, shared=False)
+    batch = uniform(batch)
+    parts = zip(tensors_of(batch.support_x), tensors_of(batch.query_x), strict=True)
+    joined = [torch.cat([one[0], other[0]])[:2] for one, other in parts]
+    x, functional = with_tensors(batch.support_x, joined), inner.functional
+    model = clone(functional.model, shared=False)
     with torch.no_grad():
-        prediction = answer(model, x, inner.functional.batch_norm)
+        prediction = answer(model, x, functional.batch_norm, functional.output)
     check_rows(prediction, x)
     target = tuple(batch.support_y.shape[2:])
     given = tuple(prediction.shape[1:])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from metaplug.contract.inputs import Inputs, count_of
+from metaplug.core.losses import class_axis
 from metaplug.errors import RequestError
 
 
-def check_rows(prediction: object, x: Tensor) -> None:
+def check_rows(prediction: object, x: Inputs) -> None:
     """Refuse an output that is not one tensor with a row for each example."""
-    if not isinstance(prediction, Tensor) or prediction.shape[:1] != x.shape[:1]:
+    if not isinstance(prediction, Tensor) or prediction.shape[:1] != (count_of(x),):
         raise RequestError(
             "the model must answer with one tensor (n, *output), a row for each example: "
             "wrap it in a module that does"
@@ -30,12 +32,8 @@ def count_classes(prediction: Tensor, y: Tensor, *, own_loss: bool) -> int | Non
         return None
     if own_loss and prediction.numel() == y.numel():
         return 2  # one logit for each target
-    for axis in dict.fromkeys((1, prediction.dim() - 1)):
-        if (
-            0 < axis < prediction.dim()
-            and prediction.shape[:axis] + prediction.shape[axis + 1 :] == y.shape
-        ):
-            return prediction.shape[axis]
+    if (axis := class_axis(prediction, y)) is not None:
+        return prediction.shape[axis]
     rest = "".join(f", {size}" for size in y.shape[1:])
     raise RequestError(
         f"for classification the model must answer (n, classes{rest}), not "

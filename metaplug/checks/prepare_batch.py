@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from torch import nn
 
+from metaplug.checks.attention_mask import choose_mask
 from metaplug.checks.compare_batching import difference
 from metaplug.checks.model_changes import ModelChanges
 from metaplug.checks.probe_model import probe_model, written_by_forward
@@ -83,8 +84,10 @@ class PrepareBatch:
                 batch = batch.map(
                     lambda each: each.nan_to_num() if each.is_floating_point() else each
                 )
+            inner.functional.mask = None
             probed = probe_model(inner, batch, self._kind)
             self._engine.outputs = probed.outputs
+            inner.functional.mask = choose_mask(inner, batch)
             # Anew with other hooks: vmap may not follow them.
             self.batching = choose_batching(self._wanted, inner, batch, difference)
         inner.vectorized = self.batching.batching == "vectorized"

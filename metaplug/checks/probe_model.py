@@ -6,24 +6,33 @@ functional model would do otherwise without a word is refused, with the cause.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from metaplug.checks.autograd_graph import graph_leaves, graph_nodes
 from metaplug.checks.module_state import Held, Tally, noting_checkpoints, snapshot
 from metaplug.checks.output_form import check_rows, check_targets, count_classes
+from metaplug.contract.inputs import (
+    Inputs,
+    count_of,
+    device_of,
+    map_inputs,
+    named_tensors,
+    tensors_of,
+)
 from metaplug.contract.return_checks import form
 from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_groups import uniform
 from metaplug.contract.values import Kind
 from metaplug.core.functional_model import PLAIN, Place, clone, give_parameters, set_mode, version
 from metaplug.core.inner_loop import InnerLoop
+from metaplug.core.losses import cross_entropy
+from metaplug.core.model_calls import Output, call_model
 from metaplug.core.vmap_rules import TaskRules
 from metaplug.errors import RequestError, quoted, said_by
 from metaplug.random_streams import stream
@@ -70,7 +79,7 @@ def probe_model(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> Probed:
             loss remembers; it uses weights that nothing trains; its output or loss has not the
             right form, or is too narrow for the labels.
     """
-    probe = _Probe(inner, batch)
+    probe = _Probe(inner, uniform(batch))
     if probe.checkpointed:
         raise RequestError(CHECKPOINTED)
     check_rows(probe.expected, probe.x)
@@ -89,7 +98,7 @@ def probe_model(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> Probed:
     if kind == "regression":
         check_targets(prediction, probe.y)
     else:
-        outputs = count_classes(prediction, probe.y, own_loss=inner.loss is not F.cross_entropy)
+        outputs = count_classes(prediction, probe.y, own_loss=inner.loss is not cross_entropy)
     batch.check_values(outputs)
     probe.check_loss(prediction)
     return Probed(outputs, frozenset(probe.written))
@@ -97,7 +106,7 @@ def probe_model(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> Probed:
 
 def written_by_forward(inner: InnerLoop, batch: TaskBatch) -> frozenset[Place]:
     """Return where forward passes on one task write attributes; refuse nothing but a failure."""
-    return frozenset(_Probe(inner, batch, inner.functional.module).written)
+    return frozenset(_Probe(inner, uniform(batch), inner.functional.module).written)
 
 
 class _Probe:
@@ -114,12 +123,13 @@ class _Probe:
     def __init__(
         self, inner: InnerLoop, batch: TaskBatch, original: nn.Module | None = None
     ) -> None:
-        self.inner, self.x, self.y = inner, batch.support_x[0].clone(), batch.support_y[0]
+        self.inner, self.y = inner, batch.support_y[0]
+        self.x = map_inputs(lambda each: each[0].clone(), batch.support_x)
         original = inner.functional.model if original is None else original
         self.model = clone(original, shared=False)
         self.weights = _give_weights(self.model, original)
         before = snapshot(self.model)
-        self._given, self._tensors = version(self.x), self._values()
+        self._given, self._tensors = versions(self.x), self._values()
         with noting_checkpoints() as noted:
             self.expected = self.ask(self.x)
         self.checkpointed = bool(noted)
@@ -127,19 +137,22 @@ class _Probe:
             place for place, value in snapshot(self.model).items() if before.get(place) != value
         }
         # Another number of examples shows what is kept for a number; all would take long.
-        others = batch.query_x[-1][: len(self.x) + 1].clone()
-        self.others = (
-            self.x[:1].expand_as(self.x).clone() if torch.equal(others, self.x) else others
-        )
+        count = count_of(self.x)
+        others = map_inputs(lambda each: each[-1][: count + 1].clone(), batch.query_x)
+        pairs = zip(tensors_of(others), tensors_of(self.x), strict=True)
+        if all(torch.equal(one, other) for one, other in pairs):
+            others = map_inputs(lambda each: each[:1].expand_as(each).clone(), self.x)
+        self.others = others
 
-    def ask(self, x: Tensor, asleep: Collection[str] = ()) -> Tensor:
+    def ask(self, x: Inputs, asleep: Collection[str] = ()) -> Tensor:
         """Return the copy's answer in training mode, with these modules in evaluation mode."""
-        return answer(self.model, x, self.inner.functional.batch_norm, asleep)
+        functional = self.inner.functional
+        return answer(self.model, x, functional.batch_norm, functional.output, asleep)
 
     def predict(self) -> Tensor:
         """Return the functional model's answer to x, with the copy's weights."""
         try:
-            with stream(0, self.x.device), TaskRules():
+            with stream(0, self.inner.device), TaskRules():
                 prediction: Tensor = self.inner.functional(list(self.weights.values()), self.x)
         except Exception as error:
             raise RequestError(
@@ -153,15 +166,15 @@ class _Probe:
 
         A pass in evaluation mode is looked at too: it may write what training does not.
         """
-        if version(self.x) != self._given:
+        if versions(self.x) != self._given:
             raise RequestError(
                 "the model changes its input in place, and with it the data of the next inner "
                 "step: give it operations that make new tensors"
             )
         self._refuse_written_tensors()
-        with torch.no_grad(), stream(0, self.x.device), _tolerated():
+        with torch.no_grad(), stream(0, self.inner.device), _tolerated():
             self.model.eval()
-            self.model(self.x)
+            call_model(self.model, self.x, self.inner.functional.output)
         self._refuse_written_tensors()
 
     def refuse_memory(self) -> None:
@@ -172,7 +185,8 @@ class _Probe:
         after, at_first = None, None
         with torch.no_grad(), _tolerated():
             after = self.ask(self.others)
-            at_first = answer(fresh, self.others, self.inner.functional.batch_norm)
+            functional = self.inner.functional
+            at_first = answer(fresh, self.others, functional.batch_norm, functional.output)
         if after is not None and at_first is not None and not _close(after, at_first):
             raise RequestError(REMEMBERS)
         for _ in range(2):  # after other examples, and after its own
@@ -230,7 +244,7 @@ class _Probe:
         trained = [weight for weight in self.weights.values() if weight.requires_grad]
         if not self.expected.requires_grad:
             return  # the inner loop says so where it asks for a gradient
-        with stream(0, self.x.device):
+        with stream(0, self.inner.device):
             self.inner.functional([2 * weight for weight in self.weights.values()], self.x)
         ours, expected = (_gradients(output, trained) for output in (prediction, self.expected))
         if ours is None or expected is None or not all(map(_close, ours, expected)):
@@ -265,7 +279,7 @@ class _Probe:
         weights = [weight.detach() for weight in self.weights.values()]
         functional.begin(False)
         try:
-            with torch.no_grad(), stream(0, self.x.device):
+            with torch.no_grad(), stream(0, self.inner.device):
                 functional(weights, self.x)
         except RuntimeError as error:
             return "does not require grad" in str(error) or "does not have a grad_fn" in str(error)
@@ -308,9 +322,9 @@ class _Probe:
                 "take the mean over its examples"
             )
         alone = prediction.detach()  # what is in the graph now is the loss's own
-        with stream(0, self.x.device):
+        with stream(0, self.inner.device):
             first = self.inner.loss(alone, self.y)
-        with stream(0, self.x.device):
+        with stream(0, self.inner.device):
             second = self.inner.loss(alone, self.y)
         if not _close(second, first):
             raise RequestError(
@@ -373,10 +387,17 @@ class _Probe:
         return not isinstance(attributes.get(name), (Tally, *PLAIN))
 
 
-def answer(model: nn.Module, x: Any, batch_norm: str, asleep: Collection[str] = ()) -> Tensor:
+def answer(
+    model: nn.Module,
+    x: Inputs,
+    batch_norm: str,
+    output: Output = None,
+    asleep: Collection[str] = (),
+) -> Tensor:
     """Call a copy of the user's model in training mode, as its user would.
 
     Args:
+        output: the part of its answer that is the prediction.
         asleep: names of modules in evaluation mode.
 
     Raises:
@@ -386,17 +407,33 @@ def answer(model: nn.Module, x: Any, batch_norm: str, asleep: Collection[str] = 
     for name in asleep:
         model.get_submodule(name).training = False
     try:
-        with stream(0, x.device):
-            output: Tensor = model(x)
+        with stream(0, device_of(x)):
+            prediction: Tensor = call_model(model, x, output)
+    except RequestError:
+        raise
     except Exception as error:
         advice = "give it the form and dtype of the tasks"
+        if isinstance(x, Mapping) and "unexpected keyword argument" in str(error):
+            advice = f"give a model whose forward takes {quoted(x)}"
         if "Expected more than 1 value" in str(error):
             advice = "give tasks more support examples, or take batch_norm='frozen'"
         raise RequestError(
-            f"the model fails on the support examples of a task, {form(x)} ({said_by(error)}): "
+            f"the model fails on the support examples of a task, {_forms(x)} ({said_by(error)}): "
             f"{advice}"
         ) from error
-    return output
+    return prediction
+
+
+def _forms(x: Inputs) -> str:
+    named = named_tensors("x", x)
+    return ", ".join(
+        form(each) if name == "x" else f"{name[1:]} of {form(each)}" for name, each in named.items()
+    )
+
+
+def versions(x: Inputs) -> list[int]:
+    """Return how often each tensor was written to in place."""
+    return [version(each) for each in tensors_of(x)]
 
 
 def _stores_statistics(module: nn.Module) -> bool:

@@ -162,8 +162,12 @@ def _describe(source: str, task: TaskSettings) -> dict[str, Any] | None:
 def _draw(config: ExperimentConfig, split: str, path: Path) -> None:
     """Draw the first task of a split."""
     from metaplug.experiments.build import build_tasks, task_form
-    from metaplug.report.episodes import episode_figure
+    from metaplug.report.episodes import episode_figure, texts_figure
+    from metaplug.tasks.text.episodes import TextEpisodes
 
-    batch = getattr(build_tasks(config), split).batch(0, [0])
+    stream = getattr(build_tasks(config), split)
     title = f"{config.tasks.source}: one {' '.join(task_form(config))} {split} task"
-    episode_figure(batch, path, title)
+    if isinstance(stream, TextEpisodes):
+        texts_figure(stream.texts(0, 0), path, title)
+    else:
+        episode_figure(stream.batch(0, [0]), path, title)

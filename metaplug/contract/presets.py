@@ -72,7 +72,8 @@ class Preset(Settings):
             )
         model = value.get("model")
         name = model.get("name") if isinstance(model, Mapping) else None
-        if isinstance(name, str) and ":" in name and not name.startswith("torchvision:"):
+        zoo, colon, _ = name.partition(":") if isinstance(name, str) else ("", "", "")
+        if colon and zoo not in registry.ZOOS:
             raise ValueError(
                 f"a preset contains no code, as its model '{one_line(name)}' is: "
                 "give that by --model, or in a configuration"

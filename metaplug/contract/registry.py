@@ -25,6 +25,8 @@ GROUPS = {
     "model": "metaplug.models",
 }
 """The entry-point group of every kind of part."""
+ZOOS = ("torchvision", "transformers", "timm")
+"""The libraries whose models are asked for as LIBRARY:NAME; other MODULE:NAME are user's code."""
 
 _EXPECTED = {
     "plugin": "a subclass of metaplug.Plugin or a module with hooks",

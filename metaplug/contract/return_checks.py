@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaplug.contract.task_batch import FIELDS, TaskBatch
+from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import did_you_mean, quoted
 
 
@@ -85,10 +85,20 @@ def _check_batch(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
     """Let tasks be more or fewer, and integer labels become probabilities of the inputs' dtype."""
     if not isinstance(after, TaskBatch):
         return f"returned {type(after).__name__}, not a TaskBatch"
-    for name in FIELDS:
-        old, new = getattr(before, name), getattr(after, name)
+    if before.sizes is not None and after.sizes is None:
+        return (
+            "returned a batch without the sizes of its tasks, so padding would count: make it by "
+            "dataclasses.replace(batch, ...), or give TaskBatch(..., sizes=...)"
+        )
+    old_tensors, new_tensors = before.named_tensors(), after.named_tensors()
+    if fault := _check_names(old_tensors, new_tensors):
+        return fault
+    inputs = [each.dtype for name, each in old_tensors.items() if not name.endswith("_y")]
+    for name, old in old_tensors.items():
+        new = new_tensors[name]
         softened = name.endswith("_y") and not old.is_floating_point() and new.is_floating_point()
-        dtype = before.support_x.dtype if softened else old.dtype
+        floating = next((dtype for dtype in inputs if dtype.is_floating_point), new.dtype)
+        dtype = floating if softened else old.dtype
         if (new.dtype, new.device) != (dtype, old.device):
             given, wanted = f"{new.dtype} on {new.device}", f"{dtype} on {old.device}"
             return f"returned a batch whose {name} is {given}; it must be {wanted}"

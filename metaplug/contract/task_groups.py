@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -28,8 +28,8 @@ def alike(batch: TaskBatch, part: Part) -> list[Alike]:
     if batch.sizes is None:
         return [Alike([*range(batch.num_tasks)], x, y, None)]
     found = []
-    for (count, ways), rows in _groups(batch.sizes, part).items():
-        pick = partial(_picked, rows=rows, count=count, tasks=batch.num_tasks)
+    for (count, ways), rows in rows_by_size(batch.sizes, part).items():
+        pick = partial(_picked, rows=rows, count=count)
         found.append(Alike(rows, map_inputs(pick, x), pick(y), ways))
     return found
 
@@ -43,9 +43,9 @@ def uniform(batch: TaskBatch) -> TaskBatch:
     fields = []
     for name in FIELDS:
         count = most.support if name.startswith("support") else most.query
-        pick = partial(_picked, rows=rows, count=count, tasks=batch.num_tasks)
+        pick = partial(_picked, rows=rows, count=count)
         fields.append(map_inputs(pick, getattr(batch, name)))
-    return TaskBatch(*fields, sizes=None if most.ways is None else (most,) * len(rows))
+    return TaskBatch(*fields)
 
 
 def by_size(
@@ -66,32 +66,57 @@ def by_size(
     """
     if sizes is None:
         return function(predictions)
-    rows_in_order: list[int] = []
-    found = []
-    for (count, ways), rows in _groups(sizes, part).items():
-        own = _picked(predictions, rows=rows, count=count, tasks=len(sizes))
-        if ways is not None and class_axis is not None and class_axis < own.ndim:
+    found: list[tuple[list[int], Tensor]] = []
+    for (count, ways), rows in rows_by_size(sizes, part).items():
+        own = _picked(predictions, rows=rows, count=count)
+        if ways is not None and class_axis is not None:
             own = own.narrow(class_axis, 0, min(ways, own.shape[class_axis]))
-        found.append(function(own))
-        rows_in_order += rows
-    return torch.cat(found)[places(rows_in_order)]
+        found.append((rows, function(own)))
+    return in_order(found)
 
 
-def places(rows: list[int]) -> list[int]:
-    """Return where each task stands among `rows`: the way back from groups to the batch.
+def rows_of(tensor: Tensor, rows: list[int]) -> Tensor:
+    """Return some rows, stacked; their derivative costs no more than they do.
 
-    >>> places([2, 0, 1])
-    [1, 2, 0]
+    Rows that are one tensor, expanded, stay so.
     """
-    return sorted(range(len(rows)), key=rows.__getitem__)
+    if len(rows) == len(tensor):
+        return tensor
+    if tensor.stride(0) == 0:
+        return tensor[: len(rows)]
+    unbound = tensor.unbind(0)
+    return torch.stack([unbound[row] for row in rows])
 
 
-def _groups(sizes: tuple[TaskSize, ...], part: Part) -> dict[tuple[int, int | None], list[int]]:
+def in_order(found: list[tuple[list[int], Tensor]]) -> Tensor:
+    """Return the rows of groups of tasks, (tasks, ...) each, in the order of the batch.
+
+    Shorter ones are filled up with zeros along their second axis.
+    """
+    if len(found) == 1:
+        return found[0][1]
+    most = max((each.shape[1] for _, each in found if each.ndim > 1), default=0)
+    by_row: dict[int, Tensor] = {}
+    for rows, each in found:
+        whole = each
+        if each.ndim > 1 and each.shape[1] < most:
+            rest = each.new_zeros(each.shape[0], most - each.shape[1], *each.shape[2:])
+            whole = torch.cat([each, rest], 1)
+        by_row.update(zip(rows, whole.unbind(0), strict=True))
+    return torch.stack([by_row[row] for row in range(len(by_row))])
+
+
+def rows_by_size(sizes: Sequence[TaskSize], part: Part) -> dict[tuple[int, int | None], list[int]]:
+    """Return the places of the tasks of each number of examples and of ways.
+
+    >>> rows_by_size([TaskSize(1, 5), TaskSize(2, 3), TaskSize(3, 5)], "query")
+    {(5, None): [0, 2], (3, None): [1]}
+    """
     groups: dict[tuple[int, int | None], list[int]] = {}
     for row, size in enumerate(sizes):
         groups.setdefault((size.examples(part), size.ways), []).append(row)
     return groups
 
 
-def _picked(tensor: Tensor, *, rows: list[int], count: int, tasks: int) -> Tensor:
-    return (tensor if len(rows) == tasks else tensor[rows])[:, :count]
+def _picked(tensor: Tensor, *, rows: list[int], count: int) -> Tensor:
+    return rows_of(tensor, rows)[:, :count]

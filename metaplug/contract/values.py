@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeAlias
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from metaplug.contract.plugin import Plugin
-from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_batch import TaskBatch, TaskSize
+from metaplug.contract.task_groups import by_size
 from metaplug.errors import RequestError
 
 Kind: TypeAlias = Literal["classification", "regression"]
@@ -46,6 +47,8 @@ class InnerStep:
         training: whether this is meta-training; False when test tasks are adapted.
         parameters: the fast weights of this forward pass, all parameters of the model.
         initial_parameters: the weights that every task started from.
+        sizes: of each task, where they differ; predictions are padded with zeros beyond them.
+        class_axis: of `predictions`, where targets are class indices; None elsewhere.
 
     >>> InnerStep(7, 8, trained_steps=5, meta_iteration=0, meta_iterations=0, training=False).slot
     4
@@ -64,6 +67,8 @@ class InnerStep:
     statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     owner: Plugin | None = None
     share: TaskShare | None = None
+    sizes: tuple[TaskSize, ...] | None = None
+    class_axis: int | None = None
 
     @property
     def slot(self) -> int:
@@ -84,6 +89,16 @@ class InnerStep:
     def predictions(self) -> Tensor:
         """(T, n_support, *output) of the support pass; logits in classification."""
         return self._of_forward("predictions", self.support_predictions)
+
+    def by_task(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what `function` gives of the support predictions, whatever the tasks' sizes.
+
+        Args:
+            function: from the predictions (tasks, n_support, *output) of tasks of one size, without
+                padding and without outputs beyond their ways, to (tasks, ...). It is called once
+                for each size.
+        """
+        return by_size(function, self.predictions, self.sizes, "support", self.class_axis)
 
     def task_mean(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """Σ_t w[t]·x[t] / T over all tasks of the meta-batch, across ranks too; differentiable.

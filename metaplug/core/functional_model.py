@@ -13,9 +13,12 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from metaplug.contract.inputs import Inputs
+from metaplug.core.model_calls import MaskForm, Output, arguments, expand_mask, prediction_of
 from metaplug.errors import RequestError, RunError, said_by
 
 Place = tuple[str, str]
@@ -33,6 +36,11 @@ class FunctionalModel:
     Args:
         model: any `nn.Module` that `copy.deepcopy` takes.
         batch_norm: "batch" (statistics of each call's own examples) or "frozen" (the stored ones).
+        output: the part of the model's answer that is its prediction.
+
+    Attributes:
+        mask: how `attention_mask` is expanded before the model sees it, and whether to numbers
+            that are added to scores; None leaves it to the model.
 
     Raises:
         RequestError: the model cannot be copied; the reason is named.
@@ -43,8 +51,9 @@ class FunctionalModel:
         tensor([[3.]])
     """
 
-    def __init__(self, model: nn.Module, batch_norm: str) -> None:
-        self.model, self.batch_norm = model, batch_norm
+    def __init__(self, model: nn.Module, batch_norm: str, output: Output = None) -> None:
+        self.model, self.batch_norm, self.output = model, batch_norm, output
+        self.mask: tuple[MaskForm, bool] | None = None
         self.module = clone(model)
         index = {id(parameter): place for place, parameter in enumerate(model.parameters())}
         # named_modules yields a module once, even where it stands at two places: functional_call
@@ -78,14 +87,24 @@ class FunctionalModel:
 
         Args:
             weights: in the order of `model.parameters()`, each of its parameter's shape.
-            x: (n, *input).
+            x: (n, *input), or a mapping or tuple of such tensors.
         """
         values = {place: weights[index] for place, index in self._places.items()}
+        positional, named = arguments(x)
         try:
-            return functional_call(self.module, values, (x,), tie_weights=False)
+            answer = functional_call(self.module, values, positional, named, tie_weights=False)
+            return prediction_of(answer, self.output)
         finally:
             # At once, not after the step: no task may see what another one's pass left behind.
             self._written.put_back()
+
+    def inputs(self, x: Inputs, dtype: torch.dtype) -> Inputs:
+        """Return the inputs of all tasks as the model takes them, masks expanded once for all."""
+        if self.mask is None:
+            return x
+        form, added = self.mask
+        mask = expand_mask(x["attention_mask"], form, dtype if added else None)
+        return {**x, "attention_mask": mask}
 
     def begin(self, training: bool) -> None:
         """Set the mode, and take over buffers that were put in the place of others."""

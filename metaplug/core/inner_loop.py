@@ -22,9 +22,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaplug.contract.chain import Chain
-from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.inputs import Inputs, map_inputs
+from metaplug.contract.task_batch import Part, TaskBatch
+from metaplug.contract.task_groups import Alike, alike, in_order, rows_of
 from metaplug.contract.values import InnerStep, Outcome, TaskShare
 from metaplug.core.functional_model import FunctionalModel
+from metaplug.core.losses import class_axis
+from metaplug.core.model_calls import Output
 from metaplug.core.optimizers import DifferentiableOptimizer
 from metaplug.core.rematerialize import rematerialize
 from metaplug.core.vmap_rules import TaskRules, for_all_tasks
@@ -68,6 +72,7 @@ class InnerLoop:
         optimizer, optimizer_settings: a name in OPTIMIZERS, and its settings.
         batch_norm: "batch" (statistics of each task's own batch, in training and evaluation) or
             "frozen" (the model's stored statistics).
+        output: the part of the model's answer that is its prediction.
 
     Attributes:
         vectorized: whether tasks run in one call under vmap, or one after the other.
@@ -100,15 +105,16 @@ class InnerLoop:
         optimizer: str,
         optimizer_settings: Mapping[str, Any],
         batch_norm: str,
+        output: Output = None,
     ) -> None:
         self.chain, self.loss, self.inner_steps, self.inner_lr = chain, loss, inner_steps, inner_lr
         self.vectorized, self.query_graph, self.first_order_only = True, False, False
         self.checkpoint_steps: int | None = None
         self.autocast: Callable[[], AbstractContextManager[None]] = nullcontext
-        self.functional = FunctionalModel(model, batch_norm)
+        self.functional = FunctionalModel(model, batch_norm, output)
         self.parameters: dict[str, Tensor] = dict(model.named_parameters())
         self.adapted = tuple(name for name in self.parameters if name in adapted)
-        reference = next(iter(self.parameters.values()))
+        reference = next(each for each in self.parameters.values() if each.requires_grad)
         self.dtype, self.device = reference.dtype, reference.device
         self.optimizer = DifferentiableOptimizer(
             optimizer, optimizer_settings, inner_lr, len(self.adapted)
@@ -141,7 +147,9 @@ class InnerLoop:
             seeds: one for each task, where each draws random numbers of its own: a task's numbers
                 then do not depend on its batch.
         """
-        first = InnerStep(0, steps, self.inner_steps, iteration, total, training, share=share)
+        first = InnerStep(
+            0, steps, self.inner_steps, iteration, total, training, share=share, sizes=batch.sizes
+        )
         self.functional.begin(training)
         # Meta-gradients are taken outside: who asks for them records, from before the loop on.
         with nullcontext() if training else recording(), self.functional.unwritten():
@@ -151,32 +159,62 @@ class InnerLoop:
             finally:
                 self.optimizer.reset()
 
-    def task(self, weights: Sequence[Tensor], x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return one task's loss () and prediction (n, *output), with weights of its own."""
+    def task(
+        self, weights: Sequence[Tensor], x: Inputs, y: Tensor, ways: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return one task's loss () and prediction (n, *output), with weights of its own.
+
+        Args:
+            ways: the number of its classes, where the loss is to see no further outputs.
+        """
         with self.autocast():
             prediction = self.functional(weights, x)
         if self.autocast is not nullcontext and prediction.is_floating_point():
             prediction = prediction.to(self.dtype)  # losses keep the model's own dtype
-        return self.loss(prediction, y), prediction
+        axis = None if ways is None else class_axis(prediction, y)
+        if ways is None or axis is None:
+            return self.loss(prediction, y), prediction
+        counted = prediction.narrow(axis, 0, min(ways, prediction.shape[axis]))
+        return self.loss(counted, y), prediction
 
     def adapted_losses(self, outcome: Outcome, seeds: Sequence[int] | None = None) -> Tensor:
         """Return the (T,) support losses after the last update; asks no hook, keeps no graph."""
         values, batch = outcome.query_parameters, outcome.batch.recordable()
         stacked = [values[name] for name in self.parameters]
         with recording(), torch.set_grad_enabled(self.query_graph):
-            losses, _ = self.all_tasks(stacked, batch.support_x, batch.support_y, seeds)
+            losses, _ = self.all_tasks(stacked, batch, "support", seeds)
         return losses.detach()
 
     def all_tasks(
-        self, stacked: Sequence[Tensor], x: Any, y: Tensor, seeds: Sequence[int] | None = None
+        self,
+        stacked: Sequence[Tensor],
+        batch: TaskBatch,
+        part: Part,
+        seeds: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return every task's loss (T,) and prediction (T, n, *output).
+        """Return every task's loss (T,) and prediction (T, n, *output), padded where sizes differ.
+
+        Tasks of one size are computed together, without padding.
 
         Args:
             stacked: (T, *shape) each, in the model's order.
-            x, y: (T, n, ...).
+            batch, part: whose examples are computed.
             seeds: as in `run`; they make tasks run one after the other.
         """
+        losses, predictions = [], []
+        for group in alike(batch, part):
+            own = None if seeds is None else [seeds[row] for row in group.rows]
+            weights = [rows_of(value, group.rows) for value in stacked]
+            loss, prediction = self._alike(weights, group, own)
+            losses.append((group.rows, loss))
+            predictions.append((group.rows, prediction))
+        return in_order(losses), in_order(predictions)
+
+    def _alike(
+        self, stacked: Sequence[Tensor], group: Alike, seeds: Sequence[int] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the losses and predictions of tasks of one size."""
+        x, y, ways = self.functional.inputs(group.x, self.dtype), group.y, group.ways
         if self.vectorized and seeds is None:
             # Weights that no task changed are one tensor, expanded: vmap need not batch them,
             # unless their gradient is asked for by task.
@@ -184,13 +222,14 @@ class InnerLoop:
                 name not in self.adapted and value.stride(0) == 0
                 for name, value in zip(self.parameters, stacked, strict=True)
             ]
-            return for_all_tasks(self.task, stacked, shared, x, y)
+            return for_all_tasks(partial(self.task, ways=ways), stacked, shared, x, y)
         rows = zip(*(value.unbind(0) for value in stacked), strict=True)
         results = []
         with TaskRules():
-            for place, (row, *task) in enumerate(zip(rows, x.unbind(0), y.unbind(0), strict=True)):
+            for place, row in enumerate(rows):
+                own = map_inputs(partial(Tensor.select, dim=0, index=place), x)
                 with nullcontext() if seeds is None else stream(seeds[place], self.device):
-                    results.append(self.task(row, *task))
+                    results.append(self.task(row, own, y[place], ways))
         losses, predictions = zip(*results, strict=True)
         return torch.stack(losses), torch.stack(predictions)
 
@@ -289,7 +328,10 @@ class _Walk:
         for index in indices:
             step = self.step(index, fast, initial, **more)
             losses, outputs, _ = self.forward(fast, step, "support")
-            known = replace(step, support_losses=losses, support_predictions=outputs)
+            axis = class_axis(outputs, self.batch.support_y, leading=2)
+            known = replace(
+                step, support_losses=losses, support_predictions=outputs, class_axis=axis
+            )
             objective = loop.chain.fold("transform_inner_losses", losses, step=known)
             # A NaN that a plugin adds has no gradient, and would show nowhere else.
             told = losses if objective is losses else losses + 0 * objective.detach()
@@ -366,17 +408,14 @@ class _Walk:
             losses, predictions, values = self.forward(fast, step, "query")
         return (losses if step.training else losses.detach()), predictions, values
 
-    def forward(self, fast: _Weights, step: InnerStep, part: str) -> _Query:
+    def forward(self, fast: _Weights, step: InnerStep, part: Part) -> _Query:
         """Run the model for every task on its "support" or "query" examples."""
-        loop, batch, seeds = self.loop, self.batch, self.seeds
-        x, y = batch.support_x, batch.support_y
-        if part == "query":
-            x, y = batch.query_x, batch.query_y
+        loop, seeds = self.loop, self.seeds
         values = loop.chain.fold("transform_parameters", fast, step=step)
         if seeds is not None:
             seeds = [mix(seed, 2 * step.index + (part == "query")) for seed in seeds]
         losses, predictions = loop.all_tasks(
-            [values[name] for name in loop.parameters], x, y, seeds
+            [values[name] for name in loop.parameters], self.batch, part, seeds
         )
         if part == "support" and loop.chain.watch is not None:
             loop.chain.watch.step(losses)

@@ -34,15 +34,17 @@ from torch._C._functorch import (  # type: ignore[attr-defined]
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from metaplug.contract.inputs import Inputs, map_inputs
+
 LARGE = 2**16
 """Elements from which a change of layout pays off for max-pooling on a CPU."""
 
-TaskFunction = Callable[[list[Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]
+TaskFunction = Callable[[list[Tensor], Inputs, Tensor], tuple[Tensor, Tensor]]
 """(parameters, x, y) of one task → two tensors."""
 
 
 def for_all_tasks(
-    task: TaskFunction, parameters: Sequence[Tensor], shared: Sequence[bool], x: Tensor, y: Tensor
+    task: TaskFunction, parameters: Sequence[Tensor], shared: Sequence[bool], x: Inputs, y: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return what `task` gives for every task, stacked.
 
@@ -52,7 +54,7 @@ def for_all_tasks(
         task: of one task; random numbers differ from task to task.
         parameters: (T, *shape) each.
         shared: for each parameter whether its T rows are the same, so vmap need not stack it.
-        x, y: (T, n, ...).
+        x, y: (T, n, ...); x also as a mapping or tuple of such tensors.
 
     Example:
         >>> double = lambda weights, x, y: (weights[0] * x, y)
@@ -62,7 +64,7 @@ def for_all_tasks(
                 [3.]])
     """
     _load_decompositions()
-    tasks = len(x)
+    tasks = len(y)
     level = _vmap_increment_nesting(tasks, "different")
     try:
         values = [
@@ -70,7 +72,8 @@ def for_all_tasks(
             for value, same in zip(parameters, shared, strict=True)
         ]
         with TaskRules():
-            one, other = task(values, _add_batch_dim(x, 0, level), _add_batch_dim(y, 0, level))
+            own = map_inputs(lambda each: _add_batch_dim(each, 0, level), x)
+            one, other = task(values, own, _add_batch_dim(y, 0, level))
         return _remove_batch_dim(one, level, tasks, 0), _remove_batch_dim(other, level, tasks, 0)
     finally:
         _vmap_decrement_nesting()

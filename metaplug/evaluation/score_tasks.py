@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metaplug.contract.task_batch import TaskSize
+from metaplug.contract.task_groups import in_order, rows_by_size, rows_of
 from metaplug.contract.values import Kind
+from metaplug.core.losses import class_axis
 from metaplug.errors import MetaplugError, RequestError, said_by
 from metaplug.evaluation.scores import SCORES, Form, NamedScore, Score, ScoreFunction
 
@@ -57,7 +59,7 @@ class Scorer:
         """
         found = self._groups(predictions, targets, sizes)
         values = [self._asked(own, y).to(predictions.device, torch.float64) for _, own, y in found]
-        return _in_order([rows for rows, *_ in found], values)
+        return in_order([(rows, each) for (rows, *_), each in zip(found, values, strict=True)])
 
     def by_class(
         self, predictions: Tensor, targets: Tensor, sizes: Sequence[TaskSize] | None = None
@@ -67,14 +69,18 @@ class Scorer:
             return None
         found = [(rows, table(*own)) for rows, *own in self._groups(predictions, targets, sizes)]
         classes = self.outputs or max(each.shape[1] for _, each in found)
-        filled = [F.pad(each, (0, classes - each.shape[1]), value=torch.nan) for _, each in found]
-        return _in_order([rows for rows, _ in found], filled)
+        return in_order(
+            [
+                (rows, F.pad(each, (0, classes - each.shape[1]), value=torch.nan))
+                for rows, each in found
+            ]
+        )
 
     def _groups(
         self, predictions: Tensor, targets: Tensor, sizes: Sequence[TaskSize] | None
     ) -> Groups:
         """The tasks of one size together, without padding and classes beyond their ways."""
-        axis = None if targets.is_floating_point() else class_axis(predictions, targets)
+        axis = class_axis(predictions, targets, leading=2)
         if isinstance(self.score, NamedScore):
             if self._form is None:
                 self._form = self._checked(predictions, targets, axis)
@@ -84,12 +90,9 @@ class Scorer:
                 axis, predictions = 2, predictions.movedim(axis, 2)
         if sizes is None:
             return [([*range(len(targets))], predictions, targets)]
-        rows_of: dict[tuple[int, int | None], list[int]] = {}
-        for row, size in enumerate(sizes):
-            rows_of.setdefault((size.query, size.ways), []).append(row)
         found = []
-        for (count, ways), rows in rows_of.items():
-            own, y = predictions[rows, :count], targets[rows, :count]
+        for (count, ways), rows in rows_by_size(sizes, "query").items():
+            own, y = (rows_of(each, rows)[:, :count] for each in (predictions, targets))
             if ways is not None and axis is not None:
                 own = own.narrow(axis, 0, min(ways, own.shape[axis]))
             found.append((rows, own, y))
@@ -150,23 +153,3 @@ class Scorer:
             return "labels of 0 and 1" if ((known == 0) | (known == 1)).all() else "real numbers"
         is_logit = predictions.numel() == targets.numel() and (axis is None or self.outputs != 1)
         return "labels of 0 and 1" if is_logit else "class indices"
-
-
-def class_axis(predictions: Tensor, targets: Tensor) -> int | None:
-    """Return the axis of the classes: the third, as torch's losses have it, or the last.
-
-    None where neither fits the class indices.
-    """
-    for axis in (2, predictions.dim() - 1):
-        if predictions.shape[:axis] + predictions.shape[axis + 1 :] == targets.shape:
-            return axis
-    return None
-
-
-def _in_order(rows: list[list[int]], values: list[Tensor]) -> Tensor:
-    """The values of groups of tasks, in the order of the batch."""
-    if len(values) == 1:
-        return values[0]
-    places = [row for group in rows for row in group]
-    order = sorted(range(len(places)), key=places.__getitem__)
-    return torch.cat(values)[order]

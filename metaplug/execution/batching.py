@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from metaplug.contract.inputs import map_inputs
 from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_groups import uniform
 from metaplug.core.inner_loop import InnerLoop
 from metaplug.core.vmap_rules import for_all_tasks
 from metaplug.errors import RequestError, said_by
@@ -52,9 +54,10 @@ def choose_batching(
     Raises:
         RequestError: "vectorized" was asked for and cannot be had.
     """
+    batch = uniform(batch)
     if requested == "sequential":
         return BatchingChoice("sequential", "as configured")
-    fault, why = "torch.vmap refuses the model", _refusal(inner, batch)
+    fault, why = "torch.vmap refuses the model", refusal(inner, batch)
     if why is None:
         fault, why = "torch.vmap gets the model wrong", difference(inner, batch)
     if requested == "vectorized":
@@ -92,11 +95,14 @@ def kept_bytes(inner: InnerLoop, batch: TaskBatch) -> int:
 
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with stream(0, batch.device), hooks:
-        _loss, _ = inner.task(weights, batch.support_x[0], batch.support_y[0])
+        x = map_inputs(
+            lambda each: each.select(0, 0), inner.functional.inputs(batch.support_x, inner.dtype)
+        )
+        _loss, _ = inner.task(weights, x, batch.support_y[0])
     return sum(kept.values())
 
 
-def _refusal(inner: InnerLoop, batch: TaskBatch) -> str | None:
+def refusal(inner: InnerLoop, batch: TaskBatch) -> str | None:
     """Return vmap's reason for refusing two tasks of this batch, with the operation.
 
     Evaluation is tried too: a model may branch on its data there alone.
@@ -105,6 +111,7 @@ def _refusal(inner: InnerLoop, batch: TaskBatch) -> str | None:
         parameter.detach().expand(2, *parameter.shape) for parameter in inner.parameters.values()
     ]
     first = batch.map(lambda tensor: tensor[:1].expand(2, *tensor.shape[1:]))
+    x = inner.functional.inputs(first.support_x, inner.dtype)
     watch = _FirstFailure()
 
     def task(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -116,7 +123,7 @@ def _refusal(inner: InnerLoop, batch: TaskBatch) -> str | None:
             inner.functional.begin(training)
             with torch.set_grad_enabled(inner.query_graph), stream(0, batch.device):
                 shared = [False] * len(weights)
-                for_all_tasks(task, weights, shared, first.support_x, first.support_y)
+                for_all_tasks(task, weights, shared, x, first.support_y)
     except Exception as error:
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__

@@ -29,6 +29,11 @@ class LearnerSettings(Settings):
         description="Batch norm by the statistics of each task's batch (transductive), or by the "
         "model's stored ones, never updated.",
     )
+    output: str | int | None = Field(
+        None,
+        description="The part of the model's answer that is its prediction, by name or place; "
+        "null: the answer, or its logits.",
+    )
 
 
 NonFinite = Literal["stop", "skip"]

@@ -130,19 +130,22 @@ class CompiledDerivation:
         engine = self.engine
         if self.refusal or engine.chain.watch is not None:
             return engine.derive(batch, iteration, total, weights)
-        tensors = [batch.support_x, batch.support_y, batch.query_x, batch.query_y]
+        tensors = batch.tensors()
         orders = engine.inner.orders_of(iteration, total)
         numbers, kept = python_state(engine)
         self._refuse_changed(kept)
-        forms = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-        key = (forms, tuple(weights.items()), orders, numbers)
+        named = batch.named_tensors().items()
+        forms = tuple((name, tensor.shape, tensor.dtype) for name, tensor in named)
+        key = (forms, batch.sizes, tuple(weights.items()), orders, numbers)
         if self.refusal or (key not in self._traces and self._waits(key)):
             return engine.derive(batch, iteration, total, weights)
         engine.inner.functional.begin(True)
         inputs = [*(holder[name].detach() for holder, name in _places(engine)), *tensors]
         if key not in self._traces:
             try:
-                self._traces[key] = self._trace(inputs, weights, orders, iteration, total)
+                self._traces[key] = self._trace(
+                    inputs, batch, weights, orders, iteration=iteration, total=total
+                )
             except Exception as error:
                 self.refusal = said_by(error)
             if self.refusal:  # not in the handler: the error holds what the failed trace allocated
@@ -176,8 +179,10 @@ class CompiledDerivation:
     def _trace(
         self,
         inputs: list[Tensor],
+        like: TaskBatch,
         weights: Mapping[int, float],
         orders: tuple[int, ...],
+        *,
         iteration: int,
         total: int,
     ) -> _Trace:
@@ -189,7 +194,7 @@ class CompiledDerivation:
         length: Any = Unknown(total)
 
         def derivation(*tensors: Tensor) -> list[Tensor]:
-            with _swapped(self.engine, tensors) as batch, NothingRead():
+            with _swapped(self.engine, tensors, like) as batch, NothingRead():
                 found = self.engine.derive(batch, now, length, weights, orders=orders)
             named["gradients"] = tuple(found.gradients)
             named["statistics"] = tuple(
@@ -249,8 +254,9 @@ def _places(engine: Engine) -> list[tuple[Any, str]]:
 
 
 @contextmanager
-def _swapped(engine: Engine, tensors: Sequence[Tensor]) -> Iterator[TaskBatch]:
-    """Inside, the engine computes with these tensors; yields the batch that they end with."""
+def _swapped(engine: Engine, tensors: Sequence[Tensor], like: TaskBatch) -> Iterator[TaskBatch]:
+    """Inside, the engine computes with these tensors; yields the batch that they end with, in the
+    form of another."""
     places = _places(engine)
     before = [holder[name] for holder, name in places]
     meta_parameters = dict(engine.meta_parameters)
@@ -259,7 +265,7 @@ def _swapped(engine: Engine, tensors: Sequence[Tensor]) -> Iterator[TaskBatch]:
         for (holder, name), old, tensor in zip(places, before, tensors, strict=False):
             holder[name] = new[id(old)] = tensor.detach().requires_grad_(old.requires_grad)
         engine.meta_parameters.update({name: new[id(old)] for name, old in meta_parameters.items()})
-        yield TaskBatch(*tensors[len(places) :])
+        yield like.with_tensors(tensors[len(places) :])
     finally:
         for (holder, name), old in zip(places, before, strict=True):
             holder[name] = old

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 
 from metaplug.checks.model import check_outputs
 from metaplug.contract import registry
-from metaplug.errors import RequestError
+from metaplug.errors import RequestError, quoted
 from metaplug.execution import determinism
 from metaplug.execution.devices import resolve_device
 from metaplug.execution.ranks import ALONE, World
@@ -49,8 +50,17 @@ def build_tasks(config: ExperimentConfig) -> TaskSource:
     size = {"shots": settings.shots, "queries": settings.queries, "seed": config.seed}
     if source.has_ways(argument):
         size["ways"] = settings.ways
-    made: TaskSource = source(*([argument] if argument else []), **size, **settings.settings)
+    own = {**_tokenizer(source, config), **settings.settings}
+    made: TaskSource = source(*([argument] if argument else []), **size, **own)
     return made
+
+
+def _tokenizer(source: type[TaskSource], config: ExperimentConfig) -> dict[str, Any]:
+    """The model's own tokenizer, for a source of texts; it is fetched where the model may be."""
+    zoo, _, name = config.model.name.partition(":")
+    if "tokenizer" not in source.Config.model_fields or zoo != "transformers":
+        return {}
+    return {"tokenizer": name, "download": config.model.settings.get("download", False)}
 
 
 def task_form(config: ExperimentConfig) -> list[str]:
@@ -96,6 +106,7 @@ def make_learner(
 ) -> MetaLearner:
     """The configured learner with its first weights, and `options` for how it runs."""
     shape, settings = tuple(tasks.input_shape), config.model.settings
+    _check_takes(config.model.name, tasks)
     # Iterations count from 0, so -1 is free; on the CPU, weights do not depend on the device.
     with stream(mix(config.seed, -1), torch.device("cpu")):
         model = make_model(config.model.name, shape, tasks.outputs, settings)
@@ -109,3 +120,25 @@ def make_learner(
         **config.learner.model_dump(),
         **options,
     )
+
+
+def _check_takes(name: str, tasks: TaskSource) -> None:
+    """Refuse a model of one tensor for tasks of several, as far as its name tells.
+
+    Raises:
+        RequestError: names the inputs of the tasks.
+    """
+    zoo, colon, _ = name.partition(":")
+    takes = zoo not in ("torchvision", "timm")
+    made = None if colon else registry.load("model", name)
+    if isinstance(made, type) and issubclass(made, torch.nn.Module):
+        parameters = signature(made.forward).parameters.values()
+        known = {parameter.name for parameter in parameters}
+        takes = {*tasks.inputs} <= known or any(
+            each.kind == each.VAR_KEYWORD for each in parameters
+        )
+    if tasks.inputs and not takes:
+        raise RequestError(
+            f"the model '{name}' takes one tensor, but the tasks have {quoted(tasks.inputs)}: "
+            "choose transformers:NAME_OR_FOLDER, or a model of your own that takes these by name"
+        )

@@ -1,4 +1,4 @@
-"""Models by name: installed ones, MODULE:FACTORY of a user's own, classifiers of torchvision."""
+"""Models by name: installed ones, those of the zoos, and MODULE:FACTORY of a user's own."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from metaplug.contract import registry
-from metaplug.errors import (
-    MetaplugError,
-    RequestError,
-    RunError,
-    did_you_mean,
-    one_line,
-    said_by,
-    unknown,
-)
-from metaplug.models.parts import check_images
+from metaplug.errors import RequestError, RunError, did_you_mean, one_line, said_by
+from metaplug.models import timm_zoo, torchvision_zoo, transformers_zoo
+from metaplug.models.making import made
+from metaplug.models.zoo_model import ZooModel
+
+_ZOOS = {
+    "torchvision": torchvision_zoo.make,
+    "transformers": transformers_zoo.make,
+    "timm": timm_zoo.make,
+}
 
 
 def make_model(
@@ -30,13 +29,13 @@ def make_model(
     """A new model from inputs (n, *input_shape) to (n, outputs); its output is not checked here.
 
     Args:
-        name: an installed model ("conv4"); MODULE:FACTORY, anything importable that is called as
-            factory(input_shape, outputs, **settings) and returns an `nn.Module`; or
-            torchvision:NAME, a classifier of torchvision without weights, its first convolution
-            made anew where the inputs do not have its number of channels.
+        name: an installed model ("conv4"); a model of a zoo, torchvision:NAME,
+            transformers:NAME_OR_FOLDER or timm:NAME; or MODULE:FACTORY, anything importable that
+            is called as factory(input_shape, outputs, **settings) and returns an `nn.Module`.
         input_shape: of one example.
         outputs: the width of the model's head, >= 1.
-        settings: fields of an installed model's Config, or further arguments of the factory.
+        settings: fields of an installed model's or a zoo's Config, or further arguments of the
+            factory.
 
     Raises:
         RequestError: the name leads to nothing that can be called, the settings are refused, or
@@ -44,16 +43,23 @@ def make_model(
         RunError: the module is there, but importing it fails.
     """
     module, colon, attribute = name.partition(":")
-    if module == "torchvision" and colon:
-        return _classifier(name, attribute, input_shape, outputs, settings)
+    if colon and module in _ZOOS:
+        return _ZOOS[module](name, attribute, input_shape, outputs, settings)
     factory = _factory(name, module, attribute) if colon else registry.load("model", name)
-    return _made(name, factory, settings, input_shape, outputs)
+    return made(name, factory, settings, input_shape, outputs)
 
 
 def is_own(name: str) -> bool:
     """Whether a model is MODULE:FACTORY, which is code that its name makes run."""
     module, colon, _ = name.partition(":")
-    return bool(colon) and module != "torchvision"
+    return bool(colon) and module not in registry.ZOOS
+
+
+def name_of(model: nn.Module) -> str | None:
+    """The name by which a file may have a model made again; None for code of the user's own."""
+    if isinstance(model, ZooModel):
+        return model.name
+    return registry.name_of("model", type(model))
 
 
 def origin_of(name: str, settings: Mapping[str, Any]) -> str | None:
@@ -63,6 +69,11 @@ def origin_of(name: str, settings: Mapping[str, Any]) -> str | None:
     file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
     given = f" with the settings {one_line(dict(settings))}" if settings else ""
     return f"the model is made by {name}{f' in {Path(file).resolve()}' if file else ''}{given}"
+
+
+def without_download(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings from a file, which may use what is on this machine, and fetch nothing."""
+    return {key: value for key, value in settings.items() if key != "download"}
 
 
 def names_code(file: object, name: str) -> str:
@@ -105,48 +116,3 @@ def _factory(name: str, module: str, attribute: str) -> Callable[..., Any]:
     raise RequestError(
         f"the model '{name}' asks for '{attribute}', which the module does not have: {hint}"
     )
-
-
-def _classifier(
-    name: str, wanted: str, input_shape: tuple[int, ...], outputs: int, settings: Mapping[str, Any]
-) -> nn.Module:
-    try:
-        zoo: Any = importlib.import_module("torchvision.models")
-    except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another torch
-        raise RequestError(
-            f"the model '{name}' needs torchvision, which does not load ({said_by(error)}): pip "
-            f"install torchvision, in the version that belongs to torch {torch.__version__}"
-        ) from error
-    known = zoo.list_models(module=zoo)
-    if wanted not in known:
-        raise unknown("torchvision model", wanted, known)
-    check_images(name, input_shape, outputs)
-    model = _made(name, zoo.get_model_builder(wanted), settings, weights=None, num_classes=outputs)
-    # The stem is the first convolution of every one of these classifiers.
-    layers = model.named_modules()
-    stem, old = next((key, layer) for key, layer in layers if isinstance(layer, nn.Conv2d))
-    if old.in_channels != input_shape[0]:
-        names = ("out_channels", "kernel_size", "stride", "padding", "dilation")
-        form: dict[str, Any] = {key: getattr(old, key) for key in names}
-        model.set_submodule(stem, nn.Conv2d(input_shape[0], **form, bias=old.bias is not None))
-    return model
-
-
-def _made(
-    name: str, factory: Callable[..., Any], settings: Mapping[str, Any], *args: Any, **kwargs: Any
-) -> nn.Module:
-    try:
-        model = factory(*args, **kwargs, **settings)
-    except MetaplugError:
-        raise
-    except Exception as error:
-        raise RequestError(
-            f"the model '{name}' cannot be made with the settings {one_line(dict(settings), 400)} "
-            f"({said_by(error)}): correct model.settings, or what the factory takes"
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise RequestError(
-            f"the model '{name}' gives a {type(model).__name__}, not a torch.nn.Module: let its "
-            "factory return one"
-        )
-    return model

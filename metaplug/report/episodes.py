@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metaplug.contract.task_batch import TaskBatch
+from metaplug.errors import one_line
 from metaplug.report.figures import COLOURS, DPI, INK, WIDTH, save, style
+from metaplug.tasks.text.episodes import TaskTexts
 
-MOST_ROWS, MOST_COLUMNS = 20, 12
-"""Classes, and images of one class, that a picture shows; it says how many it leaves out."""
+MOST_ROWS, MOST_COLUMNS, MOST_TEXTS = 20, 12, 3
+"""Classes, and images and texts of one class, that a picture shows; it says how many it leaves
+out."""
 
 
 def episode_figure(batch: TaskBatch, path: Path, title: str) -> None:
@@ -30,6 +34,40 @@ def episode_figure(batch: TaskBatch, path: Path, title: str) -> None:
     figure = _points(batch) if batch.support_y.is_floating_point() else _images(batch)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
     save(figure, path)
+
+
+def texts_figure(task: TaskTexts, path: Path, title: str) -> None:
+    """Write out a task of texts: a few support and query texts of each class, below its name.
+
+    Args:
+        task: the texts by class.
+        path: the PNG to write.
+        title: above the texts.
+    """
+    lines: list[tuple[str, str]] = []
+    for label, name in enumerate(task.names[:MOST_ROWS]):
+        lines.append((f"{label}: {one_line(name, 60)}", INK))
+        for part, texts, colour in (
+            ("support", task.support[label], COLOURS[2]),
+            ("query", task.query[label], COLOURS[1]),
+        ):
+            count = f", {MOST_TEXTS} of {len(texts)}" if len(texts) > MOST_TEXTS else ""
+            for text in texts[:MOST_TEXTS]:
+                lines.append((f"    {part}{count}: {one_line(text, 90)}", colour))
+    if len(task.names) > MOST_ROWS:
+        lines.append((f"{len(task.names) - MOST_ROWS} more classes", INK))
+    figure = Figure(figsize=(WIDTH, 0.6 + 0.19 * len(lines)), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.set_axis_off()
+    axes.set_ylim(len(lines), 0)
+    for row, (text, colour) in enumerate(lines):
+        # Not parsed: a text may hold dollars, which would start mathematics.
+        axes.text(0, row + 0.5, text, fontsize=7, color=colour, va="center", parse_math=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK, parse_math=False)
+    with warnings.catch_warnings():
+        # The font has not the letters of every language, and draws boxes for the others.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        save(figure, path)
 
 
 def _images(batch: TaskBatch) -> Figure:

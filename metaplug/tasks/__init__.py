@@ -1,10 +1,11 @@
 """Tasks: where they come from, and how one seed draws each of them.
 
 `sources` holds the base of every source, `splits` the division into train, val and test. The
-sources stand in `glyphs`, `images`, `tables`, `toys` and `torchmeta`. `episodes` draws few-shot
-tasks from class images, with the counter-based random numbers of `draws`; `adapters` takes
-torchmeta's own data sets as streams; `identities` tells whether two streams share a class;
-`reading` opens files of others safely.
+sources stand in `glyphs`, `images`, `tables`, `text`, `toys` and `torchmeta`. `choices` chooses the
+classes and examples of few-shot tasks, with the counter-based random numbers of `draws`;
+`episodes` gathers them. `adapters` takes torchmeta's own data sets as streams; `identities` tells
+whether two streams share a class; `cache` keeps what takes long to read; `reading`
+opens files of others safely.
 """
 
 from metaplug.contract.task_batch import TaskBatch
@@ -16,6 +17,7 @@ from metaplug.tasks.images.folder import Folder
 from metaplug.tasks.images.labelled import LabelledTasks
 from metaplug.tasks.sources import ImageSource, TaskSource
 from metaplug.tasks.tables.tabular import Tabular
+from metaplug.tasks.text.source import Text
 from metaplug.tasks.toys.harmonic import Harmonic
 from metaplug.tasks.toys.sinusoid import Sinusoid
 
@@ -34,4 +36,5 @@ __all__ = [
     "TaskBatch",
     "TaskSource",
     "TaskStream",
+    "Text",
 ]

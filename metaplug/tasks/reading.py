@@ -6,14 +6,15 @@ import errno
 import os
 import re
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import NoReturn
 
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Breaks a line, a terminal or the order of words; surrogates are bytes that are not UTF-8."""
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading, without waiting.
 
     Raises:
@@ -53,7 +54,7 @@ def no_number(name: str) -> NoReturn:
 
 
 def cache_folder() -> Path:
-    """The folder of rendered letters and downloads.
+    """The folder of what is kept to be read again: letters, decoded images, downloads.
 
     $METAPLUG_CACHE, else $XDG_CACHE_HOME/metaplug, else ~/.cache/metaplug.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import copy
 from itertools import combinations
 from typing import Any, ClassVar, Literal, Self
@@ -13,7 +13,7 @@ import torch
 
 from metaplug.errors import RequestError
 from metaplug.settings import Settings
-from metaplug.tasks.episodes import EpisodeOptions, ImageEpisodes, TaskStream
+from metaplug.tasks.episodes import EpisodeOptions, Episodes, ImageEpisodes, TaskStream
 from metaplug.tasks.images.class_images import ClassImages
 from metaplug.tasks.splits import SPLITS
 
@@ -32,6 +32,7 @@ class TaskSource(ABC):
         kind: "classification" (integer labels) or "regression" (floating-point targets).
         train, val, test: the streams; no class of one stands in another.
         input_shape: of one example.
+        inputs: the names of an example's tensors, where it has several.
         outputs: the number of outputs that a model needs: the ways, or the width of the target.
     """
 
@@ -45,6 +46,7 @@ class TaskSource(ABC):
     val: TaskStream
     test: TaskStream
     input_shape: tuple[int, ...]
+    inputs: tuple[str, ...] = ()
     outputs: int
 
     @classmethod
@@ -57,11 +59,11 @@ class TaskSource(ABC):
         return "ways" in inspect.signature(cls).parameters
 
     def to(self, device: torch.device | str) -> Self:
-        """The same tasks, with the images of every split on `device` (see ImageEpisodes.to)."""
+        """The same tasks, with the examples of every split on `device` (see Episodes.to)."""
         moved = copy(self)
         for split in SPLITS:
             stream = getattr(self, split)
-            if isinstance(stream, ImageEpisodes):
+            if isinstance(stream, Episodes):
                 setattr(moved, split, stream.to(device))
         return moved
 
@@ -116,15 +118,27 @@ class ImageSource(TaskSource):
         self.kind = "classification"
         self.input_shape = tuple(splits["train"].images.shape[1:])
         options = config if isinstance(config, EpisodeOptions) else EpisodeOptions()
-        self.train = ImageEpisodes(splits["train"], split="train", options=options, **sizes)
+        self.outputs = outputs = options.most_ways(sizes["ways"])
+        self.train = ImageEpisodes(
+            splits["train"], split="train", options=options, outputs=outputs, **sizes
+        )
+        rest = options.of_evaluation
         self.val, self.test = (
-            ImageEpisodes(splits[split], split=split, options=options.of_evaluation, **sizes)
+            ImageEpisodes(splits[split], split=split, options=rest, outputs=outputs, **sizes)
             for split in ("val", "test")
         )
-        self.outputs = max(sizes["ways"], self.train.most_ways)
         self._origin, self._licence = origin, licence
         for one, other in combinations(SPLITS, 2):
-            _check_apart(one, splits[one], other, splits[other])
+            first, second = splits[one], splits[other]
+            check_names_apart(one, first.names, other, second.names)
+            shapes = tuple(first.images.shape[1:]), tuple(second.images.shape[1:])
+            if shapes[0] != shapes[1]:
+                raise RequestError(
+                    f"images of the {one} split have shape {shapes[0]}, of the {other} split "
+                    f"{shapes[1]}, but one model takes one shape: resize them"
+                )
+            given = [dict(zip(each.digests, each.names, strict=True)) for each in (first, second)]
+            check_contents_apart(one, given[0], other, given[1], "images")
 
     def describe(self) -> dict[str, Any]:
         """The data in words and numbers, ready for JSON."""
@@ -138,24 +152,31 @@ class ImageSource(TaskSource):
         return self._described(self._origin, self._licence, sizes)
 
 
-def _check_apart(one: str, first: ClassImages, other: str, second: ClassImages) -> None:
-    """Refuse two splits that share a class, by name or by images, or differ in shape."""
-    if both := sorted(set(first.names) & set(second.names)):
+def check_names_apart(
+    one: str, first: Collection[str], other: str, second: Collection[str]
+) -> None:
+    """Refuse two splits that share the name of a class."""
+    if both := sorted({*first} & {*second}):
         raise RequestError(
             f"the class '{both[0]}' stands in the {one} and in the {other} split, so it would not "
             "be new to the model: keep it in one of them"
         )
-    shapes = tuple(first.images.shape[1:]), tuple(second.images.shape[1:])
-    if shapes[0] != shapes[1]:
-        raise RequestError(
-            f"images of the {one} split have shape {shapes[0]}, of the {other} split {shapes[1]}, "
-            "but one model takes one shape: resize them"
-        )
-    known = dict(zip(first.digests, first.names, strict=True))
-    for digest, name in zip(second.digests, second.names, strict=True):
-        if digest in known:
+
+
+def check_contents_apart(
+    one: str, first: Mapping[str, str], other: str, second: Mapping[str, str], noun: str
+) -> None:
+    """Refuse two splits that share a class by its examples, under two names.
+
+    Args:
+        one, other: the splits.
+        first, second: the names of their classes, by digest.
+        noun: what examples are called, in the plural.
+    """
+    for digest, name in second.items():
+        if digest in first:
             raise RequestError(
-                f"the class '{known[digest]}' of the {one} split and the class '{name}' of the "
-                f"{other} split have the same images, so they would not be new to the model: leave "
+                f"the class '{first[digest]}' of the {one} split and the class '{name}' of the "
+                f"{other} split have the same {noun}, so they would not be new to the model: leave "
                 "one of them out"
             )

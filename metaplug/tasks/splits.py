@@ -16,7 +16,7 @@ from metaplug.tasks.reading import no_number, read_regular
 
 SPLITS = ("train", "val", "test")
 SPLITS_FORM = '{"train": [names], "val": [names], "test": [names]}'
-_MOST_BYTES = 64 * 2**20
+MOST_BYTES = 64 * 2**20
 
 
 class SplitFractions(Settings):
@@ -67,7 +67,7 @@ def read_splits(path: Path, of: str) -> dict[str, list[Any]]:
         RequestError: the file cannot be read, is not JSON, or has not that form; it is named.
     """
     try:
-        text = read_regular(path, _MOST_BYTES)
+        text = read_regular(path, MOST_BYTES)
         given = json.loads(text, object_pairs_hook=_once, parse_constant=no_number)
     except OSError as error:
         raise RequestError(

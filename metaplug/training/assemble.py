@@ -53,6 +53,7 @@ def assemble(
         optimizer=settings.inner_optimizer,
         optimizer_settings=settings.inner_optimizer_settings,
         batch_norm=settings.batch_norm,
+        output=settings.output,
     )
     check_precision(precision, inner.dtype, inner.device)
     plan.check_device(inner.device)

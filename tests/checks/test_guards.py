@@ -193,9 +193,9 @@ def test_parameters_that_cannot_be_meta_learned_are_refused():
     )
     mixed = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3).double())
     assert refused(mixed) == (
-        "the model's parameters differ in dtype or device ('(torch.float32, device(type='cpu'))', "
-        "'(torch.float64, device(type='cpu'))'): "
-        "call model.to(...) first"
+        "the model's trainable parameters differ in dtype, or its parameters in device "
+        "('torch.float32', 'torch.float64'): call model.to(...) first; frozen parameters may be of "
+        "another dtype"
     )
     rotated = body()
     rotated.angles = nn.Parameter(torch.ones(2, dtype=torch.complex64))
@@ -228,8 +228,15 @@ def test_outputs_of_a_wrong_form_are_refused():
         def forward(self, x):
             return self.answer(self.layer(x))
 
-    assert refused(Answer(lambda output: {"logits": output})) == rows
-    assert refused(Answer(lambda output: (output, output))) == rows
+    assert refused(Answer(lambda output: {"scores": output})) == (
+        "the model answers with a dict of 'scores', and which of them is the prediction nobody "
+        "says: give output=, such as output='scores'"
+    )
+    assert refused(Answer(lambda output: (output, output))) == (
+        "the model answers with a tuple of '0', '1', and which of them is the prediction nobody "
+        "says: give output=, such as output=0"
+    )
+    assert refused(Answer(lambda output: [None])) == rows
     assert refused(Answer(lambda output: output.mean(0))) == rows
     assert refused(Answer(lambda output: output[:, 0])) == (
         "for classification the model must answer (n, classes), not (5,): give it a head of that "

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from metaplug import MetaLearner, checkpoint
 from metaplug.cli.main import main
@@ -855,6 +856,27 @@ def test_tasks(metaplug: Any) -> None:
     assert metaplug("tasks").status == 0
 
 
+def test_tasks_keeps_decoded_images_in_the_chosen_cache(
+    metaplug: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metaplug.tasks.images.decoded._FEWEST", 1)
+    for number in range(60):  # of which ten classes are made
+        path = Path(f"data/{number // 6}/{number}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (6, 6), number).save(path)
+    page = []
+    for place in ("one", "one", "two"):
+        monkeypatch.setenv("METAPLUG_CACHE", place)
+        arguments = ("--set", "fractions=[0.4,0.3,0.3]", "--set", "cache_mib=1")
+        page.append(metaplug("tasks", "folder", "data", *arguments, "--json").json)
+    assert page[0] == page[1] == page[2]
+    kept = [sorted(Path(place).rglob("*.bin")) for place in ("one", "two")]
+    assert [path.parent for paths in kept for path in paths] == [
+        Path("one/images"),
+        Path("two/images"),
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(metaplug: Any) -> None:
     options = ["train", *TINY, "--iterations", "60", "--set", "training.validation_tasks=4"]
@@ -993,8 +1015,9 @@ def test_a_task_is_drawn(metaplug: Any) -> None:
     )
     assert (
         metaplug("tasks", "glyphs", "--set", "turn=true").err
-        == "metaplug: glyphs: unknown field 'turn': known: 'within', 'rotate', 'flip', 'shift',"
-        " 'train_ways', 'train_shots', 'memory_mib', 'accents'\n"
+        == "metaplug: glyphs: unknown field 'turn': known: 'within', 'train_ways',"
+        " 'train_shots', 'vary', 'varied_evaluation', 'rotate', 'flip', 'shift', 'memory_mib',"
+        " 'accents'\n"
     )
     wrong = metaplug("tasks", "glyphs", "--draw", "nowhere/task.png")
     assert (wrong.status, wrong.err.count("\n")) == (1, 1)

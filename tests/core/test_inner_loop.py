@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from metaplug import MetaLearner, Plugin, RequestError, RunError, hookimpl
+from metaplug.contract.task_batch import FIELDS
 from metaplug.core.optimizers import OPTIMIZERS
 from metaplug.testing import Problem, Stream, adapted, assert_close, found, problem, reference
 
@@ -309,7 +310,7 @@ def test_batch_norm_by_the_statistics_of_each_tasks_own_batch():
     case.batch.support_x[1] *= 100
     together = adapted(case.learner(), case.batch)
     for task in range(2):
-        fields = (getattr(case.batch, field)[task : task + 1] for field in case.batch.__slots__)
+        fields = (getattr(case.batch, field)[task : task + 1] for field in FIELDS)
         alone = adapted(case.learner(), type(case.batch)(*fields))
         assert_close(
             {name: weight[task : task + 1] for name, weight in together.items()},
@@ -368,9 +369,6 @@ def test_dropout_draws_for_every_task_and_step_from_the_seed(batching):
     assert not torch.allclose(moved[0], moved[1]), "two tasks must not share their dropout"
     later = learners[0].engine.meta_gradients(same, iteration=1, total=0).gradients
     assert not torch.equal(later["0.weight"], first["0.weight"]), "every iteration draws its own"
-
-
-FIELDS = ("support_x", "support_y", "query_x", "query_y")
 
 
 def test_running_statistics_work_under_vmap():

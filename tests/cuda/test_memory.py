@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from metaplug import RunError
+from metaplug.contract.task_batch import FIELDS
 from metaplug.execution.memory import peak_memory, reset_peak_memory
 from metaplug.learner import MetaLearner
 from metaplug.testing import Stream, problem
@@ -37,7 +38,7 @@ def test_memory_that_runs_out_is_explained():
     try:
         batch = learner.prepare_batch(case.batch)
         many = type(batch)(
-            *(getattr(batch, field).repeat_interleave(20_000, 0).cpu() for field in batch.__slots__)
+            *(getattr(batch, field).repeat_interleave(20_000, 0).cpu() for field in FIELDS)
         )
 
         class Many:

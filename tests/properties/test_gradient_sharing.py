@@ -7,6 +7,7 @@ from metaplug_plugins.gradient_sharing import GradientSharing
 from support.plugins import Spy
 
 from metaplug import Plugin, TaskBatch, hookimpl
+from metaplug.contract.task_batch import FIELDS
 from metaplug.testing import SMOOTH, adapted, assert_close, found, problem, reference, regression
 from metaplug.testing.strategies import problems, seeds, weights
 
@@ -23,13 +24,13 @@ def repeated(batch, times):
     return TaskBatch(
         *(
             getattr(batch, field)[:1].expand(times, *[-1] * (getattr(batch, field).dim() - 1))
-            for field in batch.__slots__
+            for field in FIELDS
         )
     )
 
 
 def rows(batch, indices):
-    return TaskBatch(*(getattr(batch, field)[indices] for field in batch.__slots__))
+    return TaskBatch(*(getattr(batch, field)[indices] for field in FIELDS))
 
 
 # 1. The gate at exactly 0 is MAML, and near 0 it is near MAML.

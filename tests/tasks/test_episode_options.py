@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metaplug.contract.task_batch import FIELDS
 from metaplug.errors import RequestError
 from metaplug.tasks import ArrayTasks, ClassImages, EpisodeOptions, ImageEpisodes, TaskBatch
 from metaplug.tasks.images.augmentations import rotated, shifted
@@ -55,9 +56,7 @@ def stream(
 
 
 def same(one: TaskBatch, other: TaskBatch) -> bool:
-    return all(
-        torch.equal(getattr(one, name), getattr(other, name)) for name in TaskBatch.__slots__
-    )
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in FIELDS)
 
 
 def images_of(batch: TaskBatch, ways: int) -> torch.Tensor:
@@ -162,7 +161,7 @@ def test_sizes_within_bounds_are_one_for_a_batch_and_depend_on_the_iteration_alo
     assert batch.query_x.shape[:2] == (3, ways * 3)
     assert same(
         tasks.batch(iteration, [2]),
-        TaskBatch(*(getattr(batch, name)[2:] for name in TaskBatch.__slots__)),
+        TaskBatch(*(getattr(batch, name)[2:] for name in FIELDS)),
     )
 
 
@@ -196,7 +195,7 @@ def test_a_task_depends_on_its_place_alone_whatever_the_options(
     for place, index in enumerate([5, 0, 9]):
         assert same(
             tasks.batch(iteration, [index]),
-            TaskBatch(*(getattr(whole, name)[place : place + 1] for name in TaskBatch.__slots__)),
+            TaskBatch(*(getattr(whole, name)[place : place + 1] for name in FIELDS)),
         )
     assert same(stream(seed=seed, **options).batch(iteration, [5, 0, 9]), whole)
     assert not same(

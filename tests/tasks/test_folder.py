@@ -23,6 +23,13 @@ OMNIGLOT = Path(__file__).parents[3] / "shared" / "data" / "omniglot"
 SIZES = {"ways": 2, "shots": 1, "queries": 1}
 
 
+@pytest.fixture(autouse=True)
+def _no_earlier_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METAPLUG_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 def png(value: int = 200, size: tuple[int, int] = (6, 6), mode: str = "L") -> bytes:
     buffer = io.BytesIO()
     Image.new(mode, size, value if mode == "L" else (value, 0, 0)).save(buffer, "png")

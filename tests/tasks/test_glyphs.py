@@ -1,6 +1,5 @@
 """Glyphs: the committed letters, their images, their difficulty, and the cache."""
 
-import hashlib
 import json
 import logging
 import unicodedata
@@ -13,6 +12,7 @@ import torch
 
 from metaplug.errors import RequestError, RunError
 from metaplug.tasks import Glyphs, ImageEpisodes
+from metaplug.tasks.cache import write_cached
 from metaplug.tasks.glyphs import rendering as glyph_rendering
 from metaplug.tasks.glyphs import source as glyphs
 from metaplug.tasks.glyphs.rendering import UPRIGHT, draw_letter, load_faces, warp
@@ -122,9 +122,12 @@ def test_pixels_alone_do_not_solve_the_test_tasks(ways: int, accuracy: float) ->
 
 def test_support_and_query_come_from_different_faces() -> None:
     stream = Glyphs().train
-    chosen, _ = stream._choose(0, range(100), ways=5, shots=1)
-    faces = stream.classes.styles[chosen]
-    assert not (faces[..., :1] == faces[..., 1:]).any()
+    choice = stream.chooser.choose(0, range(100))
+    support, query = (
+        stream.classes.styles[part.places].reshape(100, 5, -1)
+        for part in (choice.support, choice.query)
+    )
+    assert not (support == query).any()
 
 
 def test_ink_is_bright() -> None:
@@ -156,7 +159,7 @@ def test_a_second_start_reads_the_cache(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("_small_table")
-@pytest.mark.parametrize("damage", ["cut", "emptied", "exchanged", "longer"])
+@pytest.mark.parametrize("damage", ["cut", "emptied", "exchanged", "longer", "not packed"])
 def test_a_damaged_cache_is_rendered_anew(damage: str, caplog: pytest.LogCaptureFixture) -> None:
     first = images(Glyphs())
     (path,) = glyphs.cache_folder().iterdir()
@@ -170,13 +173,13 @@ def test_a_damaged_cache_is_rendered_anew(damage: str, caplog: pytest.LogCapture
         case "exchanged":
             path.write_bytes(whole[:32] + zlib.compress(content[::-1]))
         case "longer":  # by all the memory that there is, were it unpacked
-            path.write_bytes(
-                hashlib.sha256(content).digest() + zlib.compress(content + bytes(2**26))
-            )
+            write_cached(path, zlib.compress(content + bytes(2**26)), noun="letters")
+        case "not packed":
+            write_cached(path, content[:100], noun="letters")
     with caplog.at_level(logging.INFO, "metaplug"):
         again = images(Glyphs())
     assert all(torch.equal(one, other) for one, other in zip(again, first, strict=True))
-    assert [record.message.endswith("rendering them anew") for record in caplog.records] == [True]
+    assert [record.message.endswith("making them anew") for record in caplog.records] == [True]
     caplog.clear()
     with caplog.at_level(logging.INFO, "metaplug"):
         Glyphs()
@@ -191,7 +194,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     monkeypatch.setenv("METAPLUG_CACHE", str(tmp_path / "file" / "cache"))
     with caplog.at_level(logging.INFO, "metaplug"):
         assert len(images(Glyphs())[0]) == 100
-    assert caplog.records[-1].message.endswith("they are rendered at every start")
+    assert caplog.records[-1].message.endswith("they are made at every start")
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:

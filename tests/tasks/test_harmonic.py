@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from metaplug.contract.task_batch import FIELDS
 from metaplug.errors import RequestError
 from metaplug.tasks import Harmonic, TaskBatch
 from metaplug.tasks.draws import draw, normal
@@ -25,7 +26,7 @@ def test_the_form_of_the_tasks() -> None:
     batch = source.train.batch(0, range(4))
     assert batch.support_x.shape == batch.support_y.shape == (4, 10, 1)
     assert batch.query_x.shape == batch.query_y.shape == (4, 7, 1)
-    assert {getattr(batch, field).dtype for field in TaskBatch.__slots__} == {torch.float32}
+    assert {getattr(batch, field).dtype for field in FIELDS} == {torch.float32}
     assert (source.kind, source.input_shape, source.outputs) == ("regression", (1,), 1)
     assert source.describe() == {
         "kind": "regression",

@@ -29,8 +29,9 @@ from metaplug.errors import RequestError
 from metaplug.tasks import ClassImages, Folder, Tabular, reading
 from metaplug.tasks.glyphs import source as glyphs
 from metaplug.tasks.identities import digest
-from metaplug.tasks.images import class_files
+from metaplug.tasks.images import class_files, decoded
 from metaplug.tasks.images.class_images import allocate
+from metaplug.tasks.images.decoded import DecodedImages, read_decoded, write_decoded
 from metaplug.tasks.torchmeta import compatibility
 
 SIZES = {"ways": 2, "shots": 1, "queries": 1}
@@ -287,6 +288,28 @@ def test_mutated_caches_of_letters(tmp_path: Path, request: pytest.FixtureReques
             raise RequestError(f"{path}: rendered anew")
         assert (found[0] == pixels).all()
         assert (found[1] == styles).all()
+
+    load()
+    report = fuzz(load, path, [path.read_bytes()], amount(request, 30, 600))
+    assert not report.failures, report
+    assert report.refused
+
+
+def test_mutated_caches_of_images(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoded, "_FEWEST", 1)
+    path = tmp_path / "cache" / "images.bin"
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), np.uint8))
+    split = ClassImages(("a", "b"), pixels, (30, 10), superclasses=("x", "y"))
+    write_decoded(path, DecodedImages({"train": split}, True), most_bytes=2**20, folder_bytes=2**20)
+
+    def load() -> None:
+        found = read_decoded(path, 2**20)
+        if found is None:
+            raise RequestError(f"{path}: decoded anew")
+        assert torch.equal(found.splits["train"].images, pixels)
+        assert found.splits["train"].digests == split.digests
 
     load()
     report = fuzz(load, path, [path.read_bytes()], amount(request, 30, 600))

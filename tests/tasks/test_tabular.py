@@ -13,10 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metaplug.contract.task_batch import FIELDS
 from metaplug.errors import RequestError
 from metaplug.experiments.build import build_tasks
 from metaplug.experiments.configuration import ExperimentConfig, TaskSettings
-from metaplug.tasks import Tabular, TaskBatch
+from metaplug.tasks import Tabular
 
 SIZES = {"shots": 1, "queries": 1}
 EVEN = {"fractions": (0.4, 0.3, 0.3)}
@@ -75,8 +76,8 @@ def test_the_form_of_the_tasks(tmp_path: Path) -> None:
     batch = source.train.batch(0, range(5))
     assert batch.support_x.shape == batch.support_y.shape == (5, 2, 2)
     assert batch.query_x.shape == batch.query_y.shape == (5, 3, 2)
-    assert {getattr(batch, field).dtype for field in TaskBatch.__slots__} == {torch.float32}
-    assert all(getattr(batch, field).is_contiguous() for field in TaskBatch.__slots__)
+    assert {getattr(batch, field).dtype for field in FIELDS} == {torch.float32}
+    assert all(getattr(batch, field).is_contiguous() for field in FIELDS)
     # Columns stand in the order of the settings: v = 2 u, z = -u and y = u.
     assert torch.equal(batch.query_x[..., 0], 2 * batch.query_x[..., 1])
     assert torch.equal(

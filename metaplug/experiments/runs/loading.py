@@ -63,8 +63,10 @@ def _config_of(state: dict[str, Any], file: Path, model: str | None) -> Experime
     if isinstance(config.preset, str) and config.preset.endswith(YAML_ENDINGS):
         what = f"names the file {one_line(config.preset)} as its preset, which no run does"
         raise RunError(f"{file} {what}: use another checkpoint of the run")
-    if config.tasks.settings.get("download"):  # what is there is used, and nothing fetched
-        return _changed(config, "tasks", settings={**config.tasks.settings, "download": False})
+    for section, part in (("tasks", config.tasks), ("model", config.model)):
+        if part.settings.get("download"):  # what is there is used, and nothing fetched
+            settings = {**part.settings, "download": False}
+            config = _changed(config, section, settings=settings)
     return config
 
 

@@ -17,22 +17,19 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from metaplug.errors import RunError
-from metaplug.files import replacing
 from metaplug.settings import validated
+from metaplug.tasks.cache import read_cached, write_cached
 from metaplug.tasks.episodes import EpisodeOptions
 from metaplug.tasks.glyphs.rendering import SIDE, VARIANTS, load_faces, render_classes
 from metaplug.tasks.images.class_images import ClassImages
-from metaplug.tasks.reading import cache_folder, read_regular
+from metaplug.tasks.reading import cache_folder
 from metaplug.tasks.sources import ImageSource
 from metaplug.tasks.splits import SPLITS
 
 TABLE_PATH = Path(__file__).with_name("table.json")
 GROUPS = ("plain", "accented")
-_DIGEST = 32
-"""Bytes of the checksum at the start of a cached file."""
 _MORE_BYTES = 4096
-"""A file's bound beyond its unpacked size: the checksum, and what zlib adds at worst."""
+"""The bound of a packed file beyond its unpacked size: what zlib adds at worst."""
 
 Rendered = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Images, and the face of each."""
@@ -116,7 +113,7 @@ def _load(table: Mapping[str, Any], group: str) -> list[Rendered]:
     """A group's images of each split, from the cache if whole, else rendered and put there."""
     letters = [letters_of(table[group][split]) for split in SPLITS]
     key = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
-    path = cache_folder() / f"glyphs-{group}-{key}.bin"
+    path = cache_folder() / f"letters-{group}-{key}.bin"
     sizes = [VARIANTS * len(own) for own in letters]
     rendered = _read(path, sum(sizes))
     if rendered is None:
@@ -140,16 +137,16 @@ def _load(table: Mapping[str, Any], group: str) -> list[Rendered]:
 def _read(path: Path, count: int) -> Rendered | None:
     """Read the cache; never more than `_write` can have written is read, nor unpacked."""
     pixels, size = count * SIDE**2, count * (SIDE**2 + 1)
+    packed = read_cached(path, size + _MORE_BYTES, "letters")
+    if packed is None:
+        return None
     try:
-        data = read_regular(path, size + _MORE_BYTES)
-        unpacked = zlib.decompressobj().decompress(data[_DIGEST:], size + 1)
-    except FileNotFoundError:
+        unpacked = zlib.decompressobj().decompress(packed, size + 1)
+    except zlib.error as error:
+        _log.info("the cached letters in %s cannot be read (%s): making them anew", path, error)
         return None
-    except (OSError, zlib.error) as error:
-        _log.info("the cached letters in %s cannot be read (%s): rendering them anew", path, error)
-        return None
-    if len(unpacked) != size or hashlib.sha256(unpacked).digest() != data[:_DIGEST]:
-        _log.info("the cached letters in %s fail their checksum: rendering them anew", path)
+    if len(unpacked) != size:
+        _log.info("the cached letters in %s have another size: making them anew", path)
         return None
     # A bytearray, since the array is to be writable.
     found = np.frombuffer(bytearray(unpacked), np.uint8)
@@ -157,15 +154,6 @@ def _read(path: Path, count: int) -> Rendered | None:
 
 
 def _write(path: Path, images: NDArray[np.uint8], styles: NDArray[np.int64]) -> None:
-    """Put the letters in the cache, whole: another process may be reading, or writing the same.
-
-    The file is a SHA-256 sum and, packed by zlib, its content: the pixels, then a byte for each
-    image's face.
-    """
+    """Put the letters in the cache: packed by zlib, the pixels, then a byte for each one's face."""
     content = images.tobytes() + styles.astype(np.uint8).tobytes()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(hashlib.sha256(content).digest() + zlib.compress(content))
-    except (OSError, RunError) as error:
-        _log.info("the letters are not cached (%s): they are rendered at every start", error)
+    write_cached(path, zlib.compress(content), noun="letters")

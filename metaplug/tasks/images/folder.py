@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, final
 
 import numpy as np
+import PIL
 import torch
+from PIL import features
 from pydantic import Field
 
 from metaplug.errors import RequestError, one_line, quoted, unknown
 from metaplug.settings import validated
 from metaplug.tasks.episodes import EpisodeOptions
+from metaplug.tasks.identities import digest
 from metaplug.tasks.images.class_files import Classes, ClassFile, find_classes
 from metaplug.tasks.images.class_images import ClassImages, allocate
+from metaplug.tasks.images.decoded import DecodedImages, read_decoded, write_decoded
+from metaplug.tasks.images.fingerprint import fingerprint
 from metaplug.tasks.images.pixels import Mode, read_image
+from metaplug.tasks.reading import cache_folder, read_regular
 from metaplug.tasks.sources import ImageSource
 from metaplug.tasks.splits import (
+    MOST_BYTES,
     SPLITS,
     SPLITS_FORM,
     SplitFractions,
@@ -26,6 +34,9 @@ from metaplug.tasks.splits import (
     in_two_splits,
     read_splits,
 )
+
+_FORMAT = 1
+"""Of what is kept; counts up with any change to the pixels, or to what is refused."""
 
 
 class FolderConfig(EpisodeOptions, SplitFractions):
@@ -40,6 +51,16 @@ class FolderConfig(EpisodeOptions, SplitFractions):
     )
     splits: Path | None = Field(
         None, description="JSON file of class names by split; null: splits.json beside the data."
+    )
+    cache_mib: int = Field(
+        2048,
+        ge=0,
+        le=2**20,
+        description=(
+            "Decoded images are kept in the cache folder, up to so many MiB of all data sets "
+            "together; the longest unused make room. A data set beyond that, or beyond memory_mib, "
+            "is decoded at every start; 0 keeps none."
+        ),
     )
 
 
@@ -56,6 +77,10 @@ class Folder(ImageSource):
     Classes are split by a file {"train": [names], "val": [names], "test": [names]}, where a name
     takes every class below it; else by folders `train`, `val` and `test` at the top; else by
     `fractions`, in the order of a hash of their names. No seed changes a split.
+
+    Decoded images of a thousand and more are kept in `cache_folder()`, with a checksum: a second
+    start opens no image, as long as the paths, sizes and times of the files, the lists of members
+    of the zips, and the settings are the same (see `fingerprint` for what escapes that).
 
     Args:
         path: a folder, or a zip.
@@ -83,31 +108,72 @@ class Folder(ImageSource):
     ) -> None:
         config = validated(FolderConfig, settings, "folder")
         root = Path(path).expanduser()
-        with ExitStack() as stack:
-            classes, chosen = _split(find_classes(root, stack), root, config)
-            images = {split: _read(classes, names, config) for split, names in chosen.items()}
-        train = images["train"].images
-        bright = config.mode == "grey" and int(train.sum()) > 127.5 * train.numel()
-        self._inverted = bright if config.invert == "auto" else config.invert
-        if self._inverted:
-            for split in images.values():
-                split.images.bitwise_not_()
+        place, cache_bytes = _place(root, config), config.cache_mib * 2**20
+        most_bytes = min(cache_bytes, config.memory_mib * 2**20)
+        kept = read_decoded(place, most_bytes) if place else None
+        decoded = kept or _decoded(root, config)
+        self._inverted = decoded.inverted
         super().__init__(
-            images, config, origin=str(root), ways=ways, shots=shots, queries=queries, seed=seed
+            decoded.splits,
+            config,
+            origin=str(root),
+            ways=ways,
+            shots=shots,
+            queries=queries,
+            seed=seed,
         )
+        # Only now are the splits known to be apart. Files that changed while they were read give
+        # another place: which of the two their images belong to is not known.
+        if place and not kept and place == _place(root, config):
+            write_decoded(place, decoded, most_bytes=most_bytes, folder_bytes=cache_bytes)
 
     def describe(self) -> dict[str, Any]:
         """The data in words and numbers, ready for JSON."""
         return super().describe() | {"inverted": self._inverted}
 
 
+def _place(root: Path, config: FolderConfig) -> Path | None:
+    """Where the decoded images are kept, by all that decides them; None for nowhere."""
+    if config.cache_mib == 0:
+        return None
+    settings = config.model_dump_json(include={"size", "mode", "invert", "fractions"})
+    try:
+        listing = fingerprint(root)
+        by_file = _splits_file(root, config)
+        splits = read_regular(by_file, MOST_BYTES) if by_file else b""
+        folder = cache_folder() / "images"
+    except (OSError, RuntimeError, ValueError):  # `_decoded` says why; or there is no home folder
+        return None
+    # Pillow's JPEG library may round otherwise, and is not always the one that it comes with.
+    decoders = (PIL.__version__, str(features.version("jpg")))
+    versions = (str(_FORMAT), version("metaplug"), *decoders)
+    return folder / f"{digest(*versions, settings, splits, listing)}.bin"
+
+
+def _decoded(root: Path, config: FolderConfig) -> DecodedImages:
+    with ExitStack() as stack:
+        classes, chosen = _split(find_classes(root, stack), root, config)
+        images = {split: _read(classes, names, config) for split, names in chosen.items()}
+    train = images["train"].images
+    bright = config.mode == "grey" and int(train.sum()) > 127.5 * train.numel()
+    inverted = bright if config.invert == "auto" else config.invert
+    if inverted:
+        for split in images.values():
+            split.images.bitwise_not_()
+    return DecodedImages(images, inverted)
+
+
+def _splits_file(root: Path, config: FolderConfig) -> Path | None:
+    beside = (root if root.is_dir() else root.parent) / "splits.json"
+    return config.splits or (beside if beside.is_file() else None)
+
+
 def _split(
     classes: Classes, root: Path, config: FolderConfig
 ) -> tuple[Classes, dict[str, list[str]]]:
     """The classes, and the names of each split's; a folder of a split is no part of a name."""
-    beside = (root if root.is_dir() else root.parent) / "splits.json"
-    if config.splits or beside.is_file():
-        return classes, _by_file(config.splits or beside, list(classes))
+    if by_file := _splits_file(root, config):
+        return classes, _by_file(by_file, list(classes))
     if {name.partition("/")[0] for name in classes} <= set(SPLITS):
         return _by_top_folder(classes)
     return classes, by_fractions(list(classes), config.fractions)

@@ -12,8 +12,8 @@ from torch import Tensor
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import RequestError
 from metaplug.settings import validated
+from metaplug.tasks.choices import ExampleCounts
 from metaplug.tasks.draws import distinct, draw
-from metaplug.tasks.episodes import ExampleCounts
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.settings import validated
+from metaplug.tasks.choices import ExampleCounts
 from metaplug.tasks.draws import draw
-from metaplug.tasks.episodes import ExampleCounts
 from metaplug.tasks.identities import identity_of_stream
 from metaplug.tasks.sources import TaskSource
 from metaplug.tasks.splits import SPLITS

@@ -1,0 +1,68 @@
+"""Whether a model takes an attention mask that was expanded once for all tasks, outside vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from metaplug.checks.compare_batching import double, in_dtype, perturbed
+from metaplug.contract.inputs import Inputs, map_inputs
+from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_groups import uniform
+from metaplug.core.inner_loop import InnerLoop
+from metaplug.core.model_calls import MaskForm, expand_mask
+from metaplug.execution.batching import refusal
+from metaplug.random_streams import stream
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""By dtype, what the answers may differ by, relative to what the mask changes in them."""
+
+
+def choose_mask(inner: InnerLoop, batch: TaskBatch) -> tuple[MaskForm, bool] | None:
+    """Return how the mask is to be expanded for this model; None where it stays as it is.
+
+    Models expand (n, L) masks in forward, and branch on their values, which vmap refuses. Where it
+    does, the expanded forms are tried that such models take, and the one is chosen that gives the
+    model's own answer, on examples without their second token.
+    """
+    batch = uniform(batch)
+    x = batch.support_x
+    if not isinstance(x, Mapping) or "attention_mask" not in x or x["attention_mask"].ndim != 3:
+        return None
+    if refusal(inner, batch) is None:
+        return None
+    for dtype in dict.fromkeys((double(inner.dtype), torch.float32)):
+        try:
+            with in_dtype(inner, dtype):
+                return _form(inner, x, dtype)
+        except Exception:
+            continue  # with constants in float32, say
+    return None
+
+
+def _form(inner: InnerLoop, x: Inputs, dtype: torch.dtype) -> tuple[MaskForm, bool] | None:
+    weights = [each[0] for each in perturbed(inner, dtype, 1).values()]
+
+    def answer(mask: Tensor) -> Tensor:
+        with torch.no_grad(), stream(0, inner.device):
+            found: Tensor = inner.functional(weights, {**sample, "attention_mask": mask})
+        return found
+
+    sample = map_inputs(lambda each: each[0], x)
+    mask = torch.ones_like(sample["attention_mask"])
+    whole = answer(mask)
+    mask[:, min(1, mask.shape[1] - 1)] = 0  # the second token, which later ones attend to
+    padded = answer(mask)
+    allowed = TOLERANCE.get(dtype, 0.0) * (padded - whole).norm()
+    for form in get_args(MaskForm):
+        for added in (False, True):
+            try:
+                found = answer(expand_mask(mask, form, dtype if added else None))
+            except Exception:
+                continue  # no form that this model takes
+            if found.shape == padded.shape and (found - padded).norm() < allowed:
+                return form, added
+    return None

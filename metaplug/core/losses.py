@@ -1,0 +1,41 @@
+"""The loss of a task where none is given, and which axis of an output is that of the classes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return torch's cross-entropy, whether the classes stand first or last in an output.
+
+    Args:
+        prediction: (n, classes, *rest), or (n, *rest, classes) as language models answer.
+        target: (n, *rest) class indices, of which -100 counts for nothing; or probabilities.
+    """
+    axis = class_axis(prediction, target)
+    moved = prediction if axis is None or axis == 1 else prediction.movedim(axis, 1)
+    return F.cross_entropy(moved, target)
+
+
+def class_axis(prediction: Tensor, target: Tensor, leading: int = 1) -> int | None:
+    """Return the axis of the classes: the first after the examples' axes, or the last.
+
+    Where both fit, it is the first, as torch's losses have it. None where neither fits.
+
+    Args:
+        leading: axes before an example's own: 1 for a task's, 2 for those of stacked tasks.
+
+    >>> import torch
+    >>> class_axis(torch.zeros(4, 9, 5), torch.zeros(4, 9, dtype=torch.int64))
+    2
+    """
+    if target.is_floating_point():
+        return None
+    for axis in (leading, prediction.dim() - 1):
+        if (
+            leading <= axis < prediction.dim()
+            and prediction.shape[:axis] + prediction.shape[axis + 1 :] == target.shape
+        ):
+            return axis
+    return None
