@@ -16,10 +16,9 @@ from metaplug.contract.presets import PluginLike, Preset, find_preset, make_plug
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Kind
 from metaplug.core.inner_loop import Loss
-from metaplug.core.losses import cross_entropy
 from metaplug.core.model_calls import Output
-from metaplug.errors import RequestError, at_least_one, unknown
-from metaplug.evaluation.evaluator import MEASURE_UNSEEN, VALIDATE_UNSEEN, Evaluator
+from metaplug.errors import RequestError, unknown
+from metaplug.evaluation.evaluator import Evaluator
 from metaplug.evaluation.history import History, Record
 from metaplug.evaluation.results import EvaluationResult
 from metaplug.evaluation.scores import ScoreLike
@@ -27,18 +26,11 @@ from metaplug.execution.batching import Batching, BatchingChoice
 from metaplug.execution.plan import StepPlan
 from metaplug.execution.precision import Precision
 from metaplug.execution.ranks import ALONE, World
-from metaplug.execution.settings import LearnerSettings, NonFinite
-from metaplug.settings import validated
+from metaplug.execution.settings import NonFinite
 from metaplug.tasks.episodes import TaskStream
 from metaplug.tasks.identities import TrainedOn
-from metaplug.training.assemble import assemble
+from metaplug.training.assemble import LOSSES, assemble, learner_settings
 from metaplug.training.loop import Loop, LoopSettings, stream_of
-
-LOSSES: dict[Kind, Loss] = {
-    "classification": cross_entropy,
-    "regression": nn.functional.mse_loss,
-}
-"""The loss of one task where none is given."""
 
 
 class MetaLearner:
@@ -121,17 +113,13 @@ class MetaLearner:
         seed: int = 0,
         world: World | None = None,
     ) -> None:
-        given = dict(locals())  # the arguments
         preset = None if preset is None else find_preset(preset)
-        settings = {} if preset is None else preset.defaults.get("learner", {})
-        own = {name: given[name] for name in LearnerSettings.model_fields}
-        settings = settings | {name: each for name, each in own.items() if each is not None}
-        self.settings = validated(LearnerSettings, settings, "learner")
+        self.settings = learner_settings(preset, dict(locals()))  # the arguments
         if kind not in LOSSES:
             raise RequestError(f"unknown kind of task '{kind}': classification or regression")
         if task_batching not in get_args(Batching):
             raise unknown("task batching", task_batching, get_args(Batching))
-        at_least_one(metrics_every=metrics_every)
+        _check_counts(metrics_every=metrics_every)
         plan = StepPlan(checkpoint_steps, chunk_size, compile, capture)
         check_model(model, self.settings.batch_norm)
         check_loss(loss)
@@ -233,13 +221,12 @@ class MetaLearner:
                 a row stops training all the same. Of a validation, such a task makes the mean NaN.
 
         Raises:
-            RequestError: an argument out of bounds, or validation tasks that are trained on, or
-                cannot be scored.
+            RequestError: an argument out of bounds, or validation tasks trained on or unscorable.
             RunError: a loss or gradient is NaN or Inf, or memory runs out; the weights are those of
                 the iteration before.
         """
-        at_least_one(tasks_per_batch=tasks_per_batch, validate_every=validate_every)
-        at_least_one(validation_tasks=validation_tasks)
+        _check_counts(tasks_per_batch=tasks_per_batch, validate_every=validate_every)
+        _check_counts(validation_tasks=validation_tasks)
         if iterations < 0:
             raise RequestError(f"iterations = {iterations}: give at least 0")
         if non_finite not in get_args(NonFinite):
@@ -247,8 +234,8 @@ class MetaLearner:
         tasks = self._stream(tasks)
         trained_on = self.trained_on.and_by(tasks) if iterations > 0 else self.trained_on
         if validation is not None:
-            stream = self._stream(validation)
-            self.evaluator.refuse_trained_on(stream, VALIDATE_UNSEEN, trained_on)
+            advice = "give validation tasks of other classes, such as tasks.val"
+            self.evaluator.refuse_trained_on(self._stream(validation), advice, trained_on)
         skip = non_finite == "skip"
 
         def validate() -> EvaluationResult:
@@ -294,15 +281,18 @@ class MetaLearner:
             allow_training_classes: also measure on classes that were trained on, and say so.
 
         Raises:
-            RequestError: the tasks are of a class that was trained on, and that is not allowed;
-                or they cannot be scored.
+            RequestError: the tasks cannot be scored, or are of trained classes, unless allowed.
             RunError: a task's query loss is NaN or Inf, which no mean should hide; the task is
                 named. Or memory runs out.
         """
-        at_least_one(num_tasks=num_tasks)
+        _check_counts(num_tasks=num_tasks)
         tasks = self._stream(tasks)
         if not allow_training_classes:
-            self.evaluator.refuse_trained_on(tasks, MEASURE_UNSEEN, self.trained_on)
+            advice = (
+                "evaluate tasks.test, or give allow_training_classes=True "
+                "(--allow-training-classes) to measure training on purpose"
+            )
+            self.evaluator.refuse_trained_on(tasks, advice, self.trained_on)
         return self.evaluator.evaluate(tasks, num_tasks, inner_steps, tasks_per_batch, score)[0]
 
     def adapt(
@@ -379,3 +369,9 @@ class MetaLearner:
 
     def _stream(self, tasks: TaskStream | Any) -> TaskStream:
         return stream_of(tasks, self.seed, self.world.size)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise RequestError(f"{name} = {count}: give at least 1")
