@@ -80,6 +80,9 @@ class Scorer:
         self, predictions: Tensor, targets: Tensor, sizes: Sequence[TaskSize] | None
     ) -> Groups:
         """The tasks of one size together, without padding and classes beyond their ways."""
+        if sizes is not None:  # some of a batch's tasks may have no example in its last places
+            most = max(size.query for size in sizes)
+            predictions, targets = predictions[:, :most], targets[:, :most]
         axis = class_axis(predictions, targets, leading=2)
         if isinstance(self.score, NamedScore):
             if self._form is None:

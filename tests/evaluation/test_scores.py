@@ -190,6 +190,9 @@ def test_a_padded_batch_gives_each_task_what_it_gets_alone(name, form, sizes):
     scorer = Scorer(SCORES[name], FORMS[form][0], outputs=3 if indices else None)
     found = scorer(padded, batch.query_y, batch.sizes)
     assert found.tolist() == pytest.approx([float(values) for values, _ in alone], rel=1e-6)
+    first = batch.tasks(slice(0, 1))  # whose predictions the engine does not pad
+    short = scorer(own[0], first.query_y, first.sizes)
+    assert short.tolist() == pytest.approx(found[:1].tolist())
     table = scorer.by_class(padded, batch.query_y, batch.sizes)
     for row, (_, expected) in zip([] if table is None else table, alone, strict=table is not None):
         count = expected.shape[1]
