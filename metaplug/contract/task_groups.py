@@ -78,11 +78,11 @@ def by_size(
 def rows_of(tensor: Tensor, rows: list[int]) -> Tensor:
     """Return some rows, stacked; their derivative costs no more than they do.
 
-    Rows that are one tensor, expanded, stay so.
+    Rows that are one tensor, expanded, stay so, unless a gradient may be asked for row by row.
     """
     if len(rows) == len(tensor):
         return tensor
-    if tensor.stride(0) == 0:
+    if tensor.stride(0) == 0 and not tensor.requires_grad:
         return tensor[: len(rows)]
     unbound = tensor.unbind(0)
     return torch.stack([unbound[row] for row in rows])

@@ -459,3 +459,35 @@ def test_accuracy_by_class_is_a_table():
             f"class {row['class']}: {row['mean']:.2%}"[:-1]
             + f" ± {100 * row['interval']:.2f} % ({len(own)} tasks)"
         )
+
+
+def test_a_learner_scores_tasks_of_different_sizes_as_each_alone():
+    torch.manual_seed(0)
+
+    def task(shots, ways, queries):
+        def part(count):
+            x = torch.randn(1, count, 4, dtype=torch.float64)
+            return x, torch.arange(count).remainder(ways).unsqueeze(0)
+
+        return TaskBatch(*part(shots), *part(queries))
+
+    tasks = [task(6, 3, 5), task(4, 2, 3), task(6, 3, 5), task(5, 5, 7)]
+
+    class Ragged:
+        split = "test"
+
+        def batch(self, iteration, indices):
+            return TaskBatch.from_tasks([tasks[index % 4] for index in indices])
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 5)).double()
+    learner = MetaLearner(model, inner_steps=2, inner_lr=0.1, score="per-class-accuracy")
+    learner.fit(Ragged(), iterations=1, validation=Ragged(), validation_tasks=4)
+    together = learner.evaluate(Ragged(), num_tasks=4)
+    alone = learner.evaluate(Ragged(), num_tasks=4, tasks_per_batch=1)
+    torch.testing.assert_close(together.per_class, alone.per_class, equal_nan=True)
+    assert torch.isnan(together.per_class[:3, 3:]).all()
+    together, alone = (
+        learner.evaluate(Ragged(), num_tasks=4, tasks_per_batch=size, score="perplexity")
+        for size in (4, 1)
+    )
+    torch.testing.assert_close(together.per_task, alone.per_task, rtol=1e-10, atol=0)
