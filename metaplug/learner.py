@@ -67,6 +67,8 @@ class MetaLearner:
             backward pass: less memory, a third more time. None keeps all of it.
         chunk_size: accumulate meta-gradients over this many tasks at a time, for plugins that do
             not couple tasks. None takes all tasks of a batch at once.
+        cache_frozen: compute what lies below the first adapted layer once a batch, not once a step:
+            the same numbers, sooner, in more memory.
         compile: compile meta-steps: many times faster for small models, after a minute or more for
             each form of batch. A plugin that cannot be compiled is named in a warning.
         capture: replay meta-steps from CUDA graphs. "auto": from the 11th step of one form in a
@@ -105,6 +107,7 @@ class MetaLearner:
         task_batching: Batching = "auto",
         checkpoint_steps: int | None = None,
         chunk_size: int | None = None,
+        cache_frozen: bool = False,
         compile: bool = False,  # noqa: A002 -- the field's name, as in torch
         capture: bool | Literal["auto"] = False,
         metrics_every: int = 1,
@@ -120,7 +123,7 @@ class MetaLearner:
         if task_batching not in get_args(Batching):
             raise unknown("task batching", task_batching, get_args(Batching))
         _check_counts(metrics_every=metrics_every)
-        plan = StepPlan(checkpoint_steps, chunk_size, compile, capture)
+        plan = StepPlan(checkpoint_steps, chunk_size, compile, capture, cache_frozen)
         check_model(model, self.settings.batch_norm)
         check_loss(loss)
         self.model, self.kind, self.seed, self.task_batching = model, kind, seed, task_batching
@@ -139,7 +142,9 @@ class MetaLearner:
             seed=seed,
             world=self.world,
         )
-        self.prepare_batch = PrepareBatch(self.engine, model, kind, task_batching)
+        self.prepare_batch = PrepareBatch(
+            self.engine, model, kind, task_batching, cache_frozen=cache_frozen
+        )
         self.evaluator = Evaluator(self.engine, self.prepare_batch, model, kind, score, seed=seed)
 
     @property

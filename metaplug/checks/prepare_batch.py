@@ -9,6 +9,7 @@ from torch import nn
 
 from metaplug.checks.attention_mask import choose_mask
 from metaplug.checks.compare_batching import difference
+from metaplug.checks.find_frozen import find_frozen
 from metaplug.checks.model_changes import ModelChanges
 from metaplug.checks.probe_model import probe_model, written_by_forward
 from metaplug.contract.task_batch import TaskBatch
@@ -27,14 +28,24 @@ class PrepareBatch:
         model: of that loop, as it is now.
         kind: of the tasks.
         wanted: how tasks are to be batched.
+        cache_frozen: whether what the inner loop cannot change is kept from step to step.
 
     Attributes:
         batching: how tasks are batched and why; known from the first batch on.
     """
 
-    def __init__(self, engine: Engine, model: nn.Module, kind: Kind, wanted: Batching) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        model: nn.Module,
+        kind: Kind,
+        wanted: Batching,
+        *,
+        cache_frozen: bool = False,
+    ) -> None:
         self.batching: BatchingChoice | None = None
         self._engine, self._kind, self._wanted = engine, kind, wanted
+        self._cache_frozen = cache_frozen
         self._changes = ModelChanges(model)
 
     def __call__(
@@ -85,11 +96,17 @@ class PrepareBatch:
                     lambda each: each.nan_to_num() if each.is_floating_point() else each
                 )
             inner.functional.mask = None
+            if inner.features is not None:
+                inner.features.remove()
+                inner.features = None
             probed = probe_model(inner, batch, self._kind)
             self._engine.outputs = probed.outputs
             inner.functional.mask = choose_mask(inner, batch)
             # Anew with other hooks: vmap may not follow them.
             self.batching = choose_batching(self._wanted, inner, batch, difference)
+            if self._cache_frozen:
+                inner.features = find_frozen(inner, batch)
+                inner.functional.watch(probed.written)
         inner.vectorized = self.batching.batching == "vectorized"
         self._changes.accept(probed.written)
 

@@ -26,6 +26,7 @@ from metaplug.contract.inputs import Inputs, map_inputs
 from metaplug.contract.task_batch import Part, TaskBatch
 from metaplug.contract.task_groups import Alike, alike, in_order, rows_of
 from metaplug.contract.values import InnerStep, Outcome, TaskShare
+from metaplug.core.frozen_features import FrozenFeatures
 from metaplug.core.functional_model import FunctionalModel
 from metaplug.core.losses import class_axis
 from metaplug.core.model_calls import Output
@@ -81,6 +82,7 @@ class InnerLoop:
         autocast: makes the context in which the model's forward passes run.
         first_order_only: whether an operation of the model refuses to be differentiated twice,
             which autograd passes over.
+        features: keeps what the loop cannot change from step to step; None computes it anew.
         query_graph: whether forward itself differentiates, so that it needs autograd at evaluation.
 
     Example:
@@ -109,6 +111,7 @@ class InnerLoop:
     ) -> None:
         self.chain, self.loss, self.inner_steps, self.inner_lr = chain, loss, inner_steps, inner_lr
         self.vectorized, self.query_graph, self.first_order_only = True, False, False
+        self.features: FrozenFeatures | None = None
         self.checkpoint_steps: int | None = None
         self.autocast: Callable[[], AbstractContextManager[None]] = nullcontext
         self.functional = FunctionalModel(model, batch_norm, output)
@@ -152,7 +155,8 @@ class InnerLoop:
         )
         self.functional.begin(training)
         # Meta-gradients are taken outside: who asks for them records, from before the loop on.
-        with nullcontext() if training else recording(), self.functional.unwritten():
+        kept = nullcontext() if self.features is None else self.features.batch()
+        with nullcontext() if training else recording(), self.functional.unwritten(), kept:
             try:
                 batch = batch.recordable()
                 return _Walk(self, batch, first, query_after, orders, seeds).outcome()
@@ -191,6 +195,8 @@ class InnerLoop:
         batch: TaskBatch,
         part: Part,
         seeds: Sequence[int] | None = None,
+        *,
+        again: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Return every task's loss (T,) and prediction (T, n, *output), padded where sizes differ.
 
@@ -200,18 +206,23 @@ class InnerLoop:
             stacked: (T, *shape) each, in the model's order.
             batch, part: whose examples are computed.
             seeds: as in `run`; they make tasks run one after the other.
+            again: whether it is one of several passes of a loop, which may keep `features`.
         """
         losses, predictions = [], []
         for group in alike(batch, part):
             own = None if seeds is None else [seeds[row] for row in group.rows]
             weights = [rows_of(value, group.rows) for value in stacked]
-            loss, prediction = self._alike(weights, group, own)
+            loss, prediction = self._alike(weights, group, own, part if again else None)
             losses.append((group.rows, loss))
             predictions.append((group.rows, prediction))
         return in_order(losses), in_order(predictions)
 
     def _alike(
-        self, stacked: Sequence[Tensor], group: Alike, seeds: Sequence[int] | None
+        self,
+        stacked: Sequence[Tensor],
+        group: Alike,
+        seeds: Sequence[int] | None,
+        part: Part | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the losses and predictions of tasks of one size."""
         x, y, ways = self.functional.inputs(group.x, self.dtype), group.y, group.ways
@@ -222,16 +233,24 @@ class InnerLoop:
                 name not in self.adapted and value.stride(0) == 0
                 for name, value in zip(self.parameters, stacked, strict=True)
             ]
-            return for_all_tasks(partial(self.task, ways=ways), stacked, shared, x, y)
+            with self._kept(part, *group.rows):
+                return for_all_tasks(partial(self.task, ways=ways), stacked, shared, x, y)
         rows = zip(*(value.unbind(0) for value in stacked), strict=True)
         results = []
         with TaskRules():
             for place, row in enumerate(rows):
                 own = map_inputs(partial(Tensor.select, dim=0, index=place), x)
-                with nullcontext() if seeds is None else stream(seeds[place], self.device):
+                draws = nullcontext() if seeds is None else stream(seeds[place], self.device)
+                with draws, self._kept(part, group.rows[place]):
                     results.append(self.task(row, own, y[place], ways))
         losses, predictions = zip(*results, strict=True)
         return torch.stack(losses), torch.stack(predictions)
+
+    def _kept(self, part: Part | None, *rows: int) -> AbstractContextManager[None]:
+        """Inside, one forward pass of these tasks runs; its features may be kept for the next."""
+        if self.features is None or part is None:
+            return nullcontext()
+        return self.features.examples((part, rows))
 
     def orders_of(self, iteration: int, total: int) -> tuple[int, ...]:
         """Return the derivative order of every inner step of a training iteration."""
@@ -412,10 +431,12 @@ class _Walk:
         """Run the model for every task on its "support" or "query" examples."""
         loop, seeds = self.loop, self.seeds
         values = loop.chain.fold("transform_parameters", fast, step=step)
+        if loop.features is not None:
+            loop.features.check(values, fast)
         if seeds is not None:
             seeds = [mix(seed, 2 * step.index + (part == "query")) for seed in seeds]
         losses, predictions = loop.all_tasks(
-            [values[name] for name in loop.parameters], self.batch, part, seeds
+            [values[name] for name in loop.parameters], self.batch, part, seeds, again=True
         )
         if part == "support" and loop.chain.watch is not None:
             loop.chain.watch.step(losses)

@@ -221,6 +221,18 @@ class _MaxPool2d(torch.autograd.Function):
         ), None
 
 
+def as_stacked(value: Any) -> tuple[Any, int | None]:
+    """Return a value as it is outside vmap, and its axis of tasks; None where it has none."""
+    if _is_stacked(value):
+        return get_unwrapped(value), maybe_get_bdim(value)
+    return value, None
+
+
+def from_stacked(value: Any, axis: int | None) -> Any:
+    """Return a value as vmap sees it, from what `as_stacked` gave in another call of vmap."""
+    return value if axis is None else _add_batch_dim(value, axis, current_level())
+
+
 def _is_stacked(value: Any) -> bool:
     """Whether the innermost vmap sees this tensor as one task's of many."""
     if not isinstance(value, Tensor) or not is_batchedtensor(value):

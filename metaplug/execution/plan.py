@@ -26,6 +26,7 @@ class StepPlan:
     chunk_size: int | None
     compile: bool
     capture: bool | Literal["auto"]
+    cache_frozen: bool = False
 
     def __post_init__(self) -> None:
         for name, without in (
@@ -35,6 +36,10 @@ class StepPlan:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"{name} = {value}: give at least 1, or None to {without}")
+        if self.cache_frozen and self.checkpoint_steps is not None:
+            raise RequestError(
+                "cache_frozen keeps what checkpoint_steps recomputes: leave one of the two out"
+            )
         if self.capture not in (True, False, "auto"):
             raise RequestError(f"unknown capture {self.capture!r}: give True, False or 'auto'")
         if self._traced and (self.checkpoint_steps is not None or self.chunk_size is not None):

@@ -93,6 +93,11 @@ class RuntimeSettings(Settings):
         description="Tasks that are computed together, for plugins that do not couple tasks; "
         "null takes all of a batch at once.",
     )
+    cache_frozen: bool = Field(
+        False,
+        description="Compute what lies below the first adapted layer once a batch, "
+        "not once an inner step.",
+    )
     compile: bool = Field(
         False,
         description="Compile meta-steps: a minute or more once, "

@@ -17,7 +17,8 @@ from torch import Tensor
 from metaplug.contract.inputs import Inputs, device_of
 from metaplug.contract.task_batch import IGNORED, TaskBatch
 from metaplug.errors import RequestError
-from metaplug.tasks.choices import Choice, ChoiceOptions, Chooser, Chosen, ClassTable
+from metaplug.tasks.choice_options import ChoiceOptions
+from metaplug.tasks.choices import Choice, Chooser, Chosen, ClassTable
 from metaplug.tasks.images.augmentations import mirrored, rotated, shifted
 from metaplug.tasks.images.class_images import ClassImages
 

@@ -8,7 +8,9 @@ import re
 import stat
 from io import BufferedReader
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from metaplug.errors import one_line
 
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Breaks a line, a terminal or the order of words; surrogates are bytes that are not UTF-8."""
@@ -51,6 +53,16 @@ def read_regular(path: Path, most: int) -> bytes:
 def no_number(name: str) -> NoReturn:
     """Refuse NaN and Infinity for `json.loads`, which takes them although JSON has none."""
     raise ValueError(f"{name} is no number in JSON")
+
+
+def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that stands twice for `json.loads`, which takes the last in silence."""
+    given: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in given:
+            raise ValueError(f"the key '{one_line(key, 80)}' stands twice")
+        given[key] = value
+    return given
 
 
 def cache_folder() -> Path:

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from metaplug.errors import RequestError, one_line, reason, unknown
 from metaplug.settings import Settings
-from metaplug.tasks.reading import no_number, read_regular
+from metaplug.tasks.reading import keys_once, no_number, read_regular
 
 SPLITS = ("train", "val", "test")
 SPLITS_FORM = '{"train": [names], "val": [names], "test": [names]}'
@@ -68,7 +68,7 @@ def read_splits(path: Path, of: str) -> dict[str, list[Any]]:
     """
     try:
         text = read_regular(path, MOST_BYTES)
-        given = json.loads(text, object_pairs_hook=_once, parse_constant=no_number)
+        given = json.loads(text, object_pairs_hook=keys_once, parse_constant=no_number)
     except OSError as error:
         raise RequestError(
             f"cannot read the splits {path}: {reason(error)}; give a JSON file {SPLITS_FORM}"
@@ -88,13 +88,3 @@ def read_splits(path: Path, of: str) -> dict[str, list[Any]]:
     if wrong := [split for split in given if split not in SPLITS]:
         raise RequestError(f"the splits {path}: {unknown('split', one_line(wrong[0], 80), SPLITS)}")
     return dict(given)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a key that stands twice, of which JSON takes the last in silence."""
-    given: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in given:
-            raise ValueError(f"the key '{one_line(key, 80)}' stands twice")
-        given[key] = value
-    return given

@@ -13,7 +13,13 @@ pytestmark = pytest.mark.cuda
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"within": True}, {"rotate": True, "flip": True, "shift": 2}, {"train_ways": (2, 5)}],
+    [
+        {},
+        {"within": True},
+        {"rotate": True, "flip": True, "shift": 2},
+        {"train_ways": (2, 5)},
+        {"train_ways": (2, 5), "train_shots": (1, 3), "vary": "task", "rotate": True},
+    ],
 )
 def test_episodes_on_the_device_are_those_of_the_cpu(options: dict[str, Any]) -> None:
     source = Glyphs(ways=5, shots=1, queries=3, **options)

@@ -134,11 +134,11 @@ class TestWhenItRunsOut:
         """The learner, whose forward passes raise from the one `after` on."""
         own, calls = learner.engine.inner.all_tasks, []
 
-        def forward(*arguments):
+        def forward(*arguments, **options):
             calls.append(1)
             if len(calls) > after:
                 raise error
-            return own(*arguments)
+            return own(*arguments, **options)
 
         monkeypatch.setattr(learner.engine.inner, "all_tasks", forward)
 

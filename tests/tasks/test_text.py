@@ -370,6 +370,11 @@ def test_faults_of_a_table(
             'object a line, such as {{"text": "...", "label": "..."}}',
         ),
         (
+            b'{"text": "a", "text": "b", "label": "c"}\n',
+            "the table {}, line 1 is no JSON object in UTF-8 (the key 'text' stands twice): write "
+            'one object a line, such as {{"text": "...", "label": "..."}}',
+        ),
+        (
             b'{"text": "a", "label": "b"}\n{"text": "a"}\n',
             "the table {}, row 2, column 'label' names no label: name one, or leave the row out",
         ),

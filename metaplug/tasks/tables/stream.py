@@ -12,7 +12,7 @@ from torch import Tensor
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import RequestError
 from metaplug.settings import validated
-from metaplug.tasks.choices import ExampleCounts
+from metaplug.tasks.choice_options import ExampleCounts
 from metaplug.tasks.draws import distinct, draw
 
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metaplug.contract.task_batch import IGNORED
-from metaplug.tasks.choices import Choice, ChoiceOptions, Chooser, Chosen, ClassTable
+from metaplug.tasks.choice_options import ChoiceOptions
+from metaplug.tasks.choices import Choice, Chooser, Chosen, ClassTable
 from metaplug.tasks.episodes import Episodes
 from metaplug.tasks.identities import digest
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from metaplug.errors import RequestError, reason
-from metaplug.tasks.reading import no_number, open_regular
+from metaplug.tasks.reading import keys_once, no_number, open_regular
 
 _MOST_BYTES = 2**20
 """Of a line."""
@@ -51,7 +51,8 @@ def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
         fault = f"it has more than {_MOST_BYTES} bytes"
     else:
         try:
-            row = json.loads(line.decode("utf-8-sig"), parse_constant=no_number)
+            words = line.decode("utf-8-sig")
+            row = json.loads(words, object_pairs_hook=keys_once, parse_constant=no_number)
         except (ValueError, RecursionError) as error:
             fault = reason(error)
     if isinstance(row, dict):

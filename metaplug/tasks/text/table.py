@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from metaplug.errors import RequestError, one_line, quoted, reason, unknown
-from metaplug.tasks.choices import ChoiceOptions
+from metaplug.tasks.choice_options import ChoiceOptions
 from metaplug.tasks.reading import UNPRINTABLE, open_regular
 from metaplug.tasks.splits import SPLITS, SplitFractions, in_two_splits
 from metaplug.tasks.tables.rows import read_rows

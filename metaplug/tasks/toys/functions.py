@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.settings import validated
-from metaplug.tasks.choices import ExampleCounts
+from metaplug.tasks.choice_options import ExampleCounts
 from metaplug.tasks.draws import draw
 from metaplug.tasks.identities import identity_of_stream
 from metaplug.tasks.sources import TaskSource

@@ -1,0 +1,103 @@
+"""What the inner loop cannot change of a model is computed once a batch, not once a step.
+
+Modules below the first adapted layer see the same inputs and weights in every inner step. Their
+outputs are kept from the first pass of a batch, with the graph to weights that are meta-learned but
+not adapted, so values and meta-gradients are those of computing them anew.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from metaplug.core.vmap_rules import as_stacked, from_stacked
+from metaplug.errors import RunError
+
+Call = tuple[str, int]
+"""A module's path, and which of its calls in one forward pass."""
+
+
+class FrozenFeatures:
+    """Keeps the outputs of some modules of a model from pass to pass, within one batch.
+
+    Args:
+        model: whose modules' forward methods are wrapped.
+        calls: what is kept.
+        parameters: names of the parameters that these modules read.
+
+    Attributes:
+        parameters: as given.
+    """
+
+    def __init__(self, model: nn.Module, calls: frozenset[Call], parameters: frozenset[str]):
+        self.parameters, self._calls = parameters, calls
+        self._kept: dict[Hashable, dict[Call, Any]] = {}
+        self._now: dict[Call, Any] | None = None
+        self._count: Counter[str] = Counter()
+        self._modules = {path: model.get_submodule(path) for path, _ in calls}
+        self._before = {path: vars(each).get("forward") for path, each in self._modules.items()}
+        for path, module in self._modules.items():
+            module.forward = self._keeping(path, module.forward)
+
+    def remove(self) -> None:
+        """Give the modules their own forward methods again."""
+        for path, module in self._modules.items():
+            give_forward(module, self._before[path])
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Inside, one batch is computed; afterwards nothing of it is kept."""
+        before, self._kept = self._kept, {}
+        try:
+            yield
+        finally:
+            self._kept = before
+
+    @contextmanager
+    def examples(self, of: Hashable) -> Iterator[None]:
+        """Inside, one forward pass runs on these examples: what an earlier one kept is used."""
+        self._now, self._count = self._kept.setdefault(of, {}), Counter()
+        try:
+            yield
+        finally:
+            self._now = None
+
+    def check(self, values: Mapping[str, Tensor], fast: Mapping[str, Tensor]) -> None:
+        """Refuse other values of the parameters that the kept modules read.
+
+        Raises:
+            RunError: a plugin changed one in transform_parameters.
+        """
+        if changed := [name for name in self.parameters if values[name] is not fast[name]]:
+            raise RunError(
+                f"cache_frozen keeps what '{changed[0]}' makes, but a plugin's "
+                "transform_parameters changes it from step to step: leave one of the two out"
+            )
+
+    def _keeping(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def kept_forward(*args: Any, **kwargs: Any) -> Any:
+            call = path, self._count[path]
+            self._count[path] += 1
+            if self._now is None or call not in self._calls:
+                return forward(*args, **kwargs)
+            if call in self._now:
+                leaves, form = self._now[call]
+                return tree_unflatten([from_stacked(*each) for each in leaves], form)
+            answer = forward(*args, **kwargs)
+            leaves, form = tree_flatten(answer)
+            self._now[call] = [as_stacked(each) for each in leaves], form
+            return answer
+
+        return kept_forward
+
+
+def give_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
+    """Give a module its class's forward method again, or one that was its own before."""
+    vars(module).pop("forward", None)
+    if own is not None:
+        module.forward = own
