@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Unpack, get_args
 
@@ -27,10 +28,11 @@ from metaplug.execution.plan import StepPlan
 from metaplug.execution.precision import Precision
 from metaplug.execution.ranks import ALONE, World
 from metaplug.execution.settings import NonFinite
+from metaplug.tasks.adapters import evaluation_stream, training_stream
 from metaplug.tasks.episodes import TaskStream
 from metaplug.tasks.identities import TrainedOn
 from metaplug.training.assemble import LOSSES, assemble, learner_settings
-from metaplug.training.loop import Loop, LoopSettings, stream_of
+from metaplug.training.loop import Loop, LoopSettings
 
 
 class MetaLearner:
@@ -206,21 +208,24 @@ class MetaLearner:
         tasks_per_batch: int = 8,
         validation: TaskStream | Any = None,
         validate_every: int = 50,
-        validation_tasks: int = 200,
+        validation_tasks: int | None = None,
         non_finite: NonFinite = "stop",
     ) -> Iterator[Record]:
         """Meta-train, one iteration at each step of the iterator: stop whenever you like.
 
         Args:
             tasks: a stream, whose tasks of iteration i are `tasks.batch(i, range(tasks_per_batch))`
-                (of N ranks, rank r asks for r, r + N, r + 2N, …); or a CombinationMetaDataset or
-                BatchMetaDataLoader of torchmeta.
+                (of N ranks, rank r asks for r, r + N, r + 2N, …); a list, a data set, a DataLoader,
+                a generator or another iterable of tasks or batches; a function (seed, iteration,
+                index) → task; or a CombinationMetaDataset of torchmeta. A task is a TaskBatch, or a
+                tuple (support_x, support_y, query_x, query_y), (examples, *shape) each.
             iterations: how many more.
             total: iterations of the whole run, which schedules follow. Default: those done and
                 `iterations`. Give it where a run is made of several calls.
             tasks_per_batch: tasks in a meta-batch, at least 1, and at least the number of ranks.
-            validation: tasks that are evaluated every `validate_every` iterations and after the
-                last: always the same `validation_tasks`.
+            validation: tasks, in any of these forms but a generator, that are evaluated every
+                `validate_every` iterations and after the last.
+            validation_tasks: how many, always the same. Default: 200, or all where those are fewer.
             non_finite: "stop" training at a batch in which something is NaN or Inf, or "skip" it:
                 it counts as an iteration and updates nothing, and its record says why. The tenth in
                 a row stops training all the same. Of a validation, such a task makes the mean NaN.
@@ -236,17 +241,18 @@ class MetaLearner:
             raise RequestError(f"iterations = {iterations}: give at least 0")
         if non_finite not in get_args(NonFinite):
             raise unknown("non_finite", non_finite, get_args(NonFinite))
-        tasks = self._stream(tasks)
+        ranks, done = self.world.size, self.iteration
+        tasks = training_stream(tasks, self.seed, tasks_per_batch, ranks=ranks, iteration=done)
         trained_on = self.trained_on.and_by(tasks) if iterations > 0 else self.trained_on
-        if validation is not None:
-            advice = "give validation tasks of other classes, such as tasks.val"
-            self.evaluator.refuse_trained_on(self._stream(validation), advice, trained_on)
         skip = non_finite == "skip"
-
-        def validate() -> EvaluationResult:
-            stream = self._stream(validation)
-            return self.evaluator.validate(stream, validation_tasks, skip=skip)
-
+        validate: Callable[[], EvaluationResult] | None = None
+        if validation is not None:
+            stream, count = evaluation_stream(
+                validation, self.seed, validation_tasks, "validation_tasks", ranks=ranks
+            )
+            advice = "give validation tasks of other classes, such as tasks.val"
+            self.evaluator.refuse_trained_on(stream, advice, trained_on)
+            validate = partial(self.evaluator.validate, stream, count, skip=skip)
         loop = Loop(
             self.engine,
             self.prepare_batch,
@@ -254,7 +260,7 @@ class MetaLearner:
             end=self.iteration + iterations,
             total=total,
             tasks_per_batch=tasks_per_batch,
-            validate=None if validation is None else validate,
+            validate=validate,
             check=None if validation is None else self.evaluator.check_score,
             validate_every=validate_every,
             metrics_every=self.metrics_every,
@@ -266,7 +272,7 @@ class MetaLearner:
         self,
         tasks: TaskStream | Any,
         *,
-        num_tasks: int = 600,
+        num_tasks: int | None = None,
         inner_steps: int | None = None,
         tasks_per_batch: int | None = None,
         score: ScoreLike | None = None,
@@ -277,8 +283,11 @@ class MetaLearner:
         Changes no state.
 
         Args:
-            tasks: task i is `tasks.batch(0, [i])`, whatever the batch.
-            num_tasks: how many, at least 1.
+            tasks: in any of the forms that `iterate` takes. Of a stream task i is
+                `tasks.batch(0, [i])`, whatever the batch; of a list, its i-th; an iterable gives
+                its first tasks, and a generator its next.
+            num_tasks: how many, at least 1. Default: all of a list or an iterable; 600 of a stream
+                or a function.
             inner_steps: default: as in training.
             tasks_per_batch: how many are computed together; the result does not depend on it.
                 Default: 16, or the learner's chunk_size where that is less.
@@ -291,14 +300,15 @@ class MetaLearner:
                 named. Or memory runs out.
         """
         _check_counts(num_tasks=num_tasks)
-        tasks = self._stream(tasks)
+        ranks = self.world.size
+        stream, count = evaluation_stream(tasks, self.seed, num_tasks, "num_tasks", ranks=ranks)
         if not allow_training_classes:
             advice = (
                 "evaluate tasks.test, or give allow_training_classes=True "
                 "(--allow-training-classes) to measure training on purpose"
             )
-            self.evaluator.refuse_trained_on(tasks, advice, self.trained_on)
-        return self.evaluator.evaluate(tasks, num_tasks, inner_steps, tasks_per_batch, score)[0]
+            self.evaluator.refuse_trained_on(stream, advice, self.trained_on)
+        return self.evaluator.evaluate(stream, count, inner_steps, tasks_per_batch, score)[0]
 
     def adapt(
         self, support_x: Tensor, support_y: Tensor, *, inner_steps: int | None = None
@@ -372,11 +382,8 @@ class MetaLearner:
             "and give it load_state_dict(learner.state_dict())"
         )
 
-    def _stream(self, tasks: TaskStream | Any) -> TaskStream:
-        return stream_of(tasks, self.seed, self.world.size)
 
-
-def _check_counts(**counts: int) -> None:
+def _check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
-        if count < 1:
+        if count is not None and count < 1:
             raise RequestError(f"{name} = {count}: give at least 1")

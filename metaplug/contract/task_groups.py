@@ -23,7 +23,13 @@ class Alike(NamedTuple):
 
 
 def alike(batch: TaskBatch, part: Part) -> list[Alike]:
-    """Return the support or query examples of the tasks, those of one size together, unpadded."""
+    """Return the support or query examples of the tasks, those of one size together, unpadded.
+
+    >>> y = torch.zeros(1, 2, dtype=torch.long)
+    >>> batch = TaskBatch.from_tasks([TaskBatch(y, y, y, y), TaskBatch(*[y[:, :1]] * 4)])
+    >>> [(group.rows, tuple(group.x.shape)) for group in alike(batch, "query")]
+    [([0], (1, 2)), ([1], (1, 1))]
+    """
     x, y = getattr(batch, f"{part}_x"), getattr(batch, f"{part}_y")
     if batch.sizes is None:
         return [Alike([*range(batch.num_tasks)], x, y, None)]
@@ -75,14 +81,16 @@ def by_size(
     return in_order(found)
 
 
-def rows_of(tensor: Tensor, rows: list[int]) -> Tensor:
+def rows_of(tensor: Tensor, rows: list[int], *, shared: bool = False) -> Tensor:
     """Return some rows, stacked; their derivative costs no more than they do.
 
-    Rows that are one tensor, expanded, stay so, unless a gradient may be asked for row by row.
+    Args:
+        shared: whether rows that are one tensor, expanded, may stay so: a gradient by row would go
+            to the first ones.
     """
     if len(rows) == len(tensor):
         return tensor
-    if tensor.stride(0) == 0 and not tensor.requires_grad:
+    if shared and tensor.stride(0) == 0:
         return tensor[: len(rows)]
     unbound = tensor.unbind(0)
     return torch.stack([unbound[row] for row in rows])

@@ -211,7 +211,10 @@ class InnerLoop:
         losses, predictions = [], []
         for group in alike(batch, part):
             own = None if seeds is None else [seeds[row] for row in group.rows]
-            weights = [rows_of(value, group.rows) for value in stacked]
+            weights = [
+                rows_of(value, group.rows, shared=name not in self.adapted)
+                for name, value in zip(self.parameters, stacked, strict=True)
+            ]
             loss, prediction = self._alike(weights, group, own, part if again else None)
             losses.append((group.rows, loss))
             predictions.append((group.rows, prediction))

@@ -3,9 +3,9 @@
 `sources` holds the base of every source, `splits` the division into train, val and test. The
 sources stand in `glyphs`, `images`, `tables`, `text`, `toys` and `torchmeta`. `choices` chooses the
 classes and examples of few-shot tasks, with the counter-based random numbers of `draws`;
-`episodes` gathers them. `adapters` takes torchmeta's own data sets as streams; `identities` tells
-whether two streams share a class; `cache` keeps what takes long to read; `reading`
-opens files of others safely.
+`episodes` gathers them. `adapters` makes a stream of whatever `fit` and `evaluate` are given; `own`
+has those of a user's own tasks. `identities` tells whether two streams share a class; `cache` keeps
+what takes long to read; `reading` opens files of others safely.
 """
 
 from metaplug.contract.task_batch import TaskBatch
@@ -15,6 +15,7 @@ from metaplug.tasks.images.arrays import ArrayTasks
 from metaplug.tasks.images.class_images import ClassImages
 from metaplug.tasks.images.folder import Folder
 from metaplug.tasks.images.labelled import LabelledTasks
+from metaplug.tasks.own.promises import Promises
 from metaplug.tasks.sources import ImageSource, TaskSource
 from metaplug.tasks.tables.tabular import Tabular
 from metaplug.tasks.text.source import Text
@@ -31,6 +32,7 @@ __all__ = [
     "ImageEpisodes",
     "ImageSource",
     "LabelledTasks",
+    "Promises",
     "Sinusoid",
     "Tabular",
     "TaskBatch",

@@ -17,7 +17,6 @@ from metaplug.execution.engine import Engine
 from metaplug.execution.memory import memory_explained
 from metaplug.execution.settings import NonFinite
 from metaplug.execution.windows import meta_steps
-from metaplug.tasks.adapters import LoaderTasks, as_stream
 from metaplug.tasks.episodes import TaskStream
 
 
@@ -28,7 +27,7 @@ class LoopSettings(TypedDict, total=False):
     tasks_per_batch: int
     validation: TaskStream | Any
     validate_every: int
-    validation_tasks: int
+    validation_tasks: int | None
     non_finite: NonFinite
 
 
@@ -144,18 +143,3 @@ class Loop:
         # What the other hooks make of the run's length cannot be asked for.
         unasked = engine.chain.reading("meta_iterations", but_in=answers)
         return tuple(dict.fromkeys([*names, *unasked]))
-
-
-def stream_of(tasks: TaskStream | Any, seed: int, ranks: int) -> TaskStream:
-    """Return tasks as a stream that several ranks can share.
-
-    Raises:
-        RequestError: they decide themselves which task comes next, and there are several ranks.
-    """
-    stream = as_stream(tasks, seed)
-    if ranks > 1 and isinstance(stream, LoaderTasks):
-        raise RequestError(
-            f"a BatchMetaDataLoader decides itself which tasks come next, so that {ranks} ranks "
-            "would train on the same: give its CombinationMetaDataset instead"
-        )
-    return stream

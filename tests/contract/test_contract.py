@@ -21,6 +21,7 @@ MODULES = {
         "ArrayTasks",
         "ImageSource",
         "LabelledTasks",
+        "Promises",
         "TaskBatch",
         "TaskSource",
         "TaskStream",

@@ -14,6 +14,7 @@ import pytest
 import torch
 from support import plugins
 from support.ranks import forked, on_ranks, shard
+from torch.utils.data import DataLoader
 
 from metaplug import MetaLearner, Plugin, RequestError, RunError, checkpoint, hookimpl
 from metaplug.cli.main import main
@@ -22,7 +23,6 @@ from metaplug.execution.devices import resolve_device
 from metaplug.execution.ranks import ALONE, World, joined
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.runs import read_metrics, train
-from metaplug.tasks.adapters import LoaderTasks
 from metaplug.testing import Stream, assert_close, problem
 
 pytestmark = pytest.mark.filterwarnings(
@@ -515,13 +515,19 @@ def test_what_cannot_be_spread_is_refused():
         "tasks_per_batch = 1 on 2 ranks: a rank without a task would only wait; give at least 2 "
         "tasks, or start fewer ranks"
     )
-    with pytest.raises(RequestError) as error:
-        problem_of(world).evaluate(LoaderTasks.__new__(LoaderTasks))
-    assert str(error.value) == (
-        "a BatchMetaDataLoader decides itself which tasks come next, so that 2 ranks would train "
-        "on the same: "
-        "give its CombinationMetaDataset instead"
-    )
+    loader = DataLoader([TRAIN.batch(0, [0])], collate_fn=list)
+    for use in (
+        lambda: problem_of(world).evaluate(loader),
+        lambda: next(problem_of(world).iterate(loader, iterations=1)),
+        lambda: next(problem_of(world).iterate(TRAIN, iterations=1, validation=loader)),
+    ):
+        with pytest.raises(RequestError) as error:
+            use()
+        assert str(error.value) == (
+            "a DataLoader decides itself which tasks come next, so that 2 ranks would see the "
+            "same: give a list of its tasks, a function (seed, iteration, index) that returns one, "
+            "or the CombinationMetaDataset of a loader of torchmeta"
+        )
     with pytest.raises(RequestError) as error:
         resolve_device("cuda:0", world)
     assert (

@@ -28,8 +28,9 @@ from metaplug.errors import RequestError, RunError
 from metaplug.experiments.build import build_tasks, task_form
 from metaplug.experiments.configuration import ExperimentConfig, TaskSettings
 from metaplug.tasks import adapters
-from metaplug.tasks.adapters import as_stream
+from metaplug.tasks.adapters import training_stream
 from metaplug.tasks.draws import draw, normal, uniform
+from metaplug.tasks.episodes import TaskStream
 from metaplug.tasks.torchmeta import compatibility
 from metaplug.tasks.torchmeta import data as torchmeta_data
 from metaplug.tasks.torchmeta.source import IMAGES, TOYS, Torchmeta
@@ -104,6 +105,10 @@ def message_of(kind: type[Exception], make: Callable[[], object]) -> str:
     message = str(error.value)
     assert "\n" not in message
     return message
+
+
+def as_stream(tasks: Any, seed: int = 0) -> TaskStream:
+    return training_stream(tasks, seed, 8)
 
 
 def ink_of(x: torch.Tensor) -> torch.Tensor:
@@ -832,10 +837,10 @@ def test_streams_are_taken_as_they_are_and_nothing_is_imported_for_them(
     monkeypatch.setattr(adapters, "apply", None)
     stream = Torchmeta("sinusoid").train
     assert as_stream(stream) is stream
-    assert message_of(RequestError, lambda: as_stream([1, 2])) == (
-        "tasks of type list have no method batch(iteration, indices): give a stream, such as the "
-        "train, val or test of a task source, "
-        "or a CombinationMetaDataset or BatchMetaDataLoader of torchmeta"
+    assert message_of(RequestError, lambda: as_stream(1)) == (
+        "tasks of type int are no tasks: give a stream, such as the train, val or test of a task "
+        "source; a list, a DataLoader or another iterable of tasks; or a function (seed, "
+        "iteration, index) that returns one"
     )
 
 
@@ -928,8 +933,8 @@ def test_an_empty_loader_is_refused() -> None:
     tasks = ClassSplitter(Sinusoid(5, num_tasks=4), num_train_per_class=2, num_test_per_class=3)
     loader = BatchMetaDataLoader(tasks, batch_size=5, drop_last=True)
     assert message_of(RequestError, lambda: as_stream(loader).batch(0, range(2))) == (
-        "the BatchMetaDataLoader gives no batch: give it more tasks, or a smaller batch_size "
-        "without drop_last"
+        "the BatchMetaDataLoader gives no task: give it a smaller batch_size, or no drop_last, or "
+        "more tasks"
     )
 
 
