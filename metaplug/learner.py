@@ -18,8 +18,8 @@ from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Kind
 from metaplug.core.inner_loop import Loss
 from metaplug.core.model_calls import Output
-from metaplug.errors import RequestError, unknown
-from metaplug.evaluation.evaluator import Evaluator
+from metaplug.errors import RequestError, at_least_one, unknown
+from metaplug.evaluation.evaluator import MEASURE_UNSEEN, VALIDATE_UNSEEN, Evaluator
 from metaplug.evaluation.history import History, Record
 from metaplug.evaluation.results import EvaluationResult
 from metaplug.evaluation.scores import ScoreLike
@@ -124,7 +124,7 @@ class MetaLearner:
             raise RequestError(f"unknown kind of task '{kind}': classification or regression")
         if task_batching not in get_args(Batching):
             raise unknown("task batching", task_batching, get_args(Batching))
-        _check_counts(metrics_every=metrics_every)
+        at_least_one(metrics_every=metrics_every)
         plan = StepPlan(checkpoint_steps, chunk_size, compile, capture, cache_frozen)
         check_model(model, self.settings.batch_norm)
         check_loss(loss)
@@ -235,8 +235,8 @@ class MetaLearner:
             RunError: a loss or gradient is NaN or Inf, or memory runs out; the weights are those of
                 the iteration before.
         """
-        _check_counts(tasks_per_batch=tasks_per_batch, validate_every=validate_every)
-        _check_counts(validation_tasks=validation_tasks)
+        at_least_one(tasks_per_batch=tasks_per_batch, validate_every=validate_every)
+        at_least_one(validation_tasks=validation_tasks)
         if iterations < 0:
             raise RequestError(f"iterations = {iterations}: give at least 0")
         if non_finite not in get_args(NonFinite):
@@ -250,8 +250,7 @@ class MetaLearner:
             stream, count = evaluation_stream(
                 validation, self.seed, validation_tasks, "validation_tasks", ranks=ranks
             )
-            advice = "give validation tasks of other classes, such as tasks.val"
-            self.evaluator.refuse_trained_on(stream, advice, trained_on)
+            self.evaluator.refuse_trained_on(stream, VALIDATE_UNSEEN, trained_on)
             validate = partial(self.evaluator.validate, stream, count, skip=skip)
         loop = Loop(
             self.engine,
@@ -299,15 +298,11 @@ class MetaLearner:
             RunError: a task's query loss is NaN or Inf, which no mean should hide; the task is
                 named. Or memory runs out.
         """
-        _check_counts(num_tasks=num_tasks)
+        at_least_one(num_tasks=num_tasks)
         ranks = self.world.size
         stream, count = evaluation_stream(tasks, self.seed, num_tasks, "num_tasks", ranks=ranks)
         if not allow_training_classes:
-            advice = (
-                "evaluate tasks.test, or give allow_training_classes=True "
-                "(--allow-training-classes) to measure training on purpose"
-            )
-            self.evaluator.refuse_trained_on(stream, advice, self.trained_on)
+            self.evaluator.refuse_trained_on(stream, MEASURE_UNSEEN, self.trained_on)
         return self.evaluator.evaluate(stream, count, inner_steps, tasks_per_batch, score)[0]
 
     def adapt(
@@ -381,9 +376,3 @@ class MetaLearner:
             "model's parameters: save() it and load() it in the other process, or make a new one "
             "and give it load_state_dict(learner.state_dict())"
         )
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise RequestError(f"{name} = {count}: give at least 1")

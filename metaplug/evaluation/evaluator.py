@@ -20,6 +20,13 @@ from metaplug.execution.memory import chunk_of
 from metaplug.tasks.episodes import TaskStream
 from metaplug.tasks.identities import TrainedOn
 
+VALIDATE_UNSEEN = "give validation tasks of other classes, such as tasks.val"
+MEASURE_UNSEEN = (
+    "evaluate tasks.test, or give allow_training_classes=True "
+    "(--allow-training-classes) to measure training on purpose"
+)
+"""What to do where tasks are of classes that were trained on."""
+
 
 class Evaluator:
     """Adapts an engine to tasks that do not see each other, and scores them. Changes no state.
