@@ -26,7 +26,9 @@ class ModelSettings(Settings):
     """The model, built for the tasks' input shape and outputs."""
 
     name: str = Field(
-        "conv4", description="A model's entry-point name, MODULE:FACTORY, or torchvision:NAME."
+        "conv4",
+        description="A model's entry-point name, MODULE:FACTORY, transformers:NAME_OR_FOLDER, "
+        "timm:NAME, or torchvision:NAME.",
     )
     settings: dict[str, Any] = Field(
         {}, description="Fields of the model's Config, or arguments of its factory."
