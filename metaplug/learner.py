@@ -13,8 +13,9 @@ from metaplug import checkpoint
 from metaplug.checks.model import check_loss, check_model
 from metaplug.checks.prepare_batch import PrepareBatch
 from metaplug.contract.chain import Chain
+from metaplug.contract.inputs import Inputs, map_inputs
 from metaplug.contract.presets import PluginLike, Preset, find_preset, make_plugins
-from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_batch import TaskBatch, TaskSize
 from metaplug.contract.values import Kind
 from metaplug.core.inner_loop import Loss
 from metaplug.core.model_calls import Output
@@ -306,17 +307,24 @@ class MetaLearner:
         return self.evaluator.evaluate(stream, count, inner_steps, tasks_per_batch, score)[0]
 
     def adapt(
-        self, support_x: Tensor, support_y: Tensor, *, inner_steps: int | None = None
+        self,
+        support_x: Inputs,
+        support_y: Tensor,
+        *,
+        inner_steps: int | None = None,
+        ways: int | None = None,
     ) -> nn.Module:
         """Return a copy of the model, adapted to one new task.
 
         It is an ordinary module in evaluation mode, and shares nothing with this learner.
 
         Args:
-            support_x, support_y: (n, *input) and (n, *target).
+            support_x, support_y: (n, *input), or several by name or place, and (n, *target).
+            ways: the task's classes, where outputs beyond them are to count for nothing.
         """
-        x, y = support_x.unsqueeze(0), support_y.unsqueeze(0)
-        return self.evaluator.adapt(TaskBatch(x, y, x, y), inner_steps)
+        x, y = map_inputs(lambda each: each.unsqueeze(0), support_x), support_y.unsqueeze(0)
+        sizes = None if ways is None else (TaskSize(len(support_y), len(support_y), ways),)
+        return self.evaluator.adapt(TaskBatch(x, y, x, y, sizes=sizes), inner_steps)
 
     def meta_gradients(self, batch: TaskBatch) -> dict[str, Tensor]:
         """Return the meta-gradients of one batch. Steps and commits nothing.
