@@ -38,7 +38,7 @@ ITERATIONS = {"head": (200, 400), "lora": (40, 120), "lora+gradient-sharing": (4
 """Of a tuning cell, and of a final one."""
 GRID = {
     "head": [(lr, meta) for lr in (0.3, 1.0, 3.0) for meta in (1e-3, 1e-2)],
-    "lora": [(lr, meta) for meta in (1e-3, 3e-3) for lr in (0.05, 0.15, 0.5)],
+    "lora": [(0.05, 1e-3), (0.15, 1e-3), (0.5, 1e-3), (0.15, 3e-3)],
 }
 """Inner and meta learning rates that are tried with seed 0."""
 GRID["lora+gradient-sharing"] = GRID["lora"]
