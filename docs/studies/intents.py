@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,9 @@ def train(given: argparse.Namespace, cell: str, variant: str, rates: Any, seed: 
     command = f"train {FORM} {rest} {VALIDATION} {VARIANTS[variant]} --out {RUNS} --name {cell}"
     command += f" --set training.test_tasks={tests}"
     places = ["--tasks", f"text:{given.clinc}", "--model", f"transformers:{given.model}"]
-    resumed = ["--resume"] if (RUNS / cell).exists() else []
+    resumed = ["--resume"] if (RUNS / cell / "last.safetensors").exists() else []
+    if not resumed:
+        shutil.rmtree(RUNS / cell, ignore_errors=True)  # stopped before its first checkpoint
     metaplug(*command.split(), *places, *resumed)
     summary = json.loads((RUNS / cell / "summary.json").read_text())
     figures = {
