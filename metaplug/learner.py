@@ -18,8 +18,8 @@ from metaplug.contract.presets import PluginLike, Preset, find_preset, make_plug
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_sizes import TaskSize
 from metaplug.contract.values import Kind
-from metaplug.core.inner_loop import Loss
 from metaplug.core.model_calls import Output
+from metaplug.core.task_model import Loss
 from metaplug.errors import RequestError, at_least_one, unknown
 from metaplug.evaluation.evaluator import MEASURE_UNSEEN, VALIDATE_UNSEEN, Evaluator
 from metaplug.evaluation.history import History, Record

@@ -13,8 +13,9 @@ from metaplug.checks.find_nonfinite import find_nonfinite
 from metaplug.contract.chain import Chain
 from metaplug.contract.presets import Preset
 from metaplug.contract.values import Context, Kind
-from metaplug.core.inner_loop import InnerLoop, Loss
+from metaplug.core.inner_loop import InnerLoop
 from metaplug.core.losses import cross_entropy
+from metaplug.core.task_model import Loss
 from metaplug.errors import RequestError
 from metaplug.execution.engine import Engine
 from metaplug.execution.plan import StepPlan
