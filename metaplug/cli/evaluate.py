@@ -12,6 +12,7 @@ import typer
 from metaplug.cli.options import Json, examples, parse_setting
 from metaplug.cli.ranks import ranks
 from metaplug.errors import RequestError
+from metaplug.evaluation.score_names import ScoreName
 from metaplug.report.console import emit, line
 
 _of_run = partial(typer.Option, show_default="as the run was configured")
@@ -20,8 +21,7 @@ _of_run = partial(typer.Option, show_default="as the run was configured")
 @examples(
     "metaplug evaluate runs/mine",
     "metaplug evaluate runs/mine --num-tasks 2000 --inner-steps 10 --interval bootstrap --json",
-    "metaplug evaluate runs/own --model my_models:make",
-    "metaplug evaluate runs/mine --tasks folder:other/images --set tasks.shots=5",
+    "metaplug evaluate runs/own --model my_models:make --tasks folder:other/images",
 )
 def evaluate(
     *,
@@ -33,6 +33,7 @@ def evaluate(
         int | None,
         typer.Option(metavar="K", min=0, max=1000, help="Inner steps.", show_default="as trained"),
     ] = None,
+    score: Annotated[ScoreName | None, _of_run(help="How well targets are predicted.")] = None,
     split: Annotated[Literal["test", "val", "train"], typer.Option(help="Which tasks.")] = "test",
     interval: Annotated[
         Literal["t", "bootstrap"],
@@ -65,7 +66,7 @@ def evaluate(
     from metaplug.experiments.json_values import environment, result_values, to_json
     from metaplug.experiments.runs import load
     from metaplug.experiments.runs.layout import SUMMARY
-    from metaplug.report.terminal import result_line, show_model_factory, statements
+    from metaplug.report.terminal import class_lines, result_line, show_model_factory, statements
 
     given = task_settings(tasks, sets)
     with ranks() as world:
@@ -76,6 +77,7 @@ def evaluate(
             getattr(experiment.tasks, split),
             num_tasks=training.test_tasks if num_tasks is None else num_tasks,
             inner_steps=inner_steps,
+            score=score,
             allow_training_classes=allow_training_classes,
         )
     source = {"tasks": experiment.config.tasks.source} if given else {}
@@ -84,7 +86,8 @@ def evaluate(
     if as_json:
         emit(to_json(values, indent=2))
         return
-    line(f"{split} {result_line(values)}")
+    for text in (f"{split} {result_line(values)}", *class_lines(values)):
+        line(text)
     if run.is_dir() and not (run / SUMMARY).exists():
         line(
             "the run is unfinished: these are its best weights so far, "
