@@ -56,7 +56,6 @@ def test_pages_run_as_they_are_read(
 ) -> None:
     """With what they name made small; a message in a table is the whole line that is printed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("METAPLUG_CACHE", str(tmp_path / "cache"))
     save_language_models(tmp_path / "path" / "to")
     for table in ("utterances", "banking"):
         write_texts(tmp_path / f"{table}.csv", classes=32, count=11)
@@ -70,7 +69,9 @@ def test_pages_run_as_they_are_read(
         for words in _commands(f"```sh\n{block}```"):
             assert _run(*words) == 0, capfd.readouterr().err
             trained = trained or (words if words[0] == "train" else [])
-    for row, (given, message) in enumerate(_errors(text, "you add")):
+    refused = _errors(text, "you add")
+    assert bool(refused) == ("| it says |" in text)
+    for row, (given, message) in enumerate(refused):
         assert _run(*trained, "--name", f"refused-{row}", *shlex.split(given)) == 2
         assert capfd.readouterr().err.splitlines()[-1] == f"metaplug: {message}"
     for given, message in _errors(text, "the row"):
