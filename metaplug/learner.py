@@ -15,7 +15,8 @@ from metaplug.checks.prepare_batch import PrepareBatch
 from metaplug.contract.chain import Chain
 from metaplug.contract.inputs import Inputs, map_inputs
 from metaplug.contract.presets import PluginLike, Preset, find_preset, make_plugins
-from metaplug.contract.task_batch import TaskBatch, TaskSize
+from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_sizes import TaskSize
 from metaplug.contract.values import Kind
 from metaplug.core.inner_loop import Loss
 from metaplug.core.model_calls import Output

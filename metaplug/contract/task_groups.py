@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from metaplug.contract.inputs import Inputs, map_inputs
-from metaplug.contract.task_batch import FIELDS, Part, TaskBatch, TaskSize
+from metaplug.contract.task_batch import FIELDS, TaskBatch
+from metaplug.contract.task_sizes import Part, TaskSize
 
 
 class Alike(NamedTuple):

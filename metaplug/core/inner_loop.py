@@ -23,8 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaplug.contract.chain import Chain
 from metaplug.contract.inputs import Inputs, map_inputs
-from metaplug.contract.task_batch import Part, TaskBatch
+from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_groups import Alike, alike, in_order, rows_of
+from metaplug.contract.task_sizes import Part
 from metaplug.contract.values import InnerStep, Outcome, TaskShare
 from metaplug.core.frozen_features import FrozenFeatures
 from metaplug.core.functional_model import FunctionalModel

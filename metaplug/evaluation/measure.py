@@ -11,7 +11,8 @@ from torch import Tensor
 
 from metaplug.checks.find_nonfinite import find_nonfinite_at_evaluation
 from metaplug.checks.prepare_batch import PrepareBatch
-from metaplug.contract.task_batch import IGNORED, TaskBatch, TaskSize
+from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_sizes import IGNORED, TaskSize
 from metaplug.contract.values import Outcome
 from metaplug.errors import RunError
 from metaplug.evaluation.results import larger

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaplug.contract.task_batch import IGNORED
+from metaplug.contract.task_sizes import IGNORED
 
 
 def accuracy(predictions: Tensor, targets: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metaplug.contract.task_batch import TaskSize
 from metaplug.contract.task_groups import in_order, rows_by_size, rows_of
+from metaplug.contract.task_sizes import TaskSize
 from metaplug.contract.values import Kind
 from metaplug.core.losses import class_axis
 from metaplug.errors import MetaplugError, RequestError, said_by
