@@ -62,7 +62,9 @@ def test_pages_run_as_they_are_read(
     text = (DOCS / name).read_text(encoding="utf-8")
     namespace: dict[str, object] = {}
     trained: list[str] = []
-    for language, block in re.findall(r"^```(sh|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+    for language, block in re.findall(
+        r"^```(sh|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE
+    ):
         if language == "python":
             exec(compile(block, name, "exec"), namespace)
             continue
