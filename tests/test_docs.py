@@ -56,10 +56,11 @@ def test_pages_run_as_they_are_read(
 ) -> None:
     """With what they name made small; a message in a table is the whole line that is printed."""
     monkeypatch.chdir(tmp_path)
-    save_language_models(tmp_path / "path" / "to")
+    text = (DOCS / name).read_text(encoding="utf-8")
+    if "path/to/model" in text:
+        save_language_models(tmp_path / "path" / "to")
     for table in ("utterances", "banking"):
         write_texts(tmp_path / f"{table}.csv", classes=32, count=11)
-    text = (DOCS / name).read_text(encoding="utf-8")
     namespace: dict[str, object] = {}
     trained: list[str] = []
     for language, block in re.findall(
