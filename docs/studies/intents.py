@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ ITERATIONS = {"head": (200, 400), "lora": (40, 120), "lora+gradient-sharing": (4
 """Of a tuning cell, and of a final one."""
 GRID = {
     "head": [(lr, meta) for lr in (0.3, 1.0, 3.0) for meta in (1e-3, 1e-2)],
-    "lora": [(lr, meta) for meta in (1e-3, 3e-3) for lr in (0.05, 0.15, 0.5)],
+    "lora": [(0.05, 1e-3), (0.15, 1e-3), (0.5, 1e-3), (0.15, 3e-3)],
 }
 """Inner and meta learning rates that are tried with seed 0."""
 GRID["lora+gradient-sharing"] = GRID["lora"]
@@ -56,7 +57,9 @@ def train(given: argparse.Namespace, cell: str, variant: str, rates: Any, seed: 
     command = f"train {FORM} {rest} {VALIDATION} {VARIANTS[variant]} --out {RUNS} --name {cell}"
     command += f" --set training.test_tasks={tests}"
     places = ["--tasks", f"text:{given.clinc}", "--model", f"transformers:{given.model}"]
-    resumed = ["--resume"] if (RUNS / cell).exists() else []
+    resumed = ["--resume"] if (RUNS / cell / "last.safetensors").exists() else []
+    if not resumed:
+        shutil.rmtree(RUNS / cell, ignore_errors=True)  # stopped before its first checkpoint
     metaplug(*command.split(), *places, *resumed)
     summary = json.loads((RUNS / cell / "summary.json").read_text())
     figures = {

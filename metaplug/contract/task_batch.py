@@ -72,8 +72,8 @@ class TaskBatch:
         check_joined(
             "stack",
             [task.named_tensors() for task in tasks],
-            1,
-            "join tasks of other sizes by TaskBatch.from_tasks",
+            axes=1,
+            advice="join tasks of other sizes by TaskBatch.from_tasks",
         )
         return cls._joined(tasks)
 

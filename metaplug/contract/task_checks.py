@@ -1,4 +1,4 @@
-"""Checks of a batch of tasks: its form when it is made, its values before they are computed with."""
+"""Checks of a batch of tasks: of its form when it is made, of its values before it is used."""
 
 from __future__ import annotations
 

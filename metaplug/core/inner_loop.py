@@ -301,6 +301,7 @@ class _Walk:
             queries[0] = self.query(fast, self.step(0, fast, initial))
         if (watch := loop.chain.watch) is not None:
             watch.begin({name: initial[name] for name in loop.adapted})
+        loop.optimizer.reset()  # a backward pass that failed may have left something
         state = loop.optimizer.snapshot()
         size = (loop.checkpoint_steps if self.rematerialized else first.count) or 1
         for begin in range(0, first.count, size):
@@ -363,7 +364,10 @@ class _Walk:
             if index + 1 in self.query_after:
                 after = replace(step, parameters=MappingProxyType(fast))
                 queries[index + 1] = self.query(fast, after)
-        return fast, loop.optimizer.snapshot(), support_losses, queries
+        state = loop.optimizer.snapshot()
+        # The backward pass may take these steps again, when nobody else is there to forget them.
+        loop.optimizer.reset()
+        return fast, state, support_losses, queries
 
     def update(
         self, fast: _Weights, objective: Tensor, step: InnerStep, *, graph: bool

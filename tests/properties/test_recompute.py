@@ -65,6 +65,21 @@ def test_the_state_of_the_optimizer_goes_on_from_piece_to_piece(optimizer, setti
     assert_close(again, plain, rtol=1e-9, atol=1e-11)
 
 
+def test_no_run_begins_with_the_optimizers_state_of_the_last():
+    case = problem("mlp", steps=3, lr=0.05)
+    plain, again = (
+        case.learner(inner_optimizer="adam", checkpoint_steps=checkpoint)
+        for checkpoint in (None, 1)
+    )
+    for _ in range(2):
+        ours, theirs = (each.meta_gradients(case.batch) for each in (again, plain))
+        assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    ours, theirs = (
+        each.engine.evaluate(case.batch, 3).query_predictions for each in (again, plain)
+    )
+    assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("batching", ["vectorized", "sequential"])
 def test_random_numbers_are_the_same_the_second_time(batching):
     torch.manual_seed(0)
