@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from metaplug.contract.inputs import map_inputs
+from metaplug.contract.inputs import Inputs, map_inputs
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_groups import uniform
 from metaplug.core.frozen_features import Call, FrozenFeatures, give_forward
+from metaplug.core.functional_model import Place
 from metaplug.core.inner_loop import InnerLoop
 from metaplug.errors import RequestError
 from metaplug.random_streams import random_state, stream
@@ -22,12 +23,15 @@ from metaplug.random_streams import random_state, stream
 _BATCH_NORMS = nn.modules.batchnorm._NormBase
 
 
-def find_frozen(inner: InnerLoop, batch: TaskBatch) -> FrozenFeatures:
+def find_frozen(inner: InnerLoop, batch: TaskBatch, written: Collection[Place]) -> FrozenFeatures:
     """Return a store of what the inner loop cannot change in the model.
 
+    Args:
+        written: where forward writes attributes on modules.
+
     Raises:
-        RequestError: there is nothing to keep, or it draws random numbers or uses the statistics of
-            a batch.
+        RequestError: there is nothing to keep; it draws random numbers or uses the statistics of a
+            batch; or the model would answer otherwise with it.
     """
     module = inner.functional.module
     stacked = inner.functional.inputs(uniform(batch).support_x, inner.dtype)
@@ -50,13 +54,66 @@ def find_frozen(inner: InnerLoop, batch: TaskBatch) -> FrozenFeatures:
         )
     for (path, _), draws in kept.items():
         _refuse(path, module.get_submodule(path), draws=draws, own=inner.functional.batch_norm)
-    paths = {path for path, _ in kept}
-    read = {
-        f"{path}.{name}"
-        for path in paths
-        for name, _ in module.get_submodule(path).named_parameters(remove_duplicate=False)
-    }
-    return FrozenFeatures(module, frozenset(kept), frozenset(read & inner.parameters.keys()))
+    read = {id(each) for path, _ in kept for each in module.get_submodule(path).parameters()}
+    # By identity: a tied weight stands in the module by another name than the model's.
+    names = tuple(name for name, each in inner.parameters.items() if id(each) in read)
+    features = FrozenFeatures(module, frozenset(kept), names)
+    inner.functional.watch(written)  # what modules are given back after a call has the store
+    try:
+        _refuse_other_answers(inner, features, x)
+    except RequestError:
+        features.remove()
+        inner.functional.watch(written)
+        raise
+    return features
+
+
+def _refuse_other_answers(inner: InnerLoop, features: FrozenFeatures, x: Inputs) -> None:
+    """Refuse a store with which the model answers otherwise once the adapted weights change.
+
+    Autograd does not show all that reaches a module: a value may be detached, and a model branch at
+    evaluation.
+    """
+    generator = torch.Generator().manual_seed(0)
+    first = [each.detach() for each in inner.parameters.values()]
+    # Far from the first, so that choices by the largest of some numbers change, too.
+    second = [
+        0.1 * torch.randn(each.shape, generator=generator).to(each) - each
+        if name in inner.adapted
+        else each
+        for name, each in zip(inner.parameters, first, strict=True)
+    ]
+
+    def answer(weights: list[Tensor], kept: AbstractContextManager[None]) -> Tensor:
+        with torch.no_grad(), stream(0, inner.device), kept:
+            found: Tensor = inner.functional(weights, x)
+        return found
+
+    for training in (False, True):
+        inner.functional.begin(training)
+        try:
+            exact = answer(second, nullcontext())
+        except Exception:
+            continue  # the evaluation that meets it says so
+        with features.batch():
+            answer(first, features.examples(0))
+            before, ours = features.versions(), None
+            with suppress(Exception):
+                ours = answer(second, features.examples(0))
+            after = features.versions()
+        if changed := [call for call, versions in before.items() if after[call] != versions]:
+            raise RequestError(
+                f"cache_frozen would keep the output of '{changed[0][0]}', which the model then "
+                "changes in place, in every step once more: make a new tensor there, or leave "
+                "cache_frozen out"
+            )
+        allowed = 1e-6 if exact.dtype == torch.float64 else 1e-4
+        if ours is None or (ours - exact).norm() > allowed * exact.norm():
+            raise RequestError(
+                "cache_frozen keeps what autograd says that adapted weights do not reach, but with "
+                "it the model answers otherwise once they change (it detaches a value of theirs, "
+                "or goes another way at evaluation): leave cache_frozen out"
+            )
 
 
 def _refuse(path: str, module: nn.Module, *, draws: bool, own: str) -> None:

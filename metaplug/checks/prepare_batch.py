@@ -105,8 +105,7 @@ class PrepareBatch:
             # Anew with other hooks: vmap may not follow them.
             self.batching = choose_batching(self._wanted, inner, batch, difference)
             if self._cache_frozen:
-                inner.features = find_frozen(inner, batch)
-                inner.functional.watch(probed.written)
+                inner.features = find_frozen(inner, batch, probed.written)
         inner.vectorized = self.batching.batching == "vectorized"
         self._changes.accept(probed.written)
 

@@ -81,7 +81,9 @@ def _match(named: Named, one: str, other: str, of: Callable[[Tensor], Any], advi
 def _check_sizes(sizes: Sequence[TaskSize], support_y: Tensor, query_y: Tensor) -> None:
     tasks, most = len(support_y), (support_y.shape[1], query_y.shape[1])
     fit = [
-        0 < size.support <= most[0] and 0 < size.query <= most[1] and size.ways != 0
+        0 < size.support <= most[0]
+        and 0 < size.query <= most[1]
+        and (size.ways is None or size.ways > 0)
         for size in sizes
     ]
     if len(sizes) != tasks or not all(fit):

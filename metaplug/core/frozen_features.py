@@ -34,7 +34,7 @@ class FrozenFeatures:
         parameters: as given.
     """
 
-    def __init__(self, model: nn.Module, calls: frozenset[Call], parameters: frozenset[str]):
+    def __init__(self, model: nn.Module, calls: frozenset[Call], parameters: tuple[str, ...]):
         self.parameters, self._calls = parameters, calls
         self._kept: dict[Hashable, dict[Call, Any]] = {}
         self._now: dict[Call, Any] | None = None
@@ -66,6 +66,14 @@ class FrozenFeatures:
             yield
         finally:
             self._now = None
+
+    def versions(self) -> dict[Call, list[int]]:
+        """Return how often each output that is kept now was written to in place."""
+        return {
+            call: [leaf._version for leaf, _ in leaves if isinstance(leaf, Tensor)]
+            for kept in self._kept.values()
+            for call, (leaves, _) in kept.items()
+        }
 
     def check(self, values: Mapping[str, Tensor], fast: Mapping[str, Tensor]) -> None:
         """Refuse other values of the parameters that the kept modules read.

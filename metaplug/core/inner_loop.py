@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaplug.contract.chain import Chain
 from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_groups import Alike
 from metaplug.contract.task_sizes import Part
 from metaplug.contract.values import InnerStep, Outcome, TaskShare
 from metaplug.core.losses import class_axis
@@ -149,7 +150,7 @@ class InnerLoop(TaskModel):
         values, batch = outcome.query_parameters, outcome.batch.recordable()
         stacked = [values[name] for name in self.parameters]
         with recording(), torch.set_grad_enabled(self.query_graph):
-            losses, _ = self.all_tasks(stacked, batch, "support", seeds)
+            losses, _ = self.all_tasks(stacked, self.groups(batch, "support"), seeds)
         return losses.detach()
 
     def orders_of(self, iteration: int, total: int) -> tuple[int, ...]:
@@ -170,6 +171,7 @@ class _Walk:
     Attributes:
         first: the step before the first update.
         query_after, orders, seeds: as `InnerLoop.run` takes them.
+        groups: the examples as the model takes them, made at the first pass on each part.
     """
 
     loop: InnerLoop
@@ -178,6 +180,7 @@ class _Walk:
     query_after: Collection[int]
     orders: Sequence[int] | None
     seeds: Sequence[int] | None
+    groups: dict[Part, list[Alike]] = field(default_factory=dict)
 
     @property
     def rematerialized(self) -> bool:
@@ -339,9 +342,10 @@ class _Walk:
             loop.features.check(values, fast)
         if seeds is not None:
             seeds = [mix(seed, 2 * step.index + (part == "query")) for seed in seeds]
-        losses, predictions = loop.all_tasks(
-            [values[name] for name in loop.parameters], self.batch, part, seeds, again=True
-        )
+        if part not in self.groups:
+            self.groups[part] = loop.groups(self.batch, part)
+        stacked = [values[name] for name in loop.parameters]
+        losses, predictions = loop.all_tasks(stacked, self.groups[part], seeds, keep=part)
         if part == "support" and loop.chain.watch is not None:
             loop.chain.watch.step(losses)
         what = f"the model's output for {part} examples"

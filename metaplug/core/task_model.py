@@ -50,7 +50,8 @@ class TaskModel:
         ...     batch_norm="batch")
         >>> x, y = torch.ones(3, 4, 2), torch.zeros(3, 4, dtype=torch.int64)
         >>> stacked = [each.expand(3, *each.shape) for each in model.parameters.values()]
-        >>> model.all_tasks(stacked, TaskBatch(x, y, x, y), "query")[0].shape
+        >>> groups = model.groups(TaskBatch(x, y, x, y), "query")
+        >>> model.all_tasks(stacked, groups)[0].shape
         torch.Size([3])
     """
 
@@ -91,33 +92,39 @@ class TaskModel:
         counted = prediction.narrow(axis, 0, min(ways, prediction.shape[axis]))
         return self.loss(counted, y), prediction
 
+    def groups(self, batch: TaskBatch, part: Part) -> list[Alike]:
+        """Return examples as the model takes them, masks expanded, those of one size together."""
+        return [
+            group._replace(x=self.functional.inputs(group.x, self.dtype))
+            for group in alike(batch, part)
+        ]
+
     def all_tasks(
         self,
         stacked: Sequence[Tensor],
-        batch: TaskBatch,
-        part: Part,
+        groups: Sequence[Alike],
         seeds: Sequence[int] | None = None,
         *,
-        again: bool = False,
+        keep: Part | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return every task's loss (T,) and prediction (T, n, *output), padded where sizes differ.
 
-        Tasks of one size are computed together, without padding.
-
         Args:
             stacked: (T, *shape) each, in the model's order.
-            batch, part: whose examples are computed.
-            seeds: as in `run`; they make tasks run one after the other.
-            again: whether it is one of several passes of a loop, which may keep `features`.
+            groups: what `groups` gave.
+            seeds: one for each task, where each draws random numbers of its own; they make tasks
+                run one after the other.
+            keep: the part of these examples, where this is one of several passes of a loop, which
+                may keep `features`.
         """
         losses, predictions = [], []
-        for group in alike(batch, part):
+        for group in groups:
             own = None if seeds is None else [seeds[row] for row in group.rows]
             weights = [
                 rows_of(value, group.rows, shared=name not in self.adapted)
                 for name, value in zip(self.parameters, stacked, strict=True)
             ]
-            loss, prediction = self._alike(weights, group, own, part if again else None)
+            loss, prediction = self._alike(weights, group, own, keep)
             losses.append((group.rows, loss))
             predictions.append((group.rows, prediction))
         return in_order(losses), in_order(predictions)
@@ -127,10 +134,10 @@ class TaskModel:
         stacked: Sequence[Tensor],
         group: Alike,
         seeds: Sequence[int] | None,
-        part: Part | None,
+        keep: Part | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the losses and predictions of tasks of one size."""
-        x, y, ways = self.functional.inputs(group.x, self.dtype), group.y, group.ways
+        x, y, ways = group.x, group.y, group.ways
         if self.vectorized and seeds is None:
             # Weights that no task changed are one tensor, expanded: vmap need not batch them,
             # unless their gradient is asked for by task.
@@ -138,7 +145,7 @@ class TaskModel:
                 name not in self.adapted and value.stride(0) == 0
                 for name, value in zip(self.parameters, stacked, strict=True)
             ]
-            with self._kept(part, *group.rows):
+            with self._kept(keep, *group.rows):
                 return for_all_tasks(partial(self.task, ways=ways), stacked, shared, x, y)
         rows = zip(*(value.unbind(0) for value in stacked), strict=True)
         results = []
@@ -146,7 +153,7 @@ class TaskModel:
             for place, row in enumerate(rows):
                 own = map_inputs(partial(Tensor.select, dim=0, index=place), x)
                 draws = nullcontext() if seeds is None else stream(seeds[place], self.device)
-                with draws, self._kept(part, group.rows[place]):
+                with draws, self._kept(keep, group.rows[place]):
                     results.append(self.task(row, own, y[place], ways))
         losses, predictions = zip(*results, strict=True)
         return torch.stack(losses), torch.stack(predictions)

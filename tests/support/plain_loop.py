@@ -26,7 +26,7 @@ def momentum():
 
 
 def adam():
-    """Kingma and Ba 2015, algorithm 1; an entry without gradient stays, and so has no derivative."""
+    """Kingma and Ba 2015, algorithm 1; an entry that never had a gradient stays."""
     first, second, count = [0.0], [0.0], [0]
 
     def update(weight, gradient, lr):
