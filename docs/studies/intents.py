@@ -22,7 +22,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "intents"
 RUNS = Path("runs/intents")
 SEEDS = (0, 1, 2)
-TEST_TASKS = 300
+TEST_TASKS = 200
 
 FORM = "--ways 5 --shots 1 --queries 2 --inner-steps 3 --tasks-per-batch 4"
 VALIDATION = (
@@ -35,7 +35,7 @@ VARIANTS = {
     "lora": LORA,
     "lora+gradient-sharing": f"{LORA} --with gradient-sharing",
 }
-ITERATIONS = {"head": (200, 400), "lora": (40, 120), "lora+gradient-sharing": (40, 120)}
+ITERATIONS = {"head": (200, 400), "lora": (40, 80), "lora+gradient-sharing": (40, 80)}
 """Of a tuning cell, and of a final one."""
 GRID = {
     "head": [(lr, meta) for lr in (0.3, 1.0, 3.0) for meta in (1e-3, 1e-2)],

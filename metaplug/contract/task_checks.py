@@ -110,9 +110,11 @@ def check_joined(method: str, tasks: Sequence[Named], axes: int, advice: str) ->
                     f"{str(dtype)[6:]} of shape {shape} on {device}"
                     for shape, dtype, device in (first[name], form)
                 )
+                shapes = form[0] != first[name][0]
                 raise RequestError(
                     f"TaskBatch.{method}: {name} of batch {place} is {given} for "
-                    f"{'a task' if axes == 1 else 'an example'}, of batch 0 {wanted}: {advice}"
+                    f"{'a task' if axes == 1 else 'an example'}, of batch 0 {wanted}: "
+                    f"{advice if shapes else 'convert or move one of them'}"
                 )
 
 
