@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TASKS, LEARNING, RUN = "Tasks and model", "Learning", "Run"
 
-_SOURCES = "Task source (metaplug tasks lists them): glyphs, sinusoid, folder:PATH."
+_SOURCES = "Task source (metaplug tasks lists them): glyphs, sinusoid, folder:PATH, text:FILE."
 _MODELS = (
     "Model: conv4, mlp, resnet12, wrn28_10, transformers:NAME_OR_FOLDER, timm:NAME, "
     "torchvision:NAME or your own MODULE:FACTORY."
