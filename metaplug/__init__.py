@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from metaplug.errors import MetaplugError, RequestError, RunError
     from metaplug.evaluation.history import History, Record
     from metaplug.evaluation.results import EvaluationResult
+    from metaplug.evaluation.scores import Score
     from metaplug.learner import MetaLearner
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [
     "Record",
     "RequestError",
     "RunError",
+    "Score",
     "TaskBatch",
     "epoch_of",
     "hookimpl",
@@ -76,6 +78,7 @@ if not TYPE_CHECKING:
         "errors": ("MetaplugError", "RequestError", "RunError"),
         "evaluation.history": ("History", "Record"),
         "evaluation.results": ("EvaluationResult",),
+        "evaluation.scores": ("Score",),
         "learner": ("MetaLearner",),
     }
     _HOME = {name: home for home, names in _HOMES.items() for name in names}

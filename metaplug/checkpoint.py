@@ -37,6 +37,9 @@ from metaplug.contract.chain import Chain
 from metaplug.contract.presets import PluginLike, PluginUse
 from metaplug.contract.values import Kind
 from metaplug.errors import MetaplugError, RequestError, RunError, one_line, quoted
+from metaplug.evaluation.evaluator import Evaluator
+from metaplug.evaluation.score_names import ScoreName
+from metaplug.evaluation.scores import option_of
 from metaplug.execution.batching import Batching
 from metaplug.execution.engine import Engine
 from metaplug.execution.free_memory import available, size_text
@@ -323,6 +326,7 @@ class State(Settings):
     seed: StrictInt
     settings: Annotated[LearnerSettings, BeforeValidator(_plain)]
     task_batching: Literal["auto", "vectorized", "sequential"]
+    score: ScoreName | None = None
     custom_loss: StrictBool
     model_spec: ModelSpec | None
     model: dict[StrictStr, Any]
@@ -388,6 +392,7 @@ class Learner(Protocol):
     task_batching: Batching
     custom_loss: bool
     trained_on: TrainedOn
+    evaluator: Evaluator
 
 
 L = TypeVar("L", bound=Learner)
@@ -408,6 +413,7 @@ def state_of(learner: Learner) -> dict[str, Any]:
         "seed": learner.seed,
         "settings": learner.settings.model_dump(mode="json"),
         "task_batching": learner.task_batching,
+        "score": option_of(learner.evaluator.score),
         "custom_loss": learner.custom_loss,
         "model_spec": spec,
         "model": model.state_dict(),
@@ -590,6 +596,7 @@ def load(
         what = "was trained with a loss of your own, which a file cannot hold"
         raise RequestError(f"{path} {what}: give it as MetaLearner.load(..., loss=...)")
     given = {key: state[key] for key in ("kind", "seed", "task_batching")} | state["settings"]
+    given["score"] = state.get("score")
 
     def made(**options: Any) -> L:
         with naming(path):

@@ -64,3 +64,10 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> RequestError:
     "unknown model 'con4': did you mean 'conv4'?"
     """
     return RequestError(f"unknown {kind} '{one_line(name)}': {did_you_mean(name, known)}")
+
+
+def at_least_one(**counts: int | None) -> None:
+    """Refuse a count below 1, by its name; None is none."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise RequestError(f"{name} = {count}: give at least 1")

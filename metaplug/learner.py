@@ -13,33 +13,28 @@ from metaplug import checkpoint
 from metaplug.checks.model import check_loss, check_model
 from metaplug.checks.prepare_batch import PrepareBatch
 from metaplug.contract.chain import Chain
+from metaplug.contract.inputs import Inputs, map_inputs
 from metaplug.contract.presets import PluginLike, Preset, find_preset, make_plugins
 from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_sizes import TaskSize
 from metaplug.contract.values import Kind
-from metaplug.core.inner_loop import Loss
-from metaplug.core.losses import cross_entropy
 from metaplug.core.model_calls import Output
-from metaplug.errors import RequestError, unknown
-from metaplug.evaluation.evaluator import Evaluator
+from metaplug.core.task_model import Loss
+from metaplug.errors import RequestError, at_least_one, unknown
+from metaplug.evaluation.evaluator import MEASURE_UNSEEN, VALIDATE_UNSEEN, Evaluator
 from metaplug.evaluation.history import History, Record
 from metaplug.evaluation.results import EvaluationResult
+from metaplug.evaluation.scores import ScoreLike
 from metaplug.execution.batching import Batching, BatchingChoice
 from metaplug.execution.plan import StepPlan
 from metaplug.execution.precision import Precision
 from metaplug.execution.ranks import ALONE, World
-from metaplug.execution.settings import LearnerSettings, NonFinite
-from metaplug.settings import validated
+from metaplug.execution.settings import NonFinite
 from metaplug.tasks.adapters import evaluation_stream, training_stream
 from metaplug.tasks.episodes import TaskStream
 from metaplug.tasks.identities import TrainedOn
-from metaplug.training.assemble import assemble
+from metaplug.training.assemble import LOSSES, assemble, learner_settings
 from metaplug.training.loop import Loop, LoopSettings
-
-LOSSES: dict[Kind, Loss] = {
-    "classification": cross_entropy,
-    "regression": nn.functional.mse_loss,
-}
-"""The loss of one task where none is given."""
 
 
 class MetaLearner:
@@ -67,6 +62,8 @@ class MetaLearner:
             the inputs' dtype, with a loss for them) or "regression".
         loss: (prediction, target) of one task → a tensor of shape (). Default: cross-entropy or
             mean squared error, by kind.
+        score: a name in metaplug.evaluation.scores.SCORES, a Score, or a function (predictions,
+            targets) → (tasks,). Default: accuracy or mean squared error, by kind.
         output: the part of the model's answer that is its prediction: a name ("logits"), key or
             place. Default: the answer itself, or its `logits` where it has them.
         task_batching: "auto", "vectorized" or "sequential": the same numbers, another speed.
@@ -106,6 +103,7 @@ class MetaLearner:
         inner_optimizer_settings: Mapping[str, Any] | None = None,
         kind: Kind = "classification",
         loss: Loss | None = None,
+        score: ScoreLike | None = None,
         meta_optimizer: Literal["adam", "sgd"] | None = None,
         meta_lr: float | None = None,
         batch_norm: Literal["batch", "frozen"] | None = None,
@@ -122,17 +120,13 @@ class MetaLearner:
         seed: int = 0,
         world: World | None = None,
     ) -> None:
-        given = dict(locals())  # the arguments
         preset = None if preset is None else find_preset(preset)
-        settings = {} if preset is None else preset.defaults.get("learner", {})
-        own = {name: given[name] for name in LearnerSettings.model_fields}
-        settings = settings | {name: each for name, each in own.items() if each is not None}
-        self.settings = validated(LearnerSettings, settings, "learner")
+        self.settings = learner_settings(preset, dict(locals()))  # the arguments
         if kind not in LOSSES:
             raise RequestError(f"unknown kind of task '{kind}': classification or regression")
         if task_batching not in get_args(Batching):
             raise unknown("task batching", task_batching, get_args(Batching))
-        _check_counts(metrics_every=metrics_every)
+        at_least_one(metrics_every=metrics_every)
         plan = StepPlan(checkpoint_steps, chunk_size, compile, capture, cache_frozen)
         check_model(model, self.settings.batch_norm)
         check_loss(loss)
@@ -155,7 +149,7 @@ class MetaLearner:
         self.prepare_batch = PrepareBatch(
             self.engine, model, kind, task_batching, cache_frozen=cache_frozen
         )
-        self.evaluator = Evaluator(self.engine, self.prepare_batch, model, kind, seed)
+        self.evaluator = Evaluator(self.engine, self.prepare_batch, model, kind, score, seed=seed)
 
     @property
     def iteration(self) -> int:
@@ -239,12 +233,12 @@ class MetaLearner:
                 a row stops training all the same. Of a validation, such a task makes the mean NaN.
 
         Raises:
-            RequestError: an argument out of bounds, or a validation class that is trained on.
+            RequestError: an argument out of bounds, or validation tasks trained on or unscorable.
             RunError: a loss or gradient is NaN or Inf, or memory runs out; the weights are those of
                 the iteration before.
         """
-        _check_counts(tasks_per_batch=tasks_per_batch, validate_every=validate_every)
-        _check_counts(validation_tasks=validation_tasks)
+        at_least_one(tasks_per_batch=tasks_per_batch, validate_every=validate_every)
+        at_least_one(validation_tasks=validation_tasks)
         if iterations < 0:
             raise RequestError(f"iterations = {iterations}: give at least 0")
         if non_finite not in get_args(NonFinite):
@@ -258,8 +252,7 @@ class MetaLearner:
             stream, count = evaluation_stream(
                 validation, self.seed, validation_tasks, "validation_tasks", ranks=ranks
             )
-            advice = "give validation tasks of other classes, such as tasks.val"
-            self.evaluator.refuse_trained_on(stream, advice, trained_on)
+            self.evaluator.refuse_trained_on(stream, VALIDATE_UNSEEN, trained_on)
             validate = partial(self.evaluator.validate, stream, count, skip=skip)
         loop = Loop(
             self.engine,
@@ -269,6 +262,7 @@ class MetaLearner:
             total=total,
             tasks_per_batch=tasks_per_batch,
             validate=validate,
+            check=None if validation is None else self.evaluator.check_score,
             validate_every=validate_every,
             metrics_every=self.metrics_every,
             skip=skip,
@@ -282,6 +276,7 @@ class MetaLearner:
         num_tasks: int | None = None,
         inner_steps: int | None = None,
         tasks_per_batch: int | None = None,
+        score: ScoreLike | None = None,
         allow_training_classes: bool = False,
     ) -> EvaluationResult:
         """Adapt to tasks that do not see each other, and score their query examples.
@@ -297,36 +292,40 @@ class MetaLearner:
             inner_steps: default: as in training.
             tasks_per_batch: how many are computed together; the result does not depend on it.
                 Default: 16, or the learner's chunk_size where that is less.
+            score: as for MetaLearner. Default: the learner's.
             allow_training_classes: also measure on classes that were trained on, and say so.
 
         Raises:
-            RequestError: the tasks are of a class that was trained on, and that is not allowed.
+            RequestError: the tasks cannot be scored, or are of trained classes, unless allowed.
             RunError: a task's query loss is NaN or Inf, which no mean should hide; the task is
                 named. Or memory runs out.
         """
-        _check_counts(num_tasks=num_tasks)
+        at_least_one(num_tasks=num_tasks)
         ranks = self.world.size
         stream, count = evaluation_stream(tasks, self.seed, num_tasks, "num_tasks", ranks=ranks)
         if not allow_training_classes:
-            advice = (
-                "evaluate tasks.test, or give allow_training_classes=True "
-                "(--allow-training-classes) to measure training on purpose"
-            )
-            self.evaluator.refuse_trained_on(stream, advice, self.trained_on)
-        return self.evaluator.evaluate(stream, count, inner_steps, tasks_per_batch)[0]
+            self.evaluator.refuse_trained_on(stream, MEASURE_UNSEEN, self.trained_on)
+        return self.evaluator.evaluate(stream, count, inner_steps, tasks_per_batch, score)[0]
 
     def adapt(
-        self, support_x: Tensor, support_y: Tensor, *, inner_steps: int | None = None
+        self,
+        support_x: Inputs,
+        support_y: Tensor,
+        *,
+        inner_steps: int | None = None,
+        ways: int | None = None,
     ) -> nn.Module:
         """Return a copy of the model, adapted to one new task.
 
         It is an ordinary module in evaluation mode, and shares nothing with this learner.
 
         Args:
-            support_x, support_y: (n, *input) and (n, *target).
+            support_x, support_y: (n, *input), or several by name or place, and (n, *target).
+            ways: the task's classes, where outputs beyond them are to count for nothing.
         """
-        x, y = support_x.unsqueeze(0), support_y.unsqueeze(0)
-        return self.evaluator.adapt(TaskBatch(x, y, x, y), inner_steps)
+        x, y = map_inputs(lambda each: each.unsqueeze(0), support_x), support_y.unsqueeze(0)
+        sizes = None if ways is None else (TaskSize(len(support_y), len(support_y), ways),)
+        return self.evaluator.adapt(TaskBatch(x, y, x, y, sizes=sizes), inner_steps)
 
     def meta_gradients(self, batch: TaskBatch) -> dict[str, Tensor]:
         """Return the meta-gradients of one batch. Steps and commits nothing.
@@ -386,9 +385,3 @@ class MetaLearner:
             "model's parameters: save() it and load() it in the other process, or make a new one "
             "and give it load_state_dict(learner.state_dict())"
         )
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise RequestError(f"{name} = {count}: give at least 1")

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import typer
+from support.tiny_language_models import save_language_models
+from support.tiny_tokenizer import write_texts
 
-from metaplug.cli.main import app
+from metaplug.cli.main import app, main
 from metaplug.cli.options import SHARED, resolve_options
 from metaplug.cli.variants import parse_plugin, parse_variant
 from metaplug.contract import hookspecs, registry
@@ -25,15 +27,75 @@ PAGES = [
 ]
 THEIR_OWN = {"conflict-projection"}
 """Plugins that pages name and that are not installed here."""
+WHOLE = ["how-to/language-models.md", "how-to/own-text.md", "how-to/task-sizes.md"]
+"""Pages that run as they are read: shell and Python in one folder, and tables of errors."""
+FEW = {
+    "train": "--iterations 1 --set training.validation_tasks=2 --set training.test_tasks=2",
+    "evaluate": "--num-tasks 2",
+}
+"""Options that make the commands of such a page quick."""
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page not in [DOCS / name for name in WHOLE]],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
 def test_python_blocks_run(page: Path) -> None:
     namespace: dict[str, object] = {}
     for block in re.findall(
         r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     ):
         exec(compile(block, str(page), "exec"), namespace)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # the libraries' own
+@pytest.mark.parametrize("name", WHOLE)
+def test_pages_run_as_they_are_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With what they name made small; a message in a table is the whole line that is printed."""
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS / name).read_text(encoding="utf-8")
+    if "path/to/model" in text:
+        save_language_models(tmp_path / "path" / "to")
+    for table in ("utterances", "banking"):
+        write_texts(tmp_path / f"{table}.csv", classes=32, count=11)
+    namespace: dict[str, object] = {}
+    trained: list[str] = []
+    for language, block in re.findall(
+        r"^```(sh|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE
+    ):
+        if language == "python":
+            exec(compile(block, name, "exec"), namespace)
+            continue
+        for words in _commands(f"```sh\n{block}```"):
+            assert _run(*words) == 0, capfd.readouterr().err
+            trained = trained or (words if words[0] == "train" else [])
+    refused = _errors(text, "you add")
+    assert bool(refused) == ("| it says |" in text)
+    for row, (given, message) in enumerate(refused):
+        assert _run(*trained, "--name", f"refused-{row}", *shlex.split(given)) == 2
+        assert capfd.readouterr().err.splitlines()[-1] == f"metaplug: {message}"
+    for given, message in _errors(text, "the row"):
+        (tmp_path / "rows.csv").write_text(f"text,intent,domain\n{given}\n")
+        assert _run("tasks", "text:rows.csv", "--set", "tokenizer=path/to/model") == 2
+        assert capfd.readouterr().err == f"metaplug: {message}\n"
+
+
+def _run(*words: str) -> int:
+    """Run a command of a page in this process, with few iterations; return its status."""
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, *shlex.split(FEW.get(words[0], ""))])
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def _errors(text: str, given: str) -> list[tuple[str, str]]:
+    """Find the rows of a page's tables of what is given and what is said then."""
+    head = rf"^\| {given} \| it says \|\n((?:\|.*\n)+)"
+    tables = "".join(re.findall(head, text, re.MULTILINE))
+    return re.findall(r"^\| `(.+?)` \| (.+) \|$", tables, re.MULTILINE)
 
 
 def test_every_page_is_in_the_site_and_every_link_is_a_page() -> None:

@@ -23,7 +23,9 @@ from metaplug import (
     hookimpl,
 )
 from metaplug.checkpoint import FORMAT, packed
-from metaplug.evaluation.results import EvaluationResult, score
+from metaplug.evaluation.results import EvaluationResult
+from metaplug.evaluation.score_tasks import Scorer
+from metaplug.evaluation.scores import SCORES
 from metaplug.execution.engine import MetaStep
 from metaplug.testing import Stream, assert_close, problem, regression
 
@@ -168,11 +170,10 @@ def test_counts_below_one_are_refused(counts):
 
 def test_score_is_accuracy_or_mean_squared_error_by_task():
     predictions = torch.tensor([[[2.0, 1.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]])
-    assert score("classification", predictions, torch.tensor([[0, 0], [1, 1]])).tolist() == [
-        0.5,
-        0.0,
-    ]
-    assert score("regression", predictions, torch.zeros(2, 2, 2)).tolist() == [1.5, 0.5]
+    accuracy = Scorer(SCORES["accuracy"], "classification")
+    assert accuracy(predictions, torch.tensor([[0, 0], [1, 1]])).tolist() == [0.5, 0.0]
+    error = Scorer(SCORES["mean-squared-error"], "regression")
+    assert error(predictions, torch.zeros(2, 2, 2)).tolist() == [1.5, 0.5]
 
 
 def test_the_interval_is_students():

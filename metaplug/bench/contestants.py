@@ -20,7 +20,8 @@ from metaplug.contract.plugin import Plugin, hookimpl
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import RequestError
 from metaplug.execution.batching import Batching
-from metaplug.learner import LOSSES, MetaLearner
+from metaplug.learner import MetaLearner
+from metaplug.training.assemble import LOSSES
 
 T = TypeVar("T")
 MetaGradient = Mapping[str, Tensor]

@@ -26,7 +26,7 @@ from metaplug.bench.meters import in_tf32
 from metaplug.bench.workloads import Workload
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import RequestError
-from metaplug.learner import LOSSES
+from metaplug.training.assemble import LOSSES
 
 COMPILED = "compiled by hand"
 

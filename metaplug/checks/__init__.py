@@ -4,6 +4,8 @@
   It uses `module_state` (what forward leaves on modules), `output_form` and `autograd_graph`.
 * `compare_batching`: whether stacked tasks give the numbers of one task at a time, on which the
   rule in `execution.batching` decides.
+* `attention_mask`: the form in which a mask is expanded outside vmap; `find_frozen`: what lies
+  below the first adapted layer.
 * `model_changes`: what was changed of a model after its learner was made.
 * `prepare_batch`: the way of a batch into the engine, which asks all of these.
 * `find_nonfinite`: the origin of a NaN or Inf.

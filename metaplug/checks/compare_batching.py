@@ -115,7 +115,9 @@ def _derivatives(
     before, inner.vectorized = inner.vectorized, vectorized
     try:
         with stream(0, inner.device):
-            losses, predictions = inner.all_tasks(list(weights.values()), rows, "support")
+            losses, predictions = inner.all_tasks(
+                list(weights.values()), inner.groups(rows, "support")
+            )
     finally:
         inner.vectorized = before
     found = {"prediction": {"output": predictions.detach()}}

@@ -12,7 +12,8 @@ from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_groups import uniform
 from metaplug.contract.values import Kind
 from metaplug.core.functional_model import clone
-from metaplug.core.inner_loop import InnerLoop, Loss
+from metaplug.core.inner_loop import InnerLoop
+from metaplug.core.task_model import Loss
 from metaplug.errors import RequestError, quoted
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from metaplug.cli.options import Json, examples
+from metaplug.cli.options import Json, examples, parse_setting
 from metaplug.cli.ranks import ranks
+from metaplug.errors import RequestError
+from metaplug.evaluation.score_names import ScoreName
 from metaplug.report.console import emit, line
 
 _of_run = partial(typer.Option, show_default="as the run was configured")
@@ -18,7 +21,7 @@ _of_run = partial(typer.Option, show_default="as the run was configured")
 @examples(
     "metaplug evaluate runs/mine",
     "metaplug evaluate runs/mine --num-tasks 2000 --inner-steps 10 --interval bootstrap --json",
-    "metaplug evaluate runs/own --model my_models:make",
+    "metaplug evaluate runs/own --model my_models:make --tasks folder:other/images",
 )
 def evaluate(
     *,
@@ -30,6 +33,7 @@ def evaluate(
         int | None,
         typer.Option(metavar="K", min=0, max=1000, help="Inner steps.", show_default="as trained"),
     ] = None,
+    score: Annotated[ScoreName | None, _of_run(help="How well targets are predicted.")] = None,
     split: Annotated[Literal["test", "val", "train"], typer.Option(help="Which tasks.")] = "test",
     interval: Annotated[
         Literal["t", "bootstrap"],
@@ -46,6 +50,15 @@ def evaluate(
             help="The run's model, if it is your own code: no code runs because a file names it.",
         ),
     ] = None,
+    tasks: Annotated[
+        str | None, _of_run(metavar="SOURCE", help="Other tasks, such as those of another domain.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="tasks.FIELD=VALUE", help="A field of the tasks' form. Repeatable."
+        ),
+    ] = None,
     device: Annotated[str | None, _of_run(help="auto, cpu, cuda or cuda:N.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -53,24 +66,28 @@ def evaluate(
     from metaplug.experiments.json_values import environment, result_values, to_json
     from metaplug.experiments.runs import load
     from metaplug.experiments.runs.layout import SUMMARY
-    from metaplug.report.terminal import result_line, show_model_factory, statements
+    from metaplug.report.terminal import class_lines, result_line, show_model_factory, statements
 
+    given = task_settings(tasks, sets)
     with ranks() as world:
-        experiment = load(run, device, world, model=model)
+        experiment = load(run, device, world, model=model, tasks=given)
         show_model_factory(experiment)
         learner, training = experiment.learner, experiment.config.training
         result = learner.evaluate(
             getattr(experiment.tasks, split),
             num_tasks=training.test_tasks if num_tasks is None else num_tasks,
             inner_steps=inner_steps,
+            score=score,
             allow_training_classes=allow_training_classes,
         )
-    values = {"run": str(run), "split": split, "iteration": learner.iteration}
+    source = {"tasks": experiment.config.tasks.source} if given else {}
+    values = {"run": str(run), **source, "split": split, "iteration": learner.iteration}
     values |= {**result_values(result, interval), **environment(learner)}
     if as_json:
         emit(to_json(values, indent=2))
         return
-    line(f"{split} {result_line(values)}")
+    for text in (f"{split} {result_line(values)}", *class_lines(values)):
+        line(text)
     if run.is_dir() and not (run / SUMMARY).exists():
         line(
             "the run is unfinished: these are its best weights so far, "
@@ -78,3 +95,24 @@ def evaluate(
         )
     for text in statements(values):
         line(text)
+
+
+def task_settings(source: str | None, sets: Sequence[str] | None) -> dict[str, Any]:
+    """Return the fields of the tasks that options change.
+
+    Raises:
+        RequestError: an option changes something else.
+    """
+    from metaplug.experiments.configuration import assign
+
+    values: dict[str, Any] = {} if source is None else {"source": source}
+    for text in sets or ():
+        path, value = parse_setting(text)
+        head, _, field = path.partition(".")
+        if head != "tasks" or not field:
+            raise RequestError(
+                f"--set {path}: an evaluation changes the tasks alone, as the rest is what was "
+                "trained: give tasks.FIELD=VALUE"
+            )
+        values = assign(values, field, value)
+    return values

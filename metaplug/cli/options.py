@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 TASKS, LEARNING, RUN = "Tasks and model", "Learning", "Run"
 
-_SOURCES = "Task source (metaplug tasks lists them): glyphs, sinusoid, folder:PATH."
-_MODELS = "Model: conv4, mlp, resnet12, wrn28_10, torchvision:NAME or your own MODULE:FACTORY."
+_SOURCES = "Task source (metaplug tasks lists them): glyphs, sinusoid, folder:PATH, text:FILE."
+_MODELS = (
+    "Model: conv4, mlp, resnet12, wrn28_10, transformers:NAME_OR_FOLDER, timm:NAME, "
+    "torchvision:NAME or your own MODULE:FACTORY."
+)
 _PER_TASK = "examples of each class, or of a regression task; 1 to 1000."
 _SHARED: dict[str, list[tuple[str, str, Any, str]]] = {
     TASKS: [

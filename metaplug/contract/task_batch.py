@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,32 +18,11 @@ from metaplug.contract.inputs import (
     tensors_of,
     with_tensors,
 )
-from metaplug.errors import RequestError, RunError, quoted
+from metaplug.contract.task_checks import check_fields, check_finite, check_joined, check_labels
+from metaplug.contract.task_sizes import IGNORED, TaskSize
+from metaplug.errors import RequestError, quoted
 
 FIELDS = ("support_x", "support_y", "query_x", "query_y")
-
-Part: TypeAlias = Literal["support", "query"]
-
-IGNORED = -100
-"""The class index that losses and scores leave out, as torch's cross-entropy does."""
-
-
-class TaskSize(NamedTuple):
-    """The size of one task.
-
-    Attributes:
-        support, query: the number of examples that count, the first of their axis.
-        ways: the number of classes; the model's further outputs count in no loss and no score.
-            None where all outputs count.
-    """
-
-    support: int
-    query: int
-    ways: int | None = None
-
-    def examples(self, part: Part) -> int:
-        """The number of examples of a part."""
-        return self.support if part == "support" else self.query
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,84 +60,21 @@ class TaskBatch:
                 object.__setattr__(self, name, value)
             if isinstance(value, dict | tuple) and not value:
                 raise RequestError(f"TaskBatch: {name} is empty: give at least one tensor")
-        for name, each in self.named_tensors().items():
-            self._check_tensor(name, each)
-        support, query = self._named("support"), self._named("query")
-        if [each[7:] for each in support] != [each[5:] for each in query]:
-            raise RequestError(
-                f"TaskBatch: support_x has the inputs {quoted(support)} and query_x "
-                f"{quoted(query)}: give both parts the same, in one order"
-            )
-        first = next(iter(support))
-        for part, inputs in (("support", support), ("query", query)):
-            target = f"{part}_y"
-            advice = "every field must stack the same number of tasks"
-            for name in (*inputs, target):
-                self._match(first, name, len, advice)
-            for name in inputs:
-                advice = "give one target for every example"
-                self._match(name, target, lambda x: x.shape[1], advice)
-        for one, other in zip(support, query, strict=True):
-            advice = "support and query examples must have one input shape"
-            self._match(one, other, lambda x: x.shape[2:], advice)
-            self._match(one, other, lambda x: x.dtype, "convert one of them")
-        advice = "support and query examples must have one target shape"
-        self._match("support_y", "query_y", lambda x: x.shape[2:], advice)
-        advice = "give integer labels in both, or floating-point targets in both"
-        self._match("support_y", "query_y", Tensor.is_floating_point, advice)
         if self.sizes is not None:
-            sizes = tuple(TaskSize(*size) for size in self.sizes)  # plain tuples, too
-            object.__setattr__(self, "sizes", sizes)
-            self._check_sizes(sizes)
-
-    def _check_tensor(self, name: str, value: Any) -> None:
-        if not isinstance(value, Tensor):
-            given = f"a {type(value).__name__}, not a tensor"
-            raise RequestError(f"TaskBatch: {name} is {given}: give torch.as_tensor({name})")
-        if value.ndim < 2 or 0 in value.shape[:2]:
-            raise RequestError(
-                f"TaskBatch: {name} has shape {tuple(value.shape)}: give (tasks, examples, ...) "
-                "with at least one task and one example"
-            )
-        if value.device != self.device:
-            raise RequestError(
-                f"TaskBatch: {name} is on {value.device}, support_x on {self.device}: "
-                "move all to one device"
-            )
-
-    def _check_sizes(self, sizes: Sequence[TaskSize]) -> None:
-        most = [self.support_y.shape[1], self.query_y.shape[1]]
-        fit = [
-            0 < size.support <= most[0]
-            and 0 < size.query <= most[1]
-            and (size.ways is None or size.ways > 0)
-            for size in sizes
-        ]
-        if len(sizes) != self.num_tasks or not all(fit):
-            raise RequestError(
-                f"TaskBatch: sizes is {quoted(map(str, sizes[:3]))}, but the batch has "
-                f"{self.num_tasks} tasks of at most {most[0]} support and {most[1]} query examples:"
-                " give one size for each task, or make the batch by TaskBatch.from_tasks"
-            )
-
-    def _named(self, part: Part) -> dict[str, Tensor]:
-        return named_tensors(f"{part}_x", getattr(self, f"{part}_x"))
-
-    def _match(self, one: str, other: str, of: Callable[[Tensor], Any], advice: str) -> None:
-        known = self.named_tensors()
-        first, second = known[one], known[other]
-        if of(first) != of(second):
-            a, b = (f"{str(x.dtype)[6:]} of shape {tuple(x.shape)}" for x in (first, second))
-            raise RequestError(
-                f"TaskBatch: {one} is {a} and {other} {b}, which do not fit: {advice}"
-            )
+            object.__setattr__(self, "sizes", tuple(TaskSize(*size) for size in self.sizes))
+        check_fields(self.named_tensors(), self.sizes)
 
     @classmethod
     def stack(cls, tasks: Sequence[TaskBatch]) -> TaskBatch:
         """Join batches of one size, such as tasks made one by one, in their order."""
         if not tasks:
             raise RequestError("TaskBatch.stack: there is no task: give at least one")
-        _check_joined("stack", tasks, 1, "join tasks of other sizes by TaskBatch.from_tasks")
+        check_joined(
+            "stack",
+            [task.named_tensors() for task in tasks],
+            axes=1,
+            advice="join tasks of other sizes by TaskBatch.from_tasks",
+        )
         return cls._joined(tasks)
 
     @classmethod
@@ -190,7 +106,7 @@ class TaskBatch:
         if not tasks:
             raise RequestError("TaskBatch.from_tasks: there is no task: give at least one")
         advice = "pad the examples of all tasks to one shape"
-        _check_joined("from_tasks", tasks, 2, advice)
+        check_joined("from_tasks", [task.named_tensors() for task in tasks], 2, advice)
         sizes = [size for task in tasks for size in task._sizes(infer=ways is None)]
         if ways is not None:
             if len(ways) != len(sizes):
@@ -342,80 +258,10 @@ class TaskBatch:
             RunError: NaN or Inf in an input or in a floating-point target; names field and task.
             RequestError: an integer label is not one of 0 ... outputs - 1.
         """
-        for name, value in self.named_tensors().items():
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                task = int((~torch.isfinite(value)).flatten(1).any(1).nonzero()[0])
-                raise RunError(
-                    f"{name} of task {number(task)} holds NaN or Inf, on which no loss is defined: "
-                    "clean the data of that task"
-                )
+        check_finite(self.named_tensors(), number)
         self.check_labels(outputs)
 
     def check_labels(self, outputs: int | None) -> None:
         """Check integer labels alone, as `check_values` does; and each task's against its ways."""
-        if self.support_y.is_floating_point():
-            return
-        ways = [None] if self.sizes is None else [size.ways for size in self.sizes]
-        most = max((own for own in ways if own is not None), default=0)
-        if outputs is not None and most > outputs:
-            raise RequestError(
-                f"a task has {most} ways, but the model has {outputs} outputs: give the model more "
-                "outputs, or the tasks fewer ways"
-            )
-        for name in ("support_y", "query_y"):
-            value: Tensor = getattr(self, name)
-            if most:
-                self._check_ways(name, value, ways)
-            if outputs is None:
-                continue
-            value = value[value != IGNORED]
-            if not len(value):
-                continue
-            low, high = (int(bound) for bound in value.aminmax())
-            if low < 0 or high >= outputs:
-                raise RequestError(
-                    f"labels out of range: {name} has the label {low if low < 0 else high}, but "
-                    f"the model has {outputs} outputs, for the labels 0 to {outputs - 1}: "
-                    "give the model more outputs, or the tasks fewer ways"
-                )
-
-    def _check_ways(self, name: str, value: Tensor, ways: Sequence[int | None]) -> None:
-        highest = value.flatten(1).amax(1).tolist()
-        for task, (label, own) in enumerate(zip(highest, ways, strict=True)):
-            if own is not None and label >= own:
-                raise RequestError(
-                    f"labels out of range: {name} of task {task} has the label {label}, but the "
-                    f"task has {own} ways, for the labels 0 to {own - 1}: correct its labels or "
-                    "its ways"
-                )
-
-
-def _check_joined(method: str, tasks: Sequence[TaskBatch], axes: int, advice: str) -> None:
-    """Refuse batches that differ in form beyond their first `axes` axes."""
-
-    def forms(task: TaskBatch) -> dict[str, tuple[Any, ...]]:
-        return {
-            name: (tuple(each.shape[axes:]), each.dtype, each.device)
-            for name, each in task.named_tensors().items()
-        }
-
-    first = forms(tasks[0])
-    for place, task in enumerate(tasks):
-        own = forms(task)
-        if own.keys() != first.keys():
-            raise RequestError(
-                f"TaskBatch.{method}: batch {place} has {quoted(own)}, batch 0 {quoted(first)}: "
-                "give all tasks the same inputs"
-            )
-        for name, form in own.items():
-            if form != first[name]:
-                wanted, given = (
-                    f"{str(dtype)[6:]} of shape {shape} on {device}"
-                    for shape, dtype, device in (first[name], form)
-                )
-                shapes = form[0] != first[name][0]
-                raise RequestError(
-                    f"TaskBatch.{method}: {name} of batch {place} is {given} for "
-                    f"{'a task' if axes == 1 else 'an example'}, of batch 0 {wanted}: "
-                    f"{advice if shapes else 'convert or move one of them'}"
-                )
+        ways = [] if self.sizes is None else [size.ways for size in self.sizes]
+        check_labels({"support_y": self.support_y, "query_y": self.query_y}, outputs, ways)

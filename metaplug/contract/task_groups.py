@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from metaplug.contract.inputs import Inputs, map_inputs
-from metaplug.contract.task_batch import FIELDS, Part, TaskBatch, TaskSize
+from metaplug.contract.task_batch import FIELDS, TaskBatch
+from metaplug.contract.task_sizes import Part, TaskSize
 
 
 class Alike(NamedTuple):
@@ -34,7 +35,7 @@ def alike(batch: TaskBatch, part: Part) -> list[Alike]:
     if batch.sizes is None:
         return [Alike([*range(batch.num_tasks)], x, y, None)]
     found = []
-    for (count, ways), rows in _groups(batch.sizes, part).items():
+    for (count, ways), rows in rows_by_size(batch.sizes, part).items():
         pick = partial(_picked, rows=rows, count=count)
         found.append(Alike(rows, map_inputs(pick, x), pick(y), ways))
     return found
@@ -73,7 +74,7 @@ def by_size(
     if sizes is None:
         return function(predictions)
     found: list[tuple[list[int], Tensor]] = []
-    for (count, ways), rows in _groups(sizes, part).items():
+    for (count, ways), rows in rows_by_size(sizes, part).items():
         own = _picked(predictions, rows=rows, count=count)
         if ways is not None and class_axis is not None:
             own = own.narrow(class_axis, 0, min(ways, own.shape[class_axis]))
@@ -114,7 +115,12 @@ def in_order(found: list[tuple[list[int], Tensor]]) -> Tensor:
     return torch.stack([by_row[row] for row in range(len(by_row))])
 
 
-def _groups(sizes: tuple[TaskSize, ...], part: Part) -> dict[tuple[int, int | None], list[int]]:
+def rows_by_size(sizes: Sequence[TaskSize], part: Part) -> dict[tuple[int, int | None], list[int]]:
+    """Return the places of the tasks of each number of examples and of ways.
+
+    >>> rows_by_size([TaskSize(1, 5), TaskSize(2, 3), TaskSize(3, 5)], "query")
+    {(5, None): [0, 2], (3, None): [1]}
+    """
     groups: dict[tuple[int, int | None], list[int]] = {}
     for row, size in enumerate(sizes):
         groups.setdefault((size.examples(part), size.ways), []).append(row)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from metaplug.contract.plugin import Plugin
-from metaplug.contract.task_batch import TaskBatch, TaskSize
+from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_groups import by_size
+from metaplug.contract.task_sizes import TaskSize
 from metaplug.errors import RequestError
 
 Kind: TypeAlias = Literal["classification", "regression"]

@@ -162,7 +162,7 @@ def clone(model: nn.Module, *, shared: bool = True) -> nn.Module:
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     for module in model.modules():
         for name, value in vars(module).items():
-            if "_hooks" in name and value is not None:
+            if "_hooks" in name and isinstance(value, dict):
                 memo |= {id(one): one for one in ([value] if shared else value.values())}
             # deepcopy refuses tensors with a graph, as a model that was called before may keep.
             memo |= {

@@ -10,9 +10,9 @@ through batch and layer norm are wrong without a word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -22,22 +22,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaplug.contract.chain import Chain
-from metaplug.contract.inputs import Inputs, map_inputs
-from metaplug.contract.task_batch import Part, TaskBatch
-from metaplug.contract.task_groups import Alike, alike, in_order, rows_of
+from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_groups import Alike
+from metaplug.contract.task_sizes import Part
 from metaplug.contract.values import InnerStep, Outcome, TaskShare
-from metaplug.core.frozen_features import FrozenFeatures
-from metaplug.core.functional_model import FunctionalModel
 from metaplug.core.losses import class_axis
 from metaplug.core.model_calls import Output
 from metaplug.core.optimizers import DifferentiableOptimizer
 from metaplug.core.rematerialize import rematerialize
-from metaplug.core.vmap_rules import TaskRules, for_all_tasks
+from metaplug.core.task_model import Loss, TaskModel
 from metaplug.errors import RunError, quoted
-from metaplug.random_streams import mix, stream
-
-Loss = Callable[[Any, Tensor], Tensor]
-"""(prediction, target) of one task → its loss, a tensor of shape ()."""
+from metaplug.random_streams import mix
 
 _Weights = Mapping[str, Tensor]
 
@@ -60,7 +55,7 @@ _NO_GRADIENT = (
 )
 
 
-class InnerLoop:
+class InnerLoop(TaskModel):
     """Adapts the tasks of a batch in lock-step, each from the model's own weights.
 
     Args:
@@ -76,14 +71,8 @@ class InnerLoop:
         output: the part of the model's answer that is its prediction.
 
     Attributes:
-        vectorized: whether tasks run in one call under vmap, or one after the other.
         checkpoint_steps: keep the graph of this many inner steps; recompute the rest in the
             backward pass. None keeps all of it.
-        autocast: makes the context in which the model's forward passes run.
-        first_order_only: whether an operation of the model refuses to be differentiated twice,
-            which autograd passes over.
-        features: keeps what the loop cannot change from step to step; None computes it anew.
-        query_graph: whether forward itself differentiates, so that it needs autograd at evaluation.
 
     Example:
         >>> loop = InnerLoop(nn.Linear(2, 2), Chain([]), nn.functional.cross_entropy,
@@ -109,16 +98,9 @@ class InnerLoop:
         batch_norm: str,
         output: Output = None,
     ) -> None:
-        self.chain, self.loss, self.inner_steps, self.inner_lr = chain, loss, inner_steps, inner_lr
-        self.vectorized, self.query_graph, self.first_order_only = True, False, False
-        self.features: FrozenFeatures | None = None
+        super().__init__(model, loss, adapted=adapted, batch_norm=batch_norm, output=output)
+        self.chain, self.inner_steps, self.inner_lr = chain, inner_steps, inner_lr
         self.checkpoint_steps: int | None = None
-        self.autocast: Callable[[], AbstractContextManager[None]] = nullcontext
-        self.functional = FunctionalModel(model, batch_norm, output)
-        self.parameters: dict[str, Tensor] = dict(model.named_parameters())
-        self.adapted = tuple(name for name in self.parameters if name in adapted)
-        reference = next(each for each in self.parameters.values() if each.requires_grad)
-        self.dtype, self.device = reference.dtype, reference.device
         self.optimizer = DifferentiableOptimizer(
             optimizer, optimizer_settings, inner_lr, len(self.adapted)
         )
@@ -163,97 +145,13 @@ class InnerLoop:
             finally:
                 self.optimizer.reset()
 
-    def task(
-        self, weights: Sequence[Tensor], x: Inputs, y: Tensor, ways: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return one task's loss () and prediction (n, *output), with weights of its own.
-
-        Args:
-            ways: the number of its classes, where the loss is to see no further outputs.
-        """
-        with self.autocast():
-            prediction = self.functional(weights, x)
-        if self.autocast is not nullcontext and prediction.is_floating_point():
-            prediction = prediction.to(self.dtype)  # losses keep the model's own dtype
-        axis = None if ways is None else class_axis(prediction, y)
-        if ways is None or axis is None:
-            return self.loss(prediction, y), prediction
-        counted = prediction.narrow(axis, 0, min(ways, prediction.shape[axis]))
-        return self.loss(counted, y), prediction
-
     def adapted_losses(self, outcome: Outcome, seeds: Sequence[int] | None = None) -> Tensor:
         """Return the (T,) support losses after the last update; asks no hook, keeps no graph."""
         values, batch = outcome.query_parameters, outcome.batch.recordable()
         stacked = [values[name] for name in self.parameters]
         with recording(), torch.set_grad_enabled(self.query_graph):
-            losses, _ = self.all_tasks(stacked, batch, "support", seeds)
+            losses, _ = self.all_tasks(stacked, self.groups(batch, "support"), seeds)
         return losses.detach()
-
-    def all_tasks(
-        self,
-        stacked: Sequence[Tensor],
-        batch: TaskBatch,
-        part: Part,
-        seeds: Sequence[int] | None = None,
-        *,
-        again: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Return every task's loss (T,) and prediction (T, n, *output), padded where sizes differ.
-
-        Tasks of one size are computed together, without padding.
-
-        Args:
-            stacked: (T, *shape) each, in the model's order.
-            batch, part: whose examples are computed.
-            seeds: as in `run`; they make tasks run one after the other.
-            again: whether it is one of several passes of a loop, which may keep `features`.
-        """
-        losses, predictions = [], []
-        for group in alike(batch, part):
-            own = None if seeds is None else [seeds[row] for row in group.rows]
-            weights = [
-                rows_of(value, group.rows, shared=name not in self.adapted)
-                for name, value in zip(self.parameters, stacked, strict=True)
-            ]
-            loss, prediction = self._alike(weights, group, own, part if again else None)
-            losses.append((group.rows, loss))
-            predictions.append((group.rows, prediction))
-        return in_order(losses), in_order(predictions)
-
-    def _alike(
-        self,
-        stacked: Sequence[Tensor],
-        group: Alike,
-        seeds: Sequence[int] | None,
-        part: Part | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the losses and predictions of tasks of one size."""
-        x, y, ways = self.functional.inputs(group.x, self.dtype), group.y, group.ways
-        if self.vectorized and seeds is None:
-            # Weights that no task changed are one tensor, expanded: vmap need not batch them,
-            # unless their gradient is asked for by task.
-            shared = [
-                name not in self.adapted and value.stride(0) == 0
-                for name, value in zip(self.parameters, stacked, strict=True)
-            ]
-            with self._kept(part, *group.rows):
-                return for_all_tasks(partial(self.task, ways=ways), stacked, shared, x, y)
-        rows = zip(*(value.unbind(0) for value in stacked), strict=True)
-        results = []
-        with TaskRules():
-            for place, row in enumerate(rows):
-                own = map_inputs(partial(Tensor.select, dim=0, index=place), x)
-                draws = nullcontext() if seeds is None else stream(seeds[place], self.device)
-                with draws, self._kept(part, group.rows[place]):
-                    results.append(self.task(row, own, y[place], ways))
-        losses, predictions = zip(*results, strict=True)
-        return torch.stack(losses), torch.stack(predictions)
-
-    def _kept(self, part: Part | None, *rows: int) -> AbstractContextManager[None]:
-        """Inside, one forward pass of these tasks runs; its features may be kept for the next."""
-        if self.features is None or part is None:
-            return nullcontext()
-        return self.features.examples((part, rows))
 
     def orders_of(self, iteration: int, total: int) -> tuple[int, ...]:
         """Return the derivative order of every inner step of a training iteration."""
@@ -273,6 +171,7 @@ class _Walk:
     Attributes:
         first: the step before the first update.
         query_after, orders, seeds: as `InnerLoop.run` takes them.
+        groups: the examples as the model takes them, made at the first pass on each part.
     """
 
     loop: InnerLoop
@@ -281,6 +180,7 @@ class _Walk:
     query_after: Collection[int]
     orders: Sequence[int] | None
     seeds: Sequence[int] | None
+    groups: dict[Part, list[Alike]] = field(default_factory=dict)
 
     @property
     def rematerialized(self) -> bool:
@@ -442,9 +342,10 @@ class _Walk:
             loop.features.check(values, fast)
         if seeds is not None:
             seeds = [mix(seed, 2 * step.index + (part == "query")) for seed in seeds]
-        losses, predictions = loop.all_tasks(
-            [values[name] for name in loop.parameters], self.batch, part, seeds, again=True
-        )
+        if part not in self.groups:
+            self.groups[part] = loop.groups(self.batch, part)
+        stacked = [values[name] for name in loop.parameters]
+        losses, predictions = loop.all_tasks(stacked, self.groups[part], seeds, keep=part)
         if part == "support" and loop.chain.watch is not None:
             loop.chain.watch.step(losses)
         what = f"the model's output for {part} examples"

@@ -2,6 +2,8 @@
 
 * `evaluator` gives results and validations; `measure` adapts tasks that do not see
   each other, and scores each.
-* `results` holds scores, and the 95 % confidence interval of their mean.
+* `scores` has the named ones (their equations are in `score_functions`, their names in
+  `score_names`) and those of one's own; `score_tasks` computes them for a batch.
+* `results` holds what they gave, and the 95 % confidence interval of its mean.
 * `history` holds what meta-training recorded, validations included.
 """

@@ -12,11 +12,20 @@ from metaplug.contract.values import Kind
 from metaplug.core.functional_model import clone, give_parameters, set_mode
 from metaplug.errors import RequestError, quoted
 from metaplug.evaluation.measure import measure
-from metaplug.evaluation.results import EvaluationResult, metric_of
-from metaplug.execution.engine import Engine
+from metaplug.evaluation.results import EvaluationResult
+from metaplug.evaluation.score_tasks import Scorer
+from metaplug.evaluation.scores import ScoreLike, as_score
+from metaplug.execution.engine import FAILURES, Engine
 from metaplug.execution.memory import chunk_of
 from metaplug.tasks.episodes import TaskStream
 from metaplug.tasks.identities import TrainedOn
+
+VALIDATE_UNSEEN = "give validation tasks of other classes, such as tasks.val"
+MEASURE_UNSEEN = (
+    "evaluate tasks.test, or give allow_training_classes=True "
+    "(--allow-training-classes) to measure training on purpose"
+)
+"""What to do where tasks are of classes that were trained on."""
 
 
 class Evaluator:
@@ -25,6 +34,7 @@ class Evaluator:
     Args:
         model: that the engine runs.
         kind: of the tasks.
+        score: of predictions, where an evaluation asks for no other.
         seed: of bootstrap intervals.
 
     Attributes:
@@ -32,9 +42,17 @@ class Evaluator:
     """
 
     def __init__(
-        self, engine: Engine, prepare_batch: PrepareBatch, model: nn.Module, kind: Kind, seed: int
+        self,
+        engine: Engine,
+        prepare_batch: PrepareBatch,
+        model: nn.Module,
+        kind: Kind,
+        score: ScoreLike | None,
+        *,
+        seed: int,
     ) -> None:
         self.engine, self.prepare_batch, self.kind, self.seed = engine, prepare_batch, kind, seed
+        self.score = as_score(score, kind)
         self.trained_on = TrainedOn()
         self._model = model
         self._warned: set[str] = set()
@@ -60,12 +78,32 @@ class Evaluator:
         noun = "classes" if self.kind == "classification" else "groups of tasks"
         trained_on.refuse(tasks, noun, advice)
 
+    def check_score(self, batch: TaskBatch) -> None:
+        """Refuse a score that is not for the targets of a batch, by the predictions of one task.
+
+        Changes no state.
+
+        Args:
+            batch: prepared already.
+
+        Raises:
+            RequestError: as `Scorer`.
+        """
+        scorer, steps = Scorer(self.score, self.kind, self.engine.outputs), self._steps(None)
+        try:
+            outcome = self.engine.evaluate(batch.tasks(slice(0, 1)), steps)
+        except FAILURES:  # what is not finite is said by the step that meets it
+            return
+        own = outcome.batch
+        scorer(outcome.query_predictions, own.query_y, own.sizes)
+
     def evaluate(
         self,
         tasks: TaskStream,
         num_tasks: int,
         inner_steps: int | None = None,
         tasks_per_batch: int | None = None,
+        score: ScoreLike | None = None,
         *,
         losses: bool = False,
         skip: bool = False,
@@ -73,11 +111,13 @@ class Evaluator:
         """Return a result, and the fault that made it NaN where that is to be skipped.
 
         Args:
+            score: default: the evaluator's own.
             losses: measure support losses, too.
             skip: go on after a task whose query loss is NaN or Inf.
 
         Raises:
-            RequestError: fewer than one task in a batch, or than no step.
+            RequestError: fewer than one task in a batch, or than no step; or a score that is not
+                known, or not for such targets.
             RunError: as `measure`.
         """
         steps, size = self._steps(inner_steps), tasks_per_batch
@@ -85,6 +125,7 @@ class Evaluator:
             size = min(16, chunk_of(self.engine) or 16)
         if size < 1:
             raise RequestError(f"tasks_per_batch = {size}: give at least 1")
+        chosen = self.score if score is None else as_score(score, self.kind)
         batches = [range(at, min(at + size, num_tasks)) for at in range(0, num_tasks, size)]
         found = measure(
             self.engine,
@@ -92,13 +133,22 @@ class Evaluator:
             tasks,
             batches,
             steps=steps,
-            kind=self.kind,
+            scorer=Scorer(chosen, self.kind),
             losses=losses,
             skip=skip,
         )
-        metric, shared = metric_of(self.kind), self.trained_on.shared(tasks)
-        about = (steps, self.transductive, shared, self.seed)
-        return EvaluationResult(metric, found.scores, *about, *found.growth), found.fault
+        about = (steps, self.transductive, self.trained_on.shared(tasks), self.seed)
+        raised, support_losses = found.growth or (None, None)
+        result = EvaluationResult(
+            chosen.name,
+            found.scores,
+            *about,
+            raised=raised,
+            support_losses=support_losses,
+            more_is_better=chosen.more_is_better,
+            per_class=found.per_class,
+        )
+        return result, found.fault
 
     def validate(self, tasks: TaskStream, num_tasks: int, *, skip: bool) -> EvaluationResult:
         """Return the result on validation tasks.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from metaplug.evaluation.results import EvaluationResult, better
+from metaplug.evaluation.results import EvaluationResult
 from metaplug.execution.engine import MetaStep
 
 
@@ -46,6 +46,6 @@ class History:
         for iteration, result in self.validations:
             if not math.isfinite(result.mean):
                 continue
-            if best is None or better(result.metric, result.mean, best[1].mean):
+            if best is None or result.better_than(best[1].mean):
                 best = iteration, result
         return best

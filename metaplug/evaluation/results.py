@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from scipy.special import stdtrit
 from torch import Tensor
 
-from metaplug.contract.task_batch import IGNORED
-from metaplug.contract.values import Kind
 from metaplug.errors import RequestError, unknown
+from metaplug.evaluation.scores import named
 
-Metric = Literal["accuracy", "mean squared error"]
+Metric: TypeAlias = str
+"""A score by its name in words, such as "balanced accuracy"."""
 IntervalMethod = Literal["t", "bootstrap"]
 
 RESAMPLES = 9999
@@ -33,7 +33,7 @@ class EvaluationResult:
     """How well unseen tasks were adapted to.
 
     Attributes:
-        metric: "accuracy" (in [0, 1]; more is better) or "mean squared error" (less is better).
+        metric: the score, such as "accuracy" (in [0, 1]) or "mean squared error".
         per_task: (num_tasks,) float64, on the CPU; NaN for a task of a validation whose query loss
             was NaN or Inf (`non_finite="skip"`).
         inner_steps: the number of steps that each task was adapted for.
@@ -46,6 +46,9 @@ class EvaluationResult:
             training, as it costs one more forward pass.
         support_losses: their mean over tasks before and after adaptation; both 0 without an inner
             step. None where `raised` is.
+        more_is_better: of the metric; metaplug's own scores know it themselves.
+        per_class: (num_tasks, classes) float64: the accuracy of each class, NaN where a task has
+            none of its targets; with "per-class accuracy" alone.
     """
 
     metric: Metric
@@ -56,6 +59,12 @@ class EvaluationResult:
     seed: int = 0
     raised: int | None = None
     support_losses: tuple[float, float] | None = None
+    more_is_better: bool = True
+    per_class: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (score := named(self.metric)) is not None:
+            object.__setattr__(self, "more_is_better", score.more_is_better)
 
     @property
     def num_tasks(self) -> int:
@@ -122,6 +131,23 @@ class EvaluationResult:
         ).confidence_interval
         return self.mean + scale * float(found.low), self.mean + scale * float(found.high)
 
+    def better_than(self, value: float) -> bool:
+        """Return whether the mean is a better one than `value`."""
+        return self.mean > value if self.more_is_better else self.mean < value
+
+    @property
+    def by_class(self) -> dict[int, EvaluationResult]:
+        """The accuracy of each class over the tasks that have it; empty without `per_class`."""
+        if self.per_class is None:
+            return {}
+        columns = enumerate(self.per_class.unbind(1))
+        found = {each: column[~column.isnan()] for each, column in columns}
+        return {
+            each: replace(self, metric="accuracy", per_task=values, per_class=None)
+            for each, values in found.items()
+            if len(values)
+        }
+
     def __str__(self) -> str:
         tasks = (
             "1 task, which gives no interval"
@@ -145,54 +171,6 @@ def training_classes_text(count: int) -> str:
     return f"not of unseen classes: {count} of them {'was' if count == 1 else 'were'} trained on"
 
 
-def metric_of(kind: Kind) -> Metric:
-    """Return the metric of a kind of task."""
-    return "accuracy" if kind == "classification" else "mean squared error"
-
-
-def score(kind: Kind, predictions: Tensor, targets: Tensor) -> Tensor:
-    """Return (T,) float64, on the device of the predictions: accuracy, or mean squared error.
-
-    Accuracy is the share of right targets, of each pixel or token where there are many in an
-    example, without those that are IGNORED (-100). A single logit, and the logits of floating-point
-    targets (one label or several, 0 or 1 each), count as 1 above 0.
-
-    Args:
-        predictions: for regression (T, n, *target). For classification (T, n, classes, *rest) or
-            (T, n, *rest, classes) beside class indices; else of the targets' shape.
-        targets: (T, n, *target); class indices (T, n, *rest), or floating-point labels.
-    """
-    if kind == "regression":
-        return (predictions.double() - targets.double()).square().flatten(1).mean(1)
-    counted = targets != IGNORED
-    if targets.is_floating_point() or predictions.numel() == targets.numel():
-        right = (predictions.reshape(targets.shape) > 0) == (targets > 0.5)
-    else:
-        right = predictions.argmax(class_axis(predictions, targets)) == targets
-    return (right & counted).flatten(1).double().sum(1) / counted.flatten(1).sum(1)
-
-
-def class_axis(predictions: Tensor, targets: Tensor) -> int:
-    """Return the axis of the classes: the third, as torch's losses have it, or the last.
-
-    Raises:
-        RequestError: neither fits the class indices.
-    """
-    for axis in (2, predictions.dim() - 1):
-        if predictions.shape[:axis] + predictions.shape[axis + 1 :] == targets.shape:
-            return axis
-    raise RequestError(
-        f"predictions of shape {tuple(predictions.shape[2:])} an example cannot be scored with "
-        f"class indices of shape {tuple(targets.shape[2:])}: answer with an axis of classes first "
-        "or last, and the targets' axes beside it"
-    )
-
-
 def larger(before: Tensor, after: Tensor) -> Tensor:
     """Return whether losses grew, by more than 1 % and than rounding; NaN counts as larger."""
     return ~(after <= before + 0.01 * before.abs() + 1e-12)
-
-
-def better(metric: Metric, candidate: float, than: float) -> bool:
-    """Return whether `candidate` is the better value of the metric."""
-    return candidate > than if metric == "accuracy" else candidate < than

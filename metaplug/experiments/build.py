@@ -115,6 +115,7 @@ def make_learner(
         preset=config.preset,
         plugins=config.plugins,
         kind=tasks.kind,
+        score=config.training.score,
         seed=config.seed,
         **config.learner.model_dump(),
         **options,

@@ -15,7 +15,8 @@ import torch
 
 from metaplug.errors import MetaplugError, RequestError
 from metaplug.evaluation.history import Record
-from metaplug.evaluation.results import EvaluationResult, Metric, better, metric_of
+from metaplug.evaluation.results import EvaluationResult, Metric
+from metaplug.evaluation.scores import as_score, better
 from metaplug.experiments.build import Experiment, build, build_tasks
 from metaplug.experiments.configuration import ExperimentConfig, flatten
 from metaplug.experiments.json_values import environment, result_values
@@ -151,12 +152,17 @@ class Comparison:
     def test(self, label: str) -> EvaluationResult:
         """The test tasks of all seeds together; its 95 % interval is over tasks."""
         results = [run.test for run in self.runs[label]]
-        return replace(results[0], per_task=torch.cat([result.per_task for result in results]))
+        tables = [result.per_class for result in results if result.per_class is not None]
+        return replace(
+            results[0],
+            per_task=torch.cat([result.per_task for result in results]),
+            per_class=torch.cat(tables) if tables else None,
+        )
 
     def difference(self, label: str) -> EvaluationResult:
         """The variant's test value minus the baseline's, task by task on the same tasks."""
-        own = self.test(label)
-        return replace(own, per_task=own.per_task - self.test(self.baseline).per_task)
+        own, base = self.test(label), self.test(self.baseline)
+        return replace(own, per_task=own.per_task - base.per_task, per_class=None)
 
 
 def accelerate(metric: Metric, pairs: Sequence[tuple[Curve, Curve]]) -> Acceleration:
@@ -225,7 +231,8 @@ def compare(
             with _naming(f"variant '{variant.label}', seed {seed}"):
                 runs[variant.label].append(_run(variant, tasks, on_start, on_record))
     done = {label: tuple(of_variant) for label, of_variant in runs.items()}
-    return Comparison(metric_of(tasks.kind), tuple(variants), tuple(seeds), done)
+    metric = as_score(variants[0].config.training.score, tasks.kind).name
+    return Comparison(metric, tuple(variants), tuple(seeds), done)
 
 
 @contextmanager
@@ -249,7 +256,7 @@ def _run(
     curve: list[Point] = []
     state: dict[str, Any] = {}
     begun = time.monotonic()
-    options = training.model_dump(exclude={"test_tasks"})
+    options = training.model_dump(exclude={"test_tasks", "score"})
     for record in learner.iterate(tasks.train, validation=tasks.val, **options):
         if (result := record.validation) is not None:
             curve.append(Point(record.step.iteration, result.mean, result.interval))

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from metaplug.contract.presets import YAML_ENDINGS, PluginUse, Preset, find_preset
 from metaplug.errors import RequestError, did_you_mean
+from metaplug.evaluation.score_names import ScoreName
 from metaplug.execution.settings import LearnerSettings, NonFinite
 from metaplug.settings import Settings, validated
 from metaplug.yaml_text import parse_yaml
@@ -25,7 +26,9 @@ class ModelSettings(Settings):
     """The model, built for the tasks' input shape and outputs."""
 
     name: str = Field(
-        "conv4", description="A model's entry-point name, MODULE:FACTORY, or torchvision:NAME."
+        "conv4",
+        description="A model's entry-point name, MODULE:FACTORY, transformers:NAME_OR_FOLDER, "
+        "timm:NAME, or torchvision:NAME.",
     )
     settings: dict[str, Any] = Field(
         {}, description="Fields of the model's Config, or arguments of its factory."
@@ -61,6 +64,11 @@ class TrainingSettings(Settings):
         200, ge=2, description="Validation tasks, the same at every validation."
     )
     test_tasks: int = Field(600, ge=2, description="Test tasks at the end.")
+    score: ScoreName | None = Field(
+        None,
+        description="How well query targets are predicted, at validations and tests; null: "
+        "accuracy, or mean-squared-error for regression.",
+    )
     non_finite: NonFinite = Field(
         "stop",
         description="What NaN or Inf does: stop the run, or skip the batch, which is counted; "

@@ -34,8 +34,13 @@ def result_values(result: EvaluationResult, method: IntervalMethod = "t") -> dic
     """An evaluation, with the 95 % interval from `low` to `high` by a method, and half its width.
 
     An empty `transductive` says that it is not; None as `training_classes`, that it is not known.
+    With per-class accuracy there is a table `by_class`, over the tasks that have a class, by t.
     """
     low, high = result.bounds(method)
+    table = [
+        {"class": place, "mean": own.mean, "interval": own.interval, "num_tasks": own.num_tasks}
+        for place, own in result.by_class.items()
+    ]
     return {
         "metric": result.metric,
         "mean": result.mean,
@@ -47,6 +52,7 @@ def result_values(result: EvaluationResult, method: IntervalMethod = "t") -> dic
         "inner_steps": result.inner_steps,
         "transductive": list(result.transductive),
         "training_classes": result.training_classes,
+        **({"by_class": table} if table else {}),
     }
 
 

@@ -1,7 +1,9 @@
 """Models for few-shot tasks: `conv4`, `resnet12`, `wrn28_10` for images, `mlp` for the rest.
 
-`factories` makes a model by its name, a user's or torchvision's included; `parts` holds what the
-models for images share.
+`factories` makes a model by its name, a user's or a zoo's included: `torchvision_zoo`,
+`transformers_zoo` (with `language_model` and `vision_model`) and `timm_zoo` wrap those of the
+libraries. `parts` holds what the models for images share, `lora` and `trained_part` what
+pretrained bodies do.
 """
 
 from metaplug.models.conv4 import Conv4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 from torch import nn
 
@@ -52,6 +53,7 @@ def add_adapters(name: str, body: nn.Module, settings: LoraSettings) -> None:
     """Freeze a body, and add adapters that are trained (Hu et al. 2021, sec. 4.1).
 
     W x becomes W x + (alpha / rank) B A x, with A random and B = 0: the body answers as before.
+    Adapters have the body's dtype, but float32 beside bfloat16.
 
     Args:
         name: of the model, for errors.
@@ -90,6 +92,9 @@ def add_adapters(name: str, body: nn.Module, settings: LoraSettings) -> None:
             f"the model '{name}' gets no adapters at {quoted(targets)} ({said_by(error)}): give "
             "other model.settings.targets"
         ) from error
+    for value in body.parameters():
+        if value.requires_grad and value.dtype == torch.bfloat16:  # in which small steps are lost
+            value.data = value.data.float()
 
 
 def _default_targets(name: str, adaptable: dict[str, str]) -> tuple[str, ...]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, final
@@ -12,16 +10,16 @@ import torch
 from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from metaplug.errors import RequestError, did_you_mean, quoted, said_by
+from metaplug.errors import RequestError, did_you_mean, said_by
 from metaplug.models.lora import LoraSettings, add_adapters
 from metaplug.models.making import imported, made
 from metaplug.models.parts import check_images
+from metaplug.models.timm_weights import load_weights
 from metaplug.models.trained_part import freeze_unused
 from metaplug.models.zoo_model import ZooModel
 from metaplug.settings import validated
 
 _OWN = ("num_classes", "in_chans", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
-_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 
 
 class TimmConfig(LoraSettings):
@@ -101,8 +99,9 @@ def make(
     if is_fixed and not {"img_size", "dynamic_img_size"} & given.keys():
         options["img_size"] = tuple(input_shape[1:])
     body: Any = made(name, timm.create_model, given, wanted, pretrained=False, **options)
-    if config.pretrained is not None:
-        _load(name, timm, body, wanted, Path(config.pretrained).expanduser())
+    # Without values, as a checkpoint is first compared with its model, there are none to load.
+    if config.pretrained is not None and torch.get_default_device().type != "meta":
+        load_weights(name, timm, body, wanted, Path(config.pretrained).expanduser())
     head: nn.Module = body.get_classifier()
     if config.train == "lora":
         add_adapters(name, body, config)
@@ -131,40 +130,3 @@ def _try(model: TimmModel) -> None:
             "classifier, without arguments that change what it gives"
         )
     freeze_unused(model, x)
-
-
-def _load(name: str, timm: Any, body: nn.Module, wanted: str, path: Path) -> None:
-    """Load every weight from a file, but those of a head with another number of classes."""
-    if path.suffix not in _ENDINGS or not path.is_file():
-        what = "is not there" if path.suffix in _ENDINGS else f"ends in none of {quoted(_ENDINGS)}"
-        raise RequestError(
-            f"the model '{name}' asks for the weights {path} (model.settings.pretrained), which "
-            f"{what}: put model.safetensors of the model there, or leave the setting out"
-        )
-    own = body.state_dict()
-    try:
-        state = timm.models.load_state_dict(str(path), weights_only=True)
-        # It renames old weights, and resizes the places of patches.
-        adapt = getattr(_module_of(timm, wanted), "checkpoint_filter_fn", None)
-        if adapt is not None and len(inspect.signature(adapt).parameters) > 1:
-            state = adapt(state, body)
-        shapes = {key: tuple(value.shape) for key, value in state.items()}
-    except Exception as error:  # of a foreign file, of which anything may be wrong
-        raise RequestError(
-            f"the weights {path} of the model '{name}' cannot be read ({said_by(error)}): give a "
-            "file of that model's weights, in timm's own form"
-        ) from error
-    differ = {key for key in {*own, *shapes} if key not in own or shapes.get(key) != own[key].shape}
-    head = {id(value) for value in body.get_classifier().parameters()}  # type: ignore[operator]
-    differ -= {key for key, value in body.named_parameters() if id(value) in head}
-    if differ:
-        raise RequestError(
-            f"the weights {path} do not fit the model '{name}' at {quoted(sorted(differ)[:3])}: "
-            "give those of this model and number of channels"
-        )
-    fits = {key: value for key, value in state.items() if shapes[key] == own[key].shape}
-    body.load_state_dict(fits, strict=False)
-
-
-def _module_of(timm: Any, wanted: str) -> Any:
-    return sys.modules[timm.models.model_entrypoint(wanted).__module__]

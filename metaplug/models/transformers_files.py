@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from metaplug.errors import RequestError, one_line, quoted, said_by
+from metaplug.errors import RequestError, quoted, said_by
 from metaplug.models.making import imported
+from metaplug.models.model_folders import find_folder
 from metaplug.models.transformers_config import TransformersConfig
 
-_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
@@ -32,7 +32,7 @@ def load_body(name: str, wanted: str, config: TransformersConfig) -> nn.Module:
         RequestError: the library or a file is missing, or the folder holds no such body.
     """
     library: Any = imported(name, "transformers", "text")
-    folder = _folder(name, wanted, config)
+    folder = find_folder(name, wanted, download=config.download)
     with _quiet(library):
         try:
             form = library.AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -41,12 +41,11 @@ def load_body(name: str, wanted: str, config: TransformersConfig) -> nn.Module:
                 f"the model '{name}' is none that transformers {library.__version__} knows by "
                 f"{folder / 'config.json'} ({said_by(error)}): give the folder of another model"
             ) from error
-        kind = _class_of(name, library, form)
         _set_dropout(form, config.dropout)
         # Later calls must give an object with last_hidden_state, and no keys and values.
         form.return_dict, form.use_cache = True, False
         try:
-            return _made(name, kind, form, folder, config)
+            return _made(name, library, form, folder, config)
         except RequestError:
             raise
         except Exception as error:
@@ -56,13 +55,19 @@ def load_body(name: str, wanted: str, config: TransformersConfig) -> nn.Module:
             ) from error
 
 
-def _made(name: str, kind: Any, form: Any, folder: Path, config: TransformersConfig) -> nn.Module:
+def _made(
+    name: str, library: Any, form: Any, folder: Path, config: TransformersConfig
+) -> nn.Module:
+    kind = _class_of(name, library, form)
     options: dict[str, Any] = {}
     if "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
         options = {"add_pooling_layer": False}
     dtype = getattr(torch, config.dtype)
-    if not config.pretrained:
-        body: nn.Module = kind(form, **options).to(dtype)
+    # Without values, as a checkpoint is first compared with its model, there are none to load.
+    if not config.pretrained or torch.get_default_device().type == "meta":
+        body: nn.Module = library.AutoModel.from_config(
+            form, dtype=dtype, trust_remote_code=False, **options
+        )
         return body.eval()
     if not any(file for ending in _WEIGHTS for file in folder.glob(ending)):
         raise RequestError(
@@ -86,46 +91,6 @@ def _made(name: str, kind: Any, form: Any, folder: Path, config: TransformersCon
     return body.eval()
 
 
-def _folder(name: str, wanted: str, config: TransformersConfig) -> Path:
-    """The local folder of a model; fetched before, if that is asked."""
-    folder = Path(wanted).expanduser()
-    if not folder.is_dir():
-        folder = _cached(name, wanted, config.download)
-    if not (folder / "config.json").is_file():
-        raise RequestError(
-            f"the model '{name}' needs {folder / 'config.json'}, which is not there: give a folder "
-            "that save_pretrained wrote"
-        )
-    return folder
-
-
-def _cached(name: str, wanted: str, download: bool) -> Path:
-    hub: Any = imported(name, "huggingface_hub", "text")
-    files = "config.json and model.safetensors"
-    try:
-        with _without_bars(hub):
-            found = hub.snapshot_download(
-                wanted, allow_patterns=list(_FILES), local_files_only=not download
-            )
-    except hub.errors.HFValidationError:
-        raise RequestError(
-            f"the model '{name}' asks for the folder '{one_line(wanted)}', which is not there: "
-            f"give the path of a folder that holds {files}"
-        ) from None
-    except Exception as error:
-        if not download:
-            raise RequestError(
-                f"the model '{name}' is no folder, and config.json of '{one_line(wanted)}' is not "
-                f"in {hub.constants.HF_HUB_CACHE}: put {files} into a folder and give "
-                "transformers:FOLDER, or set model.settings.download = true"
-            ) from None
-        raise RequestError(
-            f"the model '{name}' cannot be fetched from {hub.constants.ENDPOINT} "
-            f"({said_by(error)}): put {files} into a folder and give transformers:FOLDER"
-        ) from error
-    return Path(found)
-
-
 def _class_of(name: str, library: Any, form: Any) -> Any:
     kind = library.AutoModel._model_mapping.get(type(form), None)
     if kind is None or isinstance(kind, tuple | list) or getattr(form, "is_encoder_decoder", False):
@@ -144,7 +109,7 @@ def _set_dropout(form: Any, dropout: float | None) -> None:
     for key, value in vars(form).items():
         is_rate = isinstance(value, int | float) and not isinstance(value, bool)
         whole_layers = "layerdrop" in key or "drop_path" in key
-        if is_rate and ("drop" in key or "pdrop" in key) and not (whole_layers and dropout):
+        if is_rate and "drop" in key and not (whole_layers and dropout):
             setattr(form, key, dropout)
 
 
@@ -161,14 +126,3 @@ def _quiet(library: Any) -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def _without_bars(hub: Any) -> Iterator[None]:
-    is_off = hub.utils.are_progress_bars_disabled()
-    hub.utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not is_off:
-            hub.utils.enable_progress_bars()

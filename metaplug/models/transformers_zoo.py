@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from metaplug.errors import RequestError
+from metaplug.models.language_model import LanguageModel
 from metaplug.models.transformers_config import TransformersConfig
 from metaplug.models.transformers_files import load_body
-from metaplug.models.transformers_models import LanguageModel, VisionModel
+from metaplug.models.vision_model import VisionModel
 from metaplug.settings import validated
 
 _KINDS = {"input_ids": LanguageModel, "pixel_values": VisionModel}

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from metaplug.evaluation.results import Metric
+from metaplug.evaluation.scores import better
 from metaplug.experiments.comparison import Comparison, Curve, Point
 from metaplug.files import replacing
 from metaplug.report.terminal import scale_of
@@ -46,7 +47,7 @@ def comparison_figure(comparison: Comparison, path: Path) -> None:
     title = f"mean over {seeds} seeds (thin: each seed), its 95 % interval over tasks, "
     title = f"{title}and its acceleration" if seeds > 1 else "band: 95 % interval over tasks"
     axes.set_title(title, loc="left", fontsize=9, color=GREY)
-    axes.legend(frameon=False, loc="lower right" if metric == "accuracy" else "upper right")
+    axes.legend(frameon=False, loc="lower right" if _rises(metric) else "upper right")
     save(figure, path)
 
 
@@ -150,7 +151,7 @@ def _draw_acceleration(axes: Axes, comparison: Comparison) -> None:
     arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.6}
     axes.annotate("", xy=(end, target), xytext=(begin, target), arrowprops=arrow, zorder=4)
     axes.plot([begin, end], [target] * 2, "o", markersize=4.5, color=colour, zorder=5)
-    text, shift = f"{percent:+.0f} % faster", (6, -12 if metric == "accuracy" else 12)
+    text, shift = f"{percent:+.0f} % faster", (6, -12 if _rises(metric) else 12)
     bold = partial(near, va="center", fontsize=9, fontweight="bold", color=colour, zorder=6)
     bold(text, (end, target), shift)
 
@@ -178,7 +179,11 @@ def style(axes: Axes, x: str, y: str, title: str = "") -> None:
 
 
 def _with_unit(metric: Metric) -> str:
-    return "accuracy (%)" if metric == "accuracy" else metric
+    return f"{metric}{' (%)' if scale_of(metric)[2] else ''}"
+
+
+def _rises(metric: Metric) -> bool:
+    return better(metric, 1, 0)
 
 
 def save(figure: Figure, path: Path) -> None:

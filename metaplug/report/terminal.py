@@ -19,6 +19,7 @@ from rich.progress import (
 
 from metaplug.evaluation.history import Record
 from metaplug.evaluation.results import training_classes_text, transductive_text
+from metaplug.evaluation.scores import named
 from metaplug.execution.free_memory import size_text
 from metaplug.execution.memory import peak_memory, reset_peak_memory
 from metaplug.experiments.build import Experiment, task_form
@@ -37,7 +38,8 @@ def value_text(metric: str, mean: float | None, interval: float | None = None) -
 
 def scale_of(metric: str) -> tuple[int, int, str]:
     """Give the factor, the digits and the unit that a metric is shown with."""
-    return (100, 2, " %") if metric == "accuracy" else (1, 4, "")
+    score = named(metric)
+    return (100, 2, " %") if score is not None and score.is_share else (1, 4, "")
 
 
 def result_line(result: Mapping[str, Any]) -> str:
@@ -54,6 +56,16 @@ def result_line(result: Mapping[str, Any]) -> str:
     equal = ", all of them equal" if interval == 0 else ""
     value = value_text(metric, result["mean"], spread)
     return f"{metric} {value} ({what} over {tasks} tasks{equal}, {steps})"
+
+
+def class_lines(result: Mapping[str, Any]) -> list[str]:
+    """Write the accuracy of each class of an evaluation, a line each; none without a table."""
+    return [
+        f"class {row['class']}: "
+        f"{value_text('accuracy', row['mean'], None if row['num_tasks'] == 1 else row['interval'])}"
+        f" ({row['num_tasks']} task{'s' * (row['num_tasks'] != 1)})"
+        for row in result.get("by_class", ())
+    ]
 
 
 def statements(result: Mapping[str, Any]) -> list[str]:

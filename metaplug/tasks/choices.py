@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from metaplug.contract.task_batch import IGNORED, TaskSize
+from metaplug.contract.task_sizes import IGNORED, TaskSize
 from metaplug.errors import RequestError
 from metaplug.settings import validated
 from metaplug.tasks.choice_options import ChoiceOptions, EpisodeForm

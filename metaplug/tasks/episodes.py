@@ -15,7 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from metaplug.contract.inputs import Inputs, device_of
-from metaplug.contract.task_batch import IGNORED, TaskBatch
+from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_sizes import IGNORED
 from metaplug.errors import RequestError
 from metaplug.tasks.choice_options import ChoiceOptions
 from metaplug.tasks.choices import Choice, Chooser, Chosen, ClassTable

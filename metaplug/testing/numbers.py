@@ -10,9 +10,10 @@ from torch import Tensor
 
 from metaplug.checks.find_nonfinite import NonFiniteWatch
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.learner import LOSSES, MetaLearner
+from metaplug.learner import MetaLearner
 from metaplug.testing.clauses import BreachError, Example, Subject, clause_on, fit, in_words
 from metaplug.testing.comparing import evaluation, training
+from metaplug.training.assemble import LOSSES
 
 
 @clause_on("finite", "it works and stays finite in float32 and in float64")

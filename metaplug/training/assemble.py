@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from metaplug.checks.find_nonfinite import find_nonfinite
 from metaplug.contract.chain import Chain
+from metaplug.contract.presets import Preset
 from metaplug.contract.values import Context, Kind
-from metaplug.core.inner_loop import InnerLoop, Loss
+from metaplug.core.inner_loop import InnerLoop
+from metaplug.core.losses import cross_entropy
+from metaplug.core.task_model import Loss
 from metaplug.errors import RequestError
 from metaplug.execution.engine import Engine
 from metaplug.execution.plan import StepPlan
 from metaplug.execution.precision import Precision, check_precision, forward
 from metaplug.execution.ranks import World
 from metaplug.execution.settings import LearnerSettings
+from metaplug.settings import validated
+
+LOSSES: dict[Kind, Loss] = {
+    "classification": cross_entropy,
+    "regression": nn.functional.mse_loss,
+}
+"""The loss of one task where none is given."""
+
+
+def learner_settings(preset: Preset | None, given: Mapping[str, Any]) -> LearnerSettings:
+    """Return the settings of a learner: those that were given, over the preset's defaults.
+
+    Args:
+        given: the learner's arguments by name; None for one that was not given.
+
+    Raises:
+        RequestError: a value out of bounds.
+    """
+    settings = {} if preset is None else preset.defaults.get("learner", {})
+    own = {name: given[name] for name in LearnerSettings.model_fields}
+    settings = settings | {name: each for name, each in own.items() if each is not None}
+    return validated(LearnerSettings, settings, "learner")
 
 
 def assemble(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from metaplug.checks.prepare_batch import PrepareBatch
+from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import RequestError, quoted
 from metaplug.evaluation.history import Record
 from metaplug.evaluation.results import EvaluationResult
@@ -39,6 +40,7 @@ class Loop:
         total: the length of the run, which schedules follow; None for `end`.
         tasks_per_batch: of all ranks.
         validate: called every `validate_every` iterations and after the last; None for never.
+        check: called with the first batch, prepared, before anything is updated.
         metrics_every: meta-steps after which losses and figures are fetched from the device.
         skip: leave out a batch in which something is NaN or Inf, and count it.
     """
@@ -50,6 +52,7 @@ class Loop:
     total: int | None
     tasks_per_batch: int
     validate: Callable[[], EvaluationResult] | None
+    check: Callable[[TaskBatch], None] | None
     validate_every: int
     metrics_every: int
     skip: bool
@@ -75,7 +78,7 @@ class Loop:
         Raises:
             RunError: a loss or gradient is NaN or Inf, or memory runs out.
         """
-        engine, total = self.engine, self._length()
+        engine, total, begin = self.engine, self._length(), self.engine.iteration
         own = engine.world.shard(range(self.tasks_per_batch))
         while engine.iteration < self.end:
             first, due = engine.iteration, self.end
@@ -83,13 +86,7 @@ class Loop:
                 due = min(due, (first // self.validate_every + 1) * self.validate_every)
             until = min(first + self.metrics_every, due)
             batches = (
-                self.prepare_batch(
-                    self.tasks.batch(iteration, own),
-                    trusted=iteration > first,
-                    numbers=own,
-                    iteration=iteration,
-                    skip=self.skip,
-                )
+                self._prepared(iteration, own, trusted=iteration > first, checked=iteration > begin)
                 for iteration in range(first, until)
             )
             with memory_explained(engine, len(own)):
@@ -103,6 +100,18 @@ class Loop:
             for step in steps:
                 measured = self.validate is not None and step.iteration == due
                 yield Record(step, self.validate() if measured and self.validate else None)
+
+    def _prepared(self, iteration: int, own: range, *, trusted: bool, checked: bool) -> TaskBatch:
+        batch = self.prepare_batch(
+            self.tasks.batch(iteration, own),
+            trusted=trusted,
+            numbers=own,
+            iteration=iteration,
+            skip=self.skip,
+        )
+        if self.check is not None and not checked:
+            self.check(batch)
+        return batch
 
     def _length(self) -> int:
         """The length of the run; a warning where an earlier call's schedules would not go on."""

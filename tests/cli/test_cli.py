@@ -517,6 +517,32 @@ def test_evaluate_by_a_bootstrap(metaplug: Any, trained: Path) -> None:
     )
 
 
+def test_evaluate_by_another_score(metaplug: Any, trained: Path) -> None:
+    refused = metaplug("evaluate", str(trained), "--score", "accuracy")
+    assert (refused.status, refused.out) == (2, "")
+    assert refused.err == (
+        "metaplug: score 'accuracy' is for class indices or labels of 0 and 1, but the targets are "
+        "real numbers, float32 of shape (1,) an example: give mean-squared-error, or a function of "
+        "your own\n"
+    )
+    unknown = metaplug("evaluate", str(trained), "--score", "f1")
+    assert (unknown.status, unknown.out) == (2, "")
+
+
+def test_a_run_has_the_score_that_was_chosen(metaplug: Any) -> None:
+    given = "--set training.validation_tasks=4 --set training.score=balanced-accuracy --name run"
+    tiny = [*TINY[4:], *shlex.split(f"--tasks glyphs --model mlp --ways 3 --iterations 2 {given}")]
+    assert re.search(r"test balanced accuracy \d+\.\d\d ± ", metaplug("train", *tiny).err)
+    for name in ("summary.json", "metrics.jsonl"):
+        assert '"metric": "balanced accuracy"' in Path("runs/run", name).read_text()
+    answer = metaplug("evaluate", "runs/run", "--score", "per-class-accuracy")
+    first, *lines = answer.err.splitlines()
+    assert first.startswith("test per-class accuracy ")
+    for place, line in enumerate(lines[:3]):
+        assert re.fullmatch(rf"class {place}: \d+\.\d\d ± \d+\.\d\d % \(5 tasks\)", line)
+    assert lines[3].startswith("transductive: ")
+
+
 def test_evaluate_on_training_tasks_is_on_purpose(metaplug: Any, trained: Path) -> None:
     refused = metaplug("evaluate", str(trained), "--split", "train")
     assert (refused.status, refused.out) == (2, "")

@@ -83,10 +83,9 @@ def test_the_target_is_the_best_value_and_its_first_iteration() -> None:
     )
 
 
-def test_for_an_error_less_is_better() -> None:
-    found = accelerate(
-        "mean squared error", [(curve(4.0, 2.0, 1.0, 1.5), curve(1.0, 3.0, 0.5, 0.4))]
-    )
+@pytest.mark.parametrize("metric", ["mean squared error", "perplexity"])
+def test_for_an_error_less_is_better(metric: Metric) -> None:
+    found = accelerate(metric, [(curve(4.0, 2.0, 1.0, 1.5), curve(1.0, 3.0, 0.5, 0.4))])
     assert (found.targets, found.baseline_iterations, found.iterations, found.percent) == (
         (1.0,),
         (150,),

@@ -341,11 +341,12 @@ def test_validations_that_are_not_finite_are_never_the_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "metaplug.evaluation.measure.score",
+        "metaplug.evaluation.score_tasks.Scorer.__call__",
         lambda *_: torch.full((4,), torch.nan, dtype=torch.float64),
     )
-    with pytest.raises(RunError) as error:
-        train(tiny(), tmp_path / "run")
+    skip = tiny(training__non_finite="skip")
+    with pytest.warns(UserWarning, match="counts for nothing"), pytest.raises(RunError) as error:
+        train(skip, tmp_path / "run")
     assert str(error.value) == (
         f"no validation of {tmp_path}/run was finite, so there is nothing to test: try a "
         f"smaller learning rate"

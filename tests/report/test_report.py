@@ -72,6 +72,8 @@ def test_values_in_words() -> None:
     assert value_text("accuracy", 0.767, 0.012) == "76.70 ± 1.20 %"
     assert value_text("accuracy", 0.767) == "76.70 %"
     assert value_text("mean squared error", 0.12345, 0.01) == "0.1235 ± 0.0100"
+    assert value_text("mean IoU", 0.5) == "50.00 %"
+    assert value_text("perplexity", 12.3456) == value_text("own", 12.3456) == "12.3456"
     assert value_text("accuracy", None) == "not finite"
     result = {
         "metric": "accuracy",

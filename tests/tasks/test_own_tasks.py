@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from metaplug import RequestError, TaskBatch
-from metaplug.contract.task_batch import TaskSize
+from metaplug.contract.task_sizes import TaskSize
 from metaplug.tasks import Sinusoid
 from metaplug.tasks.adapters import training_stream
 from metaplug.tasks.own.items import batches_of, split

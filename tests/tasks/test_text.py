@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from support.tiny_tokenizer import SPECIAL, WORDS, save_tokenizer, write_texts
 
-from metaplug.contract.task_batch import IGNORED
+from metaplug.contract.task_sizes import IGNORED
 from metaplug.errors import RequestError
 from metaplug.experiments.build import build, build_tasks
 from metaplug.experiments.configuration import ExperimentConfig, ModelSettings, TaskSettings

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metaplug.contract.task_batch import FIELDS, IGNORED, TaskBatch, TaskSize
+from metaplug.contract.task_batch import FIELDS, TaskBatch
+from metaplug.contract.task_sizes import IGNORED, TaskSize
 from metaplug.errors import RequestError
 from metaplug.tasks import ArrayTasks, ClassImages, EpisodeOptions, ImageEpisodes
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,19 @@ from metaplug.contract.presets import YAML_ENDINGS
 from metaplug.errors import RequestError, RunError, one_line, quoted
 from metaplug.execution.ranks import ALONE, World
 from metaplug.experiments.build import Experiment, build, build_tasks, make_learner
-from metaplug.experiments.configuration import ExperimentConfig, from_yaml
+from metaplug.experiments.configuration import ExperimentConfig, TaskSettings, from_yaml
 from metaplug.experiments.runs.layout import BEST, FORMER
 from metaplug.models.factories import is_own, names_code
+from metaplug.settings import validated
 
 
 def load(
-    path: Path, device: str | None = None, world: World = ALONE, *, model: str | None = None
+    path: Path,
+    device: str | None = None,
+    world: World = ALONE,
+    *,
+    model: str | None = None,
+    tasks: Mapping[str, Any] | None = None,
 ) -> Experiment:
     """The experiment of a run, as its best validation left it.
 
@@ -30,23 +38,29 @@ def load(
         world: the processes that evaluate together, of which rank 0 reads.
         model: the run's MODULE:FACTORY, where its model is one: a file names code, but only a
             caller lets it run.
+        tasks: fields of TaskSettings that take the place of the run's own, to measure it on other
+            tasks. Another `source` takes none of the run's `settings` over.
 
     Raises:
         RequestError: nothing is there, it is not a run's, or its model is code that `model` does
-            not name.
+            not name; or the other tasks do not fit the model.
         RunError: the checkpoint is damaged, or of another model or version.
     """
     file, state = world.from_main(lambda: _read(path))
     config = _config_of(state, file, model)
     if device is not None:
         config = _changed(config, "runtime", device=device)
-    with checkpoint.naming(file), world.main_first():
-        tasks = build_tasks(config)
+    if tasks:
+        under = config.tasks.model_dump(exclude={"settings"} if "source" in tasks else set())
+        values = validated(TaskSettings, {**under, **tasks}, "tasks")
+        config = config.model_copy(update={"tasks": values})
+    with nullcontext() if tasks else checkpoint.naming(file), world.main_first():
+        source = build_tasks(config)
     if not is_own(config.model.name):
         meta = torch.device("meta")
-        checkpoint.rehearse(lambda: make_learner(config, tasks, meta), state, str(file))
+        checkpoint.rehearse(lambda: make_learner(config, source, meta), state, str(file))
     with checkpoint.naming(file):
-        experiment = build(config, tasks, world)
+        experiment = build(config, source, world)
     experiment.learner.load_state_dict(state, str(file))
     return experiment
 

@@ -13,7 +13,6 @@ from metaplug import checkpoint
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import RunError
 from metaplug.evaluation.history import Record
-from metaplug.evaluation.results import better
 from metaplug.execution.ranks import ALONE, World
 from metaplug.experiments.build import Experiment, build
 from metaplug.experiments.configuration import ExperimentConfig, to_yaml
@@ -110,7 +109,8 @@ class _Run:
     def iterate(self, on_record: Callable[[Record], None], stop: Callable[[], bool]) -> bool:
         """Train to the end; False if stopped on the way."""
         learner, tasks = self.experiment.learner, self.experiment.tasks
-        options = self.experiment.config.training.model_dump(exclude={"iterations", "test_tasks"})
+        apart = {"iterations", "test_tasks", "score"}
+        options = self.experiment.config.training.model_dump(exclude=apart)
         left = self.experiment.config.training.iterations - learner.iteration
         for record in learner.iterate(
             tasks.train, iterations=left, validation=tasks.val, **options
@@ -182,7 +182,7 @@ class _Run:
         validation = record.validation
         if validation is not None and math.isfinite(validation.mean):
             mean, interval = validation.mean, validation.interval
-            if self.best is None or better(validation.metric, mean, self.best["mean"]):
+            if self.best is None or validation.better_than(self.best["mean"]):
                 best = {"iteration": record.step.iteration, "mean": mean, "interval": interval}
                 self.best = best
                 self._write(BEST)

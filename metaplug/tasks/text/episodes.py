@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metaplug.contract.task_batch import IGNORED
+from metaplug.contract.task_sizes import IGNORED
 from metaplug.tasks.choice_options import ChoiceOptions
 from metaplug.tasks.choices import Choice, Chooser, Chosen, ClassTable
 from metaplug.tasks.episodes import Episodes
