@@ -101,6 +101,12 @@ def hooked():
     return model
 
 
+def dropping():
+    """What draws lies above what is kept, and draws as it did."""
+    head = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, CLASSES))
+    return nn.Sequential(nn.Linear(4, 6).requires_grad_(False), nn.Tanh(), head)
+
+
 HEAD = {"plugins": ["partial-adaptation"]}
 CASES = {
     "frozen body": (lambda: frozen(perceptron(), "0", "2"), {}, {"0", "1", "2"}),
@@ -119,6 +125,7 @@ CASES = {
     ),
     "an object": (lambda: frozen(AsObject(), "body"), {}, {"body.layer"}),
     "a hook": (hooked, {}, {"0", "1"}),
+    "dropout above": (dropping, {}, {"0", "1"}),
 }
 """A model, settings, and the modules that are kept."""
 
@@ -371,6 +378,14 @@ OTHERWISE = (
 )
 
 
+class Drawing(nn.Linear):
+    """Draws at evaluation alone."""
+
+    def forward(self, x):
+        output = super().forward(x)
+        return output if self.training else output + torch.randn_like(output)
+
+
 class Odd(nn.Module):
     """A frozen body, which adapted weights reach in a way that autograd does not show."""
 
@@ -378,7 +393,7 @@ class Odd(nn.Module):
         super().__init__()
         self.first, self.body = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
         self.rows, self.head = nn.Embedding(4, 4).requires_grad_(False), nn.Linear(8, CLASSES)
-        self.way = way
+        self.way, self.drawing = way, Drawing(4, 4).requires_grad_(False)
 
     def forward(self, x):
         hidden = self.first(x)
@@ -386,6 +401,8 @@ class Odd(nn.Module):
             kept = self.body(hidden.detach())
         elif self.way == "an index":
             kept = self.rows(hidden.argmax(1))
+        elif self.way == "a draw at evaluation":
+            kept = self.drawing(x)
         elif self.way == "at evaluation":
             kept = self.body(x if self.training else hidden)
         else:
@@ -394,7 +411,10 @@ class Odd(nn.Module):
         return self.head(torch.cat([hidden, kept], 1))
 
 
-@pytest.mark.parametrize("way", ["detached", "an index", "at evaluation", "in place"])
+WAYS = ["detached", "an index", "at evaluation", "a draw at evaluation", "in place"]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_what_autograd_does_not_show_is_refused(way):
     torch.manual_seed(0)
     in_place = (

@@ -179,6 +179,58 @@ def detached(of):
     )
 
 
+# Targets of other forms.
+
+FORMS = {
+    "regression": ((2,), None, {"kind": "regression"}, F.mse_loss),
+    "several labels": (
+        (2,),
+        None,
+        {"loss": F.binary_cross_entropy_with_logits},
+        F.binary_cross_entropy_with_logits,
+    ),
+    "a class for each pixel": ((3, 2, 2), (2, 2), {}, F.cross_entropy),
+    "a class for each token": (
+        (5, 3),
+        (5,),
+        {},
+        lambda prediction, target: F.cross_entropy(prediction.transpose(1, 2), target),
+    ),
+}
+"""The form of an answer, that of class indices, the learner's settings and the loss."""
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_targets_of_other_forms(name):
+    answer, indices, given, loss = FORMS[name]
+    generator = torch.Generator().manual_seed(0)
+
+    def target(count):
+        if indices is not None:
+            return torch.randint(0, 2, (1, count, *indices), generator=generator)
+        return torch.rand(1, count, *answer, generator=generator, dtype=torch.float64).round()
+
+    torch.manual_seed(0)
+    last = nn.Linear(6, torch.Size(answer).numel())
+    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), last, nn.Unflatten(1, answer)).double()
+    tasks = [
+        TaskBatch(*(part for n in size for part in (inputs("mlp", n, generator), target(n))))
+        for size in ((4, 3), (2, 5), (4, 3))
+    ]
+    learner, exact = learner_of(model, **given), loop(model, tasks, loss=loss)
+    assert off(learner.meta_gradients(TaskBatch.from_tasks(tasks)), exact.gradients) < 1e-10
+    if indices is None:
+        return
+    ways = [2, 3, 2]  # the last one's loss and the first one's leave a class out
+    axis = len(answer) if name.endswith("token") else 1
+    alone = [
+        loop(model, [task], loss=lambda p, y, own=own: loss(p.narrow(axis, 0, own), y)).gradients
+        for task, own in zip(tasks, ways, strict=True)
+    ]
+    ours = learner.meta_gradients(TaskBatch.from_tasks(tasks, ways=ways))
+    assert off(ours, mean_of(alone)) < 1e-10
+
+
 # Every plugin and preset.
 
 COUPLED = [name for name in plugins.NAMES if registry.load("plugin", name).couples_tasks]
