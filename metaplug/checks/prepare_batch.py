@@ -12,6 +12,7 @@ from metaplug.checks.compare_batching import difference
 from metaplug.checks.find_frozen import find_frozen
 from metaplug.checks.model_changes import ModelChanges
 from metaplug.checks.probe_model import probe_model, written_by_forward
+from metaplug.contract.inputs import named_tensors
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Kind
 from metaplug.core.inner_loop import recording
@@ -47,6 +48,7 @@ class PrepareBatch:
         self._engine, self._kind, self._wanted = engine, kind, wanted
         self._cache_frozen = cache_frozen
         self._changes = ModelChanges(model)
+        self._inputs: dict[str, int] = {}
 
     def __call__(
         self,
@@ -59,7 +61,8 @@ class PrepareBatch:
     ) -> TaskBatch:
         """Return the batch on the model's device.
 
-        Before the first, and where the model has got other hooks, the model is tried on it.
+        Before the first, and where the model has got other hooks or is given other inputs than
+        before, the model is tried on it.
 
         Args:
             trusted: check the batch only where it lies in the host's memory, so that nobody waits
@@ -76,12 +79,13 @@ class PrepareBatch:
         with ONE_AT_A_TIME:
             if not trusted and self.batching is None:
                 self._accept_calls_by_hand(batch)
-            hooked = not trusted and self._changes.check()
+            changed = not trusted and self._changes.check()
+            changed = changed or self._inputs != _axes(batch)
             if batch.device.type == "cpu":
                 self._check_values(batch, numbers, iteration, skip=skip)
                 trusted = trusted or self.batching is not None
             batch = batch.to(self._engine.device)
-            if self.batching is None or hooked:
+            if self.batching is None or changed:
                 self._try(batch, skip=skip)
         if not trusted:
             self._check_values(batch, numbers, iteration, skip=skip)
@@ -103,10 +107,12 @@ class PrepareBatch:
             self._engine.outputs = probed.outputs
             inner.functional.mask = choose_mask(inner, batch)
             # Anew with other hooks: vmap may not follow them.
-            self.batching = choose_batching(self._wanted, inner, batch, difference)
+            batching = choose_batching(self._wanted, inner, batch, difference)
             if self._cache_frozen:
                 inner.features = find_frozen(inner, batch, probed.written)
-        inner.vectorized = self.batching.batching == "vectorized"
+        # Only now, as a model that was refused is tried again on the next batch.
+        self.batching, self._inputs = batching, _axes(batch)
+        inner.vectorized = batching.batching == "vectorized"
         self._changes.accept(probed.written)
 
     def _accept_calls_by_hand(self, batch: TaskBatch) -> None:
@@ -138,3 +144,8 @@ class PrepareBatch:
             raise RunError(
                 f"iteration {iteration} stopped, nothing was updated: {error}"
             ) from error
+
+
+def _axes(batch: TaskBatch) -> dict[str, int]:
+    """The inputs of a batch by name, and how many axes each has: a mask may be expanded already."""
+    return {name: each.ndim for name, each in named_tensors("x", batch.support_x).items()}

@@ -172,3 +172,35 @@ def test_one_task_at_a_time_has_the_same_mask():
     assert found == (("keys", False), "sequential")
     learner = learner_of(model, task_batching="sequential")
     assert off(learner.meta_gradients(batch), loop(model, batch).gradients) < 1e-10
+
+
+class Optional(Language):
+    """Takes no mask, too, and one that was expanded before."""
+
+    def forward(self, input_ids, attention_mask=None):
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        return super().forward(input_ids, attention_mask)
+
+
+def test_other_inputs_than_before_are_tried_anew():
+    torch.manual_seed(0)
+    model = Optional().double()
+    learner = learner_of(model)
+    whole, padded = batch_of(), batch_of("right")
+    alone = [{"input_ids": x["input_ids"]} for x in (whole.support_x, whole.query_x)]
+    unmasked = TaskBatch(alone[0], whole.support_y, alone[1], whole.query_y)
+    expanded = [
+        {**x, "attention_mask": x["attention_mask"].bool()[:, :, None, None]}
+        for x in (padded.support_x, padded.query_x)
+    ]
+    given = TaskBatch(expanded[0], padded.support_y, expanded[1], padded.query_y)
+    for batch, form in (
+        (unmasked, None),
+        (padded, ("keys", False)),
+        (given, None),
+        (padded, ("keys", False)),
+    ):
+        exact = loop(model, batch)
+        assert off(learner.meta_gradients(batch), exact.gradients) < 1e-10
+        assert learner.engine.inner.functional.mask == form

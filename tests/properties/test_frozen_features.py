@@ -10,6 +10,7 @@ from support.plain_loop import loop, off
 from torch import nn
 
 from metaplug import MetaLearner, Plugin, RequestError, RunError, TaskBatch, hookimpl
+from metaplug.execution.traced import CompiledDerivation
 from metaplug.testing import found
 
 CLASSES = 3
@@ -281,6 +282,28 @@ def test_training_is_the_same_step_by_step_and_in_windows(every):
     assert_same(*(each.adapt(x, y)(x) for each in learners))
 
 
+def test_hooks_that_come_later_are_followed():
+    plain, ours = (made("frozen body") for _ in range(2))
+    learner = learner_of(ours, cache_frozen=True)
+    learner.meta_gradients(BATCHES["equal"])
+    for place in (0, 1):
+        for model in (plain, ours):
+            model[place].register_forward_hook(lambda module, given, output: output + 0.5)
+        expected = learner_of(plain).meta_gradients(BATCHES["equal"])
+        assert off(learner.meta_gradients(BATCHES["equal"]), expected) < 1e-12
+
+
+def test_a_trace_computes_them_once():
+    learner, plain = (
+        learner_of(made("anil"), preset="anil", cache_frozen=kept) for kept in (True, False)
+    )
+    learner.engine.derivation = CompiledDerivation(learner.engine, lambda graph, inputs: graph)
+    for _ in range(2):
+        ours, expected = (each.meta_gradients(BATCHES["ragged"]) for each in (learner, plain))
+        assert off(ours, expected) < 1e-12
+    assert learner.engine.derivation.refusal is None
+
+
 def test_the_users_model_is_left_as_it_is():
     model = made("a hook")
     before = copy.deepcopy(dict(vars(model[0])))
@@ -421,6 +444,9 @@ def test_what_autograd_does_not_show_is_refused(way):
         "cache_frozen would keep the output of 'body', which the model then changes in place, in "
         "every step once more: make a new tensor there, or leave cache_frozen out"
     )
-    assert refused(Odd(way)) == (in_place if way == "in place" else OTHERWISE)
-    model = Odd(way).double()
-    learner_of(model).meta_gradients(BATCHES["equal"])  # without it, all is well
+    learner = learner_of(Odd(way).double(), cache_frozen=True)
+    for _ in range(2):  # not on the first batch alone
+        with pytest.raises(RequestError) as refusal:
+            learner.meta_gradients(BATCHES["equal"])
+        assert str(refusal.value) == (in_place if way == "in place" else OTHERWISE)
+    learner_of(Odd(way).double()).meta_gradients(BATCHES["equal"])  # without it, all is well
