@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import get_args
 
@@ -25,8 +26,8 @@ def choose_mask(inner: InnerLoop, batch: TaskBatch) -> tuple[MaskForm, bool] | N
     """Return how the mask is to be expanded for this model; None where it stays as it is.
 
     Models expand (n, L) masks in forward, and branch on their values, which vmap refuses. Where it
-    does, the expanded forms are tried that such models take, and the one is chosen that gives the
-    model's own answer, on examples without their second token.
+    does, the expanded forms are tried that such models take, and the one is chosen that alone gives
+    the model's own answers, on whole examples and without their second token.
     """
     batch = uniform(batch)
     x = batch.support_x
@@ -52,17 +53,22 @@ def _form(inner: InnerLoop, x: Inputs, dtype: torch.dtype) -> tuple[MaskForm, bo
         return found
 
     sample = map_inputs(lambda each: each[0], x)
-    mask = torch.ones_like(sample["attention_mask"])
-    whole = answer(mask)
-    mask[:, min(1, mask.shape[1] - 1)] = 0  # the second token, which later ones attend to
-    padded = answer(mask)
-    allowed = TOLERANCE.get(dtype, 0.0) * (padded - whole).norm()
-    for form in get_args(MaskForm):
-        for added in (False, True):
-            try:
-                found = answer(expand_mask(mask, form, dtype if added else None))
-            except Exception:
-                continue  # no form that this model takes
-            if found.shape == padded.shape and (found - padded).norm() < allowed:
-                return form, added
-    return None
+    whole = torch.ones_like(sample["attention_mask"])
+    padded = whole.clone()
+    padded[:, min(1, padded.shape[1] - 1)] = 0  # the second token, which later ones attend to
+    exact = [answer(mask) for mask in (whole, padded)]
+    allowed = TOLERANCE.get(dtype, 0.0) * (exact[1] - exact[0]).norm()
+    fits: dict[MaskForm, bool] = {}
+    for form, added in itertools.product(get_args(MaskForm), (False, True)):
+        try:
+            masks = [expand_mask(mask, form, dtype if added else None) for mask in (whole, padded)]
+            found = [answer(mask) for mask in masks]
+        except Exception:
+            continue  # no form that this model takes
+        if all(
+            ours.shape == theirs.shape and (ours - theirs).norm() < allowed
+            for ours, theirs in zip(found, exact, strict=True)
+        ):
+            fits.setdefault(form, added)
+    # Where both forms fit, as with a single token, these examples do not say which one is right.
+    return next(iter(fits.items())) if len(fits) == 1 else None

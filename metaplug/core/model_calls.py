@@ -55,8 +55,10 @@ def prediction_of(answer: Any, output: Output) -> Any:
             "which of them is the prediction nobody says: give output=, such as "
             f"output={parts[0]!r}"
         )
-    found = getattr(answer, output, None) if isinstance(output, str) else None
-    if found is None and not isinstance(answer, Tensor) and output in _parts(answer):
+    found = None
+    if isinstance(output, str) and not isinstance(answer, Tensor):  # whose own are no parts
+        found = getattr(answer, output, None)
+    if found is None and output in _parts(answer):
         found = answer[output]
     if isinstance(found, Tensor):
         return found
