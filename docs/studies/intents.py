@@ -25,9 +25,7 @@ SEEDS = (0, 1, 2)
 TEST_TASKS = 200
 
 FORM = "--ways 5 --shots 1 --queries 2 --inner-steps 3 --tasks-per-batch 4"
-VALIDATION = (
-    "--set training.validate_every=20 --set training.validation_tasks=100 --set runtime.threads=1"
-)
+VALIDATION = "--set training.validation_tasks=100 --set runtime.threads=1"
 HEAD = "--set model.settings.train=head --set runtime.cache_frozen=true"
 LORA = "--set model.settings.train=lora --set model.settings.rank=4"
 VARIANTS = {
@@ -35,11 +33,11 @@ VARIANTS = {
     "lora": LORA,
     "lora+gradient-sharing": f"{LORA} --with gradient-sharing",
 }
-ITERATIONS = {"head": (200, 400), "lora": (40, 80), "lora+gradient-sharing": (40, 80)}
+ITERATIONS = {"head": (60, 160), "lora": (40, 80), "lora+gradient-sharing": (40, 80)}
 """Of a tuning cell, and of a final one."""
 GRID = {
     "head": [(lr, meta) for lr in (0.3, 1.0, 3.0) for meta in (1e-3, 1e-2)],
-    "lora": [(0.05, 1e-3), (0.15, 1e-3), (0.5, 1e-3), (0.15, 3e-3)],
+    "lora": [(0.05, 1e-3), (0.15, 1e-3), (0.5, 1e-3), (1.5, 1e-3), (4.0, 1e-3), (0.15, 3e-3)],
 }
 """Inner and meta learning rates that are tried with seed 0."""
 GRID["lora+gradient-sharing"] = GRID["lora"]
@@ -56,6 +54,7 @@ def train(given: argparse.Namespace, cell: str, variant: str, rates: Any, seed: 
     tests = 2 if tuning else TEST_TASKS
     command = f"train {FORM} {rest} {VALIDATION} {VARIANTS[variant]} --out {RUNS} --name {cell}"
     command += f" --set training.test_tasks={tests}"
+    command += f" --set training.validate_every={20 if tuning else 40}"
     places = ["--tasks", f"text:{given.clinc}", "--model", f"transformers:{given.model}"]
     resumed = ["--resume"] if (RUNS / cell / "last.safetensors").exists() else []
     if not resumed:
