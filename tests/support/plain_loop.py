@@ -81,7 +81,6 @@ def loop(
     steps=2,
     lr=0.3,
     loss=F.cross_entropy,
-    inner=None,
     rule=sgd,
     adapted=None,
     ways=None,
@@ -91,7 +90,6 @@ def loop(
 
     Args:
         tasks: batches of one task each, or one batch of all.
-        inner: the loss of the support examples, where it is another one.
         adapted: names of what the inner loop moves; default: everything trainable.
         ways: of each task; its loss sees no further outputs.
         predict: (model, weights, x) → the prediction.
@@ -108,7 +106,7 @@ def loop(
             x, y, query_x, query_y = one(task)
             fast, rules, losses = dict(named), {name: rule() for name in moved}, []
             for _ in range(steps):
-                losses.append((inner or loss)(predict(model, fast, x)[:, :own], y))
+                losses.append(loss(predict(model, fast, x)[:, :own], y))
                 taken = torch.autograd.grad(
                     losses[-1],
                     [fast[name] for name in moved],
