@@ -30,7 +30,9 @@ class Words(nn.Module):
     def __init__(self):
         super().__init__()
         self.rows, self.head = nn.Embedding(7, 8, padding_idx=0), nn.Linear(8, OUTPUTS)
-        self.attention, self.norm = nn.MultiheadAttention(8, 2, batch_first=True), nn.LayerNorm(8)
+        # Without biases: a key's has no gradient but rounding, which Adam scales to a step.
+        self.attention = nn.MultiheadAttention(8, 2, bias=False, batch_first=True)
+        self.norm = nn.LayerNorm(8)
 
     def forward(self, tokens, mask):
         rows, padding = self.rows(tokens), mask == 0
@@ -44,6 +46,7 @@ def perceptron(*norm):
 
 
 def convolutions():
+    # Without biases, as a key of attention: batch norm takes them out again.
     layers = [
         nn.Conv2d(1, 3, 3, padding=1, bias=False),
         nn.BatchNorm2d(3),
