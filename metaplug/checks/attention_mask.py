@@ -46,23 +46,32 @@ def choose_mask(inner: InnerLoop, batch: TaskBatch) -> tuple[MaskForm, bool] | N
 def _form(inner: InnerLoop, x: Inputs, dtype: torch.dtype) -> tuple[MaskForm, bool] | None:
     weights = [each[0] for each in perturbed(inner, dtype, 1).values()]
 
-    def answer(mask: Tensor) -> Tensor:
-        with torch.no_grad(), stream(0, inner.device):
-            found: Tensor = inner.functional(weights, {**sample, "attention_mask": mask})
+    def answers(mask: Tensor) -> list[Tensor]:
+        found = []
+        for training in (False, True):  # a model may branch; training comes last, and stays
+            inner.functional.begin(training)
+            with torch.no_grad(), stream(0, inner.device):
+                found.append(inner.functional(weights, {**sample, "attention_mask": mask}))
         return found
 
     sample = map_inputs(lambda each: each[0], x)
     mask = torch.ones_like(sample["attention_mask"])
-    whole = answer(mask)
+    whole = answers(mask)
     mask[:, min(1, mask.shape[1] - 1)] = 0  # the second token, which later ones attend to
-    padded = answer(mask)
-    allowed = TOLERANCE.get(dtype, 0.0) * (padded - whole).norm()
+    padded = answers(mask)
+    allowed = [
+        TOLERANCE.get(dtype, 0.0) * (one - other).norm()
+        for one, other in zip(padded, whole, strict=True)
+    ]
     for form in get_args(MaskForm):
         for added in (False, True):
             try:
-                found = answer(expand_mask(mask, form, dtype if added else None))
+                found = answers(expand_mask(mask, form, dtype if added else None))
             except Exception:
                 continue  # no form that this model takes
-            if found.shape == padded.shape and (found - padded).norm() < allowed:
+            pairs = zip(found, padded, allowed, strict=True)
+            if all(
+                one.shape == two.shape and (one - two).norm() < most for one, two, most in pairs
+            ):
                 return form, added
     return None
