@@ -285,7 +285,8 @@ def test_tasks_of_one_size_are_the_plain_batch(listed, ways):
     assert all(torch.equal(ours[name], each) for name, each in plain.items())
 
 
-def test_smoothed_labels_are_spread_over_a_tasks_own_classes():
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_smoothed_labels_are_spread_over_a_tasks_own_classes(chunk_size):
     tasks, model = drawn("mlp", SIZES), model_of("mlp")
 
     def smoothed(loss, weights, initial, prediction, target):
@@ -300,7 +301,8 @@ def test_smoothed_labels_are_spread_over_a_tasks_own_classes():
         loss=narrowed,
         inner=smoothed,
     )
-    learner = learner_of(model, plugins=[plugins.make("label-smoothing", smoothing=0.3)])
+    plugin = plugins.make("label-smoothing", smoothing=0.3)
+    learner = learner_of(model, plugins=[plugin], chunk_size=chunk_size)
     assert off(learner.meta_gradients(TaskBatch.from_tasks(tasks)), exact.gradients) < 1e-10
 
 
