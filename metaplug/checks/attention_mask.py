@@ -47,27 +47,33 @@ def choose_mask(inner: InnerLoop, batch: TaskBatch) -> tuple[MaskForm, bool] | N
 def _form(inner: InnerLoop, x: Inputs, dtype: torch.dtype) -> tuple[MaskForm, bool] | None:
     weights = [each[0] for each in perturbed(inner, dtype, 1).values()]
 
-    def answer(mask: Tensor) -> Tensor:
-        with torch.no_grad(), stream(0, inner.device):
-            found: Tensor = inner.functional(weights, {**sample, "attention_mask": mask})
+    def answers(mask: Tensor) -> list[Tensor]:
+        found = []
+        for training in (False, True):  # a model may branch; training comes last, and stays
+            inner.functional.begin(training)
+            with torch.no_grad(), stream(0, inner.device):
+                found.append(inner.functional(weights, {**sample, "attention_mask": mask}))
         return found
 
     sample = map_inputs(lambda each: each[0], x)
     whole = torch.ones_like(sample["attention_mask"])
     padded = whole.clone()
     padded[:, min(1, padded.shape[1] - 1)] = 0  # the second token, which later ones attend to
-    exact = [answer(mask) for mask in (whole, padded)]
-    allowed = TOLERANCE.get(dtype, 0.0) * (exact[1] - exact[0]).norm()
+    exact = [answers(mask) for mask in (whole, padded)]
+    allowed = [
+        TOLERANCE.get(dtype, 0.0) * (one - other).norm() for one, other in zip(*exact, strict=True)
+    ]
     fits: dict[MaskForm, bool] = {}
     for form, added in itertools.product(get_args(MaskForm), (False, True)):
         try:
             masks = [expand_mask(mask, form, dtype if added else None) for mask in (whole, padded)]
-            found = [answer(mask) for mask in masks]
+            found = [answers(mask) for mask in masks]
         except Exception:
             continue  # no form that this model takes
         if all(
-            ours.shape == theirs.shape and (ours - theirs).norm() < allowed
+            one.shape == two.shape and (one - two).norm() < most
             for ours, theirs in zip(found, exact, strict=True)
+            for one, two, most in zip(ours, theirs, allowed, strict=True)
         ):
             fits.setdefault(form, added)
     # Where both forms fit, as with a single token, these examples do not say which one is right.

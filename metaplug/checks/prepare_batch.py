@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from torch import nn
 
@@ -12,12 +13,11 @@ from metaplug.checks.compare_batching import difference
 from metaplug.checks.find_frozen import find_frozen
 from metaplug.checks.model_changes import ModelChanges
 from metaplug.checks.probe_model import probe_model, written_by_forward
-from metaplug.contract.inputs import named_tensors
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Kind
 from metaplug.core.inner_loop import recording
 from metaplug.errors import RequestError, RunError
-from metaplug.execution.batching import Batching, BatchingChoice, choose_batching
+from metaplug.execution.batching import Batching, BatchingChoice, choose_batching, refusal
 from metaplug.execution.engine import ONE_AT_A_TIME, Engine
 
 
@@ -48,7 +48,8 @@ class PrepareBatch:
         self._engine, self._kind, self._wanted = engine, kind, wanted
         self._cache_frozen = cache_frozen
         self._changes = ModelChanges(model)
-        self._inputs: dict[str, int] = {}
+        self._form: Any = None
+        self._lengths: set[int] = set()
 
     def __call__(
         self,
@@ -61,8 +62,8 @@ class PrepareBatch:
     ) -> TaskBatch:
         """Return the batch on the model's device.
 
-        Before the first, and where the model has got other hooks or is given other inputs than
-        before, the model is tried on it.
+        Before the first and one of another form, and where the model has got other hooks, the model
+        is tried on it.
 
         Args:
             trusted: check the batch only where it lies in the host's memory, so that nobody waits
@@ -79,20 +80,21 @@ class PrepareBatch:
         with ONE_AT_A_TIME:
             if not trusted and self.batching is None:
                 self._accept_calls_by_hand(batch)
-            changed = not trusted and self._changes.check()
-            changed = changed or self._inputs != _axes(batch)
+            hooked = not trusted and self._changes.check()
             if batch.device.type == "cpu":
                 self._check_values(batch, numbers, iteration, skip=skip)
                 trusted = trusted or self.batching is not None
             batch = batch.to(self._engine.device)
-            if self.batching is None or changed:
+            if self.batching is None or hooked or _form(batch) != self._form:
                 self._try(batch, skip=skip)
+            elif _mask_length(batch) not in self._lengths:
+                self._try_length(batch)
         if not trusted:
             self._check_values(batch, numbers, iteration, skip=skip)
         return batch
 
     def _try(self, batch: TaskBatch, *, skip: bool) -> None:
-        inner = self._engine.inner
+        inner, form = self._engine.inner, _form(batch)
         with recording():
             batch = batch.recordable()
             if skip:
@@ -111,9 +113,38 @@ class PrepareBatch:
             if self._cache_frozen:
                 inner.features = find_frozen(inner, batch, probed.written)
         # Only now, as a model that was refused is tried again on the next batch.
-        self.batching, self._inputs = batching, _axes(batch)
+        self.batching = batching
         inner.vectorized = batching.batching == "vectorized"
         self._changes.accept(probed.written)
+        self._form, self._lengths = form, {_mask_length(batch)}
+
+    def _try_length(self, batch: TaskBatch) -> None:
+        """Go on with one task at a time where masks of this length show that only that is exact.
+
+        A window of attention shows in texts that are longer than it is, and libraries branch on the
+        values of a mask in texts of some lengths alone. What is found holds for all lengths from
+        now on, so a batch that was prepared before may still be computed, or computed again.
+        """
+        inner, length = self._engine.inner, _mask_length(batch)
+        before, inner.functional.mask = inner.functional.mask, None
+        with recording():
+            batch = batch.recordable()
+            why = None
+            if before is not None and choose_mask(inner, batch) != before:
+                why = "the model's attention is not what a mask that is made for all tasks gives"
+            elif before is None and inner.vectorized:
+                why = refusal(inner, batch)
+        if why is None or self._wanted == "vectorized":
+            inner.functional.mask = before
+        if why is not None and inner.vectorized:
+            why = f"torch.vmap refuses the model for texts of {length} tokens: {why}"
+            if self._wanted == "vectorized":
+                raise RequestError(
+                    f"task batching 'vectorized' cannot be had, as {why}; use 'auto' or "
+                    "'sequential'"
+                )
+            self.batching, inner.vectorized = BatchingChoice("sequential", why), False
+        self._lengths.add(length)
 
     def _accept_calls_by_hand(self, batch: TaskBatch) -> None:
         """Leave out what forward wrote when the user called the model before the first batch."""
@@ -146,6 +177,13 @@ class PrepareBatch:
             ) from error
 
 
-def _axes(batch: TaskBatch) -> dict[str, int]:
-    """The inputs of a batch by name, and how many axes each has: a mask may be expanded already."""
-    return {name: each.ndim for name, each in named_tensors("x", batch.support_x).items()}
+def _form(batch: TaskBatch) -> Any:
+    """The inputs and targets by name, without their sizes."""
+    return {name: (each.ndim, each.dtype) for name, each in batch.named_tensors().items()}
+
+
+def _mask_length(batch: TaskBatch) -> int:
+    """The tokens of the texts; 0 for tasks without a mask of them."""
+    x = batch.support_x
+    mask = x.get("attention_mask") if isinstance(x, Mapping) else None
+    return 0 if mask is None else int(mask.shape[-1])

@@ -149,9 +149,12 @@ def check_labels(targets: Named, outputs: int | None, ways: Sequence[int | None]
         outputs: of the model; None leaves them unchecked.
         ways: of each task; empty where none are known.
     """
-    if any(each.is_floating_point() for each in targets.values()):
-        return
     most = max((own for own in ways if own is not None), default=0)
+    if any(each.is_floating_point() for each in targets.values()):
+        for name, value in targets.items():
+            if most and value.ndim > 2:
+                _check_unused(name, value, ways)
+        return
     if outputs is not None and most > outputs:
         raise RequestError(
             f"a task has {most} ways, but the model has {outputs} outputs: give the model more "
@@ -169,6 +172,17 @@ def check_labels(targets: Named, outputs: int | None, ways: Sequence[int | None]
                 f"labels out of range: {name} has the label {low if low < 0 else high}, but the "
                 f"model has {outputs} outputs, for the labels 0 to {outputs - 1}: give the model "
                 "more outputs, or the tasks fewer ways"
+            )
+
+
+def _check_unused(name: str, value: Tensor, ways: Sequence[int | None]) -> None:
+    """Refuse targets of outputs that do not count, as labels of 0 and 1 and probabilities have."""
+    for task, own in enumerate(ways):
+        unused = value[task, :, own:]
+        if own is not None and ((unused != 0) & (unused != IGNORED)).any():
+            raise RequestError(
+                f"labels out of range: {name} of task {task} has targets beyond its {own} ways "
+                "that are not 0: correct its targets or its ways"
             )
 
 

@@ -49,7 +49,8 @@ class InnerStep:
         parameters: the fast weights of this forward pass, all parameters of the model.
         initial_parameters: the weights that every task started from.
         sizes: of each task, where they differ; predictions are padded with zeros beyond them.
-        class_axis: of `predictions`, where targets are class indices; None elsewhere.
+        class_axis: of `predictions`: that of classes, or the first of outputs that have a target
+            each; None elsewhere.
 
     >>> InnerStep(7, 8, trained_steps=5, meta_iteration=0, meta_iterations=0, training=False).slot
     4

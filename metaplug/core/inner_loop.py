@@ -26,7 +26,7 @@ from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_groups import Alike
 from metaplug.contract.task_sizes import Part
 from metaplug.contract.values import InnerStep, Outcome, TaskShare
-from metaplug.core.losses import class_axis
+from metaplug.core.losses import output_axis
 from metaplug.core.model_calls import Output
 from metaplug.core.optimizers import DifferentiableOptimizer
 from metaplug.core.rematerialize import rematerialize
@@ -251,7 +251,9 @@ class _Walk:
         for index in indices:
             step = self.step(index, fast, initial, **more)
             losses, outputs, _ = self.forward(fast, step, "support")
-            axis = class_axis(outputs, self.batch.support_y, leading=2)
+            # Of some of a batch's tasks, none may have an example in its last places.
+            targets = self.batch.support_y[:, : outputs.shape[1]]
+            axis = output_axis(outputs, targets, leading=2)
             known = replace(
                 step, support_losses=losses, support_predictions=outputs, class_axis=axis
             )

@@ -18,6 +18,33 @@ def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(moved, target)
 
 
+def of_ways(
+    prediction: Tensor, target: Tensor, ways: int | None, leading: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Return both without the outputs beyond a task's ways, and without the targets of such.
+
+    Args:
+        ways: the number of its classes; None where all outputs count.
+        leading: as of `class_axis`.
+    """
+    axis = None if ways is None else output_axis(prediction, target, leading)
+    if ways is None or axis is None:
+        return prediction, target
+    count = min(ways, prediction.shape[axis])
+    own = target.narrow(axis, 0, count) if prediction.shape == target.shape else target
+    return prediction.narrow(axis, 0, count), own
+
+
+def output_axis(prediction: Tensor, target: Tensor, leading: int = 1) -> int | None:
+    """Return the axis of the classes; where each output has its own target, the first axis.
+
+    Such targets are labels of 0 and 1, or probabilities of the classes.
+    """
+    if prediction.shape == target.shape and prediction.dim() > leading:
+        return leading
+    return class_axis(prediction, target, leading)
+
+
 def class_axis(prediction: Tensor, target: Tensor, leading: int = 1) -> int | None:
     """Return the axis of the classes: the first after the examples' axes, or the last.
 

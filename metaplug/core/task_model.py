@@ -16,7 +16,7 @@ from metaplug.contract.task_groups import Alike, alike, in_order, rows_of
 from metaplug.contract.task_sizes import Part
 from metaplug.core.frozen_features import FrozenFeatures
 from metaplug.core.functional_model import FunctionalModel
-from metaplug.core.losses import class_axis
+from metaplug.core.losses import of_ways
 from metaplug.core.model_calls import Output
 from metaplug.core.vmap_rules import TaskRules, for_all_tasks
 from metaplug.random_streams import stream
@@ -86,11 +86,7 @@ class TaskModel:
             prediction = self.functional(weights, x)
         if self.autocast is not nullcontext and prediction.is_floating_point():
             prediction = prediction.to(self.dtype)  # losses keep the model's own dtype
-        axis = None if ways is None else class_axis(prediction, y)
-        if ways is None or axis is None:
-            return self.loss(prediction, y), prediction
-        counted = prediction.narrow(axis, 0, min(ways, prediction.shape[axis]))
-        return self.loss(counted, y), prediction
+        return self.loss(*of_ways(prediction, y, ways)), prediction
 
     def groups(self, batch: TaskBatch, part: Part) -> list[Alike]:
         """Return examples as the model takes them, masks expanded, those of one size together."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from metaplug.contract.task_groups import in_order, rows_by_size, rows_of
 from metaplug.contract.task_sizes import TaskSize
 from metaplug.contract.values import Kind
-from metaplug.core.losses import class_axis
+from metaplug.core.losses import class_axis, of_ways
 from metaplug.errors import MetaplugError, RequestError, said_by
 from metaplug.evaluation.scores import SCORES, Form, NamedScore, Score, ScoreFunction
 
@@ -88,17 +88,15 @@ class Scorer:
             if self._form is None:
                 self._form = self._checked(predictions, targets, axis)
             if self._form != "class indices":
-                axis, predictions = None, predictions.reshape(targets.shape)
+                predictions = predictions.reshape(targets.shape)
             elif axis is not None:
-                axis, predictions = 2, predictions.movedim(axis, 2)
+                predictions = predictions.movedim(axis, 2)
         if sizes is None:
             return [([*range(len(targets))], predictions, targets)]
         found = []
         for (count, ways), rows in rows_by_size(sizes, "query").items():
             own, y = (rows_of(each, rows)[:, :count] for each in (predictions, targets))
-            if ways is not None and axis is not None:
-                own = own.narrow(axis, 0, min(ways, own.shape[axis]))
-            found.append((rows, own, y))
+            found.append((rows, *of_ways(own, y, ways, leading=2)))
         return found
 
     def _asked(self, predictions: Tensor, targets: Tensor) -> Tensor:

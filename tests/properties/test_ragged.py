@@ -13,7 +13,7 @@ from support.ranks import on_ranks
 from torch import nn
 from torch.nn import functional as F
 
-from metaplug import MetaLearner, Plugin, RunError, TaskBatch, hookimpl
+from metaplug import MetaLearner, Plugin, RequestError, RunError, TaskBatch, hookimpl
 from metaplug.contract import registry
 from metaplug.execution.ranks import ALONE
 from metaplug.execution.traced import CompiledDerivation
@@ -340,7 +340,8 @@ def test_tasks_of_one_size_are_the_plain_batch(listed, ways):
     assert all(torch.equal(ours[name], each) for name, each in plain.items())
 
 
-def test_smoothed_labels_are_spread_over_a_tasks_own_classes():
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_smoothed_labels_are_spread_over_a_tasks_own_classes(chunk_size):
     tasks, model = drawn("mlp", SIZES), model_of("mlp")
 
     def smoothed(loss, weights, initial, prediction, target):
@@ -355,8 +356,49 @@ def test_smoothed_labels_are_spread_over_a_tasks_own_classes():
         loss=narrowed,
         inner=smoothed,
     )
-    learner = learner_of(model, plugins=[plugins.make("label-smoothing", smoothing=0.3)])
+    plugin = plugins.make("label-smoothing", smoothing=0.3)
+    learner = learner_of(model, plugins=[plugin], chunk_size=chunk_size)
     assert off(learner.meta_gradients(TaskBatch.from_tasks(tasks)), exact.gradients) < 1e-10
+
+
+def with_targets_by_output(tasks):
+    """The same tasks, with a target of 0 or 1 for each output of the model."""
+    return [
+        dataclasses.replace(
+            each,
+            support_y=F.one_hot(each.support_y, OUTPUTS).double(),
+            query_y=F.one_hot(each.query_y, OUTPUTS).double(),
+        )
+        for each in tasks
+    ]
+
+
+@pytest.mark.parametrize("of", [F.cross_entropy, F.binary_cross_entropy_with_logits])
+def test_outputs_beyond_the_ways_count_nowhere_where_each_has_its_target(of):
+    tasks, model = with_targets_by_output(drawn("mlp", SIZES)), model_of("mlp")
+    ways = [ways for *_, ways in SIZES]
+    alone = [
+        loop(model, task, lr=0.3, loss=lambda p, y, own=own: of(p[:, :own], y[:, :own]))
+        for task, own in zip(tasks, ways, strict=True)
+    ]
+    learner, batch = learner_of(model, loss=of), TaskBatch.from_tasks(tasks, ways=ways)
+    exact = mean_of([each.gradients for each in alone])
+    assert off(learner.meta_gradients(batch), exact) < 1e-10
+    hits = [
+        ((each.tasks[0].prediction > 0) == (task.query_y[0] > 0.5))[:, :own].double().mean()
+        for each, task, own in zip(alone, tasks, ways, strict=True)
+    ]
+    assert learner.evaluate([batch]).mean == pytest.approx(float(sum(hits)) / len(hits))
+
+
+def test_targets_of_outputs_beyond_the_ways_are_refused():
+    tasks = with_targets_by_output(drawn("mlp", SIZES))
+    refused = (
+        "^labels out of range: support_y of task 1 has targets beyond its 2 ways that are not 0: "
+        "correct its targets or its ways$"
+    )
+    with pytest.raises(RequestError, match=refused):
+        TaskBatch.from_tasks(tasks, ways=[2, 2, 2, None])
 
 
 def test_a_plugin_that_loses_the_sizes_of_tasks_is_refused():
