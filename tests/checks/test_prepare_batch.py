@@ -112,3 +112,12 @@ def test_masks_fit_a_frozen_body_of_another_dtype(attention):
     learner = MetaLearner(model, inner_steps=1, inner_lr=0.1)
     exact = loop(model, texts(4), steps=1, lr=0.1).gradients
     assert off(learner.meta_gradients(texts(4)), exact) < 1e-5
+
+
+def test_masks_of_another_length_are_tried_on_tasks_that_name_their_ways():
+    model = windowed()
+    learner = MetaLearner(model, inner_steps=1, inner_lr=0.1)
+    learner.meta_gradients(texts(9))  # no mask is made, and tasks are stacked
+    batch = TaskBatch.from_tasks([texts(3)], ways=[3, None])
+    exact = loop(model, texts(3), steps=1, lr=0.1).gradients
+    assert off(learner.meta_gradients(batch), exact) < 1e-7
