@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import get_args
 
 import torch
@@ -38,10 +39,24 @@ def choose_mask(inner: InnerLoop, batch: TaskBatch) -> tuple[MaskForm, bool] | N
     for dtype in dict.fromkeys((double(inner.dtype), torch.float32)):
         try:
             with in_dtype(inner, dtype):
-                return _form(inner, x, dtype)
+                found = _form(inner, x, dtype)
+            return found if found is None or _runs(inner, x, *found) else None
         except Exception:
             continue  # with constants in float32, say
     return None
+
+
+def _runs(inner: InnerLoop, x: Inputs, form: MaskForm, added: bool) -> bool:
+    """Return whether the model takes the mask as it is: frozen weights may be of another dtype."""
+    mask = expand_mask(x["attention_mask"][0], form, inner.dtype if added else None)
+    own = {**map_inputs(lambda each: each[0], x), "attention_mask": mask}
+    for around in (nullcontext, inner.autocast):  # checks run without the one that steps run in
+        try:
+            with torch.no_grad(), stream(0, inner.device), around():
+                inner.functional(list(inner.parameters.values()), own)
+        except Exception:
+            return False
+    return True
 
 
 def _form(inner: InnerLoop, x: Inputs, dtype: torch.dtype) -> tuple[MaskForm, bool] | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from metaplug.contract.inputs import Inputs, count_of
+from metaplug.contract.inputs import Inputs, count_of, map_inputs
 from metaplug.core.losses import class_axis
 from metaplug.errors import RequestError
 
@@ -39,3 +42,41 @@ def count_classes(prediction: Tensor, y: Tensor, *, own_loss: bool) -> int | Non
         f"for classification the model must answer (n, classes{rest}), not "
         f"{tuple(prediction.shape)}: give it a head of that form"
     )
+
+
+def classes_last(
+    ask: Callable[[Inputs], Tensor], prediction: Tensor, x: Inputs, y: Tensor
+) -> bool | None:
+    """Return whether classes are on the last axis of an output, not on the first of an example.
+
+    Shapes say so, but where texts have as many tokens as there are classes, or the like. There the
+    model is asked about shorter inputs. None where that does not say it either.
+
+    Args:
+        ask: the model.
+        prediction: its answer to x, whose targets are y.
+    """
+    first, last = (class_axis(prediction, y, last=each) for each in (False, True))
+    if first is None or prediction.dim() == 2:
+        return None
+    if first == last:
+        return first != 1
+    length = y.shape[-1]
+    for axis in (1, -1):
+
+        def cut(each: Tensor, axis: int = axis) -> Tensor:
+            fits = each.dim() > 1 and each.shape[axis] == length
+            return each.narrow(axis, 0, length - 1) if fits else each
+
+        try:
+            with torch.no_grad():
+                found = list(ask(map_inputs(cut, x)).shape)
+        except Exception:
+            continue  # a model of one size of inputs
+        shorter = [*prediction.shape]
+        for place, is_last in ((-1, False), (y.dim() - 1, True)):
+            wanted = shorter.copy()
+            wanted[place] -= 1
+            if found == wanted:
+                return is_last
+    return None

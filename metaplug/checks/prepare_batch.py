@@ -14,6 +14,7 @@ from metaplug.checks.find_frozen import find_frozen
 from metaplug.checks.model_changes import ModelChanges
 from metaplug.checks.probe_model import probe_model, written_by_forward
 from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_groups import uniform
 from metaplug.contract.values import Kind
 from metaplug.core.inner_loop import recording
 from metaplug.errors import RequestError, RunError
@@ -128,7 +129,7 @@ class PrepareBatch:
         inner, length = self._engine.inner, _mask_length(batch)
         before, inner.functional.mask = inner.functional.mask, None
         with recording():
-            batch = batch.recordable()
+            batch = uniform(batch).recordable()
             why = None
             if before is not None and choose_mask(inner, batch) != before:
                 why = "the model's attention is not what a mask that is made for all tasks gives"

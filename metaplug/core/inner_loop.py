@@ -253,7 +253,7 @@ class _Walk:
             losses, outputs, _ = self.forward(fast, step, "support")
             # Of some of a batch's tasks, none may have an example in its last places.
             targets = self.batch.support_y[:, : outputs.shape[1]]
-            axis = output_axis(outputs, targets, leading=2)
+            axis = output_axis(outputs, targets, leading=2, last=loop.classes_last)
             known = replace(
                 step, support_losses=losses, support_predictions=outputs, class_axis=axis
             )

@@ -55,10 +55,12 @@ def prediction_of(answer: Any, output: Output) -> Any:
             "which of them is the prediction nobody says: give output=, such as "
             f"output={parts[0]!r}"
         )
-    found = None
-    if isinstance(output, str) and not isinstance(answer, Tensor):  # whose own are no parts
-        found = getattr(answer, output, None)
-    if found is None and output in _parts(answer):
+    found: Any = None
+    if isinstance(answer, Mapping) and output in answer:
+        found = answer[output]  # of keys such as "values" a mapping has a method, too
+    elif isinstance(output, str):
+        found = None if isinstance(answer, Tensor) else getattr(answer, output, None)
+    elif isinstance(answer, tuple | list) and output in _parts(answer):
         found = answer[output]
     if isinstance(found, Tensor):
         return found

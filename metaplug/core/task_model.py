@@ -16,7 +16,7 @@ from metaplug.contract.task_groups import Alike, alike, in_order, rows_of
 from metaplug.contract.task_sizes import Part
 from metaplug.core.frozen_features import FrozenFeatures
 from metaplug.core.functional_model import FunctionalModel
-from metaplug.core.losses import of_ways
+from metaplug.core.losses import cross_entropy, of_ways
 from metaplug.core.model_calls import Output
 from metaplug.core.vmap_rules import TaskRules, for_all_tasks
 from metaplug.random_streams import stream
@@ -41,6 +41,7 @@ class TaskModel:
         autocast: makes the context in which the model's forward passes run.
         first_order_only: whether an operation of the model refuses to be differentiated twice,
             which autograd passes over.
+        classes_last: whether classes are on the last axis of an output where shapes do not tell.
         features: keeps what no adapted weight reaches from pass to pass; None computes it anew.
         query_graph: whether forward itself differentiates, so that it needs autograd at evaluation.
         dtype, device: of the parameters that are trained.
@@ -66,6 +67,7 @@ class TaskModel:
     ) -> None:
         self.loss = loss
         self.vectorized, self.query_graph, self.first_order_only = True, False, False
+        self.classes_last = False
         self.features: FrozenFeatures | None = None
         self.autocast: Callable[[], AbstractContextManager[None]] = nullcontext
         self.functional = FunctionalModel(model, batch_norm, output)
@@ -86,7 +88,10 @@ class TaskModel:
             prediction = self.functional(weights, x)
         if self.autocast is not nullcontext and prediction.is_floating_point():
             prediction = prediction.to(self.dtype)  # losses keep the model's own dtype
-        return self.loss(*of_ways(prediction, y, ways)), prediction
+        counted = of_ways(prediction, y, ways, last=self.classes_last)
+        if self.loss is cross_entropy:
+            return cross_entropy(*counted, last=self.classes_last), prediction
+        return self.loss(*counted), prediction
 
     def groups(self, batch: TaskBatch, part: Part) -> list[Alike]:
         """Return examples as the model takes them, masks expanded, those of one size together."""

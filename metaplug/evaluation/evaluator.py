@@ -90,6 +90,7 @@ class Evaluator:
             RequestError: as `Scorer`.
         """
         scorer, steps = Scorer(self.score, self.kind, self.engine.outputs), self._steps(None)
+        scorer.classes_last = self.engine.inner.classes_last
         try:
             outcome = self.engine.evaluate(batch.tasks(slice(0, 1)), steps)
         except FAILURES:  # what is not finite is said by the step that meets it

@@ -76,7 +76,7 @@ def measure(
         place, text = slice(own.start, own.stop), None
         with memory_explained(engine, len(own), evaluated_steps=steps):
             batch = prepare(tasks.batch(0, own), numbers=own, skip=skip)
-            scorer.outputs = engine.outputs
+            scorer.outputs, scorer.classes_last = engine.outputs, engine.inner.classes_last
             try:
                 outcome = engine.evaluate(batch, steps, own)
                 values[:, place] = _values(engine, outcome, own, steps, scorer, losses=losses)

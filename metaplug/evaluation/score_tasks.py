@@ -27,10 +27,12 @@ class Scorer:
         score, kind: of the tasks.
         outputs: the number of classes that the model tells apart, once it is known; 1 says that a
             single output is a class, and no logit.
+        classes_last: whether classes are on the last axis where shapes do not tell.
     """
 
     def __init__(self, score: Score, kind: Kind, outputs: int | None = None) -> None:
         self.score, self.kind, self.outputs = score, kind, outputs
+        self.classes_last = False
         self._form: Form | None = None
 
     @property
@@ -83,20 +85,21 @@ class Scorer:
         if sizes is not None:  # some of a batch's tasks may have no example in its last places
             most = max(size.query for size in sizes)
             predictions, targets = predictions[:, :most], targets[:, :most]
-        axis = class_axis(predictions, targets, leading=2)
+        last = self.classes_last
+        axis = class_axis(predictions, targets, leading=2, last=last)
         if isinstance(self.score, NamedScore):
             if self._form is None:
                 self._form = self._checked(predictions, targets, axis)
             if self._form != "class indices":
                 predictions = predictions.reshape(targets.shape)
             elif axis is not None:
-                predictions = predictions.movedim(axis, 2)
+                predictions, last = predictions.movedim(axis, 2), False
         if sizes is None:
             return [([*range(len(targets))], predictions, targets)]
         found = []
         for (count, ways), rows in rows_by_size(sizes, "query").items():
             own, y = (rows_of(each, rows)[:, :count] for each in (predictions, targets))
-            found.append((rows, *of_ways(own, y, ways, leading=2)))
+            found.append((rows, *of_ways(own, y, ways, leading=2, last=last)))
         return found
 
     def _asked(self, predictions: Tensor, targets: Tensor) -> Tensor:

@@ -30,12 +30,12 @@ def windowed():
     return transformers.AutoModelForSequenceClassification.from_config(config).double()
 
 
-def encoder():
+def encoder(**given):
     config = transformers.BertConfig(
         **SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     torch.manual_seed(0)
-    return transformers.AutoModelForSequenceClassification.from_config(config).double()
+    return transformers.AutoModelForSequenceClassification.from_config(config, **given).double()
 
 
 def texts(length):
@@ -102,3 +102,22 @@ def test_a_batch_of_other_inputs_is_tried_anew():
     for batch in (texts(4), without_mask(texts(4)), texts(4)):
         exact = loop(model, batch, steps=1, lr=0.1).gradients
         assert off(learner.meta_gradients(batch), exact) < 1e-10
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_masks_fit_a_frozen_body_of_another_dtype(attention):
+    model = encoder(attn_implementation=attention).float()
+    model.bert.requires_grad_(False).bfloat16()
+    model.classifier.register_forward_pre_hook(lambda layer, given: (given[0].float(),))
+    learner = MetaLearner(model, inner_steps=1, inner_lr=0.1)
+    exact = loop(model, texts(4), steps=1, lr=0.1).gradients
+    assert off(learner.meta_gradients(texts(4)), exact) < 1e-5
+
+
+def test_masks_of_another_length_are_tried_on_tasks_that_name_their_ways():
+    model = windowed()
+    learner = MetaLearner(model, inner_steps=1, inner_lr=0.1)
+    learner.meta_gradients(texts(9))  # no mask is made, and tasks are stacked
+    batch = TaskBatch.from_tasks([texts(3)], ways=[3, None])
+    exact = loop(model, texts(3), steps=1, lr=0.1).gradients
+    assert off(learner.meta_gradients(batch), exact) < 1e-7

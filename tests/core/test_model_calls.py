@@ -176,3 +176,15 @@ def test_a_model_without_these_arguments_is_told_by_name():
         "test_a_model_without_these_arguments_is_told_by_name.<locals>.Other.forward() got an "
         "unexpected keyword argument 'extra'): give a model whose forward takes 'extra', 'x'"
     )
+
+
+@pytest.mark.parametrize(
+    ("answer", "output"),
+    [
+        ({"values": ONE, "other": OTHER}, "values"),  # a mapping has a method of this name, too
+        ({0: OTHER, 1: ONE}, 1),
+        (torch.return_types.max((ONE, OTHER)), "values"),
+    ],
+)
+def test_a_part_is_found_under_names_that_are_also_methods(answer, output):
+    assert prediction_of(answer, output) is ONE
