@@ -39,7 +39,7 @@ from metaplug.contract.values import Kind
 from metaplug.errors import MetaplugError, RequestError, RunError, one_line, quoted
 from metaplug.evaluation.evaluator import Evaluator
 from metaplug.evaluation.score_names import ScoreName
-from metaplug.evaluation.scores import option_of
+from metaplug.evaluation.scores import ScoreLike, option_of
 from metaplug.execution.batching import Batching
 from metaplug.execution.engine import Engine
 from metaplug.execution.free_memory import available, size_text
@@ -327,6 +327,7 @@ class State(Settings):
     settings: Annotated[LearnerSettings, BeforeValidator(_plain)]
     task_batching: Literal["auto", "vectorized", "sequential"]
     score: ScoreName | None = None
+    custom_score: StrictBool = False
     custom_loss: StrictBool
     model_spec: ModelSpec | None
     model: dict[StrictStr, Any]
@@ -414,6 +415,7 @@ def state_of(learner: Learner) -> dict[str, Any]:
         "settings": learner.settings.model_dump(mode="json"),
         "task_batching": learner.task_batching,
         "score": option_of(learner.evaluator.score),
+        "custom_score": option_of(learner.evaluator.score) is None,
         "custom_loss": learner.custom_loss,
         "model_spec": spec,
         "model": model.state_dict(),
@@ -588,6 +590,7 @@ def load(
     model: nn.Module | None,
     plugins: Sequence[PluginLike] | None,
     loss: Callable[..., Tensor] | None,
+    score: ScoreLike | None,
     world: World | None,
 ) -> L:
     """The learner of a checkpoint, made by `make` from what is installed; as MetaLearner.load."""
@@ -596,7 +599,10 @@ def load(
         what = "was trained with a loss of your own, which a file cannot hold"
         raise RequestError(f"{path} {what}: give it as MetaLearner.load(..., loss=...)")
     given = {key: state[key] for key in ("kind", "seed", "task_batching")} | state["settings"]
-    given["score"] = state.get("score")
+    if score is None and state.get("custom_score"):
+        what = "was trained with a score of your own, which a file cannot hold"
+        raise RequestError(f"{path} {what}: give it as MetaLearner.load(..., score=...)")
+    given["score"] = state.get("score") if score is None else score
 
     def made(**options: Any) -> L:
         with naming(path):

@@ -363,6 +363,7 @@ class MetaLearner:
         model: nn.Module | None = None,
         plugins: Sequence[PluginLike] | None = None,
         loss: Loss | None = None,
+        score: ScoreLike | None = None,
         world: World | None = None,
     ) -> MetaLearner:
         """Return the learner that `save` wrote. Executes no code from the file.
@@ -371,13 +372,16 @@ class MetaLearner:
             model: needed where the model is not an installed part; any weights of the same shapes.
             plugins: needed where a plugin is not an installed part; the same list, new instances.
             loss: needed where one was given.
+            score: needed where one of your own was given; else the one that was.
             world: as for MetaLearner; it need not have as many ranks as the one that saved.
 
         Raises:
             RunError: the file is missing, damaged, or of another model or version.
             RequestError: something is needed that the file cannot hold; it is named.
         """
-        return checkpoint.load(cls, path, model=model, plugins=plugins, loss=loss, world=world)
+        return checkpoint.load(
+            cls, path, model=model, plugins=plugins, loss=loss, score=score, world=world
+        )
 
     def __reduce__(self) -> NoReturn:
         raise RequestError(

@@ -13,7 +13,7 @@ class LabelSmoothing(Plugin):
 
         ℓ[t,k] ← (1 − ε) · ℓ[t,k] + ε · mean over examples and classes c of −log p(c)
 
-    With cross-entropy this is cross-entropy against the smoothed label. The query loss stays.
+    Examples whose class index is -100 count for nothing, as in the loss. With cross-entropy this is cross-entropy against the smoothed label. The query loss stays.
 
     Source: Szegedy et al. 2016 (arXiv 1512.00567), section 7.
     """
@@ -40,5 +40,14 @@ class LabelSmoothing(Plugin):
         if self.config.smoothing == 0:
             return None
         axis = 2 if step.class_axis is None else step.class_axis
-        spread = step.by_task(lambda logits: -logits.log_softmax(axis).flatten(1).mean(1))
-        return (1 - self.config.smoothing) * losses + self.config.smoothing * spread
+
+        def spread(logits: Tensor, targets: Tensor) -> Tensor:
+            even = -logits.log_softmax(axis).mean(axis)
+            if targets.is_floating_point():  # probabilities of the classes
+                return even.flatten(1).mean(1)
+            counted = (targets != -100).flatten(1)
+            return (even.flatten(1) * counted).sum(1) / counted.sum(1)
+
+        return (1 - self.config.smoothing) * losses + self.config.smoothing * step.by_task(
+            spread, step.targets
+        )

@@ -29,6 +29,22 @@ def check_targets(prediction: Tensor, y: Tensor) -> None:
         )
 
 
+def check_probabilities(y: Tensor) -> None:
+    """Refuse floating-point targets that cross-entropy does not take for what they are.
+
+    Args:
+        y: (n, classes, *rest); cross-entropy reads them as probabilities of the classes.
+    """
+    whole = y.ndim > 1 and bool((y >= 0).all()) and torch.allclose(y.sum(1), torch.ones_like(y[:, 0]))
+    if not whole:
+        raise RequestError(
+            "cross-entropy reads floating-point targets as probabilities of classes, but those of "
+            "a task do not sum to 1: for labels of 0 and 1 give "
+            "loss=torch.nn.functional.binary_cross_entropy_with_logits, for numbers "
+            "kind='regression', and for class indices targets.long()"
+        )
+
+
 def count_classes(prediction: Tensor, y: Tensor, *, own_loss: bool) -> int | None:
     """The number of classes that class indices may name; None where targets are no indices."""
     if y.is_floating_point():

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from metaplug.checks.autograd_graph import graph_leaves, graph_nodes
 from metaplug.checks.module_state import Held, Tally, noting_checkpoints, snapshot
-from metaplug.checks.output_form import check_rows, check_targets, classes_last, count_classes
+from metaplug.checks.output_form import (
+    check_probabilities,
+    check_rows,
+    check_targets,
+    classes_last,
+    count_classes,
+)
 from metaplug.contract.inputs import (
     Inputs,
     count_of,
@@ -101,6 +107,8 @@ def probe_model(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> Probed:
         outputs = count_classes(prediction, probe.y, own_loss=inner.loss is not cross_entropy)
         known = classes_last(probe.ask, prediction, probe.x, probe.y)
         inner.classes_last = inner.classes_last if known is None else known
+        if inner.loss is cross_entropy and probe.y.is_floating_point():
+            check_probabilities(probe.y)
     batch.check_values(outputs)
     probe.check_loss(prediction)
     return Probed(outputs, frozenset(probe.written))

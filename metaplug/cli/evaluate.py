@@ -80,8 +80,8 @@ def evaluate(
             score=score,
             allow_training_classes=allow_training_classes,
         )
-    source = {"tasks": experiment.config.tasks.source} if given else {}
-    values = {"run": str(run), **source, "split": split, "iteration": learner.iteration}
+    tasks_of = experiment.config.tasks.model_dump(mode="json")
+    values = {"run": str(run), "tasks": tasks_of, "split": split, "iteration": learner.iteration}
     values |= {**result_values(result, interval), **environment(learner)}
     if as_json:
         emit(to_json(values, indent=2))

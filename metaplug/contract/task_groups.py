@@ -56,8 +56,9 @@ def uniform(batch: TaskBatch) -> TaskBatch:
 
 
 def by_size(
-    function: Callable[[Tensor], Tensor],
+    function: Callable[..., Tensor],
     predictions: Tensor,
+    *others: Tensor,
     sizes: tuple[TaskSize, ...] | None,
     part: Part,
     class_axis: int | None = 2,
@@ -65,20 +66,23 @@ def by_size(
     """Return what `function` gives of the predictions of tasks of one size, row by row.
 
     Args:
-        function: (tasks, n, *output) → (tasks, ...), of every size the same form.
+        function: (tasks, n, *output) → (tasks, ...), of every size the same form; it gets the same
+            rows of `others` as well.
         predictions: (T, n, *output), padded.
+        others: (T, n, ...), padded.
         sizes: of the T tasks; None where nothing is padded.
         part: whose predictions they are.
         class_axis: the axis of classes, of which those beyond a task's ways are left out.
     """
     if sizes is None:
-        return function(predictions)
+        return function(predictions, *others)
     found: list[tuple[list[int], Tensor]] = []
     for (count, ways), rows in rows_by_size(sizes, part).items():
         own = _picked(predictions, rows=rows, count=count)
         if ways is not None and class_axis is not None:
             own = own.narrow(class_axis, 0, min(ways, own.shape[class_axis]))
-        found.append((rows, function(own)))
+        rest = [_picked(each, rows=rows, count=count) for each in others]
+        found.append((rows, function(own, *rest)))
     return in_order(found)
 
 

@@ -69,6 +69,7 @@ class InnerStep:
     statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     owner: Plugin | None = None
     share: TaskShare | None = None
+    support_targets: Tensor | None = None
     sizes: tuple[TaskSize, ...] | None = None
     class_axis: int | None = None
 
@@ -92,15 +93,23 @@ class InnerStep:
         """(T, n_support, *output) of the support pass; logits in classification."""
         return self._of_forward("predictions", self.support_predictions)
 
-    def by_task(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+    @property
+    def targets(self) -> Tensor:
+        """(T, n_support, *target) of the support pass; class indices of -100 count for nothing."""
+        return self._of_forward("targets", self.support_targets)
+
+    def by_task(self, function: Callable[..., Tensor], *others: Tensor) -> Tensor:
         """Return what `function` gives of the support predictions, whatever the tasks' sizes.
 
         Args:
             function: from the predictions (tasks, n_support, *output) of tasks of one size, without
                 padding and without outputs beyond their ways, to (tasks, ...). It is called once
                 for each size.
+            others: (T, n_support, ...) each, such as `targets`; `function` gets the rows of these
+                tasks too, without padding.
         """
-        return by_size(function, self.predictions, self.sizes, "support", self.class_axis)
+        given = (function, self.predictions, *others)
+        return by_size(*given, sizes=self.sizes, part="support", class_axis=self.class_axis)
 
     def task_mean(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """Σ_t w[t]·x[t] / T over all tasks of the meta-batch, across ranks too; differentiable.

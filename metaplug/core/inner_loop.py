@@ -255,7 +255,11 @@ class _Walk:
             targets = self.batch.support_y[:, : outputs.shape[1]]
             axis = output_axis(outputs, targets, leading=2, last=loop.classes_last)
             known = replace(
-                step, support_losses=losses, support_predictions=outputs, class_axis=axis
+                step,
+                support_losses=losses,
+                support_predictions=outputs,
+                support_targets=targets,
+                class_axis=axis,
             )
             objective = loop.chain.fold("transform_inner_losses", losses, step=known)
             # A NaN that a plugin adds has no gradient, and would show nowhere else.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -62,6 +63,8 @@ def environment(learner: MetaLearner) -> dict[str, Any]:
     is_cuda = device.type == "cuda"
     libraries = {name: version(name) for name in ("higher", "numpy", "pillow")}
     libraries["torch"] = torch.__version__
+    zoos = ("transformers", "tokenizers", "peft", "timm", "torchvision")
+    libraries |= {name: version(name) for name in zoos if name in sys.modules}
     cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if is_cuda else {}
     return {
         "versions": {

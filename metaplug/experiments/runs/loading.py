@@ -14,7 +14,12 @@ from metaplug.contract.presets import YAML_ENDINGS
 from metaplug.errors import RequestError, RunError, one_line, quoted
 from metaplug.execution.ranks import ALONE, World
 from metaplug.experiments.build import Experiment, build, build_tasks, make_learner
-from metaplug.experiments.configuration import ExperimentConfig, TaskSettings, from_yaml
+from metaplug.experiments.configuration import (
+    ExperimentConfig,
+    TaskSettings,
+    from_yaml,
+    merge,
+)
 from metaplug.experiments.runs.layout import BEST, FORMER
 from metaplug.models.factories import is_own, names_code
 from metaplug.settings import validated
@@ -51,18 +56,40 @@ def load(
     if device is not None:
         config = _changed(config, "runtime", device=device)
     if tasks:
-        under = config.tasks.model_dump(exclude={"settings"} if "source" in tasks else set())
-        values = validated(TaskSettings, {**under, **tasks}, "tasks")
-        config = config.model_copy(update={"tasks": values})
+        config = config.model_copy(update={"tasks": _other_tasks(config.tasks, tasks)})
     with nullcontext() if tasks else checkpoint.naming(file), world.main_first():
         source = build_tasks(config)
-    if not is_own(config.model.name):
-        meta = torch.device("meta")
-        checkpoint.rehearse(lambda: make_learner(config, source, meta), state, str(file))
-    with checkpoint.naming(file):
-        experiment = build(config, source, world)
-    experiment.learner.load_state_dict(state, str(file))
+    try:
+        if not is_own(config.model.name):
+            meta = torch.device("meta")
+            checkpoint.rehearse(lambda: make_learner(config, source, meta), state, str(file))
+        with checkpoint.naming(file):
+            experiment = build(config, source, world)
+        experiment.learner.load_state_dict(state, str(file))
+    except RunError as error:
+        if not tasks:
+            raise
+        raise RequestError(
+            f"the tasks {config.tasks.source} ask for a model with {source.outputs} outputs and "
+            f"inputs {tuple(source.input_shape)}, which the trained one is not ({error}): give "
+            "tasks of the form that it was trained on; of fewer ways, by "
+            "tasks.settings.train_ways with tasks.settings.varied_evaluation=true"
+        ) from error
     return experiment
+
+
+def _other_tasks(own: TaskSettings, given: Mapping[str, Any]) -> TaskSettings:
+    """The tasks of a run with other fields; another source takes none of its settings over."""
+    under = own.model_dump(exclude={"settings"} if "source" in given else set())
+    tasks = validated(TaskSettings, merge(under, given), "tasks")
+    drawn = [name for name in ("ways", "shots") if name in given]
+    if drawn and tasks.settings.get("varied_evaluation"):
+        raise RequestError(
+            f"tasks.{drawn[0]} says nothing where the run draws {drawn[0]} for each task of an "
+            "evaluation: give tasks.settings.varied_evaluation=false too, or other bounds in "
+            f"tasks.settings.train_{drawn[0]}"
+        )
+    return tasks
 
 
 def _config_of(state: dict[str, Any], file: Path, model: str | None) -> ExperimentConfig:
