@@ -13,7 +13,8 @@ class LabelSmoothing(Plugin):
 
         ℓ[t,k] ← (1 − ε) · ℓ[t,k] + ε · mean over examples and classes c of −log p(c)
 
-    Examples whose class index is -100 count for nothing, as in the loss. With cross-entropy this is cross-entropy against the smoothed label. The query loss stays.
+    Examples whose class index is -100 count for nothing, as in the loss. With cross-entropy this is
+    cross-entropy against the smoothed label. The query loss stays.
 
     Source: Szegedy et al. 2016 (arXiv 1512.00567), section 7.
     """

@@ -385,6 +385,18 @@ def test_what_a_file_cannot_hold_is_asked_for(tmp_path):
         "MetaLearner.load(..., loss=...)"
     )
 
+    def share_of_errors(predictions, targets):
+        return (predictions.argmax(2) != targets).double().mean(1)
+
+    given = {"model": problem().model}
+    problem().learner(score=share_of_errors).save(path)
+    assert message(lambda: MetaLearner.load(path, **given), RequestError) == (
+        f"{path} was trained with a score of your own, which a file cannot hold: give it as "
+        "MetaLearner.load(..., score=...)"
+    )
+    loaded = MetaLearner.load(path, score=share_of_errors, **given)
+    assert loaded.evaluator.score.name == "share_of_errors"
+
 
 def test_a_file_of_another_model_or_of_other_plugins_is_refused_and_nothing_is_loaded(tmp_path):
     path = tmp_path / "learner.safetensors"

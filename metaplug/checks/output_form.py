@@ -35,8 +35,8 @@ def check_probabilities(y: Tensor) -> None:
     Args:
         y: (n, classes, *rest); cross-entropy reads them as probabilities of the classes.
     """
-    whole = y.ndim > 1 and bool((y >= 0).all()) and torch.allclose(y.sum(1), torch.ones_like(y[:, 0]))
-    if not whole:
+    whole = y.ndim > 1 and torch.allclose(y.sum(1), torch.ones_like(y[:, 0]))
+    if not whole or bool((y < 0).any()):
         raise RequestError(
             "cross-entropy reads floating-point targets as probabilities of classes, but those of "
             "a task do not sum to 1: for labels of 0 and 1 give "

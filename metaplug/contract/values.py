@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -69,9 +69,9 @@ class InnerStep:
     statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     owner: Plugin | None = None
     share: TaskShare | None = None
-    support_targets: Tensor | None = None
     sizes: tuple[TaskSize, ...] | None = None
     class_axis: int | None = None
+    support_targets: Tensor | None = None
 
     @property
     def slot(self) -> int:
@@ -108,8 +108,8 @@ class InnerStep:
             others: (T, n_support, ...) each, such as `targets`; `function` gets the rows of these
                 tasks too, without padding.
         """
-        given = (function, self.predictions, *others)
-        return by_size(*given, sizes=self.sizes, part="support", class_axis=self.class_axis)
+        form: dict[str, Any] = {"sizes": self.sizes, "class_axis": self.class_axis}
+        return by_size(function, self.predictions, *others, part="support", **form)
 
     def task_mean(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """Σ_t w[t]·x[t] / T over all tasks of the meta-batch, across ranks too; differentiable.

@@ -6,7 +6,7 @@ from support.plain_loop import loop, off
 from torch import nn
 from torch.nn import functional as F
 
-from metaplug import MetaLearner, TaskBatch
+from metaplug import MetaLearner, RequestError, TaskBatch
 
 CLASSES = 5
 
@@ -69,3 +69,25 @@ def test_classes_are_told_from_as_many_tokens(model, lengths, batching):
         scores = [float(each.losses[-1].detach().exp()) for each in exact.tasks]
         found = learner.evaluate([batch], score="perplexity").mean
         assert found == pytest.approx(sum(scores) / len(scores))
+
+
+@pytest.mark.parametrize(
+    ("model", "y"),
+    [
+        (nn.Linear(4, 1), torch.tensor([[[0.0], [1.0], [1.0]]])),  # one logit
+        (nn.Linear(4, 3), torch.tensor([[[0.0, 1.0, 1.0]] * 3])),  # several labels
+        (nn.Linear(4, 2), torch.randn(1, 3, 2)),  # numbers
+    ],
+)
+def test_targets_that_cross_entropy_would_misread_are_refused(model, y):
+    x = torch.randn(1, 3, 4)
+    with pytest.raises(RequestError) as error:
+        MetaLearner(model).meta_gradients(TaskBatch(x, y, x, y))
+    assert str(error.value) == (
+        "cross-entropy reads floating-point targets as probabilities of classes, but those of a "
+        "task do not sum to 1: for labels of 0 and 1 give "
+        "loss=torch.nn.functional.binary_cross_entropy_with_logits, for numbers "
+        "kind='regression', and for class indices targets.long()"
+    )
+    soft = torch.randn(1, 3, 3).softmax(2)
+    MetaLearner(nn.Linear(4, 3)).meta_gradients(TaskBatch(x, soft, x, soft))

@@ -485,6 +485,24 @@ def test_evaluate(metaplug: Any, trained: Path) -> None:
         5,
         summary["best_validation"]["iteration"],
     )
+    # Other fields leave the run's own settings of the source as they are.
+    tasks = answer.json["tasks"]
+    more = metaplug("evaluate", str(trained), "--json", "--set", "tasks.shots=7")
+    assert more.json["tasks"] == tasks | {"shots": 7}
+    same = metaplug("evaluate", str(trained), "--json", "--set", f"tasks.shots={tasks['shots']}")
+    assert same.json["mean"] == answer.json["mean"]
+    other = metaplug("evaluate", str(trained), "--set", "training.iterations=3")
+    assert (other.status, other.err) == (
+        2,
+        "metaplug: --set training.iterations: an evaluation changes the tasks alone, as the rest "
+        "is what was trained: give tasks.FIELD=VALUE\n",
+    )
+    other = metaplug("evaluate", str(trained), "--tasks", "glyphs")
+    assert other.status == 2
+    assert other.err.startswith(
+        "metaplug: the tasks glyphs ask for a model with 5 outputs and inputs (1, 28, 28), which "
+        "the trained one is not ("
+    )
     other = metaplug(
         "evaluate",
         str(trained / "last.safetensors"),

@@ -516,6 +516,20 @@ def test_label_smoothing_is_cross_entropy_against_the_smoothed_label(case, smoot
     assert_close(learner.meta_gradients(case.batch), expected.gradients, **LOOSE)
 
 
+def test_label_smoothing_leaves_out_ignored_targets():
+    case = problem(tasks=3)
+    case.batch.support_y[0, 0] = case.batch.support_y[2, 1] = -100
+
+    def inner(objective, weights, start, prediction, target):
+        return F.cross_entropy(prediction, target, label_smoothing=0.3)
+
+    expected = reference.loop(
+        case.model, case.batch, steps=case.steps, rate=lambda k, name: case.lr, inner=inner
+    )
+    learner = case.learner(plugins=[plugins.make("label-smoothing", smoothing=0.3)])
+    assert_close(learner.meta_gradients(case.batch), expected.gradients, **LOOSE)
+
+
 # Meta-curvature.
 
 
