@@ -36,7 +36,7 @@ VARIANTS = {
 ITERATIONS = {"head": (60, 160), "lora": (40, 80), "lora+gradient-sharing": (40, 80)}
 """Of a tuning cell, and of a final one."""
 GRID = {
-    "head": [(lr, meta) for lr in (0.3, 1.0, 3.0) for meta in (1e-3, 1e-2)],
+    "head": [(0.3, 1e-2), (1.0, 1e-2), (3.0, 1e-2), (1.0, 1e-3)],
     "lora": [(0.05, 1e-3), (0.15, 1e-3), (0.5, 1e-3), (1.5, 1e-3), (4.0, 1e-3), (0.15, 3e-3)],
 }
 """Inner and meta learning rates that are tried with seed 0."""
