@@ -19,7 +19,7 @@ from typing import Any
 
 TASKS, WAYS, TOKENS, STEPS, LR = 4, 5, 24, 3, 0.05
 WAYS_TO_RUN = ("loop, eager attention", "loop", "sequential", "vectorized", "auto, cache_frozen")
-ROUNDS, REPEATS = 3, 3
+ROUNDS, REPEATS = 2, 3
 
 
 def measure(folder: str, way: str) -> dict[str, float]:

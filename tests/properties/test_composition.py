@@ -241,6 +241,7 @@ def test_smoothing_and_decay_by_hand():
             parameters={"w": rows([2.0, 3.0])},
             initial_parameters={"w": rows([1.0, 1.0])},
             support_predictions=logits,
+            support_targets=torch.tensor([[0]]),
         )
         results[order] = float(
             chain.fold(
