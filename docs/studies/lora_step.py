@@ -6,7 +6,8 @@ MiniLM, LoRA of rank 4 on query and value, and a head; 4 tasks of 5 ways, 1 shot
 tokens a text of which up to 24 count, 3 inner steps, second order, one thread. The plain loop
 writes the same mathematics task by task, by torch.func.functional_call and torch.autograd.grad.
 Every way runs in a process of its own, in turn, for several rounds; the table has the fastest
-meta-step of each, the largest resident memory, and how far its meta-gradient is from the loop's.
+meta-step of each, the largest resident memory, and how far its meta-gradient is from the loop's;
+below it stands what the matrix products of the loop would take at the rate of one of them alone.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def measure(folder: str, way: str) -> dict[str, float]:
     import resource  # noqa: PLC0415 -- the parent process needs none of these
 
     import torch  # noqa: PLC0415
+    from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415
 
     from metaplug import MetaLearner, TaskBatch  # noqa: PLC0415
     from metaplug.core.inner_loop import recording  # noqa: PLC0415
@@ -81,7 +83,8 @@ def measure(folder: str, way: str) -> dict[str, float]:
             found = learner.meta_gradients(batch)
             return [found[name] for name in trained]
 
-    gradient = torch.cat([each.flatten() for each in step()])
+    with FlopCounterMode(display=False) as counted:
+        gradient = torch.cat([each.flatten() for each in step()])
     seconds = []
     for _ in range(REPEATS):
         begun = time.perf_counter()
@@ -90,7 +93,25 @@ def measure(folder: str, way: str) -> dict[str, float]:
     torch.manual_seed(1)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     direction = torch.randn(len(gradient)) / gradient.norm()
-    return {"seconds": min(seconds), "MiB": memory, "gradient": float(gradient @ direction)}
+    return {
+        "seconds": min(seconds),
+        "MiB": memory,
+        "gradient": float(gradient @ direction),
+        "operations": counted.get_total_flops(),
+        "rate": rate_of_a_product(TASKS * WAYS * TOKENS, 384),
+    }
+
+
+def rate_of_a_product(rows: int, width: int) -> float:
+    """Floating-point operations a second in a product of (rows, width) and (width, width)."""
+    import torch  # noqa: PLC0415
+
+    seconds, one, other = [], torch.randn(rows, width), torch.randn(width, width)
+    for _ in range(50):
+        begun = time.perf_counter()
+        one @ other
+        seconds.append(time.perf_counter() - begun)
+    return 2 * rows * width * width / min(seconds)
 
 
 def main() -> None:
@@ -110,6 +131,11 @@ def main() -> None:
         apart = abs(each[0]["gradient"] / first["gradient"] - 1)
         memory = max(one["MiB"] for one in each)
         print(f"| {way} | {best:.2f} | {base / best:.2f} | {memory:.0f} | {apart:.0e} |")
+    work, rate = first["operations"], max(one["rate"] for each in found.values() for one in each)
+    print(
+        f"\n{work / 1e9:.0f} billion floating-point operations in products, at {rate / 1e9:.0f} "
+        f"billion a second at the most: at least {work / rate:.2f} s"
+    )
 
 
 if __name__ == "__main__":

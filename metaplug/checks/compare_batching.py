@@ -6,7 +6,7 @@ that are not known to be right is compared, on tasks of the user's own, with its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import resolve_name
 
 from metaplug.checks.autograd_graph import graph_nodes
 from metaplug.contract.inputs import map_inputs
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_groups import uniform
+from metaplug.core.function_mode import FunctionMode
 from metaplug.core.inner_loop import InnerLoop
 from metaplug.errors import said_by
 from metaplug.random_streams import random_state, stream
@@ -157,22 +158,16 @@ def _equal_nan(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.isnan(), other.isnan()) and bool(other.isnan().any())
 
 
-class _Noted(TorchFunctionMode):
+class _Noted(FunctionMode):
     """Notes the names of the operations that run while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.names.add((resolve_name(func) or getattr(func, "__name__", "?")).rpartition(".")[2])
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def _operations(inner: InnerLoop, rows: TaskBatch) -> tuple[set[str], bool]:
@@ -209,26 +204,20 @@ def _hooked(model: nn.Module) -> bool:
     )
 
 
-class _NoDropout(TorchFunctionMode):
+class _NoDropout(FunctionMode):
     """Makes dropout the identity: its draws differ from stacked tasks to single ones."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _DROPOUT:
-            return args[0] if args else (kwargs or {})["input"]
+            return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:
             if len(args) > 4:
                 args = (*args[:4], 0.0, *args[5:])
-            elif kwargs and "dropout_p" in kwargs:
+            elif "dropout_p" in kwargs:
                 kwargs = {**kwargs, "dropout_p": 0.0}
         if func is F.multi_head_attention_forward:  # whose own dropout no mode sees
-            kwargs = {**(kwargs or {}), "training": False}
-        return func(*args, **(kwargs or {}))
+            kwargs = {**kwargs, "training": False}
+        return func(*args, **kwargs)
 
 
 _DROPOUT = frozenset(
@@ -270,4 +259,5 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def double(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype with 64 bits a number, in which rounding is least; complex for complex."""
     return torch.complex128 if dtype.is_complex else torch.float64

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from metaplug.contract.inputs import Inputs, map_inputs
+from metaplug.contract.inputs import Inputs, tensors_of, with_tensors
 from metaplug.contract.task_batch import FIELDS, TaskBatch
 from metaplug.contract.task_sizes import Part, TaskSize
 
@@ -34,11 +33,10 @@ def alike(batch: TaskBatch, part: Part) -> list[Alike]:
     x, y = getattr(batch, f"{part}_x"), getattr(batch, f"{part}_y")
     if batch.sizes is None:
         return [Alike([*range(batch.num_tasks)], x, y, None)]
-    found = []
-    for (count, ways), rows in rows_by_size(batch.sizes, part).items():
-        pick = partial(_picked, rows=rows, count=count)
-        found.append(Alike(rows, map_inputs(pick, x), pick(y), ways))
-    return found
+    return [
+        Alike(rows, with_tensors(x, own), own_y, ways)
+        for rows, ways, (*own, own_y) in grouped(batch.sizes, part, *tensors_of(x), y)
+    ]
 
 
 def uniform(batch: TaskBatch) -> TaskBatch:
@@ -50,8 +48,9 @@ def uniform(batch: TaskBatch) -> TaskBatch:
     fields = []
     for name in FIELDS:
         count = most.support if name.startswith("support") else most.query
-        pick = partial(_picked, rows=rows, count=count)
-        fields.append(map_inputs(pick, getattr(batch, name)))
+        value = getattr(batch, name)
+        own = [rows_of(each, rows)[:, :count] for each in tensors_of(value)]
+        fields.append(with_tensors(value, own))
     return TaskBatch(*fields)
 
 
@@ -77,13 +76,33 @@ def by_size(
     if sizes is None:
         return function(predictions, *others)
     found: list[tuple[list[int], Tensor]] = []
-    for (count, ways), rows in rows_by_size(sizes, part).items():
-        own = _picked(predictions, rows=rows, count=count)
+    for rows, ways, (own, *rest) in grouped(sizes, part, predictions, *others):
+        counted = own
         if ways is not None and class_axis is not None:
-            own = own.narrow(class_axis, 0, min(ways, own.shape[class_axis]))
-        rest = [_picked(each, rows=rows, count=count) for each in others]
-        found.append((rows, function(own, *rest)))
+            counted = own.narrow(class_axis, 0, min(ways, own.shape[class_axis]))
+        found.append((rows, function(counted, *rest)))
     return in_order(found)
+
+
+def grouped(
+    sizes: Sequence[TaskSize], part: Part, *tensors: Tensor
+) -> Iterator[tuple[list[int], int | None, list[Tensor]]]:
+    """Yield, for each number of examples and of ways, the places of its tasks and their examples.
+
+    Args:
+        sizes: of the T tasks.
+        part: whose examples the tensors hold.
+        tensors: (T, n, ...) each, padded; without padding they are (tasks, examples, ...).
+
+    >>> sizes, y = [TaskSize(1, 5), TaskSize(2, 3), TaskSize(3, 5)], torch.zeros(3, 5)
+    >>> [(rows, tuple(own.shape)) for rows, _, (own,) in grouped(sizes, "query", y)]
+    [([0, 2], (2, 5)), ([1], (1, 3))]
+    """
+    groups: dict[tuple[int, int | None], list[int]] = {}
+    for row, size in enumerate(sizes):
+        groups.setdefault((size.examples(part), size.ways), []).append(row)
+    for (count, ways), rows in groups.items():
+        yield rows, ways, [rows_of(each, rows)[:, :count] for each in tensors]
 
 
 def rows_of(tensor: Tensor, rows: list[int], *, shared: bool = False) -> Tensor:
@@ -117,19 +136,3 @@ def in_order(found: list[tuple[list[int], Tensor]]) -> Tensor:
             whole = torch.cat([each, rest], 1)
         by_row.update(zip(rows, whole.unbind(0), strict=True))
     return torch.stack([by_row[row] for row in range(len(by_row))])
-
-
-def rows_by_size(sizes: Sequence[TaskSize], part: Part) -> dict[tuple[int, int | None], list[int]]:
-    """Return the places of the tasks of each number of examples and of ways.
-
-    >>> rows_by_size([TaskSize(1, 5), TaskSize(2, 3), TaskSize(3, 5)], "query")
-    {(5, None): [0, 2], (3, None): [1]}
-    """
-    groups: dict[tuple[int, int | None], list[int]] = {}
-    for row, size in enumerate(sizes):
-        groups.setdefault((size.examples(part), size.ways), []).append(row)
-    return groups
-
-
-def _picked(tensor: Tensor, *, rows: list[int], count: int) -> Tensor:
-    return rows_of(tensor, rows)[:, :count]

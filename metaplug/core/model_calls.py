@@ -42,44 +42,37 @@ def prediction_of(answer: Any, output: Output) -> Any:
     Raises:
         RequestError: the answer has no such part, or several and none is named.
     """
+    if output is None and isinstance(answer, Tensor):
+        return answer
+    parts = _parts(answer)
     if output is None:
-        logits = answer.get("logits") if isinstance(answer, Mapping) else None
-        logits = getattr(answer, "logits", None) if logits is None else logits
-        if isinstance(answer, Tensor) or not (isinstance(logits, Tensor) or _parts(answer)):
-            return answer  # what is no tensor is refused where its rows are looked at
-        if isinstance(logits, Tensor):
-            return logits
-        parts = _parts(answer)
+        if "logits" in parts or not parts:
+            return parts.get("logits", answer)  # no tensor: refused where its rows are looked at
+        first = next(iter(parts))
         raise RequestError(
             f"the model answers with a {type(answer).__name__} of {quoted(map(str, parts))}, and "
             "which of them is the prediction nobody says: give output=, such as "
-            f"output={parts[0]!r}"
+            f"output={first!r}"
         )
-    found: Any = None
-    if isinstance(answer, Mapping) and output in answer:
-        found = answer[output]  # of keys such as "values" a mapping has a method, too
-    elif isinstance(output, str):
-        found = None if isinstance(answer, Tensor) else getattr(answer, output, None)
-    elif isinstance(answer, tuple | list) and output in _parts(answer):
-        found = answer[output]
+    # Named tuples and others have parts by attribute; of a tensor these are its own.
+    by_name = isinstance(output, str) and not isinstance(answer, Tensor | Mapping)
+    found = getattr(answer, str(output), None) if by_name else parts.get(output)
     if isinstance(found, Tensor):
         return found
-    known = quoted(map(str, _parts(answer))) if _parts(answer) else "no named or numbered tensors"
+    known = quoted(map(str, parts)) if parts else "no named or numbered tensors"
     raise RequestError(
         f"output={output!r} asks for a part of the model's answer, a {type(answer).__name__} with "
         f"{known}: name a part that is a tensor"
     )
 
 
-def _parts(answer: Any) -> list[Any]:
-    """The names or places of the tensors in an answer."""
-    if isinstance(answer, Mapping):
-        return [name for name, each in answer.items() if isinstance(each, Tensor)]
-    if isinstance(answer, tuple | list):
-        return [place for place, each in enumerate(answer) if isinstance(each, Tensor)]
-    if isinstance(answer, Tensor) or not hasattr(answer, "__dict__"):
-        return []
-    return [name for name, each in vars(answer).items() if isinstance(each, Tensor)]
+def _parts(answer: Any) -> dict[Any, Tensor]:
+    """The tensors in an answer, by key, place or attribute."""
+    if isinstance(answer, Tensor):
+        return {}
+    found: Any = answer if isinstance(answer, Mapping) else getattr(answer, "__dict__", {})
+    found = dict(enumerate(answer)) if isinstance(answer, tuple | list) else found
+    return {part: each for part, each in found.items() if isinstance(each, Tensor)}
 
 
 def expand_mask(mask: Tensor, form: MaskForm, dtype: torch.dtype | None) -> Tensor:

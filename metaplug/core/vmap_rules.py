@@ -32,9 +32,9 @@ from torch._C._functorch import (  # type: ignore[attr-defined]
     maybe_get_level,
 )
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from metaplug.contract.inputs import Inputs, map_inputs
+from metaplug.core.function_mode import FunctionMode
 
 LARGE = 2**16
 """Elements from which a change of layout pays off for max-pooling on a CPU."""
@@ -89,19 +89,13 @@ def _load_decompositions() -> None:
     _set_vmap_fallback_warning_enabled(False)
 
 
-class TaskRules(TorchFunctionMode):
+class TaskRules(FunctionMode):
     """While it is active, these layers follow the rules of this module."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule = _RULES.get(func)
-        result = rule(*args, **(kwargs or {})) if rule else NotImplemented
-        return func(*args, **(kwargs or {})) if result is NotImplemented else result
+        result = rule(*args, **kwargs) if rule else NotImplemented
+        return func(*args, **kwargs) if result is NotImplemented else result
 
 
 # The rules below take torch's arguments by torch's names, as callers may give them by name.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metaplug.contract.task_groups import in_order, rows_by_size, rows_of
+from metaplug.contract.task_groups import grouped, in_order
 from metaplug.contract.task_sizes import TaskSize
 from metaplug.contract.values import Kind
 from metaplug.core.losses import class_axis, of_ways
@@ -96,11 +96,10 @@ class Scorer:
                 predictions, last = predictions.movedim(axis, 2), False
         if sizes is None:
             return [([*range(len(targets))], predictions, targets)]
-        found = []
-        for (count, ways), rows in rows_by_size(sizes, "query").items():
-            own, y = (rows_of(each, rows)[:, :count] for each in (predictions, targets))
-            found.append((rows, *of_ways(own, y, ways, leading=2, last=last)))
-        return found
+        return [
+            (rows, *of_ways(own, y, ways, leading=2, last=last))
+            for rows, ways, (own, y) in grouped(sizes, "query", predictions, targets)
+        ]
 
     def _asked(self, predictions: Tensor, targets: Tensor) -> Tensor:
         if isinstance(self.score, NamedScore):

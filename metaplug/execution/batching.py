@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from metaplug.contract.inputs import map_inputs
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_groups import uniform
+from metaplug.core.function_mode import FunctionMode
 from metaplug.core.inner_loop import InnerLoop
 from metaplug.core.vmap_rules import for_all_tasks
 from metaplug.errors import RequestError, said_by
@@ -133,20 +133,14 @@ def refusal(inner: InnerLoop, batch: TaskBatch) -> str | None:
     return None
 
 
-class _FirstFailure(TorchFunctionMode):
+class _FirstFailure(FunctionMode):
     """Remembers the first operation that fails while it is active."""
 
     failed: str | None = None
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         except Exception:
             self.failed = self.failed or getattr(func, "__name__", None)
             raise

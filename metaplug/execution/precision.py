@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from metaplug.core.function_mode import FunctionMode
 from metaplug.errors import RequestError, unknown
 
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -103,15 +103,14 @@ def forward(precision: Precision, device: torch.device) -> Iterator[None]:
         yield
 
 
-class _Layers(TorchFunctionMode):
+class _Layers(FunctionMode):
     """Casts for layers that vmap takes apart before autocast sees them.
 
     So stacked tasks round as single ones do. Normalisations are in float32 on every device, as not
     all devices take their weights and their input in two dtypes.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if dtype := _DTYPES.get(func):
             args = tuple(_cast(value, dtype) for value in args)
             kwargs = {name: _cast(value, dtype) for name, value in kwargs.items()}

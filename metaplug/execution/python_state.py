@@ -8,15 +8,15 @@ import logging
 import math
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import chain
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from metaplug.core.function_mode import FunctionMode
 from metaplug.core.functional_model import PLAIN
 from metaplug.execution.engine import Engine
 
@@ -37,25 +37,19 @@ class Unknown:
         return repr(self.value)
 
 
-class NothingRead(TorchFunctionMode):
+class NothingRead(FunctionMode):
     """Refuses to give Python the numbers of a tensor, past which no trace sees.
 
     Of a single number, as by Tensor.item, the trace itself refuses it.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _READING:
             raise TypeError(
                 f"it reads a tensor's numbers by Tensor.{func.__name__}, which a compiled or "
                 "captured step would freeze at its first values"
             )
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 _READING = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -35,8 +36,18 @@ class BodyAndHead(ZooModel):
     ) -> None:
         super().__init__(name, input_shape, outputs, config)
         self.body = body
+        width, example = self.try_body()
+        self._train_with_head(width, *example)
 
-    def train_with_head(self, width: int, *example: Tensor) -> None:
+    @abstractmethod
+    def try_body(self) -> tuple[int, tuple[Tensor, ...]]:
+        """Return the width of the hidden states that the head is given, and inputs to try.
+
+        Raises:
+            RequestError: the tasks' inputs are none that the body takes.
+        """
+
+    def _train_with_head(self, width: int, *example: Tensor) -> None:
         """Add a head for hidden states of this width, and choose what is trained."""
         if self.config.train == "lora":
             add_adapters(self.name, self.body, self.config)

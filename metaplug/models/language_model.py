@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from metaplug.errors import RequestError, said_by
 from metaplug.models.body_and_head import BodyAndHead
 from metaplug.models.token_masks import additive_mask, kept_tokens, pooled
-from metaplug.models.transformers_config import TransformersConfig
 
 _PLACES = ("position_embeddings", "wpe", "embed_positions")
 """Names of layers that hold a vector for every place in a text."""
@@ -24,26 +23,19 @@ class LanguageModel(BodyAndHead):
         RequestError: the body is no plain encoder or decoder, or the tasks have images.
     """
 
-    def __init__(
-        self,
-        name: str,
-        body: Any,
-        input_shape: tuple[int, ...],
-        outputs: int,
-        config: TransformersConfig,
-    ) -> None:
-        if len(input_shape) > 1:
+    def try_body(self) -> tuple[int, tuple[Tensor, ...]]:
+        """Return the hidden width, and two texts, the second of which is padded."""
+        if len(self.input_shape) > 1:
             raise RequestError(
-                f"{name} takes texts, but the tasks have inputs {tuple(input_shape)}: choose tasks "
-                "of texts, such as text:FILE"
+                f"{self.name} takes texts, but the tasks have inputs {self.input_shape}: choose "
+                "tasks of texts, such as text:FILE"
             )
-        super().__init__(name, body, input_shape, outputs, config)
+        body = self.body
         self.is_causal = any(getattr(layer, "is_causal", False) for layer in body.modules())
         self.most_tokens, self.why_most = _most_tokens(body)
-        # Two texts, the second of which is padded.
         place = torch.arange(8, device=body.device).view(2, 4)
         ids, mask = place % body.config.get_text_config().vocab_size, (place < 7).long()
-        self.train_with_head(self._width(ids, mask), ids, mask)
+        return self._width(ids, mask), (ids, mask)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Answer n texts with (n, outputs) in the head's dtype; arguments as of `features`."""

@@ -12,7 +12,6 @@ from metaplug.errors import RequestError, said_by
 from metaplug.models.body_and_head import BodyAndHead
 from metaplug.models.parts import check_images
 from metaplug.models.token_masks import pooled
-from metaplug.models.transformers_config import TransformersConfig
 
 
 @final
@@ -23,19 +22,12 @@ class VisionModel(BodyAndHead):
         RequestError: the tasks' inputs are no images, or none that the body takes.
     """
 
-    def __init__(
-        self,
-        name: str,
-        body: Any,
-        input_shape: tuple[int, ...],
-        outputs: int,
-        config: TransformersConfig,
-    ) -> None:
-        check_images(name, tuple(input_shape), outputs)
-        super().__init__(name, body, input_shape, outputs, config)
-        self.options = _image_options(name, body, self.input_shape)
-        x = torch.zeros(1, *self.input_shape, device=body.device)
-        self.train_with_head(self._width(x), x)
+    def try_body(self) -> tuple[int, tuple[Tensor, ...]]:
+        """Return the hidden width, and an image of the tasks' form."""
+        check_images(self.name, self.input_shape, self.outputs)
+        self.options = _image_options(self.name, self.body, self.input_shape)
+        x = torch.zeros(1, *self.input_shape, device=self.body.device)
+        return self._width(x), (x,)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, channels, height, width) to (n, outputs), of the head's dtype."""
