@@ -31,7 +31,7 @@ def measure(folder: str, way: str) -> dict[str, float]:
     from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415
 
     from metaplug import MetaLearner, TaskBatch  # noqa: PLC0415
-    from metaplug.core.inner_loop import recording  # noqa: PLC0415
+    from metaplug.core.recording import recording  # noqa: PLC0415
     from metaplug.models.factories import make_model  # noqa: PLC0415
 
     torch.set_num_threads(1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from metaplug.checks.model_copy import answer
 from metaplug.checks.output_form import check_rows
-from metaplug.checks.probe_model import answer
 from metaplug.contract.inputs import tensors_of, with_tensors
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_groups import uniform

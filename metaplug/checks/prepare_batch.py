@@ -16,7 +16,7 @@ from metaplug.checks.probe_model import probe_model, written_by_forward
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_groups import uniform
 from metaplug.contract.values import Kind
-from metaplug.core.inner_loop import recording
+from metaplug.core.recording import recording
 from metaplug.errors import RequestError, RunError
 from metaplug.execution.batching import Batching, BatchingChoice, choose_batching, refusal
 from metaplug.execution.engine import ONE_AT_A_TIME, Engine

@@ -6,7 +6,7 @@ functional model would do otherwise without a word is refused, with the cause.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from metaplug.checks.autograd_graph import graph_leaves, graph_nodes
+from metaplug.checks.model_copy import answer, give_noisy_weights
 from metaplug.checks.module_state import Held, Tally, noting_checkpoints, snapshot
 from metaplug.checks.output_form import (
     check_probabilities,
@@ -26,19 +27,17 @@ from metaplug.checks.output_form import (
 from metaplug.contract.inputs import (
     Inputs,
     count_of,
-    device_of,
     map_inputs,
-    named_tensors,
     tensors_of,
 )
 from metaplug.contract.return_checks import form
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_groups import uniform
 from metaplug.contract.values import Kind
-from metaplug.core.functional_model import PLAIN, Place, clone, give_parameters, set_mode, version
+from metaplug.core.functional_model import PLAIN, Place, clone, version
 from metaplug.core.inner_loop import InnerLoop
 from metaplug.core.losses import cross_entropy
-from metaplug.core.model_calls import Output, call_model
+from metaplug.core.model_calls import call_model
 from metaplug.core.vmap_rules import TaskRules
 from metaplug.errors import RequestError, quoted, said_by
 from metaplug.random_streams import stream
@@ -137,7 +136,7 @@ class _Probe:
         self.x = map_inputs(lambda each: each[0].clone(), batch.support_x)
         original = inner.functional.model if original is None else original
         self.model = clone(original, shared=False)
-        self.weights = _give_weights(self.model, original)
+        self.weights = give_noisy_weights(self.model, original)
         before = snapshot(self.model)
         self._given, self._tensors = versions(self.x), self._values()
         with noting_checkpoints() as noted:
@@ -191,7 +190,7 @@ class _Probe:
         """Refuse a model that answers otherwise after other forward passes than at first."""
         original = self.inner.functional.model
         fresh = clone(original, shared=False)
-        _give_weights(fresh, original)
+        give_noisy_weights(fresh, original)
         after, at_first = None, None
         with torch.no_grad(), _tolerated():
             after = self.ask(self.others)
@@ -397,50 +396,6 @@ class _Probe:
         return not isinstance(attributes.get(name), (Tally, *PLAIN))
 
 
-def answer(
-    model: nn.Module,
-    x: Inputs,
-    batch_norm: str,
-    output: Output = None,
-    asleep: Collection[str] = (),
-) -> Tensor:
-    """Call a copy of the user's model in training mode, as its user would.
-
-    Args:
-        output: the part of its answer that is the prediction.
-        asleep: names of modules in evaluation mode.
-
-    Raises:
-        RequestError: the model fails on these examples.
-    """
-    set_mode(model, True, batch_norm)
-    for name in asleep:
-        model.get_submodule(name).training = False
-    try:
-        with stream(0, device_of(x)):
-            prediction: Tensor = call_model(model, x, output)
-    except RequestError:
-        raise
-    except Exception as error:
-        advice = "give it the form and dtype of the tasks"
-        if isinstance(x, Mapping) and "unexpected keyword argument" in str(error):
-            advice = f"give a model whose forward takes {quoted(x)}"
-        if "Expected more than 1 value" in str(error):
-            advice = "give tasks more support examples, or take batch_norm='frozen'"
-        raise RequestError(
-            f"the model fails on the support examples of a task, {_forms(x)} ({said_by(error)}): "
-            f"{advice}"
-        ) from error
-    return prediction
-
-
-def _forms(x: Inputs) -> str:
-    named = named_tensors("x", x)
-    return ", ".join(
-        form(each) if name == "x" else f"{name[1:]} of {form(each)}" for name, each in named.items()
-    )
-
-
 def versions(x: Inputs) -> list[int]:
     """Return how often each tensor was written to in place."""
     return [version(each) for each in tensors_of(x)]
@@ -449,19 +404,6 @@ def versions(x: Inputs) -> list[int]:
 def _stores_statistics(module: nn.Module) -> bool:
     norm = isinstance(module, nn.modules.batchnorm._NormBase)
     return norm and module.running_mean is not None
-
-
-def _give_weights(model: nn.Module, original: nn.Module) -> dict[str, Tensor]:
-    """Put perturbed parameters in the place of those that a clone shares; return them by name."""
-    generator = torch.Generator().manual_seed(0)
-    own: dict[int, nn.Parameter] = {}
-    named: dict[str, Tensor] = {}
-    for name, parameter in original.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-        value = nn.Parameter(parameter.detach() + 0.1 * noise, parameter.requires_grad)
-        own[id(parameter)] = named[name] = value
-    give_parameters(model, own)
-    return named
 
 
 @contextmanager

@@ -10,8 +10,8 @@ through batch and layer norm are wrong without a word.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaplug.contract.chain import Chain
 from metaplug.contract.task_batch import TaskBatch
@@ -29,6 +28,7 @@ from metaplug.contract.values import InnerStep, Outcome, TaskShare
 from metaplug.core.losses import output_axis
 from metaplug.core.model_calls import Output
 from metaplug.core.optimizers import DifferentiableOptimizer
+from metaplug.core.recording import recording
 from metaplug.core.rematerialize import rematerialize
 from metaplug.core.task_model import Loss, TaskModel
 from metaplug.errors import RunError, quoted
@@ -369,25 +369,3 @@ class _Walk:
 
 def _leaves(values: _Weights, adapted: Collection[str]) -> dict[str, Tensor]:
     return {name: value.detach().requires_grad_(name in adapted) for name, value in values.items()}
-
-
-@contextmanager
-def recording() -> Iterator[None]:
-    """Inside, autograd records to any order, whatever surrounds the call.
-
-    Nothing is cast by a surrounding autocast. Attention runs by its math kernel, since the fused
-    ones, and the fast path of torch's own layers at evaluation, have no second derivative.
-    """
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with ExitStack() as inside:
-            inside.enter_context(torch.inference_mode(False))
-            inside.enter_context(torch.enable_grad())
-            inside.enter_context(sdpa_kernel(SDPBackend.MATH))
-            for device in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(device):
-                    inside.enter_context(torch.autocast(device, enabled=False))
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)

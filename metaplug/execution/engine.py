@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from metaplug.contract.chain import Chain
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Outcome
-from metaplug.core.inner_loop import InnerLoop, recording
+from metaplug.core.inner_loop import InnerLoop
 from metaplug.core.outer_loop import MetaGradients, OuterLoop
+from metaplug.core.recording import recording
 from metaplug.errors import RankError, RunError, quoted
 from metaplug.execution.determinism import repeatable
 from metaplug.execution.precision import Precision, arithmetic

@@ -38,7 +38,9 @@ def make(
     """
     config = validated(TransformersConfig, settings, name)
     if outputs < 1:
-        raise RequestError(f"{name} has at least one output, but the tasks have {outputs}")
+        raise RequestError(
+            f"{name} has at least one output, but the tasks have {outputs}: give tasks with classes"
+        )
     body: Any = load_body(name, wanted, config)
     kind = _KINDS.get(body.main_input_name)
     if kind is None:
