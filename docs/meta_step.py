@@ -28,6 +28,9 @@ def _hooks(*names: str) -> list[Box]:
 ITERATION = [
     Box("a batch of tasks"),
     *_hooks("transform_tasks", "outer_step_weights"),
+    *_hooks("derivative_order"),
+    Box("every task's start"),
+    *_hooks("initialize_parameters"),
     Box("K inner steps, all tasks at once", "loop"),
     Box("query losses of adapted tasks"),
     *_hooks("transform_outer_losses"),
@@ -43,10 +46,10 @@ STEP = [
     Box("support losses"),
     *_hooks("transform_inner_losses"),
     Box("inner gradients"),
-    *_hooks("derivative_order", "transform_gradients"),
+    *_hooks("transform_gradients"),
     Box("inner learning rates"),
-    *_hooks("transform_learning_rates"),
-    Box("update: new fast weights"),
+    *_hooks("transform_learning_rates", "update_parameters"),
+    Box("new fast weights"),
 ]
 
 

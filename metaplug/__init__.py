@@ -14,18 +14,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from metaplug.contract.inner_step import InnerStep
+    from metaplug.contract.outcome import Outcome
     from metaplug.contract.plugin import LearnedPluginConfig, Plugin, PluginConfig, hookimpl, key_of
     from metaplug.contract.presets import PluginUse, Preset
     from metaplug.contract.schedule import epoch_of
     from metaplug.contract.task_batch import TaskBatch
-    from metaplug.contract.values import (
-        Context,
-        Gradients,
-        InnerStep,
-        LearningRates,
-        Outcome,
-        Parameters,
-    )
+    from metaplug.contract.values import Context, Gradients, LearningRates, Parameters
     from metaplug.errors import MetaplugError, RequestError, RunError
     from metaplug.evaluation.history import History, Record
     from metaplug.evaluation.results import EvaluationResult
@@ -67,14 +62,9 @@ if not TYPE_CHECKING:
         "contract.presets": ("PluginUse", "Preset"),
         "contract.schedule": ("epoch_of",),
         "contract.task_batch": ("TaskBatch",),
-        "contract.values": (
-            "Context",
-            "Gradients",
-            "InnerStep",
-            "LearningRates",
-            "Outcome",
-            "Parameters",
-        ),
+        "contract.inner_step": ("InnerStep",),
+        "contract.outcome": ("Outcome",),
+        "contract.values": ("Context", "Gradients", "LearningRates", "Parameters"),
         "errors": ("MetaplugError", "RequestError", "RunError"),
         "evaluation.history": ("History", "Record"),
         "evaluation.results": ("EvaluationResult",),

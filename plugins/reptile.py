@@ -32,7 +32,11 @@ class Reptile(Plugin):
         start, end = outcome.initial_parameters, outcome.adapted_parameters
         # Not by identity: a tensor that no step touched may be another one all the same.
         adapted = outcome.adapted if outcome.support_losses else ()
-        moved = {name: (start[name] - end[name]).detach().mean(0) for name in adapted}
+        moved = {
+            name: (start[name] - end[name]).detach().mean(0)
+            for name in adapted
+            if name in meta_parameters
+        }
         others = {name: each for name, each in meta_parameters.items() if name not in moved}
         if not others:
             return moved

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from metaplug.contract.inputs import Inputs, map_inputs
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_groups import uniform
+from metaplug.core.adaptation import adapt
 from metaplug.core.frozen_features import Call, FrozenFeatures, give_forward
 from metaplug.core.functional_model import Place
 from metaplug.core.inner_loop import InnerLoop
@@ -36,9 +37,9 @@ def find_frozen(inner: InnerLoop, batch: TaskBatch, written: Collection[Place]) 
     module = inner.functional.module
     stacked = inner.functional.inputs(uniform(batch).support_x, inner.dtype)
     x = map_inputs(lambda each: each[0], stacked)
+    varying = _varying(inner, batch)
     weights = [
-        each.detach().requires_grad_(name in inner.adapted)
-        for name, each in inner.parameters.items()
+        each.detach().requires_grad_(name in varying) for name, each in inner.parameters.items()
     ]
     with _recorded(module, inner.device) as calls, stream(0, inner.device):
         inner.functional(weights, x)
@@ -60,7 +61,7 @@ def find_frozen(inner: InnerLoop, batch: TaskBatch, written: Collection[Place]) 
     features = FrozenFeatures(module, frozenset(kept), names)
     inner.functional.watch(written)  # what modules are given back after a call has the store
     try:
-        _refuse_other_answers(inner, features, x)
+        _refuse_other_answers(inner, features, x, varying)
     except RequestError:
         features.remove()
         inner.functional.watch(written)
@@ -68,7 +69,23 @@ def find_frozen(inner: InnerLoop, batch: TaskBatch, written: Collection[Place]) 
     return features
 
 
-def _refuse_other_answers(inner: InnerLoop, features: FrozenFeatures, x: Inputs) -> None:
+def _varying(inner: InnerLoop, batch: TaskBatch) -> Collection[str]:
+    """The parameters that differ from step to step: adapted, or changed in transform_parameters."""
+    if not inner.chain.links("transform_parameters"):
+        return inner.adapted
+    vectorized, inner.vectorized = inner.vectorized, False
+    try:
+        task = batch.tasks(slice(0, 1))
+        found = adapt(inner, task, steps=0, training=False, iteration=0, query_after={0})
+    finally:
+        inner.vectorized = vectorized
+    before, values = found.adapted_parameters, found.query_parameters
+    return {*inner.adapted, *(name for name in before if values[name] is not before[name])}
+
+
+def _refuse_other_answers(
+    inner: InnerLoop, features: FrozenFeatures, x: Inputs, varying: Collection[str]
+) -> None:
     """Refuse a store with which the model answers otherwise once the adapted weights change.
 
     Autograd does not show all that reaches a module: a value may be detached, and a model branch at
@@ -79,7 +96,7 @@ def _refuse_other_answers(inner: InnerLoop, features: FrozenFeatures, x: Inputs)
     # Far from the first, so that choices by the largest of some numbers change, too.
     second = [
         0.1 * torch.randn(each.shape, generator=generator).to(each) - each
-        if name in inner.adapted
+        if name in varying
         else each
         for name, each in zip(inner.parameters, first, strict=True)
     ]

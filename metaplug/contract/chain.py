@@ -8,7 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -39,7 +39,7 @@ class Link:
     def call(self, given: Mapping[str, Any]) -> Any:
         """Call the implementation with the arguments that it names; errors say where."""
         values = [
-            given[name].seen_by(self.plugin) if name == "step" else given[name]
+            given[name].seen_by(self.plugin) if name in ("step", "outcome") else given[name]
             for name in self.arguments
         ]
         try:
@@ -141,15 +141,35 @@ class Chain:
             return answer
         return default
 
-    def setup(self, context: Context) -> None:
-        """Let every plugin create its meta-parameters and buffers, once in its life."""
+    def setup(self, context: Context) -> dict[str, Tensor]:
+        """Let every plugin create its meta-parameters and buffers, once in its life.
+
+        Plugins with task parameters come first, so the others find these in their context.
+
+        Returns:
+            The starts of the task parameters, by PLUGIN.NAME.
+        """
         if used := [plugin.name for plugin in self.plugins if plugin.is_set_up]:
-            fault = f"plugin {quoted(used)} already belongs to another learner"
-            raise RequestError(f"{fault}: make a new instance for each learner")
-        for plugin in self.plugins:
+            raise RequestError(
+                f"plugin {quoted(used)} already belongs to another learner: make a new instance "
+                "for each learner"
+            )
+        starts: dict[str, Tensor] = {}
+        asked = {link.plugin: link for link in self._links["task_parameters"]}
+        setups = {link.plugin: link for link in self._links["setup"]}
+        for plugin in sorted(self.plugins, key=lambda each: each not in asked):
             plugin.is_set_up = True
-        for link in self._links["setup"]:
-            link.call({"context": context})
+            if plugin in setups:
+                setups[plugin].call({"context": context})
+            if (link := asked.get(plugin)) is None:
+                continue
+            answer = link.call({"context": context}) or {}
+            fault = CHECKS["task_parameters"](plugin, answer, {"context": context})
+            if fault is not None:
+                raise link.fault(fault, {})
+            own = {f"{plugin.name}.{name}": start for name, start in answer.items()}
+            starts, context = starts | own, _with_task_parameters(context, own)
+        return starts
 
     def commit(
         self, kept: Mapping[str, Mapping[str, Tensor]], iteration: int | None = None
@@ -216,7 +236,7 @@ class Chain:
 
         advice, by_task = (
             f"see what '{name}' computes there, or leave it out",
-            link.hook.removeprefix("transform_") in _BY_TASK,
+            link.hook in _BY_TASK,
         )
         self.watch.look(kept, saying("kept"), advice)
         self.watch.look(result, saying("returned"), advice, by_task=by_task)
@@ -243,6 +263,17 @@ def _links(manager: pluggy.PluginManager, hook: str) -> tuple[Link, ...]:
     )
 
 
+def _with_task_parameters(context: Context, starts: Mapping[str, Tensor]) -> Context:
+    shapes = {name: start.shape for name, start in starts.items()}
+    parameters = {name: start.detach() for name, start in starts.items()}
+    return replace(
+        context,
+        shapes={**context.shapes, **shapes},
+        parameters={**context.parameters, **parameters},
+        adapted=(*context.adapted, *starts),
+    )
+
+
 def _check_list(plugins: Sequence[Plugin]) -> None:
     names, kinds = [each.name for each in plugins], [each.kind() for each in plugins]
     for index, plugin in enumerate(plugins):
@@ -257,8 +288,18 @@ def _check_list(plugins: Sequence[Plugin]) -> None:
         raise RequestError(f"plugin '{plugin.name}' {fault}")
 
 
-_BY_TASK = ("tasks", "parameters", "inner_losses", "gradients", "outer_losses")
-"""The values that have the tasks along their first axis, of the hooks transform_…."""
+_BY_TASK = frozenset(
+    {
+        "transform_tasks",
+        "initialize_parameters",
+        "transform_parameters",
+        "transform_inner_losses",
+        "transform_gradients",
+        "update_parameters",
+        "transform_outer_losses",
+    }
+)
+"""The hooks whose values have the tasks along their first axis."""
 
 _FOLDED = {
     hook: next(iter(inspect.signature(getattr(hookspecs, hook)).parameters))

@@ -31,15 +31,10 @@ import pluggy
 import torch
 from torch import Tensor, nn
 
+from metaplug.contract.inner_step import InnerStep
+from metaplug.contract.outcome import Outcome
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.contract.values import (
-    Context,
-    Gradients,
-    InnerStep,
-    LearningRates,
-    Outcome,
-    Parameters,
-)
+from metaplug.contract.values import Context, Gradients, LearningRates, Parameters
 
 F = TypeVar("F", bound=Callable[..., Any])
 _hookspec = pluggy.HookspecMarker("metaplug")
@@ -78,6 +73,16 @@ def setup(context: Context) -> None:
     """Create your nn.Parameters and buffers here, with `context.dtype` and `context.device`."""
 
 
+@collect
+def task_parameters(context: Context) -> Mapping[str, Tensor] | None:
+    """The starts, by name, of variables of your own that the inner loop adapts in every task.
+
+    They appear everywhere as PLUGIN.NAME, (T, *shape), and reach the model by your
+    `transform_parameters`. An nn.Parameter of yours, under its own name, is a start that is
+    meta-learned; a plain tensor is a constant one. Called after your `setup`.
+    """
+
+
 # In every meta-training iteration, before adaptation.
 
 
@@ -86,6 +91,17 @@ def transform_tasks(
     batch: TaskBatch, iteration: int, generator: torch.Generator
 ) -> TaskBatch | None:
     """Augment, relabel or mix meta-training batches; draw from `generator` (CPU) only."""
+
+
+# Once for every batch of training and of evaluation, before the first step.
+
+
+@fold
+def initialize_parameters(parameters: Parameters, step: InnerStep) -> Parameters | None:
+    """Every task's own start, (T, *shape), differentiable: from its support set by `step.forward`.
+
+    `step` is the first one. The loop, and the query pass of a loop of no steps, go on from it.
+    """
 
 
 # In every inner step k of training and of evaluation.
@@ -103,7 +119,11 @@ def transform_inner_losses(losses: Tensor, step: InnerStep) -> Tensor | None:
 
 @choose
 def derivative_order(step: InnerStep) -> int | None:
-    """2 (default) or 1: whether meta-gradients flow through this step's gradients; in training."""
+    """2 (default), 1: no meta-gradient flows through this step's gradients; in training.
+
+    0: none flows through the step at all, which then keeps no graph. It needs a plugin that answers
+    `compute_meta_gradients`. Decide by the step's index and iteration: it has no parameters yet.
+    """
 
 
 @fold
@@ -116,6 +136,16 @@ def transform_learning_rates(
     learning_rates: LearningRates, step: InnerStep
 ) -> LearningRates | None:
     """Learning rates by name, each broadcastable to (T, *shape); starts at the inner rate, ()."""
+
+
+@choose
+def update_parameters(
+    parameters: Parameters, gradients: Gradients, learning_rates: LearningRates, step: InnerStep
+) -> Parameters | None:
+    """Replace the inner optimizer's update of the adapted `parameters`; answer all their names.
+
+    A parameter that received no gradient has none in `gradients`.
+    """
 
 
 # In every meta-training iteration, after adaptation.

@@ -116,5 +116,8 @@ class Plugin(nn.Module):
 
     @property
     def transductive(self) -> bool:
-        """Whether, as configured, test tasks may share; results are then labelled transductive."""
+        """Whether, as configured, adaptation sees query examples, or test tasks share.
+
+        Results are then labelled transductive.
+        """
         return False

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import did_you_mean, quoted
@@ -111,7 +111,36 @@ def _check_factor(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
 
 
 def _check_order(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
-    return None if after in (1, 2) else f"answered {after!r}: the derivative order is 1 or 2"
+    fits = after in (0, 1, 2) and not isinstance(after, bool)
+    return None if fits else f"answered {after!r}: the derivative order is 0, 1 or 2"
+
+
+def _check_task_parameters(plugin: Any, after: Any, arguments: Mapping[str, Any]) -> str | None:
+    """Of tensors by name; a parameter stands under the name by which it is meta-learned."""
+    context, own = arguments["context"], dict(plugin.named_parameters())
+    if not isinstance(after, Mapping):
+        return f"answered {type(after).__name__}, not a mapping from names to tensors"
+    for name, start in after.items():
+        where = f"answered '{name}'"
+        if not isinstance(name, str) or not isinstance(start, Tensor):
+            return f"answered {name!r}: {type(start).__name__}, not a tensor by name"
+        if (start.dtype, start.device) != (context.dtype, context.device):
+            wanted = f"{context.dtype} on {context.device}"
+            return f"{where} of {form(start)}; make it {wanted}, by context.dtype and device"
+        if f"{plugin.name}.{name}" in context.shapes:
+            return f"{where}, but '{plugin.name}.{name}' is a parameter of the model: rename one"
+        is_parameter = isinstance(start, nn.Parameter)
+        if is_parameter and start is not own.get(name):
+            known = next((key for key, each in own.items() if each is start), None)
+            advice = f"call it '{known}'" if known else "register it with the plugin in setup"
+            return f"{where}, a parameter that the plugin does not have by this name: {advice}"
+        if start.requires_grad and not is_parameter:
+            return f"{where}, which requires a gradient but is no nn.Parameter: nothing learns it"
+    return None
+
+
+def _check_updated(before: Any, after: Any, arguments: Mapping[str, Any]) -> str | None:
+    return _check_mapping(arguments["parameters"], after, arguments)
 
 
 def _check_weights(before: Any, after: Any, arguments: Mapping[str, Any]) -> str | None:
@@ -149,12 +178,15 @@ def _check_figures(before: Any, after: Any, _: Mapping[str, Any]) -> str | None:
 
 CHECKS: dict[str, Callable[[Any, Any, Mapping[str, Any]], str | None]] = {
     "select_adapted": _check_subset,
+    "task_parameters": _check_task_parameters,
     "transform_tasks": _check_batch,
+    "initialize_parameters": _check_mapping,
     "transform_parameters": _check_mapping,
     "transform_inner_losses": _check_tensor,
     "derivative_order": _check_order,
     "transform_gradients": _check_mapping,
     "transform_learning_rates": _check_learning_rates,
+    "update_parameters": _check_updated,
     "outer_step_weights": _check_weights,
     "transform_outer_losses": _check_tensor,
     "compute_meta_gradients": _check_meta_gradients,

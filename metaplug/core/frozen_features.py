@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metaplug.core.vmap_rules import as_stacked, from_stacked
-from metaplug.errors import RunError
 
 Call = tuple[str, int]
 """A module's path, and which of its calls in one forward pass."""
@@ -75,17 +74,9 @@ class FrozenFeatures:
             for call, (leaves, _) in kept.items()
         }
 
-    def check(self, values: Mapping[str, Tensor], fast: Mapping[str, Tensor]) -> None:
-        """Refuse other values of the parameters that the kept modules read.
-
-        Raises:
-            RunError: a plugin changed one in transform_parameters.
-        """
-        if changed := [name for name in self.parameters if values[name] is not fast[name]]:
-            raise RunError(
-                f"cache_frozen keeps what '{changed[0]}' makes, but a plugin's "
-                "transform_parameters changes it from step to step: leave one of the two out"
-            )
+    def fit(self, values: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> bool:
+        """Whether values are the first ones of this batch, for all that the kept modules read."""
+        return all(values[name] is initial[name] for name in self.parameters)
 
     def _keeping(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def kept_forward(*args: Any, **kwargs: Any) -> Any:

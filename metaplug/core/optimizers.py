@@ -14,6 +14,7 @@ from typing import Any
 import higher
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from metaplug.errors import RequestError, did_you_mean, unknown
 
@@ -37,6 +38,10 @@ class DifferentiableOptimizer:
         name, settings: a name in OPTIMIZERS, and its settings.
         lr: a learning rate that torch accepts; every step brings its own.
         count: how many tensors a step updates.
+
+    Attributes:
+        name: as given.
+        is_plain: whether a step is θ − α g, and no setting asks for more.
 
     Raises:
         RequestError: an unknown optimizer, or a setting that higher would ignore or get wrong.
@@ -75,7 +80,8 @@ class DifferentiableOptimizer:
             warnings.filterwarnings("ignore", message=message, category=UserWarning)
             make = _Sgd if optimizer is torch.optim.SGD else higher.optim.get_diff_optim
             self._optimizer = make(given, stand_ins)
-        group = self._optimizer.param_groups[0]
+        self.name, group = name, self._optimizer.param_groups[0]
+        self.is_plain = isinstance(self._optimizer, _Sgd) and not any(settings.values())
         self._eps, self._betas = group.get("eps"), group.get("betas")
         self._unconnected = torch.zeros((), requires_grad=True)
         self.reset()
@@ -113,6 +119,10 @@ class DifferentiableOptimizer:
         for group, saved in zip(self._optimizer.state, snapshot, strict=True):
             group.clear()
             group.update({place: dict(state) for place, state in saved.items()})
+
+    def detach(self) -> None:
+        """Cut the graph to earlier steps."""
+        self.restore(tree_map_only(Tensor, Tensor.detach, self.snapshot()))
 
     def reset(self) -> None:
         """Forget momenta, and release the last tensors, which would keep their graph alive."""

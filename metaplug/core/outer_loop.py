@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metaplug.contract.chain import Chain
+from metaplug.contract.inner_step import TaskShare
+from metaplug.contract.outcome import Outcome
+from metaplug.contract.return_checks import form
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.contract.values import Outcome, TaskShare
-from metaplug.core.inner_loop import NO_DERIVATIVE, InnerLoop
-from metaplug.errors import RunError
+from metaplug.core.adaptation import NO_DERIVATIVE, adapt
+from metaplug.core.inner_loop import InnerLoop
+from metaplug.errors import RequestError, RunError, did_you_mean
 
 _NO_DERIVATIVE = (
     f"every loss on the way was finite: an operation of the model or of a plugin {NO_DERIVATIVE}"
@@ -99,24 +103,17 @@ class OuterLoop:
             orders: derivative orders of the inner steps, where they are known already.
             share: the part that these tasks are of those of all ranks.
         """
-        outcome = self.inner.run(
-            batch,
-            steps=self.inner.inner_steps,
-            training=True,
-            iteration=iteration,
-            total=total,
-            query_after=weights,
-            share=share,
-            orders=orders,
-        )
-        weighted = [weight * outcome.query_losses[after] for after, weight in weights.items()]
-        losses = self.chain.fold(
-            "transform_outer_losses",
-            torch.stack(weighted).sum(0),
-            outcome=outcome,
-            iteration=iteration,
-        )
-        outer_loss = losses.mean()
+        known: dict[str, Any] = {"orders": orders, "share": share}
+        outcome, outer_loss = self._outer_loss(batch, iteration, total, weights, **known)
+
+        shared = outcome.model_parameters  # the outcome itself would hold on to itself
+
+        def again(parameters: Mapping[str, Tensor]) -> Tensor:
+            _check_parameters(parameters, shared)
+            given = {**known, "parameters": parameters}
+            return self._outer_loss(batch, iteration, total, weights, **given)[1]
+
+        outcome = replace(outcome, again=again)
         replaced = self.chain.choose(
             "compute_meta_gradients",
             None,
@@ -126,6 +123,12 @@ class OuterLoop:
             learned=tuple(self.chain.named_parameters()),
             iteration=iteration,
         )
+        if replaced is None and 0 in outcome.derivative_orders:
+            raise RunError(
+                "derivative order 0 leaves no way from the outer loss to what tasks start from, so "
+                "it would never learn: add a plugin that makes meta-gradients itself, such as "
+                "reptile or imaml, or use order 1 or 2"
+            )
         watch = self.chain.watch
         if watch is not None:
             watch.look(
@@ -147,6 +150,34 @@ class OuterLoop:
         return MetaGradients(
             gradients, outer_loss.detach(), torch.stack(on_the_way), outcome.statistics, outcome
         )
+
+    def _outer_loss(
+        self,
+        batch: TaskBatch,
+        iteration: int,
+        total: int,
+        weights: Mapping[int, float],
+        **options: Any,
+    ) -> tuple[Outcome, Tensor]:
+        """Adapt the tasks, and return how, with the mean of their outer losses ()."""
+        outcome = adapt(
+            self.inner,
+            batch,
+            steps=self.inner.inner_steps,
+            training=True,
+            iteration=iteration,
+            total=total,
+            query_after=weights,
+            **options,
+        )
+        weighted = [weight * outcome.query_losses[after] for after, weight in weights.items()]
+        losses = self.chain.fold(
+            "transform_outer_losses",
+            torch.stack(weighted).sum(0),
+            outcome=outcome,
+            iteration=iteration,
+        )
+        return outcome, losses.mean()
 
     def _differentiate(self, outer_loss: Tensor) -> dict[str, Tensor]:
         if not outer_loss.requires_grad:
@@ -173,6 +204,18 @@ class OuterLoop:
         return (
             torch.linalg.vector_norm(value.detach(), math.inf) for value in values if value.numel()
         )
+
+
+def _check_parameters(given: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:
+    for name, value in given.items():
+        if name not in known:
+            fault = f"an outer loss is asked for at '{name}', which is no parameter of the model"
+            raise RequestError(f"{fault}: {did_you_mean(name, known)}")
+        if value.shape != known[name].shape:
+            raise RequestError(
+                f"an outer loss is asked for at '{name}' of {form(value)}, not of "
+                f"{form(known[name])}: give it without a task axis"
+            )
 
 
 def _not_differentiable(error: RuntimeError) -> RuntimeError:

@@ -61,7 +61,7 @@ class Evaluator:
     def transductive(self) -> tuple[str, ...]:
         """What lets the examples of a test batch see each other, in words."""
         transductive = self.engine.chain.transductive
-        reasons = [f"plugin {name} shares between test tasks" for name in transductive]
+        reasons = [f"plugin {name} sees more than a task's support set" for name in transductive]
         norms = nn.modules.batchnorm._BatchNorm
         layers = [layer for layer in self._model.modules() if isinstance(layer, norms)]
         own = self.engine.inner.functional.batch_norm == "batch"

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from metaplug.checks.find_nonfinite import find_nonfinite_at_evaluation
 from metaplug.checks.prepare_batch import PrepareBatch
+from metaplug.contract.outcome import Outcome
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_sizes import IGNORED, TaskSize
-from metaplug.contract.values import Outcome
 from metaplug.errors import RunError
 from metaplug.evaluation.results import larger
 from metaplug.evaluation.score_tasks import Scorer

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from metaplug.contract.chain import Chain
+from metaplug.contract.outcome import Outcome
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.contract.values import Outcome
+from metaplug.core.adaptation import adapt
 from metaplug.core.inner_loop import InnerLoop
 from metaplug.core.outer_loop import MetaGradients, OuterLoop
 from metaplug.core.recording import recording
@@ -276,7 +277,8 @@ class Engine:
         return torch.stack([found.outer_loss.to(norm), norm, finite.to(norm.dtype)])
 
     def _adapt(self, batch: TaskBatch, steps: int, seeds: Sequence[int] | None) -> Outcome:
-        return self.inner.run(
+        return adapt(
+            self.inner,
             batch,
             steps=steps,
             training=False,

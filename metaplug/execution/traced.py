@@ -245,8 +245,9 @@ def _places(engine: Engine) -> list[tuple[Any, str]]:
     ]
     # The clone that runs takes over the buffers of the model itself at every step.
     holders += [module._buffers for module in engine.inner.functional.model.modules()]
+    inner = engine.inner
     found: list[tuple[Any, str]] = [
-        (engine.inner.parameters, name) for name in engine.inner.parameters
+        (holder, name) for holder in (inner.parameters, inner.variables) for name in holder
     ]
     for holder in holders:
         found += [(holder, name) for name, tensor in holder.items() if tensor is not None]
@@ -263,7 +264,9 @@ def _swapped(engine: Engine, tensors: Sequence[Tensor], like: TaskBatch) -> Iter
     new: dict[int, Any] = {}
     try:
         for (holder, name), old, tensor in zip(places, before, tensors, strict=False):
-            holder[name] = new[id(old)] = tensor.detach().requires_grad_(old.requires_grad)
+            if id(old) not in new:  # a task parameter's start stands in two places, and is one
+                new[id(old)] = tensor.detach().requires_grad_(old.requires_grad)
+            holder[name] = new[id(old)]
         engine.meta_parameters.update({name: new[id(old)] for name, old in meta_parameters.items()})
         yield like.with_tensors(tensors[len(places) :])
     finally:

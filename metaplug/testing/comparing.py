@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaplug.contract.outcome import Outcome
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.contract.values import Outcome
 from metaplug.core.outer_loop import MetaGradients
 from metaplug.learner import MetaLearner
 

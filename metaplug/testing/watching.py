@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from metaplug.contract import hookspecs
 from metaplug.contract.chain import Link
+from metaplug.contract.inner_step import InnerStep
+from metaplug.contract.outcome import Outcome
 from metaplug.contract.plugin import Plugin
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.contract.values import Context, InnerStep, Outcome
+from metaplug.contract.values import Context
 from metaplug.learner import MetaLearner
 
 _FIELDS: dict[type, tuple[str, ...]] = {

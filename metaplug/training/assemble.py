@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from metaplug.checks.find_nonfinite import find_nonfinite
 from metaplug.contract.chain import Chain
@@ -29,6 +29,8 @@ LOSSES: dict[Kind, Loss] = {
     "regression": nn.functional.mse_loss,
 }
 """The loss of one task where none is given."""
+
+_NOTHING_ADAPTS = "the plugins select no parameter to adapt: leave at least one"
 
 
 def learner_settings(preset: Preset | None, given: Mapping[str, Any]) -> LearnerSettings:
@@ -68,8 +70,9 @@ def assemble(
             device or with its dtype.
     """
     world.align([*model.parameters(), *model.buffers()])  # plugins start from these values
-    adapted = _set_up(model, chain, settings, kind, world)
-    world.align([each for own in chain.plugins for each in (*own.parameters(), *own.buffers())])
+    adapted, variables = _set_up(model, chain, settings, kind, world)
+    owned = [each for own in chain.plugins for each in (*own.parameters(), *own.buffers())]
+    world.align([*owned, *variables.values()])
     inner = InnerLoop(
         model,
         chain,
@@ -81,6 +84,7 @@ def assemble(
         optimizer_settings=settings.inner_optimizer_settings,
         batch_norm=settings.batch_norm,
         output=settings.output,
+        variables=variables,
     )
     check_precision(precision, inner.dtype, inner.device)
     plan.check_device(inner.device)
@@ -104,13 +108,13 @@ def assemble(
 
 def _set_up(
     model: nn.Module, chain: Chain, settings: LearnerSettings, kind: Kind, world: World
-) -> tuple[str, ...]:
-    """Let the plugins choose what is adapted, and create their meta-parameters."""
+) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """Let the plugins choose what is adapted, and create their meta- and task parameters."""
     trainable = {name: each for name, each in model.named_parameters() if each.requires_grad}
     layers = {name: type(model.get_submodule(name.rpartition(".")[0])) for name in trainable}
     selected = chain.fold("select_adapted", tuple(trainable), layers=layers)
-    if not selected:
-        raise RequestError("the plugins select no parameter to adapt: leave at least one")
+    if not selected and not chain.links("task_parameters"):
+        raise RequestError(_NOTHING_ADAPTS)
     adapted = tuple(name for name in trainable if name in selected)
     reference = next(iter(trainable.values()))
     context = Context(
@@ -125,5 +129,7 @@ def _set_up(
         kind=kind,
         ranks=world.size,
     )
-    chain.setup(context)
-    return adapted
+    variables = chain.setup(context)
+    if not adapted and not variables:
+        raise RequestError(_NOTHING_ADAPTS)
+    return adapted, variables

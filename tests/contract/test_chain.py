@@ -45,8 +45,16 @@ class Log(Plugin):
         self.note("setup")
 
     @hookimpl
+    def task_parameters(self):
+        self.note("task_parameters")
+
+    @hookimpl
     def transform_tasks(self):
         self.note("transform_tasks")
+
+    @hookimpl
+    def initialize_parameters(self):
+        self.note("initialize_parameters")
 
     @hookimpl
     def transform_parameters(self):
@@ -68,6 +76,10 @@ class Log(Plugin):
     @hookimpl
     def transform_learning_rates(self):
         self.note("transform_learning_rates")
+
+    @hookimpl
+    def update_parameters(self):
+        self.note("update_parameters")
 
     @hookimpl
     def outer_step_weights(self):
@@ -105,17 +117,21 @@ def test_hooks_are_called_in_the_documented_order_and_plugins_in_the_order_of_th
     names = ("third", "first", "second")
     Log.calls.clear()
     learner = problem(steps=1).learner(plugins=[Log(name=name) for name in names])
-    assert Log.calls == [(name, hook) for hook in ("select_adapted", "setup") for name in names]
+    # A plugin's task parameters come right after its setup, so that the next one finds them.
+    made = [(name, hook) for name in names for hook in ("setup", "task_parameters")]
+    assert Log.calls == [*((name, "select_adapted") for name in names), *made]
     Log.calls.clear()
     learner.fit(Stream(), iterations=1)
     hooks = (
         "transform_tasks",
         "outer_step_weights",
+        "derivative_order",
+        "initialize_parameters",
         "transform_parameters",
         "transform_inner_losses",
-        "derivative_order",
         "transform_gradients",
         "transform_learning_rates",
+        "update_parameters",
         "transform_parameters",
         "transform_outer_losses",
         "compute_meta_gradients",
@@ -133,10 +149,12 @@ def test_evaluation_asks_only_for_what_belongs_to_the_inner_loop():
     Log.calls.clear()
     learner.evaluate(Stream(), num_tasks=1)
     inside = [
+        "initialize_parameters",
         "transform_parameters",
         "transform_inner_losses",
         "transform_gradients",
         "transform_learning_rates",
+        "update_parameters",
         "transform_parameters",
     ]
     assert [hook for _, hook in Log.calls] == inside
@@ -463,7 +481,7 @@ FAULTS = [
         ),
         "returned a batch whose support_y is torch.float32 on cpu; it must be torch.float64 on cpu",
     ),
-    ("derivative_order", lambda step: 3, "answered 3: the derivative order is 1 or 2"),
+    ("derivative_order", lambda step: 3, "answered 3: the derivative order is 0, 1 or 2"),
     (
         "outer_step_weights",
         lambda steps: [1.0],
@@ -563,13 +581,16 @@ def test_an_exception_inside_a_plugin_names_the_place_and_keeps_the_cause():
 PLACES = {
     "select_adapted": "",
     "setup": "",
+    "task_parameters": "",
     "transform_tasks": ", iteration 1",
+    "initialize_parameters": ", iteration 1, inner step 0",
     "outer_step_weights": ", iteration 1",
     "transform_parameters": ", iteration 1, inner step 0",
     "transform_inner_losses": ", iteration 1, inner step 0",
     "derivative_order": ", iteration 1, inner step 0",
     "transform_gradients": ", iteration 1, inner step 0",
     "transform_learning_rates": ", iteration 1, inner step 0",
+    "update_parameters": ", iteration 1, inner step 0",
     "transform_outer_losses": ", iteration 1",
     "compute_meta_gradients": ", iteration 1",
     "transform_meta_gradients": ", iteration 1",
@@ -668,9 +689,9 @@ def test_losses_are_not_known_before_the_forward_pass():
             return step.losses
 
     expected = (
-        "plugin 'early' asks for this step's losses in transform_parameters, before the forward "
-        "pass that makes them: "
-        "use them in transform_inner_losses, transform_gradients or transform_learning_rates"
+        "plugin 'early' asks for this step's losses before the forward pass that makes them: use "
+        "them in transform_inner_losses, transform_gradients, transform_learning_rates or "
+        "update_parameters, or call step.forward"
     )
     assert refused([Early()]) == expected
 

@@ -566,6 +566,6 @@ def test_a_transductive_plugin_is_named_in_what_is_written():
     learner = problem("batch-norm").learner(plugins=[GradientSharing(share_at_evaluation=True)])
     values = result_values(learner.evaluate(Stream("batch-norm", split="test"), num_tasks=2))
     assert statements(values) == [
-        "transductive: plugin gradient-sharing shares between test tasks",
+        "transductive: plugin gradient-sharing sees more than a task's support set",
         "transductive: batch norm uses the statistics of each task's own batch",
     ]

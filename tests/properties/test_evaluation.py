@@ -371,7 +371,7 @@ def test_what_lets_test_examples_see_each_other_is_named():
             .transductive
         )
 
-    sharing = "plugin gradient-sharing shares between test tasks"
+    sharing = "plugin gradient-sharing sees more than a task's support set"
     batch_norm = "batch norm uses the statistics of each task's own batch"
     assert reasons("mlp") == ()
     assert reasons("mlp", share_at_evaluation=True) == (sharing,)
@@ -402,9 +402,10 @@ def test_a_plugin_of_others_is_named_where_it_lets_test_tasks_share():
             return {name: gradient.clamp(-1, 1) for name, gradient in gradients.items()}
 
     result = problem().learner(plugins=[Apart(), Centred()]).evaluate(TEST, num_tasks=3)
-    assert result.transductive == ("plugin centred shares between test tasks",)
+    assert result.transductive == ("plugin centred sees more than a task's support set",)
     assert str(result).endswith(
-        "(95 % interval over 3 tasks; transductive: plugin centred shares between test tasks)"
+        "(95 % interval over 3 tasks; transductive: plugin centred sees more than a task's "
+        "support set)"
     )
     assert str(problem().learner(plugins=[Apart()]).evaluate(TEST, num_tasks=3)).endswith(
         "transductive: no)"

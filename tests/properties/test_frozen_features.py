@@ -9,7 +9,7 @@ import torch
 from support.plain_loop import loop, off
 from torch import nn
 
-from metaplug import MetaLearner, Plugin, RequestError, RunError, TaskBatch, hookimpl
+from metaplug import MetaLearner, Plugin, RequestError, TaskBatch, hookimpl
 from metaplug.execution.traced import CompiledDerivation
 from metaplug.testing import found
 
@@ -117,6 +117,11 @@ CASES = {
         lambda: perceptron(nn.BatchNorm1d(6)),
         {**HEAD, "batch_norm": "frozen"},
         {"0", "1", "2", "3"},
+    ),
+    "changed by a plugin": (
+        lambda: perceptron(nn.BatchNorm1d(6)),
+        {"plugins": ["partial-adaptation", "per-step-batch-norm"], "batch_norm": "frozen"},
+        {"0"},
     ),
     "adapters": (adapters, {}, {"0", "1", "2.base"}),
     "names, pairs, twice": (
@@ -365,18 +370,6 @@ class Shifted(Plugin):
         return {**parameters, self.parameter: parameters[self.parameter] + step.index}
 
 
-OTHER = (
-    "cache_frozen keeps what '{}' makes, but a plugin's transform_parameters changes it from step "
-    "to step: leave one of the two out"
-)
-
-
-def test_a_plugin_that_changes_what_a_kept_module_reads_is_refused():
-    model = perceptron(nn.BatchNorm1d(6))
-    given = {"plugins": ["partial-adaptation", "per-step-batch-norm"], "batch_norm": "frozen"}
-    assert refused(model, RunError, **given) == OTHER.format("1.weight")
-
-
 class Tied(nn.Module):
     """Its second layer has the first one's weight, and alone is kept by calls."""
 
@@ -391,7 +384,7 @@ class Tied(nn.Module):
 
 def test_a_tied_weight_is_known_by_the_models_own_name():
     given = {"plugins": ["partial-adaptation", Shifted("unused.weight")]}
-    assert refused(Tied(), RunError, **given) == OTHER.format("unused.weight")
+    assert "but nothing does" in refused(Tied(), **given)
 
 
 OTHERWISE = (

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from metaplug.contract.inner_step import InnerStep
 from metaplug.contract.task_batch import TaskSize
 from metaplug.contract.task_groups import alike
-from metaplug.contract.values import InnerStep
 from metaplug.errors import RequestError, RunError
 from metaplug.tasks import TaskBatch
 

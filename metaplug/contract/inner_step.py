@@ -1,0 +1,230 @@
+"""One step of the inner loop, as a plugin sees it: T tasks in a batch, K inner steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, overload
+
+from torch import Tensor
+
+from metaplug.contract.plugin import Plugin
+from metaplug.contract.task_groups import by_size
+from metaplug.contract.task_sizes import Part, TaskSize
+from metaplug.contract.values import Gradients, Parameters
+from metaplug.errors import RequestError
+
+
+class TaskShare(Protocol):
+    """This rank's share of a meta-batch, and the mean over ranks."""
+
+    @property
+    def weight(self) -> float: ...
+    def mean(self, x: Tensor) -> Tensor: ...
+
+
+class Passes(Protocol):
+    """What the inner loop computes once more for a plugin."""
+
+    def forward(
+        self, step: InnerStep, parameters: Parameters, part: Part
+    ) -> tuple[Tensor, Tensor]: ...
+    def objective(self, step: InnerStep, parameters: Parameters) -> Tensor: ...
+    def gradients(self, step: InnerStep, losses: Tensor, parameters: Parameters) -> Gradients: ...
+
+
+@dataclass(frozen=True, slots=True)
+class InnerStep:
+    """One step of the inner loop, as one plugin sees it.
+
+    Attributes:
+        index: k, counted from 0.
+        count: K, the number of steps of this loop.
+        trained_steps: the number of steps that the model is meta-trained with.
+        meta_iteration: the meta-iteration, counted from 0.
+        meta_iterations: the meta-iterations of the whole run; 0 where none has begun.
+        training: whether this is meta-training; False when test tasks are adapted.
+        parameters: the fast weights of this forward pass, all parameters of the model and, by
+            PLUGIN.NAME, the plugins' task parameters.
+        initial_parameters: the weights that every task started from.
+        sizes: of each task, where they differ; predictions are padded with zeros beyond them.
+        class_axis: of `predictions`: that of classes, or the first of outputs that have a target
+            each; None elsewhere.
+        second_order: whether meta-gradients flow through the gradients that are taken in this step.
+
+    >>> InnerStep(7, 8, trained_steps=5, meta_iteration=0, meta_iterations=0, training=False).slot
+    4
+    """
+
+    index: int
+    count: int
+    trained_steps: int
+    meta_iteration: int
+    meta_iterations: int
+    training: bool
+    parameters: Parameters = field(default_factory=dict)
+    initial_parameters: Parameters = field(default_factory=dict)
+    support_losses: Tensor | None = None
+    support_predictions: Tensor | None = None
+    statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    owner: Plugin | None = None
+    share: TaskShare | None = None
+    sizes: tuple[TaskSize, ...] | None = None
+    class_axis: int | None = None
+    support_targets: Tensor | None = None
+    second_order: bool = False
+    passes: Passes | None = None
+
+    @property
+    def slot(self) -> int:
+        """min(k, trained steps − 1): the place of this step's meta-parameters."""
+        if self.trained_steps == 0:
+            raise RequestError(
+                f"plugin '{self._owner.name}' keeps a value for each inner step, but the model is "
+                "trained with none: train with inner_steps of at least 1, or leave the plugin out"
+            )
+        return min(self.index, self.trained_steps - 1)
+
+    @property
+    def losses(self) -> Tensor:
+        """(T,) support losses, before `transform_inner_losses`."""
+        return self._of_forward("losses", self.support_losses)
+
+    @property
+    def predictions(self) -> Tensor:
+        """(T, n_support, *output) of the support pass; logits in classification."""
+        return self._of_forward("predictions", self.support_predictions)
+
+    @property
+    def targets(self) -> Tensor:
+        """(T, n_support, *target) of the support pass; class indices of -100 count for nothing."""
+        return self._of_forward("targets", self.support_targets)
+
+    @overload
+    def forward(
+        self, parameters: Parameters, part: Literal["support"] = "support"
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(self, parameters: Parameters, part: Literal["query"]) -> Tensor: ...
+    def forward(
+        self, parameters: Parameters, part: Part = "support"
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """Run the model once more, with other values; `transform_parameters` of all plugins apply.
+
+        Args:
+            parameters: (T, *shape) by name; those left out are this step's.
+            part: the examples. Query examples come without their labels.
+
+        Returns:
+            Losses (T,), before `transform_inner_losses`, and predictions (T, n_support, *output);
+            of query examples the predictions alone.
+
+        Raises:
+            RequestError: in `transform_parameters`, which this pass calls itself; query examples in
+                a plugin that is not `transductive`; or other names or shapes.
+        """
+        if part == "query" and not self._owner.transductive:
+            raise RequestError(
+                f"plugin '{self._owner.name}' reads the query examples in the inner loop, but does "
+                "not say that results are transductive: give its class the property transductive"
+            )
+        losses, predictions = self._passes.forward(self, parameters, part)
+        return (losses, predictions) if part == "support" else predictions
+
+    def objective(self, parameters: Parameters) -> Tensor:
+        """Return the (T,) losses that the inner loop descends, at other values.
+
+        They are those of `forward` after `transform_inner_losses` of all plugins, where it cannot
+        be called.
+
+        Args:
+            parameters: as for `forward`.
+        """
+        return self._passes.objective(self, parameters)
+
+    def gradients(self, losses: Tensor, parameters: Parameters) -> Gradients:
+        """Return every task's gradient of its own loss, (T, *shape), of the parameters it reaches.
+
+        Meta-gradients flow through it where this step is of second order; the graph of `losses`
+        stays.
+
+        Args:
+            losses: (T,), of `forward` or `objective`.
+            parameters: what to differentiate with respect to, (T, *shape) by name, as `losses`
+                were made with.
+        """
+        return self._passes.gradients(self, losses, parameters)
+
+    def by_task(self, function: Callable[..., Tensor], *others: Tensor) -> Tensor:
+        """Return what `function` gives of the support predictions, whatever the tasks' sizes.
+
+        Args:
+            function: from the predictions (tasks, n_support, *output) of tasks of one size, without
+                padding and without outputs beyond their ways, to (tasks, ...). It is called once
+                for each size.
+            others: (T, n_support, ...) each, such as `targets`; `function` gets the rows of these
+                tasks too, without padding.
+        """
+        form: dict[str, Any] = {"sizes": self.sizes, "class_axis": self.class_axis}
+        return by_size(function, self.predictions, *others, part="support", **form)
+
+    def task_mean(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Σ_t w[t]·x[t] / T over all tasks of the meta-batch, across ranks too; differentiable.
+
+        Ranks wait for each other here: call it equally often, with equal shapes, for all tasks.
+
+        Args:
+            x: (T, ...), a floating dtype.
+            weights: (T,), of x's dtype; default: all 1. Cheaper than a product by element.
+
+        Raises:
+            RequestError: at evaluation, where tasks must not see each other, unless the plugin is
+                transductive; or the plugin does not declare `couples_tasks`.
+        """
+        if not self._owner.couples_tasks:
+            fault = f"plugin '{self._owner.name}' takes a mean over tasks but does not say so"
+            raise RequestError(f"{fault}: set couples_tasks = True on its class, or in its module")
+        if not self.training and not self._owner.transductive:
+            raise RequestError(
+                f"plugin '{self._owner.name}' takes a mean over test tasks, which must not see "
+                "each other: use what was stored in training when step.training is False"
+            )
+        if weights is None:
+            mean = x.mean(0)
+        else:  # one matrix product
+            mean = ((weights / len(weights)) @ x.reshape(len(x), -1)).view(x.shape[1:])
+        return mean if self.share is None else self.share.mean(mean)
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """Hand over a statistic, detached; `commit` receives it by this name after the meta-update.
+
+        Across ranks it receives the mean weighted by their tasks: keep a mean over tasks, a float.
+        """
+        self.statistics.setdefault(self._owner.name, {})[name] = tensor.detach()
+
+    def seen_by(self, owner: Plugin) -> InnerStep:
+        """The same step, held by `owner`."""
+        return replace(self, owner=owner)
+
+    def _of_forward(self, what: str, value: Tensor | None) -> Tensor:
+        if value is None:
+            raise RequestError(
+                f"plugin '{self._owner.name}' asks for this step's {what} before the forward pass "
+                "that makes them: use them in transform_inner_losses, transform_gradients, "
+                "transform_learning_rates or update_parameters, or call step.forward"
+            )
+        return value
+
+    @property
+    def _owner(self) -> Plugin:
+        assert self.owner is not None, "a step is always given to a plugin through seen_by"
+        return self.owner
+
+    @property
+    def _passes(self) -> Passes:
+        if self.passes is None:
+            raise RequestError(
+                f"plugin '{self._owner.name}' asks for a pass of the model where none can be made, "
+                "as in derivative_order: call it in a hook of the inner loop that has parameters"
+            )
+        return self.passes
