@@ -197,7 +197,9 @@ class _Adaptation:
             index=index,
             parameters=MappingProxyType(fast),
             initial_parameters=MappingProxyType(initial),
-            second_order=self.first.training and graph and 2 in (*self.orders[index:], 2)[:1],
+            second_order=graph
+            and self.first.training
+            and self.orders[index : index + 1] in ((2,), ()),
             passes=self.passes,
             **more,
         )
@@ -267,15 +269,16 @@ class _Adaptation:
         self, before: Weights, gradients: Weights, rates: Weights, step: InnerStep
     ) -> Weights:
         """Return the adapted weights after a plugin's update, or that of the inner optimizer."""
-        loop = self.loop
-        answer: Weights | None = loop.chain.choose(
-            "update_parameters",
-            None,
-            parameters=MappingProxyType(before),
-            gradients=MappingProxyType(dict(gradients)),
-            learning_rates=MappingProxyType(dict(rates)),
-            step=step,
-        )
+        loop, answer = self.loop, None
+        if links := loop.chain.links("update_parameters"):
+            answer = loop.chain.choose(
+                "update_parameters",
+                None,
+                parameters=MappingProxyType(before),
+                gradients=MappingProxyType(dict(gradients)),
+                learning_rates=MappingProxyType(dict(rates)),
+                step=step,
+            )
         if answer is None:
             updated = loop.optimizer.step(
                 list(before.values()),
@@ -284,7 +287,7 @@ class _Adaptation:
             )
             return dict(zip(before, updated, strict=True))
         if not loop.optimizer.is_plain:
-            by = quoted(link.plugin.name for link in loop.chain.links("update_parameters"))
+            by = quoted(link.plugin.name for link in links)
             raise RequestError(
                 f"plugin {by} makes the inner update itself, so the inner optimizer "
                 f"'{loop.optimizer.name}' and its settings would do nothing: leave them out"
