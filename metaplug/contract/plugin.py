@@ -73,8 +73,9 @@ class Plugin(nn.Module):
     """Plugins that must stand before this one in the list. Checked, never used to reorder."""
     conflicts_with: ClassVar[tuple[str, ...]] = ()
     """Plugins that cannot be used beside this one."""
-    couples_tasks: ClassVar[bool] = False
-    """Whether a task's result depends on other tasks of its batch; `task_mean` asks for it."""
+    couples_tasks: bool = False
+    """Whether a task's result depends on other tasks of its batch; `task_mean` asks for it. Where
+    the configuration decides, the class says True, and `setup` sets it on the instance."""
 
     def __init__(self, *, name: str | None = None, **settings: Any) -> None:
         super().__init__()

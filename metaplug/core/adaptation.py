@@ -24,6 +24,7 @@ from torch import Tensor
 from metaplug.contract.inner_step import InnerStep, TaskShare
 from metaplug.contract.outcome import Outcome
 from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_sizes import Part
 from metaplug.core.inner_loop import InnerLoop
 from metaplug.core.model_passes import ModelPasses, Pass, Weights
 from metaplug.core.recording import recording
@@ -99,7 +100,7 @@ def adapt(
             training,
             share=share,
             sizes=batch.sizes,
-            support_targets=_without_padding(batch),
+            support_targets=_without_padding(batch, "support"),
         )
         try:
             shared = {**loop.parameters, **loop.variables, **(parameters or {})}
@@ -155,7 +156,9 @@ class _Adaptation:
             queries |= found
         _, predictions, values = queries[max(queries)]
         # What is computed of an outcome may be differentiated, whatever the order of the last step.
-        last = replace(self.step(max(first.count - 1, 0), fast, initial), second_order=True)
+        axis = self.passes.class_axis(predictions, _without_padding(self.passes.batch, "query"))
+        known: dict[str, Any] = {"second_order": True, "class_axis": axis}
+        last = replace(self.step(max(first.count - 1, 0), fast, initial), **known)
         return Outcome(
             self.passes.batch,
             initial_parameters=MappingProxyType(initial),
@@ -318,11 +321,12 @@ class _Adaptation:
         return (losses if step.training else losses.detach()), predictions, values
 
 
-def _without_padding(batch: TaskBatch) -> Tensor:
-    """The support targets, of which the last places may be of no task of this batch."""
+def _without_padding(batch: TaskBatch, part: Part) -> Tensor:
+    """The targets of a part, of which the last places may be of no task of this batch."""
+    targets = batch.support_y if part == "support" else batch.query_y
     if batch.sizes is None:
-        return batch.support_y
-    return batch.support_y[:, : max(size.support for size in batch.sizes)]
+        return targets
+    return targets[:, : max(size.examples(part) for size in batch.sizes)]
 
 
 def _made(value: Tensor, start: Tensor) -> bool:

@@ -79,11 +79,14 @@ class ModelPasses:
 
     def knowing(self, step: InnerStep, losses: Tensor, predictions: Tensor) -> InnerStep:
         """The step after its support pass."""
-        targets = step.targets
-        axis = output_axis(predictions, targets, leading=2, last=self.loop.classes_last)
+        axis = self.class_axis(predictions, step.targets)
         return replace(
             step, support_losses=losses, support_predictions=predictions, class_axis=axis
         )
+
+    def class_axis(self, predictions: Tensor, targets: Tensor) -> int | None:
+        """The axis of classes in the predictions of stacked tasks."""
+        return output_axis(predictions, targets, leading=2, last=self.loop.classes_last)
 
     def look(self, what: str, values: Weights, step: InnerStep, advice: str) -> None:
         """In a replay that looks for the first non-finite value, look at what the core makes."""
