@@ -180,16 +180,19 @@ class _Adaptation:
         start: Weights = {
             name: value.expand(tasks, *value.shape) for name, value in self.shared.items()
         }
-        if not training:
-            start = _leaves(start, loop.adapted)
+        # At evaluation nothing has a graph; in training a constant start has a gradient too.
+        lone = [n for n in loop.adapted if not start[n].requires_grad] if training else list(start)
+        start = {**start, **_leaves({name: start[name] for name in lone}, loop.adapted)}
         self.passes.under_way.add("initialize")
         step = self.step(0, start, start)
         found: Weights = loop.chain.fold("initialize_parameters", start, step=step)
         self.passes.under_way.discard("initialize")
         if not training:
             return found if found is start else _leaves(found, loop.adapted)
-        changed = [name for name in loop.adapted if _made(found[name], start[name])]
-        return {**found, **_differentiable({name: found[name] for name in changed})}
+        if all(found[name] is start[name] for name in loop.adapted):
+            return found
+        # Those left as they were too, as others may be made of them.
+        return {**found, **_differentiable({name: found[name] for name in loop.adapted})}
 
     def step(
         self, index: int, fast: Weights, initial: Weights, *, graph: bool = True, **more: Any
@@ -327,10 +330,6 @@ def _without_padding(batch: TaskBatch, part: Part) -> Tensor:
     if batch.sizes is None:
         return targets
     return targets[:, : max(size.examples(part) for size in batch.sizes)]
-
-
-def _made(value: Tensor, start: Tensor) -> bool:
-    return value is not start or not value.requires_grad
 
 
 def _differentiable(values: Weights) -> dict[str, Tensor]:

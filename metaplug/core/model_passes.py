@@ -117,16 +117,18 @@ class ModelPasses:
 
     def gradients(self, step: InnerStep, losses: Tensor, parameters: Weights) -> Weights:
         """Return every task's gradient of its loss, of what a plugin names."""
+        # What is not adapted has no gradient at evaluation, and in training one of all tasks.
         shared = [
             name
             for name, value in parameters.items()
-            if len(value) > 1 and value.stride(0) == 0 and name not in self.loop.adapted
+            if not value.requires_grad
+            or (len(value) > 1 and value.stride(0) == 0 and name not in self.loop.adapted)
         ]
         if shared:
             raise RequestError(
                 f"plugin '{_owner(step)}' asks for every task's gradient of {quoted(shared[:3])}, "
-                "which is one tensor for all tasks: make losses with a copy for each task, as by "
-                "parameters[name].clone()"
+                "which is one tensor for all tasks, or takes no gradient: make losses with a copy "
+                "for each task, as by parameters[name].clone().requires_grad_()"
             )
         try:
             return self.differentiate(losses, parameters, step, retain=True)
@@ -176,10 +178,10 @@ class ModelPasses:
                     f"plugin '{_owner(step)}' gives a forward pass '{name}', which is no parameter "
                     f"of it: {did_you_mean(name, known)}"
                 )
-            if value.shape[1:] != known[name].shape[1:] or len(value) != len(known[name]):
+            if form(value) != form(known[name]):
                 raise RequestError(
                     f"plugin '{_owner(step)}' gives a forward pass '{name}' of {form(value)}, not "
-                    f"of {form(known[name])}: keep (tasks, *shape)"
+                    f"of {form(known[name])}: keep (tasks, *shape), dtype and device"
                 )
         return MappingProxyType({**known, **parameters})
 

@@ -130,6 +130,32 @@ def _set_up(
         ranks=world.size,
     )
     variables = chain.setup(context)
+    _refuse_clashes(model, chain, variables)
     if not adapted and not variables:
         raise RequestError(_NOTHING_ADAPTS)
     return adapted, variables
+
+
+def _refuse_clashes(model: nn.Module, chain: Chain, variables: Mapping[str, Tensor]) -> None:
+    """Refuse a plugin's parameter that would stand under the name of one of the model's.
+
+    Meta-gradients and fast weights are found by name, so one would take the place of the other.
+    """
+    taken = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    owned = [
+        (plugin, f"{plugin.name}.{name}")
+        for plugin in chain.plugins
+        for name, _ in plugin.named_parameters()
+    ]
+    owned += [
+        (plugin, name)
+        for plugin in chain.plugins
+        for name in variables
+        if name.startswith(f"{plugin.name}.")
+    ]
+    for plugin, name in owned:
+        if name in taken:
+            raise RequestError(
+                f"plugin '{plugin.name}' has a parameter '{name}', and so has the model: give the "
+                "plugin another name, by name='...'"
+            )
