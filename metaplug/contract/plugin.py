@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import pluggy
@@ -122,3 +124,24 @@ class Plugin(nn.Module):
         Results are then labelled transductive.
         """
         return False
+
+    def matching(self, field: str, names: Sequence[str], what: str) -> tuple[str, ...]:
+        """Return those of `names` that a pattern of a field of Config matches, in their order.
+
+        Args:
+            field: of patterns, in which * stands for any text.
+            names: to choose from.
+            what: they are, in the error.
+
+        Raises:
+            RequestError: a pattern that matches none.
+        """
+        patterns = tuple(getattr(self.config, field))
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                known = f"{', '.join(names[:6])}{', …' if len(names) > 6 else ''}"
+                raise RequestError(
+                    f"plugin '{self.name}': the pattern '{pattern}' matches none of the {what} "
+                    f"({known or 'there are none'}): correct {field}"
+                )
+        return tuple(name for name in names if any(fnmatchcase(name, each) for each in patterns))
