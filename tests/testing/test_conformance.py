@@ -30,11 +30,13 @@ from metaplug.testing.clauses import Subject
 DOCS = Path(__file__).parents[2] / "docs"
 
 OFF = {
+    "alfa": {"rates": False, "factors": False},
     "cosine-meta-lr": {"final_factor": 1.0},
     "derivative-order": {"switch": 0},
     "gradient-clipping": {"max_norm": 1e9, "max_meta_norm": 1e9},
     "gradient-noise": {"scale": 0.0},
     "gradient-sharing": {"gate": 0.0},
+    "l2f": {"strength": 0.0},
     "label-smoothing": {"smoothing": 0.0},
     "multi-step-loss": {"annealing_epochs": 0},
     "partial-adaptation": {"head": ["*"]},
