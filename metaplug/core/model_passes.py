@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metaplug.contract.inner_step import InnerStep
 from metaplug.contract.return_checks import form
+from metaplug.contract.schedule import step_text
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_groups import Alike
 from metaplug.contract.task_sizes import Part
@@ -91,7 +92,7 @@ class ModelPasses:
     def look(self, what: str, values: Weights, step: InnerStep, advice: str) -> None:
         """In a replay that looks for the first non-finite value, look at what the core makes."""
         if (watch := self.loop.chain.watch) is not None:
-            where = f"in iteration {step.meta_iteration}, inner step {step.index}"
+            where = "in " + step_text(step.meta_iteration, step.index, training=step.training)
             watch.look(values, lambda fault: f"{what} holds {fault} {where}", advice, by_task=True)
 
     # What plugins ask for, by InnerStep and Outcome.
