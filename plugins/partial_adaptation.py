@@ -37,16 +37,17 @@ class PartialAdaptation(Plugin):
 
     @hookimpl
     def select_adapted(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        head: set[str] = set()
-        for pattern in self.config.head or (_last_module(names),):
-            matched = {name for name in names if fnmatchcase(name, pattern)}
-            if not matched:
-                raise RequestError(
-                    f"plugin '{self.name}': the pattern '{pattern}' matches none of the parameters "
-                    f"that may adapt ({', '.join(names[:6])}{', …' if len(names) > 6 else ''}): "
-                    "correct head"
-                )
-            head |= matched
+        if not names:
+            raise RequestError(
+                f"plugin '{self.name}' has nothing to choose from, as the plugins before it adapt "
+                "none of the model's own parameters: leave it out"
+            )
+        if self.config.head is None:
+            head: tuple[str, ...] = tuple(
+                name for name in names if fnmatchcase(name, _last_module(names))
+            )
+        else:
+            head = self.matching("head", names, "parameters that may adapt")
         selected = tuple(name for name in names if (name in head) == (self.config.adapts == "head"))
         if not selected:
             raise RequestError(

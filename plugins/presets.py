@@ -44,6 +44,13 @@ META_SGD = Preset(
     plugins=(PluginUse(plugin="meta-sgd"),),
 )
 
+L2F = Preset(
+    name="l2f",
+    summary="MAML whose tasks first forget a part of the start, layer by layer, by their gradient.",
+    source="Baik et al. 2020, arXiv 1906.05895",
+    plugins=(PluginUse(plugin="l2f"),),
+)
+
 MAML_PLUS_PLUS = Preset(
     name="maml++",
     summary="MAML++ as published; its schedules, in hundredths of training, follow the run.",

@@ -88,9 +88,13 @@ def task_parameters(context: Context) -> Mapping[str, Tensor] | None:
 
 @fold
 def transform_tasks(
-    batch: TaskBatch, iteration: int, generator: torch.Generator
+    batch: TaskBatch, iteration: int, generator: torch.Generator, outputs: int | None
 ) -> TaskBatch | None:
-    """Augment, relabel or mix meta-training batches; draw from `generator` (CPU) only."""
+    """Augment, relabel or mix meta-training batches; draw from `generator` (CPU) only.
+
+    `outputs` is the number of classes that the model tells apart, which labels that become
+    probabilities have; None in regression.
+    """
 
 
 # Once for every batch of training and of evaluation, before the first step.

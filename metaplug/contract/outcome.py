@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
 from metaplug.contract.inner_step import InnerStep, Passes
 from metaplug.contract.plugin import Plugin
 from metaplug.contract.task_batch import TaskBatch
+from metaplug.contract.task_groups import by_size
 from metaplug.contract.task_sizes import Part
 from metaplug.contract.values import Gradients, Parameters
 
@@ -109,6 +111,27 @@ class Outcome:
         """
         assert self.again is not None, "the outer loop gives every outcome a way to repeat it"
         return self.again(parameters)
+
+    def by_task(
+        self, function: Callable[..., Tensor], predictions: Tensor, part: Part = "query"
+    ) -> Tensor:
+        """Return what `function` gives of predictions, whatever the tasks' sizes.
+
+        Args:
+            function: from predictions (tasks, n, *output) and targets (tasks, n, *target) of tasks
+                of one size, without padding and without outputs beyond their ways, to (tasks, ...).
+                It is called once for each size.
+            predictions: (T, n, *output), of `forward`.
+            part: the examples that they are of.
+        """
+        targets = self.batch.support_y if part == "support" else self.batch.query_y
+        form: dict[str, Any] = {"sizes": self.batch.sizes, "class_axis": self._step.class_axis}
+        return by_size(function, predictions, targets, part=part, **form)
+
+    @property
+    def class_axis(self) -> int | None:
+        """The axis of classes in predictions, as of `InnerStep`."""
+        return self._step.class_axis
 
     def task_mean(self, x: Tensor) -> Tensor:
         """Take the mean over all tasks of the meta-batch, as `InnerStep.task_mean` does.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import pluggy
@@ -73,8 +75,9 @@ class Plugin(nn.Module):
     """Plugins that must stand before this one in the list. Checked, never used to reorder."""
     conflicts_with: ClassVar[tuple[str, ...]] = ()
     """Plugins that cannot be used beside this one."""
-    couples_tasks: ClassVar[bool] = False
-    """Whether a task's result depends on other tasks of its batch; `task_mean` asks for it."""
+    couples_tasks: bool = False
+    """Whether a task's result depends on other tasks of its batch; `task_mean` asks for it. Where
+    the configuration decides, the class says True, and `setup` sets it on the instance."""
 
     def __init__(self, *, name: str | None = None, **settings: Any) -> None:
         super().__init__()
@@ -121,3 +124,24 @@ class Plugin(nn.Module):
         Results are then labelled transductive.
         """
         return False
+
+    def matching(self, field: str, names: Sequence[str], what: str) -> tuple[str, ...]:
+        """Return those of `names` that a pattern of a field of Config matches, in their order.
+
+        Args:
+            field: of patterns, in which * stands for any text.
+            names: to choose from.
+            what: they are, in the error.
+
+        Raises:
+            RequestError: a pattern that matches none.
+        """
+        patterns = tuple(getattr(self.config, field))
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                known = f"{', '.join(names[:6])}{', …' if len(names) > 6 else ''}"
+                raise RequestError(
+                    f"plugin '{self.name}': the pattern '{pattern}' matches none of the {what} "
+                    f"({known or 'there are none'}): correct {field}"
+                )
+        return tuple(name for name in names if any(fnmatchcase(name, each) for each in patterns))

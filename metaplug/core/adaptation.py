@@ -112,7 +112,7 @@ def adapt(
             training,
             share=share,
             sizes=batch.sizes,
-            support_targets=_without_padding(batch),
+            support_targets=_without_padding(batch, "support"),
         )
         try:
             shared = {**loop.parameters, **loop.variables, **(parameters or {})}
@@ -172,7 +172,9 @@ class _Adaptation:
             queries |= found
         _, predictions, values = queries[max(queries)]
         # What is computed of an outcome may be differentiated, whatever the order of the last step.
-        last = replace(self.step(max(first.count - 1, 0), fast, initial), second_order=True)
+        axis = self.class_axis(predictions, _without_padding(self.batch, "query"))
+        known: dict[str, Any] = {"second_order": True, "class_axis": axis}
+        last = replace(self.step(max(first.count - 1, 0), fast, initial), **known)
         return Outcome(
             self.batch,
             initial_parameters=MappingProxyType(initial),
@@ -366,11 +368,14 @@ class _Adaptation:
 
     def knowing(self, step: InnerStep, losses: Tensor, predictions: Tensor) -> InnerStep:
         """The step after its support pass."""
-        targets = step.targets
-        axis = output_axis(predictions, targets, leading=2, last=self.loop.classes_last)
+        axis = self.class_axis(predictions, step.targets)
         return replace(
             step, support_losses=losses, support_predictions=predictions, class_axis=axis
         )
+
+    def class_axis(self, predictions: Tensor, targets: Tensor) -> int | None:
+        """The axis of classes in the predictions of stacked tasks."""
+        return output_axis(predictions, targets, leading=2, last=self.loop.classes_last)
 
     # What plugins ask for, by InnerStep and Outcome.
 
@@ -481,11 +486,12 @@ def _owner(step: InnerStep) -> str:
     return "" if step.owner is None else step.owner.name
 
 
-def _without_padding(batch: TaskBatch) -> Tensor:
-    """The support targets, of which the last places may be of no task of this batch."""
+def _without_padding(batch: TaskBatch, part: Part) -> Tensor:
+    """The targets of a part, of which the last places may be of no task of this batch."""
+    targets = batch.support_y if part == "support" else batch.query_y
     if batch.sizes is None:
-        return batch.support_y
-    return batch.support_y[:, : max(size.support for size in batch.sizes)]
+        return targets
+    return targets[:, : max(size.examples(part) for size in batch.sizes)]
 
 
 def _made(value: Tensor, start: Tensor) -> bool:

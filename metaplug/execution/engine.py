@@ -136,7 +136,11 @@ class Engine:
         seed = mix(self.seed, iteration, *self.world.salt)
         with self._computing(seed) as generator, recording():
             transformed = self.chain.fold(
-                "transform_tasks", batch, iteration=iteration, generator=generator
+                "transform_tasks",
+                batch,
+                iteration=iteration,
+                generator=generator,
+                outputs=self.outputs,
             )
             if transformed is not batch:
                 transformed.check_labels(self.outputs)

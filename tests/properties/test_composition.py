@@ -21,6 +21,11 @@ PAIRS = list(itertools.combinations(plugins.NAMES, 2))
 CONFLICTING = {("multi-step-loss", "reptile")}
 
 
+def select_adapted():
+    """A plugin under which none of the model's own parameters adapt."""
+    return ()
+
+
 def finite(tensors):
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
 
@@ -285,6 +290,11 @@ REFUSED = {
         "plugin 'partial-adaptation': the pattern 'fc.*' matches none of the parameters that may "
         "adapt "
         "(0.weight, 0.bias, 2.weight, 2.bias): correct head",
+    ),
+    "nothing to choose from": (
+        lambda: [select_adapted, plugins.make("partial-adaptation")],
+        "plugin 'partial-adaptation' has nothing to choose from, as the plugins before it adapt "
+        "none of the model's own parameters: leave it out",
     ),
     "no body": (
         lambda: [plugins.make("partial-adaptation", adapts="body", head=("*",))],

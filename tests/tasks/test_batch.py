@@ -1,8 +1,12 @@
 """TaskBatch checks its tensors against each other, and the sizes of its tasks."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
+from metaplug import MetaLearner, Plugin, hookimpl
 from metaplug.contract.inner_step import InnerStep
 from metaplug.contract.task_batch import TaskSize
 from metaplug.contract.task_groups import alike
@@ -378,3 +382,56 @@ def test_a_step_gives_predictions_by_task_without_padding() -> None:
         class_axis=3,
     )
     assert last.by_task(shape).tolist() == [6.0, 60.0]
+
+
+def test_an_outcome_gives_predictions_and_targets_by_task_without_padding() -> None:
+    seen = []
+
+    class Looks(Plugin):
+        @hookimpl
+        def transform_outer_losses(self, losses, outcome):
+            def counted(predictions, targets):
+                seen.append((tuple(predictions.shape), targets.tolist()))
+                return predictions.flatten(1).sum(1)
+
+            for part in ("support", "query"):
+                _, predictions = outcome.forward(outcome.initial_parameters, part)
+                outcome.by_task(counted, predictions, part)
+            assert outcome.class_axis == 2
+            return losses
+
+    x = torch.ones(1, 3, 2)
+    small = TaskBatch(x[:, :1], torch.tensor([[1]]), x[:, :2], torch.tensor([[0, 1]]))
+    large = TaskBatch(x[:, :2], torch.tensor([[2, 0]]), x, torch.tensor([[2, 1, 0]]))
+    learner = MetaLearner(torch.nn.Linear(2, 4), plugins=[Looks()], inner_steps=1)
+    learner.meta_gradients(TaskBatch.from_tasks([small, large]))
+    assert seen == [
+        ((1, 1, 2), [[1]]),
+        ((1, 2, 3), [[2, 0]]),
+        ((1, 2, 2), [[0, 1]]),
+        ((1, 3, 3), [[2, 1, 0]]),
+    ]
+
+
+def test_transformed_tasks_may_have_probabilities_of_all_the_model_s_outputs() -> None:
+    seen = []
+
+    class Softens(Plugin):
+        @hookimpl
+        def transform_tasks(self, batch, outputs):
+            seen.append(outputs)
+            soft = [
+                torch.nn.functional.one_hot(y, outputs).float()
+                for y in (batch.support_y, batch.query_y)
+            ]
+            return replace(batch, support_y=soft[0], query_y=soft[1])
+
+    x, y = torch.randn(2, 3, 2), torch.tensor([[0, 1, 2], [2, 1, 1]])
+    model = torch.nn.Linear(2, 4)
+    plain, ours = (
+        MetaLearner(copy.deepcopy(model), plugins=chain).meta_gradients(TaskBatch(x, y, x, y))
+        for chain in ([], [Softens()])
+    )
+    assert seen == [4]
+    for name, gradient in plain.items():
+        torch.testing.assert_close(ours[name], gradient)

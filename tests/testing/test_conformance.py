@@ -35,6 +35,7 @@ OFF = {
     "gradient-clipping": {"max_norm": 1e9, "max_meta_norm": 1e9},
     "gradient-noise": {"scale": 0.0},
     "gradient-sharing": {"gate": 0.0},
+    "l2f": {"strength": 0.0},
     "label-smoothing": {"smoothing": 0.0},
     "multi-step-loss": {"annealing_epochs": 0},
     "partial-adaptation": {"head": ["*"]},
