@@ -44,6 +44,13 @@ META_SGD = Preset(
     plugins=(PluginUse(plugin="meta-sgd"),),
 )
 
+ALFA = Preset(
+    name="alfa",
+    summary="MAML whose inner rates and weight decay a network generates for each task and step.",
+    source="Baik et al. 2020, arXiv 2011.00209",
+    plugins=(PluginUse(plugin="alfa"),),
+)
+
 L2F = Preset(
     name="l2f",
     summary="MAML whose tasks first forget a part of the start, layer by layer, by their gradient.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 FIRST_PARTY: dict[str, dict[str, Any]] = {
+    "alfa": {},
     "cosine-meta-lr": {},
     "derivative-order": {},
     "gradient-clipping": {"max_norm": 0.3, "max_meta_norm": 0.3},

@@ -36,6 +36,8 @@ PUBLISHED = {
     "boil": ["partial-adaptation"],
     "reptile": ["derivative-order", "reptile"],
     "meta-sgd": ["meta-sgd"],
+    "alfa": ["alfa"],
+    "l2f": ["l2f"],
     "maml++": [
         "per-step-batch-norm",
         "per-step-learning-rates",

@@ -56,11 +56,13 @@ def set_values(learner, values):
 # 7. What a plugin adds is nothing, at the setting that adds nothing: bit for bit.
 
 OFF = {
+    "alfa": {"rates": False, "factors": False},
     "cosine-meta-lr": {"final_factor": 1.0},
     "derivative-order": {"switch": 0},
     "gradient-clipping": {"max_norm": 1e6, "max_meta_norm": 1e6},
     "gradient-noise": {"scale": 0.0},
     "gradient-sharing": {"gate": 0.0},
+    "l2f": {"strength": 0.0},
     "label-smoothing": {"smoothing": 0.0},
     "meta-curvature": {},
     "meta-sgd": {},

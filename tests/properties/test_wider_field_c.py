@@ -4,14 +4,12 @@ of each."""
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from support import plugins
 from support.plain_loop import one, predict
 from torch.nn import functional as F
 
-from metaplug import MetaLearner, RequestError, TaskBatch
-from metaplug.testing import MODELS, Stream, assert_close, found, problem
-from metaplug.testing.comparing import evaluation, training
+from metaplug import RequestError
+from metaplug.testing import assert_close, found, problem
 from metaplug.testing.strategies import problems, seeds
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -144,3 +142,103 @@ def test_l2f_whose_gates_are_open_is_maml(case, seed):
     ours, theirs = found(learner, case.batch), found(case.learner(), case.batch)
     shared = {name: ours.gradients[name] for name in theirs.gradients}
     assert_close(shared, dict(theirs.gradients), **CLOSE)
+
+
+# ALFA.
+
+
+def generated(learner, *, rates=True, factors=True, detach=False, lr=0.3):
+    given = named(learner, "alfa")
+
+    def update(weights, gradients, step):
+        seen = [weight.mean() for weight in weights.values()]
+        seen += [(each.detach() if detach else each).mean() for each in gradients.values()]
+        output = 1 + two_layers(given, torch.stack(seen))
+        ones = torch.ones(len(weights), dtype=output.dtype)
+        a, b = output[: len(weights)], output[-len(weights) :]
+        alphas = given["bases.rates"][step] * a if rates else lr * ones
+        betas = given["bases.factors"][step] * b if factors else ones
+        return {
+            name: beta * weights[name] - alpha * gradients[name]
+            for name, alpha, beta in zip(weights, alphas, betas, strict=True)
+        }
+
+    return update
+
+
+@pytest.mark.parametrize("settings", [{}, {"rates": False}, {"factors": False}, {"detach": True}])
+@pytest.mark.parametrize("name", ["mlp", "conv4"])
+def test_alfa_is_its_equation(name, settings):
+    case = problem(name, tasks=3, steps=2)
+    learner = learner_of(case, plugins.make("alfa", **settings), spread=0.1)
+    update = generated(learner, **settings, lr=case.lr)
+    assert_equals(learner, case, plain(case, learner, update=update))
+
+
+def without(gradients, *prefixes):
+    return {name: each for name, each in gradients.items() if not name.startswith(prefixes)}
+
+
+@given(problems(steps=(1, 3), lrs=(0.01, 0.3)), seeds)
+def test_alfa_whose_network_says_1_is_a_learned_rate_for_each_layer_and_step(case, seed):
+    """With β = 1 and constant α, Meta-SGD by layer; as it begins, MAML."""
+    alfa, rates = case.learner(plugins=["alfa"]), case.learner(plugins=["per-step-learning-rates"])
+    generator = torch.Generator().manual_seed(seed)
+    given = rates.engine.meta_parameters["per-step-learning-rates.rates"]
+    for drawn in (given.detach(), torch.randn(given.shape, generator=generator).double() / 3):
+        given.data = drawn.clone()
+        alfa.engine.meta_parameters["alfa.bases.rates"].data = drawn.clone()
+        ours, theirs = found(alfa, case.batch), found(rates, case.batch)
+        expected = without(theirs.gradients, "per-step-learning-rates")
+        assert_close(without(ours.gradients, "alfa"), expected, **CLOSE)
+        assert_close(
+            ours.gradients["alfa.bases.rates"],
+            theirs.gradients["per-step-learning-rates.rates"],
+            **CLOSE,
+        )
+
+
+@pytest.mark.parametrize("other", ["meta-sgd", "per-step-learning-rates"])
+def test_alfa_scales_the_rates_of_others_in_either_order(other):
+    case = problem("mlp")
+    given = []
+    for chain in (["alfa", other], [other, "alfa"]):
+        torch.manual_seed(0)
+        given.append(case.learner(plugins=chain).meta_gradients(case.batch))
+    assert given[0].keys() == given[1].keys()
+    assert_close(given[0], dict(given[1]))
+    assert_close(without(given[0], "alfa", other), dict(case.learner().meta_gradients(case.batch)))
+
+
+def test_alfa_leaves_what_receives_no_gradient():
+    case = problem("mlp")
+    case.model.register_parameter("idle", torch.nn.Parameter(torch.ones(2).double()))
+    learner = learner_of(case, plugins.make("alfa"))
+    weights = found(learner, case.batch).outcome.adapted_parameters
+    assert torch.equal(weights["idle"], torch.ones(3, 2).double())
+    assert not torch.equal(weights["0.bias"], learner.model[0].bias.expand(3, -1))
+
+
+REFUSED = {
+    "alfa without a rate": (
+        {"plugins": ["alfa"], "inner_lr": 0.0},
+        "plugin 'alfa' learns rates that start at inner_lr, which is 0: give an inner_lr above 0, "
+        "or rates = false",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_what_cannot_be_is_refused_with_the_fix(fault):
+    settings, text = REFUSED[fault]
+    with pytest.raises(RequestError) as error:
+        case = problem("mlp")
+        case.learner(**settings).meta_gradients(case.batch)
+    assert str(error.value) == text
+
+
+def test_alfa_makes_the_update_itself():
+    case = problem("mlp")
+    learner = case.learner(plugins=["alfa"], inner_optimizer="adam")
+    with pytest.raises(RequestError, match="makes the inner update itself"):
+        learner.meta_gradients(case.batch)

@@ -30,6 +30,7 @@ from metaplug.testing.clauses import Subject
 DOCS = Path(__file__).parents[2] / "docs"
 
 OFF = {
+    "alfa": {"rates": False, "factors": False},
     "cosine-meta-lr": {"final_factor": 1.0},
     "derivative-order": {"switch": 0},
     "gradient-clipping": {"max_norm": 1e9, "max_meta_norm": 1e9},
