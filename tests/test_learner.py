@@ -74,6 +74,34 @@ def test_the_same_seed_is_the_same_run_and_two_fits_are_one():
     assert states_equal(learners[0].state_dict(), learners[2].state_dict())
 
 
+def test_what_plugins_draw_at_first_depends_on_the_seed_and_their_name_alone():
+    class Drawing(Plugin):
+        @hookimpl
+        def setup(self, context):
+            self.weight = nn.Parameter(torch.randn(3, dtype=context.dtype))
+
+        @hookimpl
+        def task_parameters(self, context):
+            return {"start": torch.rand(2, dtype=context.dtype)}
+
+    def drawn(*names, seed=0):
+        plugins = [Drawing(name=name) for name in names]
+        learner = problem().learner(plugins=plugins, seed=seed)
+        return {
+            plugin.name: torch.cat(
+                [plugin.weight, learner.engine.inner.variables[f"{plugin.name}.start"]]
+            )
+            for plugin in plugins
+        }
+
+    before = torch.get_rng_state()
+    one, both, other = drawn("one"), drawn("two", "one"), drawn("one", seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(one["one"], both["one"])
+    assert not torch.equal(both["one"], both["two"])
+    assert not torch.equal(one["one"], other["one"])
+
+
 def test_iterate_stops_when_the_user_does_and_fit_reports_as_it_goes():
     learner, seen = problem().learner(), []
     for record in learner.iterate(TRAIN, iterations=100):

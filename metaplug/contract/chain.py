@@ -25,6 +25,7 @@ from metaplug.contract.schedule import iteration_text, step_text
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Context
 from metaplug.errors import MetaplugError, RequestError, RunError, quoted
+from metaplug.random_streams import mix, stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +143,15 @@ class Chain:
             return answer
         return default
 
-    def setup(self, context: Context) -> dict[str, Tensor]:
+    def setup(self, context: Context, seed: int = 0) -> dict[str, Tensor]:
         """Let every plugin create its meta-parameters and buffers, once in its life.
 
         Plugins with task parameters come first, so the others find these in their context.
+
+        Args:
+            context: what the plugins are told.
+            seed: of torch's random numbers in a plugin's `setup` and `task_parameters`; its name
+                counts too, so what it draws depends on no other plugin.
 
         Returns:
             The starts of the task parameters, by PLUGIN.NAME.
@@ -160,11 +166,13 @@ class Chain:
         setups = {link.plugin: link for link in self._links["setup"]}
         for plugin in sorted(self.plugins, key=lambda each: each not in asked):
             plugin.is_set_up = True
-            if plugin in setups:
-                setups[plugin].call({"context": context})
-            if (link := asked.get(plugin)) is None:
+            link = asked.get(plugin)
+            with stream(mix(seed, -2, *plugin.name.encode()), context.device):
+                if plugin in setups:
+                    setups[plugin].call({"context": context})
+                answer = link.call({"context": context}) or {} if link is not None else {}
+            if link is None:
                 continue
-            answer = link.call({"context": context}) or {}
             fault = CHECKS["task_parameters"](plugin, answer, {"context": context})
             if fault is not None:
                 raise link.fault(fault, {})

@@ -70,7 +70,10 @@ def select_adapted(
 
 @notify
 def setup(context: Context) -> None:
-    """Create your nn.Parameters and buffers here, with `context.dtype` and `context.device`."""
+    """Create your nn.Parameters and buffers here, with `context.dtype` and `context.device`.
+
+    torch's random numbers start from the run's seed and your plugin's name.
+    """
 
 
 @collect
