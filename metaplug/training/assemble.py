@@ -70,7 +70,7 @@ def assemble(
             device or with its dtype.
     """
     world.align([*model.parameters(), *model.buffers()])  # plugins start from these values
-    adapted, variables = _set_up(model, chain, settings, kind, world, seed)
+    adapted, variables = _set_up(model, chain, settings, kind, ranks=world.size, seed=seed)
     owned = [each for own in chain.plugins for each in (*own.parameters(), *own.buffers())]
     world.align([*owned, *variables.values()])
     inner = InnerLoop(
@@ -107,7 +107,7 @@ def assemble(
 
 
 def _set_up(
-    model: nn.Module, chain: Chain, settings: LearnerSettings, kind: Kind, world: World, seed: int
+    model: nn.Module, chain: Chain, settings: LearnerSettings, kind: Kind, *, ranks: int, seed: int
 ) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """Let the plugins choose what is adapted, and create their meta- and task parameters."""
     trainable = {name: each for name, each in model.named_parameters() if each.requires_grad}
@@ -127,7 +127,7 @@ def _set_up(
         inner_steps=settings.inner_steps,
         inner_lr=settings.inner_lr,
         kind=kind,
-        ranks=world.size,
+        ranks=ranks,
     )
     variables = chain.setup(context, seed)
     _refuse_clashes(model, chain, variables)
