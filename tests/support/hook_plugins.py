@@ -21,10 +21,10 @@ def learned(value, context):
     return nn.Parameter(torch.full((), value, dtype=context.dtype, device=context.device))
 
 
-def frequencies(targets, classes):
-    """Of the classes among a task's labels, (T, classes); padding counts for nothing."""
-    is_class = targets.unsqueeze(-1) == torch.arange(classes, device=targets.device)
-    return is_class.double().sum(-2) / (targets >= 0).sum(-1, keepdim=True)
+def frequencies(targets, like):
+    """Of the classes among a task's labels, in the form of `like`; padding counts for nothing."""
+    is_class = targets.unsqueeze(-1) == torch.arange(like.shape[1], device=targets.device)
+    return is_class.to(like.dtype).sum(-2) / (targets >= 0).sum(-1, keepdim=True)
 
 
 class Start(Plugin):
@@ -41,7 +41,7 @@ class Start(Plugin):
         taken = step.gradients(losses, {name: parameters[name] for name in self.adapted})
         start = {**parameters, **{n: parameters[n] - self.rate * g for n, g in taken.items()}}
         bias = start[self.bias]
-        return {**start, self.bias: bias + self.rate * frequencies(step.targets, bias.shape[1])}
+        return {**start, self.bias: bias + self.rate * frequencies(step.targets, bias)}
 
 
 class Variables(Plugin):
