@@ -94,11 +94,16 @@ class Subject:
                 "or write it as a class with a Config"
             )
 
-    def make(self, given: Mapping[str, Any] | None = None) -> Plugin:
-        """Make a new instance with `given` as fields of its Config, by default `settings`."""
+    def make(self, given: Mapping[str, Any] | None = None, name: str | None = None) -> Plugin:
+        """Make a new instance with `given` as fields of its Config, by default `settings`.
+
+        Args:
+            name: of the instance, where it is not the usual; not in the shortest form.
+        """
         if not isinstance(self._part, type):
             return make_plugins(None, [self._part])[0]
-        named = {"name": self.source} if isinstance(self.source, str) else {}
+        usual = self.source if isinstance(self.source, str) else None
+        named = {} if (called := name or usual) is None else {"name": called}
         made = self._part(**named, **(self.settings if given is None else given))
         if not isinstance(made, Plugin):
             raise RequestError(
@@ -110,6 +115,11 @@ class Subject:
     def _part(self) -> Any:
         """The class, function or module; an installed plugin is looked up once."""
         return registry.load("plugin", self.source) if isinstance(self.source, str) else self.source
+
+    @property
+    def shortest(self) -> bool:
+        """Whether it is a function or a module."""
+        return not isinstance(self._part, type)
 
     @cached_property
     def name(self) -> str:
@@ -148,6 +158,13 @@ class Subject:
             learner = example.problem.learner(**options)
         fit(learner, example, example.done)
         return learner
+
+    def learner_if_made(self, example: Example) -> MetaLearner | None:
+        """Make a learner; None where that fails, which "names-and-shapes" says."""
+        try:
+            return self.learner(example)
+        except (MetaplugError, RuntimeError, TypeError, ValueError, LookupError):
+            return None
 
 
 def fit(learner: MetaLearner, example: Example, iterations: int, *, tasks: int = 2) -> None:
