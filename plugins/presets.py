@@ -44,6 +44,23 @@ META_SGD = Preset(
     plugins=(PluginUse(plugin="meta-sgd"),),
 )
 
+MR_MAML = Preset(
+    name="mr-maml",
+    summary="Meta-regularised MAML: the body is drawn from learned Gaussians, the head adapts.",
+    source="Yin et al. 2020, arXiv 1912.03820, section 4.2 (on weights)",
+    plugins=(
+        PluginUse(plugin="partial-adaptation", settings={"adapts": "head"}),
+        PluginUse(plugin="mr-maml"),
+    ),
+)
+
+TAML = Preset(
+    name="taml",
+    summary="Task-agnostic meta-learning: unsure predictions before adaptation, sure ones after.",
+    source="Jamal and Qi 2019, arXiv 1805.07722, section 3.1",
+    plugins=(PluginUse(plugin="taml"),),
+)
+
 MAML_PLUS_PLUS = Preset(
     name="maml++",
     summary="MAML++ as published; its schedules, in hundredths of training, follow the run.",
