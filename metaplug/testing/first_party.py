@@ -15,6 +15,7 @@ FIRST_PARTY: dict[str, dict[str, Any]] = {
     "label-smoothing": {},
     "meta-curvature": {},
     "meta-sgd": {},
+    "metal": {"query": True},
     "multi-step-loss": {},
     "partial-adaptation": {},
     "per-step-batch-norm": {},

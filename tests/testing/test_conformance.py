@@ -38,6 +38,7 @@ OFF = {
     "gradient-sharing": {"gate": 0.0},
     "l2f": {"strength": 0.0},
     "label-smoothing": {"smoothing": 0.0},
+    "metal": {"strength": 0.0},
     "multi-step-loss": {"annealing_epochs": 0},
     "partial-adaptation": {"head": ["*"]},
     "weight-decay-to-init": {"strength": 0.0},
