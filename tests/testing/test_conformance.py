@@ -41,6 +41,7 @@ OFF = {
     "label-smoothing": {"smoothing": 0.0},
     "meta-mix": {"alpha": 0.0},
     "mr-maml": {"beta": 0.0, "deviation": 0.0},
+    "metal": {"strength": 0.0},
     "multi-step-loss": {"annealing_epochs": 0},
     "partial-adaptation": {"head": ["*"]},
     "taml": {"strength": 0.0},
