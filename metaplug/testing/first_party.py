@@ -10,6 +10,7 @@ FIRST_PARTY: dict[str, dict[str, Any]] = {
     "gradient-clipping": {"max_norm": 0.3, "max_meta_norm": 0.3},
     "gradient-noise": {"scale": 0.01},
     "gradient-sharing": {},
+    "imaml": {},
     "label-smoothing": {},
     "meta-curvature": {},
     "meta-sgd": {},
