@@ -202,8 +202,10 @@ class _Adaptation:
         self.under_way.discard("initialize")
         if not training:
             return found if found is start else _leaves(found, loop.adapted)
-        changed = [name for name in loop.adapted if _made(found[name], start[name])]
-        return {**found, **_differentiable({name: found[name] for name in changed})}
+        if found is start:
+            return start
+        # Those that no plugin changed too: another start may be made of them.
+        return {**found, **_differentiable({name: found[name] for name in loop.adapted})}
 
     def step(
         self, index: int, fast: _Weights, initial: _Weights, *, graph: bool = True, **more: Any
@@ -486,10 +488,6 @@ def _without_padding(batch: TaskBatch) -> Tensor:
     if batch.sizes is None:
         return batch.support_y
     return batch.support_y[:, : max(size.support for size in batch.sizes)]
-
-
-def _made(value: Tensor, start: Tensor) -> bool:
-    return value is not start or not value.requires_grad
 
 
 def _differentiable(values: _Weights) -> dict[str, Tensor]:
