@@ -202,10 +202,9 @@ class _Adaptation:
         self.under_way.discard("initialize")
         if not training:
             return found if found is start else _leaves(found, loop.adapted)
-        if found is start:
-            return start
         # Those that no plugin changed too: another start may be made of them.
-        return {**found, **_differentiable({name: found[name] for name in loop.adapted})}
+        own = [name for name in loop.adapted if found is not start or not start[name].requires_grad]
+        return {**found, **_differentiable({name: found[name] for name in own})}
 
     def step(
         self, index: int, fast: _Weights, initial: _Weights, *, graph: bool = True, **more: Any
