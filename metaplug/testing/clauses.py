@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import FlakyFailure
 
-from metaplug.contract import registry
+from metaplug.contract import plugin_files, registry
 from metaplug.contract.chain import Chain
 from metaplug.contract.plugin import Plugin
-from metaplug.contract.presets import make_plugins
+from metaplug.contract.presets import label_of, make_plugins
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import MetaplugError, RequestError, unknown
 from metaplug.learner import MetaLearner
@@ -61,7 +61,7 @@ class Subject:
 
     Attributes:
         source: its class; a function or a module in the shortest form; or the name of an installed
-            plugin.
+            plugin, or the path of a file with one.
         settings: fields of its Config under which it does something.
         off: fields at which it does nothing; None where it has none.
         models: names of MODELS that it fits.
@@ -102,7 +102,7 @@ class Subject:
         """
         if not isinstance(self._part, type):
             return make_plugins(None, [self._part])[0]
-        usual = self.source if isinstance(self.source, str) else None
+        usual = label_of(self.source) if isinstance(self.source, str) else None
         named = {} if (called := name or usual) is None else {"name": called}
         made = self._part(**named, **(self.settings if given is None else given))
         if not isinstance(made, Plugin):
@@ -113,8 +113,12 @@ class Subject:
 
     @cached_property
     def _part(self) -> Any:
-        """The class, function or module; an installed plugin is looked up once."""
-        return registry.load("plugin", self.source) if isinstance(self.source, str) else self.source
+        """The class, function or module; one that is named is looked up once."""
+        if not isinstance(self.source, str):
+            return self.source
+        if plugin_files.is_file(self.source):
+            return plugin_files.load(self.source)
+        return registry.load("plugin", self.source)
 
     @property
     def shortest(self) -> bool:
