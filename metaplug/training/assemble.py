@@ -70,7 +70,7 @@ def assemble(
             device or with its dtype.
     """
     world.align([*model.parameters(), *model.buffers()])  # plugins start from these values
-    adapted, variables = _set_up(model, chain, settings, kind, world, seed)
+    adapted, variables = _set_up(model, chain, settings, kind, world, seed=seed)
     owned = [each for own in chain.plugins for each in (*own.parameters(), *own.buffers())]
     world.align([*owned, *variables.values()])
     inner = InnerLoop(
@@ -107,7 +107,13 @@ def assemble(
 
 
 def _set_up(
-    model: nn.Module, chain: Chain, settings: LearnerSettings, kind: Kind, world: World, seed: int
+    model: nn.Module,
+    chain: Chain,
+    settings: LearnerSettings,
+    kind: Kind,
+    world: World,
+    *,
+    seed: int,
 ) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """Let the plugins choose what is adapted, and create their meta- and task parameters."""
     trainable = {name: each for name, each in model.named_parameters() if each.requires_grad}
