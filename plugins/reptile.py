@@ -18,7 +18,8 @@ class Reptile(Plugin):
 
     What the inner loop does not adapt, such as other plugins' meta-parameters, keeps the gradient
     of the outer loss. No second derivatives are needed: put `derivative-order` beside it, as the
-    preset `reptile` does, to save their graph.
+    preset `reptile` does, to save their graph. Where all learns by the way that tasks went, its
+    `order` of 0 gives the same meta-gradients and keeps no graph of the steps at all.
 
     Source: Nichol et al. 2018 (arXiv 1803.02999), sections 2 and 5.
     """
@@ -40,7 +41,10 @@ class Reptile(Plugin):
         others = {name: each for name, each in meta_parameters.items() if name not in moved}
         if not others:
             return moved
+        # What order 0 cuts off would never learn: left out, the engine refuses it by its name.
+        complete = 0 not in outcome.derivative_orders
         taken = torch.autograd.grad(
-            outer_loss, list(others.values()), allow_unused=True, materialize_grads=True
+            outer_loss, list(others.values()), allow_unused=True, materialize_grads=complete
         )
-        return {**moved, **dict(zip(others, taken, strict=True))}
+        found = {name: each for name, each in zip(others, taken, strict=True) if each is not None}
+        return {**moved, **found}
