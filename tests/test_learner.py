@@ -616,14 +616,14 @@ class Spoil(Plugin):
 @pytest.mark.parametrize(
     ("hook", "where", "what"),
     [
-        ("transform_tasks", ", iteration 0", "its value' is not right"),
-        ("transform_parameters", ", iteration 0, inner step 1", "'0.bias', '2.bias'"),
-        ("transform_inner_losses", ", iteration 0, inner step 1", "'its value'"),
-        ("transform_gradients", ", iteration 0, inner step 1", "'0.bias', '2.bias'"),
-        ("transform_learning_rates", ", iteration 0, inner step 1", "'0.bias', '2.bias'"),
-        ("transform_outer_losses", ", iteration 0", "'its value'"),
-        ("compute_meta_gradients", ", iteration 0", "'0.bias', '2.bias'"),
-        ("transform_meta_gradients", ", iteration 0", "'0.bias', '2.bias'"),
+        ("transform_tasks", ", iteration 1", "its value' is not right"),
+        ("transform_parameters", ", iteration 1, inner step 1", "'0.bias', '2.bias'"),
+        ("transform_inner_losses", ", iteration 1, inner step 1", "'its value'"),
+        ("transform_gradients", ", iteration 1, inner step 1", "'0.bias', '2.bias'"),
+        ("transform_learning_rates", ", iteration 1, inner step 1", "'0.bias', '2.bias'"),
+        ("transform_outer_losses", ", iteration 1", "'its value'"),
+        ("compute_meta_gradients", ", iteration 1", "'0.bias', '2.bias'"),
+        ("transform_meta_gradients", ", iteration 1", "'0.bias', '2.bias'"),
     ],
 )
 def test_the_plugin_that_made_nan_is_named_and_nothing_is_updated(hook, where, what):
@@ -651,7 +651,7 @@ def test_the_plugin_that_made_nan_is_named_and_nothing_is_updated(hook, where, w
         else "link 1 of 1"
     )
     assert stopped(learner) == (
-        f"iteration 0 stopped, nothing was updated: plugin 'spoil' in {hook} ({link}{where}) "
+        f"iteration 1 stopped, nothing was updated: plugin 'spoil' in {hook} ({link}{where}) "
         f"returned NaN or Inf in {what}; "
         "see what 'spoil' computes there, or leave it out"
     )
@@ -667,7 +667,7 @@ def test_nan_in_the_data_is_named_before_anything_runs():
 
     text = stopped(problem().learner(), Holed())
     assert text == (
-        "iteration 0 stopped, nothing was updated: query_x of task 1 holds NaN or Inf, on which no "
+        "iteration 1 stopped, nothing was updated: query_x of task 1 holds NaN or Inf, on which no "
         "loss is defined: "
         "clean the data of that task"
     )
@@ -681,8 +681,8 @@ def test_nan_in_the_loss_is_named_with_its_step():
 
     learner = problem(lr=50.0).learner(loss=loss)
     assert re.fullmatch(
-        r"iteration 0 stopped, nothing was updated: the support loss holds NaN or Inf in 'loss' of "
-        r"all 2 tasks in iteration 0, "
+        r"iteration 1 stopped, nothing was updated: the support loss holds NaN or Inf in 'loss' of "
+        r"all 2 tasks in iteration 1, "
         r"inner step 1; the model's output was finite: see what the loss function computes",
         stopped(learner),
     )
@@ -697,8 +697,8 @@ def test_divergence_names_where_it_began():
 
     text = stopped(case.learner(kind="regression", inner_lr=1000.0, plugins=[Blow()]), Regression())
     assert re.fullmatch(
-        r"iteration 0 stopped, nothing was updated: the support loss holds NaN or Inf in 'loss' of "
-        r"all 2 tasks in iteration 0, "
+        r"iteration 1 stopped, nothing was updated: the support loss holds NaN or Inf in 'loss' of "
+        r"all 2 tasks in iteration 1, "
         r"inner step 1; the inner loop diverges: the support loss of task 0 grew from 0\.4106 to "
         r"inf in 1 inner step at inner_lr = 1000, "
         r"of which plugins made up to 1e\+203; lower inner_lr",
@@ -730,8 +730,8 @@ def test_a_nan_meta_gradient_is_not_blamed_on_the_plugin_that_receives_it(plugin
     plugins = [GradientClipping(max_meta_norm=1.0)] if plugins else []
     learner = MetaLearner(Cusp(), inner_steps=0, plugins=plugins)
     assert stopped(learner) == (
-        "iteration 0 stopped, nothing was updated: the meta-gradient holds NaN or Inf in 'weight' "
-        "in iteration 0; every loss on the way "
+        "iteration 1 stopped, nothing was updated: the meta-gradient holds NaN or Inf in 'weight' "
+        "in iteration 1; every loss on the way "
         "was finite: an operation of the model or of a plugin has no finite derivative there, such "
         "as a root or norm of 0: "
         "add a small number inside it"

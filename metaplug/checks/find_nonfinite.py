@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaplug.contract.schedule import iteration_text
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import RunError, quoted
 from metaplug.execution.engine import FAILURES, Engine
@@ -156,11 +157,11 @@ def find_nonfinite(
     rank, size = engine.world.rank, engine.world.size
     watch = engine.chain.watch = NonFiniteWatch(engine.inner.inner_lr, rank, size)
     try:
-        _look_at_meta_parameters(watch, engine, f" before iteration {iteration}")
+        _look_at_meta_parameters(watch, engine, f" before {iteration_text(iteration)}")
         watch.look_at_data(batch)
         found = engine.meta_gradients(batch, iteration, total)
         norm = torch.nn.utils.get_total_norm(found.gradients.values())
-        text = f"is Inf in iteration {iteration}, though each of its elements is finite"
+        text = f"is Inf in {iteration_text(iteration)}, though each of its elements is finite"
         watch.look(
             {"the meta-gradient": norm.square()},
             lambda _: f"the norm of the meta-gradient, or its square, {text}",
@@ -178,7 +179,7 @@ def find_nonfinite(
         return text
     if owner != rank:
         engine.world.any()  # the rank that found it says what it is
-    raise RunError(f"iteration {iteration} stopped, nothing was updated: {text}")
+    raise RunError(f"{iteration_text(iteration)} stopped, nothing was updated: {text}")
 
 
 def find_nonfinite_at_evaluation(
@@ -233,7 +234,7 @@ def _not_again(engine: Engine) -> str:
     way = "the same: see what draws at random"
     if engine.derivation is not None:
         way = "uncompiled and uncaptured: leave compile and capture out"
-    when = f"iteration {engine.iteration}"
+    when = iteration_text(engine.iteration)
     return f"{when} gave NaN or Inf, but not when it was computed once more, {way}"
 
 

@@ -13,6 +13,7 @@ from metaplug.checks.compare_batching import difference
 from metaplug.checks.find_frozen import find_frozen
 from metaplug.checks.model_changes import ModelChanges
 from metaplug.checks.probe_model import probe_model, written_by_forward
+from metaplug.contract.schedule import iteration_text
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_groups import uniform
 from metaplug.contract.values import Kind
@@ -174,7 +175,7 @@ class PrepareBatch:
             if iteration is None:
                 raise
             raise RunError(
-                f"iteration {iteration} stopped, nothing was updated: {error}"
+                f"{iteration_text(iteration)} stopped, nothing was updated: {error}"
             ) from error
 
 

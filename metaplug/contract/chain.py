@@ -21,6 +21,7 @@ from metaplug.contract.hookspecs import KINDS
 from metaplug.contract.plugin import Plugin
 from metaplug.contract.plugin_checks import check_plugin
 from metaplug.contract.return_checks import CHECKS
+from metaplug.contract.schedule import iteration_text, step_text
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Context
 from metaplug.errors import MetaplugError, RequestError, RunError, quoted
@@ -62,9 +63,9 @@ class Link:
         """Make the error for a fault of this link: `what` follows the plugin's name."""
         step, iteration, when = given.get("step"), given.get("iteration"), ""
         if step is not None:
-            when = f", iteration {step.meta_iteration}, inner step {step.index}"
+            when = f", {step_text(step.meta_iteration, step.index, training=step.training)}"
         elif iteration is not None:
-            when = f", iteration {iteration}"
+            when = f", {iteration_text(iteration)}"
         return RunError(f"plugin '{self.plugin.name}' in {self.hook} ({self.place}{when}) {what}")
 
 
@@ -203,7 +204,7 @@ class Chain:
                 self._warned.add(name)
                 what = f"the figure '{name}' of a plugin's end_meta_step is NaN or Inf"
                 warnings.warn(
-                    f"{what} after iteration {int(iteration) + 1}: it is logged as null, and as "
+                    f"{what} after {iteration_text(iteration)}: it is logged as null, and as "
                     "nothing is computed from it, training goes on; see what the plugin computes "
                     "there",
                     stacklevel=3,

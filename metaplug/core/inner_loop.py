@@ -82,5 +82,7 @@ class InnerLoop(TaskModel):
     def orders_of(self, iteration: int, total: int) -> tuple[int, ...]:
         """Return the derivative order of every inner step of a training iteration."""
         count = self.inner_steps
+        if not self.chain.links("derivative_order"):
+            return (2,) * count
         steps = [InnerStep(k, count, count, iteration, total, True) for k in range(count)]
         return tuple(self.chain.choose("derivative_order", 2, step=step) for step in steps)

@@ -20,6 +20,7 @@ from metaplug.contract.chain import Chain
 from metaplug.contract.inner_step import TaskShare
 from metaplug.contract.outcome import Outcome
 from metaplug.contract.return_checks import form
+from metaplug.contract.schedule import iteration_text
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.core.adaptation import NO_DERIVATIVE, adapt
 from metaplug.core.inner_loop import InnerLoop
@@ -138,7 +139,7 @@ class OuterLoop:
             )
         gradients = self._differentiate(outer_loss) if replaced is None else dict(replaced)
         if watch is not None:
-            where = f"in iteration {iteration}"
+            where = f"in {iteration_text(iteration)}"
             watch.look(
                 gradients, lambda fault: f"the meta-gradient holds {fault} {where}", _NO_DERIVATIVE
             )

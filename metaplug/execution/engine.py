@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from metaplug.contract.chain import Chain
 from metaplug.contract.outcome import Outcome
+from metaplug.contract.schedule import iteration_text
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.core.adaptation import adapt
 from metaplug.core.inner_loop import InnerLoop
@@ -225,9 +226,9 @@ class Engine:
             return
         rates = quoted(sorted({f"{group['lr']:.4g}" for group in self.optimizer.param_groups}))
         raise RunError(
-            f"iteration {self.iteration - 1} stopped: the meta-optimizer wrote NaN or Inf into "
-            f"'{name}', from finite meta-gradients, at meta learning rates {rates}: go on from the "
-            "last checkpoint with a lower meta_lr, or clip the meta-gradient"
+            f"{iteration_text(self.iteration - 1)} stopped: the meta-optimizer wrote NaN or Inf "
+            f"into '{name}', from finite meta-gradients, at meta learning rates {rates}: go on "
+            "from the last checkpoint with a lower meta_lr, or clip the meta-gradient"
         )
 
     def evaluate(
@@ -327,7 +328,7 @@ class Engine:
         """
         if self.skipped_in_a_row + 1 >= SKIPS_IN_A_ROW:
             raise RunError(
-                f"iteration {self.iteration} stopped, nothing was updated: {SKIPS_IN_A_ROW} "
+                f"{iteration_text(self.iteration)} stopped, nothing was updated: {SKIPS_IN_A_ROW} "
                 "batches in a row would be skipped, which is no fault of a batch; the last because "
                 f"{text}"
             )

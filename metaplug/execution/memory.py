@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from metaplug.contract.schedule import iteration_text
 from metaplug.errors import MetaplugError, RunError
 from metaplug.execution.chunks import ChunkedDerivation
 from metaplug.execution.engine import Engine
@@ -77,7 +78,7 @@ def memory_explained(
             else "it updated nothing"
         )
         advice = _training_advice(engine, tasks)
-        raise RunError(f"iteration {engine.iteration} {where}; {state}: {advice}") from error
+        raise RunError(f"{iteration_text(engine.iteration)} {where}; {state}: {advice}") from error
 
 
 def chunk_of(engine: Engine) -> int | None:

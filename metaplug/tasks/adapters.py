@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch.utils.data import IterableDataset
 
+from metaplug.contract.schedule import iteration_text
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import MetaplugError, RequestError, RunError
 from metaplug.tasks.episodes import TaskStream
@@ -62,9 +63,9 @@ def training_stream(
         if not given:
             return no_tasks(tasks)
         return RunError(
-            f"iteration {iteration} needs {wanted} tasks, but the {type(tasks).__name__} ended "
-            f"after {given} in this call: give an endless one, or a list, whose tasks come epoch "
-            "after epoch"
+            f"{iteration_text(iteration)} needs {wanted} tasks, but the {type(tasks).__name__} "
+            f"ended after {given} in this call: give an endless one, or a list, whose tasks come "
+            "epoch after epoch"
         )
 
     once = isinstance(tasks, Iterator)
@@ -72,8 +73,8 @@ def training_stream(
     stream = _shared(stream, tasks, ranks)
     if iteration > 0 and not once:
         warnings.warn(
-            f"training goes on at iteration {iteration}, but a {type(tasks).__name__} does not say "
-            "where it stopped: its tasks start anew",
+            f"training goes on at {iteration_text(iteration)}, but a {type(tasks).__name__} does "
+            "not say where it stopped: its tasks start anew",
             stacklevel=4,
         )
     return stream

@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from metaplug.contract.schedule import iteration_text
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import MetaplugError, quoted
 from metaplug.execution.traced import CompiledDerivation
@@ -84,8 +85,8 @@ def traced_equals_eager(subject: Subject) -> None:
                 )
             if text := difference(*map(derived, taken), tolerance=SAME_SUMS):
                 raise BreachError(
-                    f"{text} in iteration {iteration} of a compiled step and of an eager one: "
-                    f"{advice}"
+                    f"{text} in {iteration_text(iteration)} of a compiled step and of an eager "
+                    f"one: {advice}"
                 )
             for learner in (ours, eager):
                 learner.engine.meta_step(example.problem.batch, 3)

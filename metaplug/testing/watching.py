@@ -17,6 +17,7 @@ from metaplug.contract.chain import Link
 from metaplug.contract.inner_step import InnerStep
 from metaplug.contract.outcome import Outcome
 from metaplug.contract.plugin import Plugin
+from metaplug.contract.schedule import iteration_text, step_text
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Context
 from metaplug.learner import MetaLearner
@@ -142,9 +143,9 @@ def _modules(plugin: Plugin) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _when(hook: str, given: Mapping[str, Any]) -> str:
     step = given.get("step")
     if not isinstance(step, InnerStep):
-        return hook + (f" (iteration {given['iteration']})" if "iteration" in given else "")
-    when = f"iteration {step.meta_iteration}, inner step {step.index}"
-    return f"{hook} ({when}{'' if step.training else ', at evaluation'})"
+        return hook + (f" ({iteration_text(given['iteration'])})" if "iteration" in given else "")
+    when = step_text(step.meta_iteration, step.index, training=step.training)
+    return f"{hook} ({when})"
 
 
 def _reach(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:

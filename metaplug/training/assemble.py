@@ -70,7 +70,7 @@ def assemble(
             device or with its dtype.
     """
     world.align([*model.parameters(), *model.buffers()])  # plugins start from these values
-    adapted, variables = _set_up(model, chain, settings, kind, world, seed=seed)
+    adapted, variables = _set_up(model, chain, settings, kind, ranks=world.size, seed=seed)
     owned = [each for own in chain.plugins for each in (*own.parameters(), *own.buffers())]
     world.align([*owned, *variables.values()])
     inner = InnerLoop(
@@ -107,13 +107,7 @@ def assemble(
 
 
 def _set_up(
-    model: nn.Module,
-    chain: Chain,
-    settings: LearnerSettings,
-    kind: Kind,
-    world: World,
-    *,
-    seed: int,
+    model: nn.Module, chain: Chain, settings: LearnerSettings, kind: Kind, *, ranks: int, seed: int
 ) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """Let the plugins choose what is adapted, and create their meta- and task parameters."""
     trainable = {name: each for name, each in model.named_parameters() if each.requires_grad}
@@ -133,9 +127,35 @@ def _set_up(
         inner_steps=settings.inner_steps,
         inner_lr=settings.inner_lr,
         kind=kind,
-        ranks=world.size,
+        ranks=ranks,
     )
     variables = chain.setup(context, seed)
+    _refuse_clashes(model, chain, variables)
     if not adapted and not variables:
         raise RequestError(_NOTHING_ADAPTS)
     return adapted, variables
+
+
+def _refuse_clashes(model: nn.Module, chain: Chain, variables: Mapping[str, Tensor]) -> None:
+    """Refuse a plugin's parameter that would stand under the name of one of the model's.
+
+    Meta-gradients and fast weights are found by name, so one would take the place of the other.
+    """
+    taken = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    owned = [
+        (plugin, f"{plugin.name}.{name}")
+        for plugin in chain.plugins
+        for name, _ in plugin.named_parameters()
+    ]
+    owned += [
+        (plugin, name)
+        for plugin in chain.plugins
+        for name in variables
+        if name.startswith(f"{plugin.name}.")
+    ]
+    for plugin, name in owned:
+        if name in taken:
+            raise RequestError(
+                f"plugin '{plugin.name}' has a parameter '{name}', and so has the model: give the "
+                "plugin another name, by name='...'"
+            )

@@ -31,7 +31,9 @@ from metaplug.report.terminal import TrainingProgress, skipped_line
 from metaplug.testing import Stream, problem
 
 BAD = 2
-"""The iteration in which something is wrong."""
+"""The iteration in which something is wrong, as the code counts."""
+SAID = BAD + 1
+"""The same iteration as people count."""
 
 
 def one_element(tensor, value, task):
@@ -166,7 +168,7 @@ def first_bad(learner, stream, iterations=5, tasks=3):
         learner.fit(stream, iterations=iterations, tasks_per_batch=tasks, on_record=good.append)
     assert [record.step.iteration for record in good] == list(range(1, BAD + 1))
     assert learner.iteration == BAD
-    text, begun = str(error.value), f"iteration {BAD} stopped, nothing was updated: "
+    text, begun = str(error.value), f"iteration {SAID} stopped, nothing was updated: "
     assert text.startswith(begun)
     assert "\n" not in text
     return text.removeprefix(begun)
@@ -182,19 +184,27 @@ WAYS = {
     "adam": {"task_batching": "vectorized", "inner_optimizer": "adam", "inner_lr": 0.01},
 }
 HOOKS = {
-    "transform_tasks": (f", iteration {BAD}", "returned", "'query_x' of task 1"),
-    "transform_parameters": (f", iteration {BAD}, inner step 1", "returned", "'2.bias' of task 1"),
+    "transform_tasks": (f", iteration {SAID}", "returned", "'query_x' of task 1"),
+    "transform_parameters": (
+        f", iteration {SAID}, inner step 1",
+        "returned",
+        "'2.bias' of task 1",
+    ),
     "transform_inner_losses": (
-        f", iteration {BAD}, inner step 1",
+        f", iteration {SAID}, inner step 1",
         "returned",
         "'its value' of task 1",
     ),
-    "transform_gradients": (f", iteration {BAD}, inner step 1", "returned", "'2.bias' of task 1"),
-    "transform_learning_rates": (f", iteration {BAD}, inner step 1", "returned", "'2.bias'"),
-    "keep": (f", iteration {BAD}, inner step 1", "kept", "'mean'"),
+    "transform_gradients": (
+        f", iteration {SAID}, inner step 1",
+        "returned",
+        "'2.bias' of task 1",
+    ),
+    "transform_learning_rates": (f", iteration {SAID}, inner step 1", "returned", "'2.bias'"),
+    "keep": (f", iteration {SAID}, inner step 1", "kept", "'mean'"),
     "transform_outer_losses": ("", "returned", "'its value' of task 1"),
-    "compute_meta_gradients": (f", iteration {BAD}", "returned", "'2.bias'"),
-    "transform_meta_gradients": (f", iteration {BAD}", "returned", "'2.bias'"),
+    "compute_meta_gradients": (f", iteration {SAID}", "returned", "'2.bias'"),
+    "transform_meta_gradients": (f", iteration {SAID}", "returned", "'2.bias'"),
 }
 
 
@@ -218,7 +228,7 @@ def test_every_hook_and_way(hook, way, inf):
             "of task 1", "of task 0"
         )  # each chunk has one task, and the first is hit already
     text = first_bad(learner, Stream())
-    iteration = f", iteration {BAD}" if hook == "transform_outer_losses" else where
+    iteration = f", iteration {SAID}" if hook == "transform_outer_losses" else where
     asked = "transform_gradients" if hook == "keep" else hook
     assert text == (
         f"plugin 'inject' in {asked} (link 1 of 1{iteration}) {did} NaN or Inf in {what}; see what "
@@ -248,7 +258,7 @@ def test_in_a_traced_step():
     learner.chain.plugins[0].scale.fill_(math.nan)
     with pytest.raises(
         RunError,
-        match=r"^iteration 2 stopped, nothing was updated: plugin 'scaled' in transform_gradients "
+        match=r"^iteration 3 stopped, nothing was updated: plugin 'scaled' in transform_gradients "
         r"\(link 1 of 1, it",
     ):
         learner.fit(Stream(), iterations=1, tasks_per_batch=3)
@@ -291,7 +301,7 @@ def test_an_element_that_does_not_reach_the_loss(hook):
 
     learner = MetaLearner(Unused(), inner_lr=0.1, inner_steps=2, plugins=[Corner()])
     assert first_bad(learner, Stream()) == (
-        f"plugin 'corner' in {hook} (link 1 of 1, iteration {BAD}, inner step 0) returned NaN or "
+        f"plugin 'corner' in {hook} (link 1 of 1, iteration {SAID}, inner step 0) returned NaN or "
         "Inf in 'table' of task 0; "
         "see what 'corner' computes there, or leave it out"
     )
@@ -318,8 +328,8 @@ def test_in_the_weights_before():
     with pytest.raises(RunError) as error:
         learner.fit(Stream(), iterations=1, tasks_per_batch=2)
     assert str(error.value) == (
-        "iteration 2 stopped, nothing was updated: NaN or Inf in '0.bias' stood in the "
-        "meta-parameters before iteration 2; "
+        "iteration 3 stopped, nothing was updated: NaN or Inf in '0.bias' stood in the "
+        "meta-parameters before iteration 3; "
         "go on from a checkpoint before that"
     )
     assert_same(state(learner), before)
@@ -340,9 +350,9 @@ def test_made_by_the_backward_pass_alone():
     with pytest.raises(RunError) as error:
         MetaLearner(Cusp(), inner_steps=1).fit(Stream(), iterations=1, tasks_per_batch=2)
     assert str(error.value) == (
-        "iteration 0 stopped, nothing was updated: the gradient of the support loss holds NaN or "
+        "iteration 1 stopped, nothing was updated: the gradient of the support loss holds NaN or "
         "Inf in 'weight' of all 2 tasks in "
-        "iteration 0, inner step 0; the loss was finite: an operation of the model, or of a "
+        "iteration 1, inner step 0; the loss was finite: an operation of the model, or of a "
         "plugin's loss, has no finite derivative there, "
         "such as a root or norm of 0: add a small number inside it"
     )
@@ -361,8 +371,8 @@ def test_in_the_meta_gradient_of_a_plugin_alone():
     with pytest.raises(RunError) as error:
         problem().learner(plugins=[Rooted()]).fit(Stream(), iterations=1, tasks_per_batch=2)
     assert str(error.value) == (
-        "iteration 0 stopped, nothing was updated: the meta-gradient holds NaN or Inf in "
-        "'rooted.zero' in iteration 0; every loss on the "
+        "iteration 1 stopped, nothing was updated: the meta-gradient holds NaN or Inf in "
+        "'rooted.zero' in iteration 1; every loss on the "
         "way was finite: an operation of the model or of a plugin has no finite derivative there, "
         "such as a root or norm of 0: "
         "add a small number inside it"
@@ -378,8 +388,8 @@ def test_a_norm_that_overflows_though_its_elements_do_not():
     with pytest.raises(RunError) as error:
         problem().learner(plugins=[Large()]).fit(Stream(), iterations=1, tasks_per_batch=2)
     assert str(error.value) == (
-        "iteration 0 stopped, nothing was updated: the norm of the meta-gradient, or its square, "
-        "is Inf in iteration 0, though each of its elements is "
+        "iteration 1 stopped, nothing was updated: the norm of the meta-gradient, or its square, "
+        "is Inf in iteration 1, though each of its elements is "
         "finite; clip it inside the loop, or lower inner_lr"
     )
 
@@ -398,7 +408,7 @@ def test_a_plugin_that_fails_on_nan_is_not_who_made_it():
         plugins=[Inject(hook="transform_inner_losses", inf=False, step=0), Chokes()]
     )
     assert first_bad(learner, Stream()).startswith(
-        "plugin 'inject' in transform_inner_losses (link 1 of 1, iteration 2, inner step 0) "
+        "plugin 'inject' in transform_inner_losses (link 1 of 1, iteration 3, inner step 0) "
         "returned"
     )
 
@@ -413,7 +423,7 @@ def test_a_factor_of_the_rate_that_is_not_finite_stops_within_a_window():
     good = []
     with pytest.raises(
         RunError,
-        match=r"^plugin 'factor' in scale_meta_learning_rate \(link 1 of 1, iteration 2\) returned "
+        match=r"^plugin 'factor' in scale_meta_learning_rate \(link 1 of 1, iteration 3\) returned "
         r"nan, not a finite",
     ):
         learner.fit(Stream(), iterations=5, tasks_per_batch=2, on_record=good.append)
@@ -502,7 +512,7 @@ def test_too_many_in_a_row_stop(every):
             on_record=seen.append,
         )
     assert str(error.value) == (
-        "iteration 12 stopped, nothing was updated: 10 batches in a row would be skipped, which is "
+        "iteration 13 stopped, nothing was updated: 10 batches in a row would be skipped, which is "
         "no fault of a batch; the last because "
         "query_x of task 1 holds NaN or Inf, on which no loss is defined: clean the data of that "
         "task"
@@ -553,7 +563,7 @@ def test_a_parameter_without_elements_is_no_hindrance():
     assert learner.fit(Stream(dtype=torch.float32), iterations=2, tasks_per_batch=2).records
     with pytest.raises(
         RunError,
-        match=r"^iteration 4 stopped, nothing was updated: query_x of task 1 holds NaN or Inf",
+        match=r"^iteration 5 stopped, nothing was updated: query_x of task 1 holds NaN or Inf",
     ):
         learner.fit(Holed32(iterations=(4,)), iterations=4, tasks_per_batch=2)
 
@@ -618,7 +628,7 @@ def test_ranks_skip_together():
         None,
     ]
     assert plugin[2] == (
-        "plugin 'inject' in transform_inner_losses (link 1 of 1, iteration 2, inner step 1) "
+        "plugin 'inject' in transform_inner_losses (link 1 of 1, iteration 3, inner step 1) "
         "returned NaN or Inf in 'its value' of task 3; "
         "see what 'inject' computes there, or leave it out"
     )
@@ -643,8 +653,8 @@ def test_ranks_stop_together():
 
     found, repeated = sorted(on_ranks(train_badly), key=lambda error: isinstance(error, RankError))
     assert str(found) == (
-        "iteration 2 stopped, nothing was updated: plugin 'inject' in transform_gradients (link 2 "
-        "of 2, iteration 2, inner step 1) "
+        "iteration 3 stopped, nothing was updated: plugin 'inject' in transform_gradients (link 2 "
+        "of 2, iteration 3, inner step 1) "
         "returned NaN or Inf in '2.bias' of task 3; see what 'inject' computes there, or leave it "
         "out"
     )
@@ -715,7 +725,7 @@ def test_a_run_that_stops_keeps_its_last_checkpoint(tmp_path, holed):
     holed[:] = [6]
     with pytest.raises(
         RunError,
-        match=r"^iteration 6 stopped, nothing was updated: support_x of task 0 holds NaN or Inf",
+        match=r"^iteration 7 stopped, nothing was updated: support_x of task 0 holds NaN or Inf",
     ):
         train(tiny(), tmp_path / "run")
     assert len(read_metrics(tmp_path / "run")) == 6
@@ -879,7 +889,7 @@ def test_a_stop_after_losses_that_grew_says_so():
     with pytest.raises(RunError) as error:
         learner.fit(tasks, iterations=1, tasks_per_batch=2)
     text = str(error.value)
-    assert text.startswith("iteration 0 stopped, nothing was updated: the ")
+    assert text.startswith("iteration 1 stopped, nothing was updated: the ")
     found = re.search(
         r"; the inner loop diverges: the support loss of task 1 grew from 6.25 to (\S+) in 47 "
         r"inner steps at inner_lr = 900; ",
@@ -916,7 +926,7 @@ def test_an_evaluation_asserts_no_cause_that_is_not_there():
     assert str(error.value) == (
         "evaluation task 0 has a query loss of NaN or Inf after 1 inner steps: the gradient of the "
         "support loss holds NaN or Inf in "
-        "'weight' of task 0 in iteration 0, inner step 0; the loss was finite: an operation of the "
+        "'weight' of task 0 in evaluation, inner step 0; the loss was finite: an operation of the "
         "model, or of a plugin's loss, has no "
         "finite derivative there, such as a root or norm of 0: add a small number inside it"
     )
@@ -954,7 +964,7 @@ def test_an_evaluation_names_the_plugin_and_the_task(batching):
     assert str(error.value).startswith(
         "evaluation task 18 has a query loss of NaN or Inf after 2 inner steps: plugin 'spoils' in "
         "transform_gradients "
-        "(link 1 of 1, iteration 0, inner step 0) returned NaN or Inf in '0.weight', '0.bias', "
+        "(link 1 of 1, evaluation, inner step 0) returned NaN or Inf in '0.weight', '0.bias', "
         "'2.weight' of task 18; "
     )
     assert learner.chain.watch is None
@@ -996,7 +1006,7 @@ def test_a_model_that_fails_on_nan_is_not_who_made_it(every, batching):
         )
 
     said = (
-        "plugin 'spoils' in transform_gradients (link 1 of 1, iteration 2, inner step 0) "
+        "plugin 'spoils' in transform_gradients (link 1 of 1, iteration 3, inner step 0) "
         "returned NaN or Inf in "
     )
     assert first_bad(learner(), Stream()).startswith(said)

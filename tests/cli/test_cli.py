@@ -307,8 +307,8 @@ def test_a_failed_run_is_one_line_and_exit_status_1(metaplug: Any) -> None:
     answer = metaplug("train", *TINY, "--inner-lr", "1000", "--inner-steps", "8", "--name", "wild")
     assert answer.status == 1
     assert re.fullmatch(
-        r"metaplug: iteration 0 stopped, nothing was updated: the support loss holds NaN or Inf in"
-        r" 'loss' of .* in iteration 0, inner step "
+        r"metaplug: iteration 1 stopped, nothing was updated: the support loss holds NaN or Inf in"
+        r" 'loss' of .* in iteration 1, inner step "
         r"\d; the inner loop diverges: the support loss of task \d grew from \S+ to \S+ in \d inner"
         r" steps? at inner_lr = 1000; "
         "lower inner_lr",

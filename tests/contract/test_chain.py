@@ -540,15 +540,15 @@ def test_a_wrong_answer_names_plugin_hook_link_and_step(hook, answer, fault):
         problem().learner(plugins=[Quiet(), link(hook, answer)]).fit(
             Stream(), iterations=1, tasks_per_batch=1
         )
-    inside = ", iteration 0, inner step 0"
+    inside = ", iteration 1, inner step 0"
     at = {
-        "transform_tasks": ", iteration 0",
-        "outer_step_weights": ", iteration 0",
-        "transform_meta_gradients": ", iteration 0",
-        "scale_meta_learning_rate": ", iteration 0",
-        "transform_outer_losses": ", iteration 0",
+        "transform_tasks": ", iteration 1",
+        "outer_step_weights": ", iteration 1",
+        "transform_meta_gradients": ", iteration 1",
+        "scale_meta_learning_rate": ", iteration 1",
+        "transform_outer_losses": ", iteration 1",
         "select_adapted": "",
-        "end_meta_step": ", iteration 0",
+        "end_meta_step": ", iteration 1",
     }.get(hook, inside)
     assert str(error.value) == f"plugin 'bad' in {hook} (link 1 of 1{at}) {fault}"
 
@@ -571,7 +571,7 @@ def test_an_exception_inside_a_plugin_names_the_place_and_keeps_the_cause():
         learner.fit(Stream(), iterations=1)
     assert (
         placeless(error.value)
-        == "plugin 'later' in transform_gradients (link 2 of 2, iteration 2, inner step 1) "
+        == "plugin 'later' in transform_gradients (link 2 of 2, iteration 3, inner step 1) "
         "failed: KeyError: 1"
     )
     assert isinstance(error.value.__cause__, KeyError)
@@ -582,21 +582,21 @@ PLACES = {
     "select_adapted": "",
     "setup": "",
     "task_parameters": "",
-    "transform_tasks": ", iteration 1",
-    "initialize_parameters": ", iteration 1, inner step 0",
-    "outer_step_weights": ", iteration 1",
-    "transform_parameters": ", iteration 1, inner step 0",
-    "transform_inner_losses": ", iteration 1, inner step 0",
-    "derivative_order": ", iteration 1, inner step 0",
-    "transform_gradients": ", iteration 1, inner step 0",
-    "transform_learning_rates": ", iteration 1, inner step 0",
-    "update_parameters": ", iteration 1, inner step 0",
-    "transform_outer_losses": ", iteration 1",
-    "compute_meta_gradients": ", iteration 1",
-    "transform_meta_gradients": ", iteration 1",
-    "scale_meta_learning_rate": ", iteration 1",
-    "commit": ", iteration 1",
-    "end_meta_step": ", iteration 1",
+    "transform_tasks": ", iteration 2",
+    "initialize_parameters": ", iteration 2, inner step 0",
+    "outer_step_weights": ", iteration 2",
+    "transform_parameters": ", iteration 2, inner step 0",
+    "transform_inner_losses": ", iteration 2, inner step 0",
+    "derivative_order": ", iteration 2, inner step 0",
+    "transform_gradients": ", iteration 2, inner step 0",
+    "transform_learning_rates": ", iteration 2, inner step 0",
+    "update_parameters": ", iteration 2, inner step 0",
+    "transform_outer_losses": ", iteration 2",
+    "compute_meta_gradients": ", iteration 2",
+    "transform_meta_gradients": ", iteration 2",
+    "scale_meta_learning_rate": ", iteration 2",
+    "commit": ", iteration 2",
+    "end_meta_step": ", iteration 2",
 }
 
 
@@ -1013,7 +1013,7 @@ def test_replaced_meta_gradients_are_used_and_checked():
     assert_close(learner.meta_gradients(case.batch), expected)
     text = refused([Reptile(), GradientSharing()], RunError)
     assert text == (
-        "plugin 'reptile' in compute_meta_gradients (link 1 of 1, iteration 0) answered names "
+        "plugin 'reptile' in compute_meta_gradients (link 1 of 1, iteration 1) answered names "
         "that are not meta-learned (none) "
         "or left out a plugin's parameters "
         "('gradient-sharing.gate', 'gradient-sharing.momentum'), which would then never learn: "
@@ -1027,13 +1027,13 @@ def test_replaced_meta_gradients_are_used_and_checked():
         [link("compute_meta_gradients", lambda outcome: {"0.bias": torch.zeros(3)})], RunError
     )
     assert text == (
-        "plugin 'bad' in compute_meta_gradients (link 1 of 1, iteration 0) returned shape (3,), "
+        "plugin 'bad' in compute_meta_gradients (link 1 of 1, iteration 1) returned shape (3,), "
         "torch.float32 on cpu; "
         "the parameter is shape (6,), torch.float64 on cpu, which it must keep (for '0.bias')"
     )
     text = refused([link("compute_meta_gradients", lambda outcome: [])], RunError)
     assert text.endswith(
-        "(link 1 of 1, iteration 0) answered list, not a mapping from names to tensors"
+        "(link 1 of 1, iteration 1) answered list, not a mapping from names to tensors"
     )
 
 

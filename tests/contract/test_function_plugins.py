@@ -170,7 +170,7 @@ def test_a_fault_names_it_as_any_other():
         problem().learner(plugins=[halve_them, broken]).fit(Stream(), iterations=1)
     assert (
         placeless(error.value)
-        == "plugin 'broken' in transform_gradients (link 2 of 2, iteration 0, inner step 0) "
+        == "plugin 'broken' in transform_gradients (link 2 of 2, iteration 1, inner step 0) "
         "failed: KeyError: 0"
     )
     assert isinstance(error.value.__cause__, KeyError)

@@ -52,7 +52,7 @@ def test_memory_that_runs_out_is_explained():
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert re.match(
-        r"iteration 1 ran out of memory on cuda.*, asking for .* more, with 60000 tasks of 2 inner "
+        r"iteration 2 ran out of memory on cuda.*, asking for .* more, with 60000 tasks of 2 inner "
         "steps; it updated nothing",
         str(raised.value),
     )

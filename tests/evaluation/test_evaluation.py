@@ -358,7 +358,7 @@ def test_what_was_refused_or_failed_before_its_first_step_was_not_trained_on():
         weight.fill_(math.nan)
     for every in (1, 2):
         learner.metrics_every = every
-        with pytest.raises(RunError, match=r"^iteration 0 stopped, nothing was updated"):
+        with pytest.raises(RunError, match=r"^iteration 1 stopped, nothing was updated"):
             learner.fit(tasks.train, iterations=2)
     assert learner.trained_on == TrainedOn()
     with torch.no_grad():

@@ -151,7 +151,7 @@ class TestWhenItRunsOut:
         with pytest.raises(RunError) as raised:
             learner.fit(Stream(), iterations=1, tasks_per_batch=8)
         assert str(raised.value) == (
-            f"iteration 1 ran out of memory on cpu{asked} {WORK}: "
+            f"iteration 2 ran out of memory on cpu{asked} {WORK}: "
             "use runtime.checkpoint_steps=1, or runtime.chunk_size=4"
         )
         assert raised.value.__cause__ is error
@@ -188,13 +188,13 @@ class TestWhenItRunsOut:
             raise RuntimeError("CUDA error: out of memory")
 
         monkeypatch.setattr(learner.model, "forward", forward)
-        with pytest.raises(RunError, match=f"iteration 0 ran out of memory on cpu {WORK}"):
+        with pytest.raises(RunError, match=f"iteration 1 ran out of memory on cpu {WORK}"):
             learner.fit(Stream(), iterations=1)
 
     def test_in_one_of_several_steps_in_a_row(self, monkeypatch):
         learner = problem().learner(metrics_every=4)
         monkeypatch.setattr(PrepareBatch, "__call__", fails_in_iteration(2, PrepareBatch.__call__))
-        with pytest.raises(RunError, match=f"iteration 2 ran out of memory on cpu {WORK}: "):
+        with pytest.raises(RunError, match=f"iteration 3 ran out of memory on cpu {WORK}: "):
             learner.fit(Stream(), iterations=4)
         assert learner.iteration == 2
 
@@ -275,7 +275,7 @@ class TestWhenItRunsOut:
         training, evaluation, after = done.stdout.splitlines()
         asked = r"ran out of memory on cpu(, asking for [\d.]+ \w+ more,)?"
         assert re.fullmatch(
-            rf"iteration 1 {asked} with 400 tasks of 3 inner steps; it updated nothing: "
+            rf"iteration 2 {asked} with 400 tasks of 3 inner steps; it updated nothing: "
             "use runtime.checkpoint_steps=1, or runtime.chunk_size=200",
             training,
         )
@@ -378,7 +378,7 @@ class TestOnTheCommandLine:
         status, lines = self.run(capfd, "train", "--name", "mine")
         assert status == 1
         assert lines[-1] == (
-            f"metaplug: iteration 3 ran out of memory on cpu {WORK}: "
+            f"metaplug: iteration 4 ran out of memory on cpu {WORK}: "
             "use runtime.checkpoint_steps=1, or runtime.chunk_size=4"
         )
         assert checkpoint.read(Path("runs/mine/last.safetensors"))["iteration"] == 2

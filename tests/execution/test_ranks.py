@@ -400,8 +400,8 @@ def test_numbers_that_are_not_finite_on_one_rank_stop_all():
 
     found, repeated = failure(on_ranks(train_badly))
     assert str(found) == (
-        "iteration 0 stopped, nothing was updated: the support loss holds NaN or Inf in 'loss' of "
-        "all 2 tasks in iteration 0, "
+        "iteration 1 stopped, nothing was updated: the support loss holds NaN or Inf in 'loss' of "
+        "all 2 tasks in iteration 1, "
         "inner step 0; the model's output was finite: see what the loss function computes"
     )
     assert str(repeated) == f"rank 1 ended the run: {found}"
@@ -421,7 +421,7 @@ def test_a_fault_of_one_rank_ends_the_others():
 
     found, repeated = failure(on_ranks(train_badly))
     fault = (
-        "plugin 'faulty' in transform_gradients (link 2 of 2, iteration 0, inner step 0) failed: "
+        "plugin 'faulty' in transform_gradients (link 2 of 2, iteration 1, inner step 0) failed: "
         "KeyError: 'x'"
     )
     assert fault in plugins.placeless(found)

@@ -64,7 +64,7 @@ def test_fetching_less_often_changes_no_number():
 
 
 class Diverges(Plugin):
-    """In iteration 4."""
+    """In iteration 5."""
 
     @hookimpl
     def transform_inner_losses(self, losses, step):
@@ -81,7 +81,7 @@ def test_a_divergence_within_is_found_and_taken_back():
         learners.append(learner)
     assert texts[0] == texts[1]
     assert texts[0].startswith(
-        "iteration 4 stopped, nothing was updated: plugin 'diverges' in transform_inner_losses "
+        "iteration 5 stopped, nothing was updated: plugin 'diverges' in transform_inner_losses "
         "(link 1 of 1, "
     )
     assert [learner.iteration for learner in learners] == [4, 4]

@@ -259,7 +259,7 @@ def test_what_cannot_be_compared(variants: list[Variant], seeds: list[int], mess
 def test_a_run_that_fails_is_named() -> None:
     diverging = variant("wild", learner={"inner_lr": 1000.0, "inner_steps": 8})
     with pytest.raises(
-        RunError, match=r"^variant 'wild', seed 7: iteration 0 stopped, nothing was updated: "
+        RunError, match=r"^variant 'wild', seed 7: iteration 1 stopped, nothing was updated: "
     ):
         compare([diverging, variant("calm")], [7])
 

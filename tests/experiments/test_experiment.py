@@ -332,7 +332,7 @@ def test_numbers_that_are_not_finite_stop_a_run_and_keep_its_checkpoint(tmp_path
     config = config.model_copy(
         update={"learner": config.learner.model_copy(update={"inner_lr": 1000.0, "inner_steps": 5})}
     )
-    with pytest.raises(RunError, match=r"^iteration 0 stopped, nothing was updated: "):
+    with pytest.raises(RunError, match=r"^iteration 1 stopped, nothing was updated: "):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
 

@@ -14,7 +14,7 @@ class WritesIntoItsInput(Plugin):
     """Clips in place."""
 
     caught_by = "no-mutation"
-    says = "transform_gradients (iteration 0, inner step 0) wrote into gradients['0.weight']"
+    says = "transform_gradients (iteration 1, inner step 0) wrote into gradients['0.weight']"
 
     @hookimpl
     def transform_gradients(self, gradients):
@@ -83,7 +83,7 @@ class WritesIntoTheRates(Plugin):
 
     caught_by = "no-mutation"
     says = (
-        "transform_learning_rates (iteration 0, inner step 0) wrote into learning_rates['0.weight']"
+        "transform_learning_rates (iteration 1, inner step 0) wrote into learning_rates['0.weight']"
     )
 
     @hookimpl
@@ -96,7 +96,7 @@ class RemembersInTheLoop(Plugin):
     """A running mean that is updated in the step itself."""
 
     caught_by = "no-state-in-loop"
-    says = "transform_inner_losses (iteration 0, inner step 0) changed self.mean"
+    says = "transform_inner_losses (iteration 1, inner step 0) changed self.mean"
 
     @hookimpl
     def setup(self, context):

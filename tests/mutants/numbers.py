@@ -55,7 +55,7 @@ class TakesARoot(Plugin):
     caught_by = "finite-at-zero"
     says = (
         "the gradient of the support loss holds NaN or Inf in '0.weight', '0.bias', '2.weight' "
-        "of task 0 in iteration 0, inner step 1 "
+        "of task 0 in iteration 1, inner step 1 "
         "where every loss is 0"
     )
 

@@ -15,7 +15,7 @@ class RemembersInAClosure(Plugin):
     """Anneals by a number that stands where nobody can look for it."""
 
     caught_by = "traced-equals-eager"
-    says = "in iteration 1 of a compiled step and of an eager one"
+    says = "in iteration 2 of a compiled step and of an eager one"
 
     @hookimpl
     def setup(self):

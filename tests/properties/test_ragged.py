@@ -411,7 +411,7 @@ def test_a_plugin_that_loses_the_sizes_of_tasks_is_refused():
     with pytest.raises(RunError) as error:
         learner_of(model_of("mlp"), plugins=[Forgetful()]).meta_gradients(batch)
     assert plugins.placeless(error.value) == (
-        "plugin 'forgetful' in transform_tasks (link 1 of 1, iteration 0) returned a batch without "
+        "plugin 'forgetful' in transform_tasks (link 1 of 1, iteration 1) returned a batch without "
         "the sizes of its tasks, so padding would count: make it by dataclasses.replace(batch, "
         "...), or give TaskBatch(..., sizes=...)"
     )

@@ -569,7 +569,7 @@ def test_an_update_that_overflows_stops_with_the_name_of_the_weight():
     with pytest.raises(RunError) as stop:
         learner.fit(Same(case.batch), iterations=3, tasks_per_batch=3)
     assert str(stop.value).startswith(
-        "iteration 1 stopped: the meta-optimizer wrote NaN or Inf into '0.weight', from finite "
+        "iteration 2 stopped: the meta-optimizer wrote NaN or Inf into '0.weight', from finite "
         "meta-gradients, at meta learning rates '1e+38'"
     )
 

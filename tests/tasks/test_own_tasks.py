@@ -287,8 +287,9 @@ PAIRS = (
         ),
         (
             unsteady,
-            "the function unsteady returns another query_x when it is called once more with seed "
-            "0, iteration 0 and index 0, so no run could be repeated: draw by these three alone",
+            "the function unsteady returns another query_x when it is called once more with "
+            "(seed, iteration, index) = (0, 0, 0), so no run could be repeated: draw by these "
+            "three alone",
         ),
         (
             endless,
@@ -300,10 +301,10 @@ PAIRS = (
             "the function refused(make) cannot be called with (seed, iteration, index): define "
             "refused(seed, iteration, index), which returns the task of these numbers",
         ),
-        (three, f"task 0 of iteration 0 of the function three is of type generator, {NO_TASK}"),
+        (three, f"task 0 of iteration 1 of the function three is of type generator, {NO_TASK}"),
         (
             lambda seed, iteration, index: [task(), task()],
-            "task 0 of iteration 0 of the function <lambda> is 2 tasks, but a number stands for "
+            "task 0 of iteration 1 of the function <lambda> is 2 tasks, but a number stands for "
             "one: give the task of that number alone",
         ),
     ],

@@ -41,7 +41,7 @@ def test_what_a_trace_would_freeze_is_refused_by_name_or_caught(mutant):
             learner.engine.meta_step(case.batch, 2)
         found(learner, case.batch)
     if trace.refusal is None:
-        with pytest.raises(ConformanceError, match=r"in iteration 1 of a compiled step and of an"):
+        with pytest.raises(ConformanceError, match=r"in iteration 2 of a compiled step and of an"):
             clause.hold(subject)
     else:
         assert f"'{mutant.kind()}'" in trace.refusal

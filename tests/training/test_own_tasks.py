@@ -109,7 +109,7 @@ def test_a_generator_goes_on_where_it_stopped_and_says_where_it_ended():
         with pytest.raises(RunError) as error:
             learner.fit((task for task in TASKS), iterations=9, tasks_per_batch=4)
         assert str(error.value) == (
-            "iteration 1 needs 4 tasks, but the generator ended after 6 in this call: give an "
+            "iteration 2 needs 4 tasks, but the generator ended after 6 in this call: give an "
             "endless one, or a list, whose tasks come epoch after epoch"
         )
         assert learner.iteration == 1
@@ -122,7 +122,7 @@ def test_an_iterable_that_starts_anew_in_a_later_fit_says_so():
     with pytest.warns(UserWarning) as warned:
         learner.fit(loader, iterations=1, tasks_per_batch=4)
     assert [str(each.message) for each in warned] == [
-        "training goes on at iteration 2, but a DataLoader does not say where it stopped: its "
+        "training goes on at iteration 3, but a DataLoader does not say where it stopped: its "
         "tasks start anew"
     ]
     assert warned[0].filename == __file__

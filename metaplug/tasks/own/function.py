@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from metaplug.contract.schedule import iteration_text
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import RequestError
 from metaplug.tasks.own.items import join, single
@@ -54,11 +55,11 @@ class FunctionTasks:
             if field := first_difference(tasks[0], self._task(iteration, indices[0])):
                 raise RequestError(
                     f"the function {self.name} returns another {field} when it is called once more "
-                    f"with seed {self.seed}, iteration {iteration} and index {indices[0]}, so no "
-                    "run could be repeated: draw by these three alone"
+                    f"with {ARGUMENTS} = {(self.seed, iteration, indices[0])}, so no run could be "
+                    "repeated: draw by these three alone"
                 )
         return join(tasks)
 
     def _task(self, iteration: int, index: int) -> TaskBatch:
-        where = f"task {index} of iteration {iteration} of the function {self.name}"
+        where = f"task {index} of {iteration_text(iteration)} of the function {self.name}"
         return single(self.function(self.seed, iteration, index), where)
