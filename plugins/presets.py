@@ -56,6 +56,21 @@ L2F = Preset(
     summary="MAML whose tasks first forget a part of the start, layer by layer, by their gradient.",
     source="Baik et al. 2020, arXiv 1906.05895",
     plugins=(PluginUse(plugin="l2f"),),
+MR_MAML = Preset(
+    name="mr-maml",
+    summary="Meta-regularised MAML: the body is drawn from learned Gaussians, the head adapts.",
+    source="Yin et al. 2020, arXiv 1912.03820, section 4.2 (on weights)",
+    plugins=(
+        PluginUse(plugin="partial-adaptation", settings={"adapts": "head"}),
+        PluginUse(plugin="mr-maml"),
+    ),
+)
+
+TAML = Preset(
+    name="taml",
+    summary="Task-agnostic meta-learning: unsure predictions before adaptation, sure ones after.",
+    source="Jamal and Qi 2019, arXiv 1805.07722, section 3.1",
+    plugins=(PluginUse(plugin="taml"),),
 )
 
 MAML_PLUS_PLUS = Preset(

@@ -6,20 +6,25 @@ from typing import Any
 
 FIRST_PARTY: dict[str, dict[str, Any]] = {
     "alfa": {},
+    "aruba": {"zeta": 0.1},
     "cosine-meta-lr": {},
     "derivative-order": {},
+    "drop-grad": {"rate": 0.3},
     "gradient-clipping": {"max_norm": 0.3, "max_meta_norm": 0.3},
     "gradient-noise": {"scale": 0.01},
     "gradient-sharing": {},
     "l2f": {},
     "label-smoothing": {},
     "meta-curvature": {},
+    "meta-mix": {},
     "meta-sgd": {},
+    "mr-maml": {"weights": ["*"], "beta": 0.01},
     "multi-step-loss": {},
     "partial-adaptation": {},
     "per-step-batch-norm": {},
     "per-step-learning-rates": {},
     "reptile": {},
+    "taml": {"measure": "theil"},
     "weight-decay-to-init": {"strength": 0.5},
 }
 """By entry-point name, fields of the plugin's Config."""

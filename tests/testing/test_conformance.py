@@ -33,17 +33,22 @@ OFF = {
     "alfa": {"rates": False, "factors": False},
     "cosine-meta-lr": {"final_factor": 1.0},
     "derivative-order": {"switch": 0},
+    "drop-grad": {"rate": 0.0},
     "gradient-clipping": {"max_norm": 1e9, "max_meta_norm": 1e9},
     "gradient-noise": {"scale": 0.0},
     "gradient-sharing": {"gate": 0.0},
     "l2f": {"strength": 0.0},
     "label-smoothing": {"smoothing": 0.0},
+    "meta-mix": {"alpha": 0.0},
+    "mr-maml": {"beta": 0.0, "deviation": 0.0},
     "multi-step-loss": {"annealing_epochs": 0},
     "partial-adaptation": {"head": ["*"]},
+    "taml": {"strength": 0.0},
     "weight-decay-to-init": {"strength": 0.0},
 }
 MODELS_OF = {"per-step-batch-norm": ("batch-norm", "conv4")}
-EXCEPTIONS = {"gradient-noise": {"task-permutation": "its numbers follow a task's place"}}
+DRAWING = ("drop-grad", "gradient-noise", "meta-mix")
+EXCEPTIONS = {name: {"task-permutation": "its numbers follow a task's place"} for name in DRAWING}
 
 
 def _suite(name):

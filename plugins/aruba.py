@@ -1,0 +1,103 @@
+"""ARUBA: inner learning rates by coordinate, from how far tasks moved along each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from metaplug import (
+    Context,
+    Gradients,
+    InnerStep,
+    LearningRates,
+    Outcome,
+    Plugin,
+    PluginConfig,
+    hookimpl,
+    key_of,
+)
+
+
+class Aruba(Plugin):
+    """Set the inner learning rate of every coordinate by earlier tasks' ways and gradients.
+
+        α[k] ← α[k] · √(b / G) / (ε / ζ)
+        b ← b + ε² / (i + 2)^p + mean over t of ½ (θ[t,K] − θ[t,0])²       at first ε²
+        G ← G + ζ² / (i + 2)^p + mean over t of Σ_k g[t,k]²                at first ζ²
+
+    i counts meta-updates from 0. By default ε = ζ · inner_lr, as in the authors' code, and the
+    rate is √(b / G) itself, the inner learning rate at first. A batch of tasks counts as one round:
+    with one task a batch these are the paper's sums over tasks. b and G are statistics: they have
+    no meta-gradient, and at evaluation they are used as stored.
+
+    ARUBA++, which refines G within a task, is not part of it.
+
+    Source: Khodak et al. 2019 (arXiv 1906.02717), section 5 and algorithm 3.
+    """
+
+    class Config(PluginConfig):
+        """What the sums start from."""
+
+        zeta: float = Field(1.0, gt=0, le=1e6, description="ζ, in units of gradient.")
+        epsilon: float | None = Field(
+            None, gt=0, le=1e6, description="ε, in units of weights; null: ζ times inner_lr."
+        )
+        power: float = Field(1.0, ge=0, le=10, description="p, how fast what is added fades.")
+
+    config: Config
+    updates: Tensor
+
+    @hookimpl
+    def setup(self, context: Context) -> None:
+        form: dict[str, Any] = {"dtype": context.dtype, "device": context.device}
+        self._adapted = context.adapted
+        # Without an inner learning rate nothing moves, and every ε is right.
+        self._epsilon = self.config.epsilon or self.config.zeta * (context.inner_lr or 1)
+        self.register_buffer("updates", torch.zeros((), **form))
+        for name in self._adapted:  # b / ε² and G / ζ², so the first rates are exact
+            for kind in ("b", "G"):
+                self.register_buffer(_buffer(kind, name), torch.ones(context.shapes[name], **form))
+
+    @hookimpl
+    def transform_learning_rates(self, learning_rates: LearningRates) -> LearningRates:
+        return {name: rate * self._factor(name) for name, rate in learning_rates.items()}
+
+    @hookimpl
+    def transform_gradients(self, gradients: Gradients, step: InnerStep) -> None:
+        for name, gradient in gradients.items() if step.training else ():
+            squared = gradient.detach().square().mean(0) / self.config.zeta**2
+            step.keep(f"{step.index} {_buffer('G', name)}", squared)
+
+    @hookimpl
+    def transform_outer_losses(self, outcome: Outcome) -> None:
+        for name in self._adapted:
+            way = outcome.adapted_parameters[name] - outcome.initial_parameters[name]
+            squared = way.detach().square().mean(0) / (2 * self._epsilon**2)
+            outcome.keep(f"end {_buffer('b', name)}", squared)
+
+    @hookimpl
+    def commit(self, kept: Mapping[str, Tensor]) -> None:
+        self.updates += 1
+        for name in self._adapted:
+            for kind in ("b", "G"):
+                self.get_buffer(_buffer(kind, name)).add_((self.updates + 1) ** -self.config.power)
+        for key, squared in kept.items():
+            self.get_buffer(key.partition(" ")[2]).add_(squared)
+
+    @hookimpl
+    def end_meta_step(self) -> dict[str, float]:
+        factors = torch.cat([self._factor(name).flatten() for name in self._adapted])
+        named = {"smallest": factors.min(), "mean": factors.mean(), "largest": factors.max()}
+        return {f"factor/{name}": float(value) for name, value in named.items()}
+
+    def _factor(self, name: str) -> Tensor:
+        b, squares = (self.get_buffer(_buffer(kind, name)) for kind in ("b", "G"))
+        return (b / squares).sqrt()
+
+
+def _buffer(kind: str, name: str) -> str:
+    return f"{kind}/{key_of(name)}"
