@@ -155,7 +155,9 @@ class InnerStep:
         """
         return self._passes.gradients(self, losses, parameters)
 
-    def by_task(self, function: Callable[..., Tensor], *others: Tensor) -> Tensor:
+    def by_task(
+        self, function: Callable[..., Tensor], *others: Tensor, query: Tensor | None = None
+    ) -> Tensor:
         """Return what `function` gives of the support predictions, whatever the tasks' sizes.
 
         Args:
@@ -164,8 +166,12 @@ class InnerStep:
                 for each size.
             others: (T, n_support, ...) each, such as `targets`; `function` gets the rows of these
                 tasks too, without padding.
+            query: predictions of the query examples, by `forward`, to take instead. `others` are
+                then (T, n_query, ...).
         """
         form: dict[str, Any] = {"sizes": self.sizes, "class_axis": self.class_axis}
+        if query is not None:
+            return by_size(function, query, *others, part="query", **form)
         return by_size(function, self.predictions, *others, part="support", **form)
 
     def task_mean(self, x: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -41,10 +41,15 @@ _ORDERLESS = frozenset({"setup", "commit", "end_meta_step"})
 
 @dataclass(frozen=True)
 class Case:
-    """A model and a batch of tasks that plugins are tried on; both stay as they are."""
+    """A model and a batch of tasks that plugins are tried on; both stay as they are.
+
+    Attributes:
+        outputs: the classes that the model tells apart; None for regression.
+    """
 
     model: nn.Module
     batch: TaskBatch
+    outputs: int | None
     kind: Kind = "classification"
 
 
@@ -128,14 +133,16 @@ def small_cases() -> tuple[Case, ...]:
         convolution.append(nn.Linear(12, 3))
         regressor = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
         return (
-            Case(perceptron.double(), TaskBatch(numbers(4), labels, numbers(4), labels)),
+            Case(perceptron.double(), TaskBatch(numbers(4), labels, numbers(4), labels), 3),
             Case(
                 convolution.double(),
                 TaskBatch(numbers(1, 4, 4), labels, numbers(1, 4, 4), labels),
+                3,
             ),
             Case(
                 regressor.double(),
                 TaskBatch(numbers(4), numbers(2), numbers(4), numbers(2)),
+                None,
                 "regression",
             ),
         )
@@ -218,7 +225,7 @@ def _tried(first: _Subject, second: _Subject, cases: Sequence[Case]) -> Pair:
 
 def _learner(case: Case, plugins: Sequence[_Subject]) -> MetaLearner:
     # With Adam, a gradient that is only rounding would become a whole step.
-    return MetaLearner(
+    learner = MetaLearner(
         case.model,
         plugins=[each.make() for each in plugins],
         kind=case.kind,
@@ -227,6 +234,8 @@ def _learner(case: Case, plugins: Sequence[_Subject]) -> MetaLearner:
         meta_optimizer="sgd",
         meta_lr=0.1,
     )
+    learner.engine.outputs = case.outputs  # preparing a batch would find it, anew for every pair
+    return learner
 
 
 def _found(learner: MetaLearner, batch: TaskBatch) -> _Found:

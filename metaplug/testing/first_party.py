@@ -19,6 +19,7 @@ FIRST_PARTY: dict[str, dict[str, Any]] = {
     "meta-mix": {},
     "meta-sgd": {},
     "mr-maml": {"weights": ["*"], "beta": 0.01},
+    "metal": {"query": True},
     "multi-step-loss": {},
     "partial-adaptation": {},
     "per-step-batch-norm": {},

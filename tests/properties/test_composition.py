@@ -126,8 +126,10 @@ def test_the_pairs_that_share_a_fold_are_these():
         ("gradient-noise", "gradient-sharing"): {"transform_gradients"},
         ("gradient-noise", "meta-curvature"): {"transform_gradients"},
         ("gradient-sharing", "meta-curvature"): {"transform_gradients"},
+        ("label-smoothing", "metal"): {"transform_inner_losses"},
         ("label-smoothing", "weight-decay-to-init"): {"transform_inner_losses"},
         ("meta-sgd", "per-step-learning-rates"): {"transform_learning_rates"},
+        ("metal", "weight-decay-to-init"): {"transform_inner_losses"},
         ("partial-adaptation", "per-step-batch-norm"): {"select_adapted"},
     }
 

@@ -66,6 +66,7 @@ OFF = {
     "label-smoothing": {"smoothing": 0.0},
     "meta-curvature": {},
     "meta-sgd": {},
+    "metal": {"strength": 0.0},
     "multi-step-loss": {"annealing_epochs": 0},
     "per-step-learning-rates": {},
     "weight-decay-to-init": {"strength": 0.0},

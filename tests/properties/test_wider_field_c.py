@@ -8,8 +8,8 @@ from support import plugins
 from support.plain_loop import one, predict
 from torch.nn import functional as F
 
-from metaplug import RequestError
-from metaplug.testing import assert_close, found, problem
+from metaplug import RequestError, TaskBatch
+from metaplug.testing import Stream, assert_close, found, problem
 from metaplug.testing.strategies import problems, seeds
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -44,12 +44,13 @@ def own(weights):
     return {name: value.view_as(value) for name, value in weights.items()}
 
 
-def plain(case, learner, *, start=None, objective=None, update=None):
+def plain(case, learner, *, start=None, objective=None, update=None, loss_of=F.cross_entropy):
     """MAML task by task, with what a plugin changes as functions; the meta-parameters of `learner`.
 
     Args:
         start: (model, weights, x, y) → weights.
-        objective: (model, weights, step, task, its prediction, its loss) → what is descended.
+        objective: (weights, step, task, its prediction, its loss) → what is descended.
+        loss_of: (prediction, target) → the loss.
         update: (weights, gradients, step) → weights.
     """
     model = learner.model
@@ -63,15 +64,15 @@ def plain(case, learner, *, start=None, objective=None, update=None):
         for step in range(case.steps):
             fast = own(fast)
             prediction = predict(model, fast, x)
-            loss = F.cross_entropy(prediction, y)
+            loss = loss_of(prediction, y)
             if objective is not None:
-                loss = objective(model, fast, step, task, prediction, loss)
+                loss = objective(fast, step, task, prediction, loss)
             gradients = grad(loss, fast)
             if update is None:
                 fast = {name: fast[name] - case.lr * gradients[name] for name in fast}
             else:
                 fast = update(fast, gradients, step)
-        losses.append(F.cross_entropy(predict(model, fast, query_x), query_y))
+        losses.append(loss_of(predict(model, fast, query_x), query_y))
         adapted.append(fast)
     outer = torch.stack(losses).mean()
     wanted = {**weights, **learner.chain.named_parameters()}
@@ -219,11 +220,105 @@ def test_alfa_leaves_what_receives_no_gradient():
     assert not torch.equal(weights["0.bias"], learner.model[0].bias.expand(3, -1))
 
 
+# MeTAL.
+
+
+def normal(x):
+    return (x - x.mean()) / x.std()
+
+
+def adapted_loss(given, which, step, state, rows):
+    """The mean over rows of a loss network whose tensors a second network transforms by a state."""
+    place = f"{which}.{step}"
+    changes = given[f"{place}.scale"] * two_layers(given, state, f"{place}.adapter")
+    names = ["0.weight", "0.bias", "2.weight", "2.bias"]
+    own = {
+        f"loss.{name}": (1 + gamma) * given[f"{place}.loss.{name}"] + delta
+        for name, gamma, delta in zip(names, changes[:4], changes[4:], strict=True)
+    }
+    return torch.stack([two_layers(own, row, "loss")[0] for row in rows]).mean()
+
+
+def learned_loss(learner, *, strength=1.0, query=False):
+    given = named(learner, "metal")
+
+    def objective(weights, step, task, prediction, loss):
+        _, y, query_x, _ = task
+        means = torch.stack([weight.mean() for weight in weights.values()])
+        state = torch.cat([loss.view(1), means])
+        labels = y if y.is_floating_point() else F.one_hot(y, prediction.shape[1])
+        rows = [torch.cat([state, *row]) for row in zip(prediction, labels, strict=True)]
+        rows = normal(torch.stack(rows))
+        learned = adapted_loss(given, "support", step, normal(state), rows)
+        if query:
+            asked = predict(learner.model, weights, query_x)
+            entropies = -torch.distributions.Categorical(logits=asked).entropy()
+            if y.is_floating_point():
+                entropies = asked[:, :0]
+            rows = [
+                torch.cat([means, p, e.view(-1)]) for p, e in zip(asked, entropies, strict=True)
+            ]
+            rows = normal(torch.stack(rows))
+            learned = learned + adapted_loss(given, "query", step, rows.mean(0), rows)
+        return loss + strength * learned
+
+    return objective
+
+
+@pytest.mark.parametrize("settings", [{}, {"strength": 0.3, "query": True}])
+@pytest.mark.parametrize("name", ["mlp", "conv4"])
+def test_metal_is_its_equation(name, settings):
+    case = problem(name, tasks=3, steps=2)
+    learner = learner_of(case, plugins.make("metal", **settings), spread=0.1)
+    objective = learned_loss(learner, **settings)
+    assert_equals(learner, case, plain(case, learner, objective=objective))
+
+
+def test_metal_is_its_equation_in_regression():
+    case = problem("regression", tasks=2, steps=2)
+    learner = learner_of(case, plugins.make("metal", query=True), spread=0.1)
+    objective = learned_loss(learner, query=True)
+    expected = plain(case, learner, objective=objective, loss_of=F.mse_loss)
+    assert_equals(learner, case, expected)
+
+
+@given(problems(tasks=(1, 3), steps=(1, 3), lrs=(0.01, 0.3)), seeds)
+def test_a_learned_loss_that_says_0_is_maml(case, seed):
+    learner = learner_of(case, plugins.make("metal", query=True), seed=seed)
+    for name, value in learner.chain.named_parameters().items():
+        if "loss.2" in name or "scale" in name:
+            value.data.zero_()
+    ours, theirs = found(learner, case.batch), found(case.learner(), case.batch)
+    assert_close(without(ours.gradients, "metal"), dict(theirs.gradients), **CLOSE)
+
+
+@pytest.mark.parametrize("query", [False, True])
+def test_metal_reads_query_inputs_if_asked_and_labels_never(query):
+    case = problem("mlp")
+    learner, batch = learner_of(case, plugins.make("metal", query=query)), case.batch
+    moved = TaskBatch(batch.support_x, batch.support_y, batch.query_x + 1, batch.query_y)
+    other = TaskBatch(batch.support_x, batch.support_y, batch.query_x, 2 - batch.query_y)
+    ends = [found(learner, each).outcome.adapted_parameters for each in (batch, moved, other)]
+    assert bits_equal(ends[0], ends[2])
+    assert bits_equal(ends[0], ends[1]) is not query
+    told = learner.evaluate(Stream(), num_tasks=2).transductive
+    assert told == (("plugin metal sees more than a task's support set",) if query else ())
+
+
 REFUSED = {
     "alfa without a rate": (
         {"plugins": ["alfa"], "inner_lr": 0.0},
         "plugin 'alfa' learns rates that start at inner_lr, which is 0: give an inner_lr above 0, "
         "or rates = false",
+    ),
+    "metal with another number of outputs": (
+        {"plugins": [plugins.make("metal", outputs=5)]},
+        "plugin 'metal' reads 5 numbers in every prediction, but the model's have the shape (3,): "
+        "set outputs to their length, or leave the plugin out where they are no rows",
+    ),
+    "metal in first order": (
+        {"plugins": ["metal", "derivative-order"]},
+        "plugin 'metal' conflicts with 'derivative-order': leave one of them out",
     ),
 }
 
@@ -242,3 +337,64 @@ def test_alfa_makes_the_update_itself():
     learner = case.learner(plugins=["alfa"], inner_optimizer="adam")
     with pytest.raises(RequestError, match="makes the inner update itself"):
         learner.meta_gradients(case.batch)
+
+
+# All three.
+
+SETTINGS = {"alfa": {}, "l2f": {}, "metal": {"query": True}}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("model", ["tied", "max-pool", "batch-norm"])
+def test_every_way_of_computing_gives_the_same(name, model):
+    case = problem(model, tasks=3, steps=2)
+    ways = {
+        "vectorized": {"task_batching": "vectorized"},
+        "sequential": {"task_batching": "sequential"},
+        "recomputed": {"checkpoint_steps": 1},
+        "in chunks": {"chunk_size": 2},
+    }
+    taken = [
+        found(learner_of(case, plugins.make(name, **SETTINGS[name]), spread=0.1, **way), case.batch)
+        for way in ways.values()
+    ]
+    for other in taken[1:]:
+        assert_close(other.gradients, dict(taken[0].gradients), **CLOSE)
+        assert_close(other.outer_loss, taken[0].outer_loss, **CLOSE)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_task_gets_what_it_gets_alone(name):
+    """Tasks of other numbers of examples and ways, padded."""
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)
+    ).double()
+    generator = torch.Generator().manual_seed(0)
+    tasks = []
+    for support, query, ways in ((5, 4, 3), (3, 2, 2), (4, 6, 3)):
+        x = [torch.randn(1, n, 4, generator=generator).double() for n in (support, query)]
+        y = [torch.arange(n).remainder(ways).unsqueeze(0) for n in (support, query)]
+        tasks.append(TaskBatch(x[0], y[0], x[1], y[1]))
+    case = problem("mlp")
+    case.model = model
+    learner = learner_of(case, plugins.make(name, **SETTINGS[name]), spread=0.1)
+    together = found(learner, TaskBatch.from_tasks(tasks))
+    alone = [found(learner, TaskBatch.from_tasks([task])) for task in tasks]
+    assert together.gradients.keys() == alone[0].gradients.keys()
+    for key, gradient in together.gradients.items():
+        mean = torch.stack([each.gradients[key] for each in alone]).mean(0)
+        torch.testing.assert_close(gradient, mean, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["alfa", "metal"])
+def test_without_an_inner_step_it_is_the_ordinary_gradient(name):
+    case = problem("mlp", steps=0)
+    learner = learner_of(case, plugins.make(name, **SETTINGS[name]))
+    plain_gradients = case.learner().meta_gradients(case.batch)
+    assert bits_equal(without(learner.meta_gradients(case.batch), name), plain_gradients)
+
+
+def test_l2f_without_an_inner_step_is_the_attenuated_model():
+    case = problem("mlp", steps=0)
+    learner = learner_of(case, plugins.make("l2f"))
+    assert_equals(learner, case, plain(case, learner, start=attenuation(learner)))

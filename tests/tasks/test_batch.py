@@ -370,6 +370,7 @@ def test_a_step_gives_predictions_by_task_without_padding() -> None:
     )
     assert step.by_task(shape).tolist() == [8.0, 10.0, 8.0]
     assert seen == [(2, 4, 2), (1, 2, 5)]
+    assert step.by_task(shape, query=torch.ones(3, 3, 5)).tolist() == [2.0, 5.0, 2.0]
     last = InnerStep(
         0,
         1,

@@ -40,6 +40,7 @@ OFF = {
     "l2f": {"strength": 0.0},
     "label-smoothing": {"smoothing": 0.0},
     "meta-mix": {"alpha": 0.0},
+    "metal": {"strength": 0.0},
     "mr-maml": {"beta": 0.0, "deviation": 0.0},
     "multi-step-loss": {"annealing_epochs": 0},
     "partial-adaptation": {"head": ["*"]},
