@@ -37,6 +37,14 @@ REPTILE = Preset(
     defaults={"learner": {"meta_optimizer": "sgd", "meta_lr": 1.0}},
 )
 
+IMAML = Preset(
+    name="imaml",
+    summary="Implicit MAML: meta-gradients from where proximal inner loops end; no graph of steps.",
+    source="Rajeswaran et al. 2019, arXiv 1909.04630; settings of the authors' code",
+    plugins=(PluginUse(plugin="imaml"),),
+    defaults={"learner": {"inner_lr": 0.1, "inner_steps": 16}},
+)
+
 META_SGD = Preset(
     name="meta-sgd",
     summary="MAML with a learned inner learning rate for every weight.",

@@ -14,6 +14,7 @@ FIRST_PARTY: dict[str, dict[str, Any]] = {
     "gradient-noise": {"scale": 0.01},
     "gradient-sharing": {},
     "l2f": {},
+    "imaml": {},
     "label-smoothing": {},
     "meta-curvature": {},
     "meta-mix": {},

@@ -980,7 +980,17 @@ def test_a_preset_of_ones_own_on_the_command_line(metaplug: Any) -> None:
 
 @pytest.mark.parametrize(
     "preset",
-    ["maml", "fomaml", "anil", "boil", "reptile", "meta-sgd", "maml++", "maml++-reference"],
+    [
+        "maml",
+        "fomaml",
+        "anil",
+        "boil",
+        "reptile",
+        "imaml",
+        "meta-sgd",
+        "maml++",
+        "maml++-reference",
+    ],
 )
 def test_explain_shows_every_preset(metaplug: Any, preset: str) -> None:
     answer = metaplug("explain", "--preset", preset)

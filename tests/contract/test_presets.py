@@ -35,6 +35,7 @@ PUBLISHED = {
     "anil": ["partial-adaptation"],
     "boil": ["partial-adaptation"],
     "reptile": ["derivative-order", "reptile"],
+    "imaml": ["imaml"],
     "meta-sgd": ["meta-sgd"],
     "alfa": ["alfa"],
     "l2f": ["l2f"],

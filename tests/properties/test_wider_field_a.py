@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support import plugins
-from support.counting import operations
+from support.counting import live_graph, operations
+from torch import nn
 from torch.nn import functional as F
 
-from metaplug import RunError
-from metaplug.testing import assert_close, problem
+from metaplug import RequestError, RunError, TaskBatch
+from metaplug.testing import adapted, assert_close, found, problem
+from metaplug.testing.problems import Problem
 from metaplug.testing.reference import predict
+from metaplug.testing.strategies import problems
 
-LOOSE = {"rtol": 1e-7, "atol": 1e-9}
-"""For models with batch norm, which amplifies the order of sums."""
-BATCHINGS = [
-    {"task_batching": "sequential"},
-    {"checkpoint_steps": 1},
-    {"chunk_size": 1},
-]
+SAME = {"rtol": 1e-10, "atol": 1e-10}
+BATCHINGS = [{"task_batching": "sequential"}, {"checkpoint_steps": 1}, {"chunk_size": 1}]
 
 
 def refused(make, error):
@@ -31,22 +31,30 @@ def tasks_of(batch):
     return zip(batch.support_x, batch.support_y, batch.query_x, batch.query_y, strict=True)
 
 
-def loss_of(case):
-    return F.cross_entropy if case.kind == "classification" else F.mse_loss
-
-
 def own(weights):
     """The same values as variables of their own."""
     return {name: each.detach().clone().requires_grad_() for name, each in weights.items()}
 
 
-def flat(tensors):
-    return torch.cat([each.flatten() for each in tensors])
+def inner(weights, lr, gradients):
+    """One step of gradient descent, of which nothing is differentiated."""
+    pairs = zip(weights.items(), gradients, strict=True)
+    return own({name: each - lr * gradient for (name, each), gradient in pairs})
 
 
-def means(by_task):
-    """The mean over tasks of meta-gradients by name."""
+def mean_of(by_task):
+    """The mean over tasks, by name."""
     return {name: torch.stack([task[name] for task in by_task]).mean(0) for name in by_task[0]}
+
+
+def assert_same(learner, case, gradients, outer, weights):
+    """Meta-gradients, outer loss and adapted weights are those of a loop."""
+    taken = found(learner, case.batch)
+    assert_close(dict(taken.gradients), gradients, **SAME)
+    assert_close(taken.outer_loss, outer.detach(), **SAME)
+    ends = adapted(learner, case.batch)
+    for name in weights[0]:
+        assert_close(ends[name], torch.stack([each[name] for each in weights]).detach(), **SAME)
 
 
 # Order 0, and Reptile.
@@ -83,9 +91,9 @@ def test_what_order_0_would_never_teach_is_refused_by_name():
     )
     alone = [plugins.make("derivative-order", order=0)]
     assert refused(lambda: case.learner(plugins=alone).meta_gradients(case.batch), RunError) == (
-        "derivative order 0 leaves no way from the outer loss to what tasks start from, so it would "
-        "never learn: add a plugin that makes meta-gradients itself, such as reptile or imaml, or "
-        "use order 1 or 2"
+        "derivative order 0 leaves no way from the outer loss to what tasks start from, so it "
+        "would never learn: add a plugin that makes meta-gradients itself, such as reptile or "
+        "imaml, or use order 1 or 2"
     )
 
 
@@ -110,13 +118,170 @@ def test_order_0_costs_the_forward_and_backward_passes_alone(name):
         ((x, y, query_x, query_y),) = tasks_of(case.batch)
         weights = own(dict(case.model.named_parameters()))
         for _ in range(case.steps):
-            taken = torch.autograd.grad(
-                F.cross_entropy(predict(case.model, weights, x), y), list(weights.values())
-            )
-            weights = {
-                name: (each - case.lr * gradient).detach().requires_grad_()
-                for (name, each), gradient in zip(weights.items(), taken, strict=True)
-            }
+            loss = F.cross_entropy(predict(case.model, weights, x), y)
+            weights = inner(weights, case.lr, torch.autograd.grad(loss, list(weights.values())))
         F.cross_entropy(predict(case.model, weights, query_x), query_y)
 
     assert operations(lambda: learner.meta_gradients(case.batch)) == operations(plain)
+
+
+# iMAML.
+
+
+def implicit(case, *, strength, iterations, damping=0.0, moved=None):
+    """Rajeswaran et al., algorithms 1 and 2, task by task; v by textbook conjugate gradient."""
+    model, start = case.model, dict(case.model.named_parameters())
+    moved = list(start) if moved is None else moved
+    loss = F.cross_entropy if case.kind == "classification" else F.mse_loss
+    gradients, outers, ends = [], [], []
+    for x, y, query_x, query_y in tasks_of(case.batch):
+        fast = own({name: start[name] for name in moved})
+
+        def slopes(fast, x=x, y=y, **options):
+            pull = sum((fast[name] - start[name]).square().sum() for name in moved)
+            objective = loss(predict(model, {**start, **fast}, x), y) + strength / 2 * pull
+            return torch.autograd.grad(objective, list(fast.values()), **options)
+
+        for _ in range(case.steps):
+            fast = inner(fast, case.lr, slopes(fast))
+        outer, at = loss(predict(model, {**start, **fast}, query_x), query_y), list(fast.values())
+        slope = slopes(fast, create_graph=True)
+
+        def dot(one, other):
+            return sum((a * b).sum() for a, b in zip(one, other, strict=True))
+
+        def plus(one, factor, other):
+            return [a + factor * b for a, b in zip(one, other, strict=True)]
+
+        residual = direction = list(torch.autograd.grad(outer, at, retain_graph=True))
+        v = [torch.zeros_like(each) for each in at]
+        for _ in range(iterations):
+            image = torch.autograd.grad(slope, at, direction, retain_graph=True)
+            image = plus(image, damping, direction)
+            square = dot(residual, residual)
+            length = square / dot(direction, image)
+            v, residual = plus(v, length, direction), plus(residual, -length, image)
+            direction = plus(residual, dot(residual, residual) / square, direction)
+        wanted, through = list(start.values()), [-each for each in v]
+        given = {"allow_unused": True, "materialize_grads": True}
+        direct = torch.autograd.grad(outer, wanted, **given)
+        indirect = torch.autograd.grad(slope, wanted, through, **given)
+        gradients.append(dict(zip(start, plus(direct, 1, indirect), strict=True)))
+        outers.append(outer)
+        ends.append(fast)
+    return mean_of(gradients), torch.stack(outers).mean(), ends
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv4", "tied", "regression"])
+@pytest.mark.parametrize("part", [None, "head"])
+def test_imaml_is_its_plain_loop(name, part):
+    case = problem(name, steps=3, lr=0.1)
+    settings = {"strength": 20.0, "iterations": 3, "damping": 0.5}
+
+    def learner(**options):
+        partial = [] if part is None else [plugins.make("partial-adaptation", adapts=part)]
+        return case.learner(plugins=[plugins.make("imaml", **settings), *partial], **options)
+
+    exact = implicit(case, moved=learner().engine.inner.adapted, **settings)
+    assert_same(learner(), case, *exact)
+    assert_same(learner(task_batching="sequential"), case, *exact)
+
+
+def line(steps, lr):
+    """Linear regression in three weights, of which everything is known in closed form."""
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    model = nn.Linear(3, 1, bias=False).double()
+    model.weight.data.copy_(draw(1, 3))
+    batch = TaskBatch(draw(2, 6, 3), draw(2, 6, 1), draw(2, 4, 3), draw(2, 4, 1))
+    return Problem(model, batch, lr, steps, "regression")
+
+
+@given(st.floats(1, 5), st.floats(0, 2))
+def test_imaml_is_the_closed_form_on_a_quadratic(strength, damping):
+    case = line(150, 0.15)
+    start, eye = case.model.weight.detach().flatten(), torch.eye(3, dtype=torch.float64)
+    expected = []
+    for x, y, query_x, query_y in tasks_of(case.batch):
+        hessian = 2 * x.T @ x / len(x)
+        end = torch.linalg.solve(hessian + strength * eye, 2 * x.T @ y[:, 0] / 6 + strength * start)
+        slope = 2 * query_x.T @ (query_x @ end - query_y[:, 0]) / 4
+        matrix = eye + (hessian + damping * eye) / strength
+        expected.append(torch.linalg.solve(matrix, slope))
+    learner = case.learner(
+        plugins=[plugins.make("imaml", strength=strength, damping=damping, iterations=3)]
+    )
+    taken = learner.meta_gradients(case.batch)["weight"]
+    assert_close(taken[0], torch.stack(expected).mean(0), rtol=1e-8, atol=1e-8)
+
+
+def test_imaml_tends_to_the_unrolled_loop_as_its_steps_grow():
+    apart = []
+    for steps in (2, 8, 32):
+        case = problem("softplus", steps=steps, lr=0.1)
+        pull = plugins.make("weight-decay-to-init", strength=4.0)
+        unrolled = case.learner(plugins=[pull]).meta_gradients(case.batch)
+        solved = case.learner(plugins=[plugins.make("imaml", strength=4.0, iterations=30)])
+        taken = solved.meta_gradients(case.batch)
+        apart.append(max(float((taken[name] - unrolled[name]).abs().max()) for name in unrolled))
+    assert apart[0] > 10 * apart[1] > 100 * apart[2]
+    assert apart[2] < 1e-6
+
+
+@given(problems(steps=(0, 0)))
+def test_imaml_without_inner_steps_is_the_multi_task_gradient_bit_for_bit(case):
+    solved = case.learner(plugins=[plugins.make("imaml")]).meta_gradients(case.batch)
+    assert_close(solved, case.learner().meta_gradients(case.batch), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", BATCHINGS, ids=str)
+@pytest.mark.parametrize("name", ["mlp", "batch-norm", "layer-norm"])
+def test_imaml_in_every_batching(name, options):
+    case = problem(name, steps=2, lr=0.1)
+    make = lambda **more: case.learner(plugins=[plugins.make("imaml", strength=5.0)], **more)  # noqa: E731
+    whole, other = make(), make(**options)
+    assert_close(other.meta_gradients(case.batch), whole.meta_gradients(case.batch), **SAME)
+
+
+def test_the_graph_of_imaml_does_not_grow_with_inner_steps():
+    saved = {}
+    for steps in (2, 20):
+        case = problem("mlp", steps=steps)
+        for name, chain in {"maml": [], "imaml": [plugins.make("imaml")]}.items():
+            learner = case.learner(plugins=chain)
+            learner.meta_gradients(case.batch)
+            saved[name, steps] = live_graph(
+                lambda it=learner, case=case: it.meta_gradients(case.batch)
+            )
+    assert saved["imaml", 20] == saved["imaml", 2]
+    assert saved["maml", 20] > 5 * saved["maml", 2]
+
+
+def test_imaml_logs_how_far_both_problems_are_from_solved():
+    case = line(150, 0.15)
+    learner = case.learner(plugins=[plugins.make("imaml", iterations=3)])
+    learner.engine.meta_step(learner.prepare_batch(case.batch), 1)
+    figures = learner.chain.figures()
+    assert figures.keys() == {"imaml.slope", "imaml.residual"}
+    assert 0 <= figures["imaml.slope"] < 1e-8 > figures["imaml.residual"] >= 0
+
+
+def test_imaml_stays_where_a_task_is_solved_or_curvature_is_negative():
+    """Neither more iterations nor a singular target makes anything else of it."""
+    case = line(5, 0.1)
+    taken = [
+        case.learner(
+            plugins=[plugins.make("imaml", iterations=count, tolerance=1e-6)]
+        ).meta_gradients(case.batch)
+        for count in (4, 50)
+    ]
+    assert_close(*taken, rtol=0, atol=0)
+    wild = problem("conv4", steps=3, lr=2.0)
+    learner = wild.learner(plugins=[plugins.make("imaml", strength=1e-3, iterations=40)])
+    assert all(torch.isfinite(each).all() for each in learner.meta_gradients(wild.batch).values())
+
+
+@pytest.mark.parametrize("other", ["gradient-sharing", "meta-sgd", "derivative-order", "reptile"])
+def test_imaml_refuses_what_it_would_never_teach(other):
+    text = refused(lambda: problem().learner(plugins=["imaml", other]), RequestError)
+    assert text == f"plugin 'imaml' conflicts with '{other}': leave one of them out"
