@@ -70,6 +70,8 @@ def _fault(model: type[BaseModel], fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         hint = did_you_mean(path[-1], _fields_at(model, path[:-1]))
         return f"unknown field '{'.'.join(path)}': {hint}"
+    if fault["type"] == "missing":
+        return f"'{'.'.join(path)}' is required: give it a value"
     message = _PLAIN.get(fault["type"], fault["msg"])
     message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = one_line(message[:1].lower() + message[1:], 1000)

@@ -26,6 +26,7 @@ class GradientClipping(Plugin):
         max_norm: float | None = Field(
             None,
             gt=0,
+            examples=[0.1],
             description="c, the longest inner gradient of a task; null leaves inner gradients "
             "alone.",
         )

@@ -47,6 +47,7 @@ class MrMaml(Plugin):
         weights: tuple[str, ...] | None = Field(
             None,
             min_length=1,
+            examples=[("*weight",)],
             description="Patterns of the names that are drawn, as conv*; null: all tensors of two "
             "or more axes that are not adapted.",
         )

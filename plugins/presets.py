@@ -64,6 +64,8 @@ L2F = Preset(
     summary="MAML whose tasks first forget a part of the start, layer by layer, by their gradient.",
     source="Baik et al. 2020, arXiv 1906.05895",
     plugins=(PluginUse(plugin="l2f"),),
+)
+
 MR_MAML = Preset(
     name="mr-maml",
     summary="Meta-regularised MAML: the body is drawn from learned Gaussians, the head adapts.",

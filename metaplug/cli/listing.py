@@ -49,14 +49,24 @@ def explain(
     "metaplug plugins",
     "metaplug plugins gradient-sharing",
     "metaplug plugins gradient-sharing --json",
+    "metaplug plugins --compose",
 )
 def plugins(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="One part, with its settings and hooks.")
     ] = None,
+    compose: Annotated[
+        bool,
+        typer.Option(
+            "--compose", help="Try which plugins go together: every pair, or those of NAME."
+        ),
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """List what is installed: plugins, presets and models; or show one of them in full."""
+    if compose:
+        _compose(name, as_json=as_json)
+        return
     from metaplug.experiments.json_values import to_json
     from metaplug.report.catalogue import entries
     from metaplug.report.tables import catalogue_page, catalogue_table
@@ -73,6 +83,22 @@ def plugins(
         line("metaplug plugins NAME shows one with its settings; metaplug tasks lists task sources")
     else:
         CONSOLE.print(*map(catalogue_page, chosen), sep="\n")
+
+
+def _compose(name: str | None, *, as_json: bool) -> None:
+    """Try pairs of plugins, in both orders, and show what came of it."""
+    from dataclasses import asdict
+
+    from metaplug.experiments.compositions import compositions
+    from metaplug.experiments.json_values import to_json
+    from metaplug.report.compositions import composition_table
+
+    line("trying every pair in both orders, on small models")
+    found = compositions(name)
+    if as_json:
+        emit(to_json(asdict(found), indent=2))
+    else:
+        CONSOLE.print(composition_table(found, name))
 
 
 @options.examples(

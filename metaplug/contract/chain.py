@@ -110,7 +110,7 @@ class Chain:
                 )
             check_plugin(type(plugin), plugin.name)
         _check_list(self.plugins)
-        manager = pluggy.PluginManager("metaplug")
+        manager = _Manager("metaplug")
         manager.add_hookspecs(hookspecs)
         for plugin in reversed(self.plugins):  # pluggy calls the last registered first
             manager.register(plugin, name=plugin.name)
@@ -262,6 +262,19 @@ class Chain:
     def transductive(self) -> tuple[str, ...]:
         """The plugins that let test tasks share."""
         return tuple(plugin.name for plugin in self.plugins if plugin.transductive)
+
+
+class _Manager(pluggy.PluginManager):
+    """Looks for hooks in what a plugin's class adds: nn.Module has a hundred other attributes."""
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+        """Read the marks of an attribute; None where it is no hook."""
+        if name in _INHERITED and name not in vars(type(plugin)):
+            return None
+        return super().parse_hookimpl_opts(plugin, name)
+
+
+_INHERITED = frozenset(dir(Plugin))
 
 
 def _links(manager: pluggy.PluginManager, hook: str) -> tuple[Link, ...]:
