@@ -120,6 +120,19 @@ def test_plugins_with_disjoint_hooks_commute(pair, case):
 def test_the_pairs_that_share_a_fold_are_these():
     shared = {pair: plugins.hooks(pair[0]) & plugins.hooks(pair[1]) for pair in PAIRS}
     assert {pair: hooks for pair, hooks in shared.items() if hooks} == {
+        ("aruba", "drop-grad"): {"transform_gradients"},
+        ("aruba", "gradient-clipping"): {"transform_gradients"},
+        ("aruba", "gradient-noise"): {"transform_gradients"},
+        ("aruba", "gradient-sharing"): {"transform_gradients"},
+        ("aruba", "meta-curvature"): {"transform_gradients"},
+        ("aruba", "meta-sgd"): {"transform_learning_rates"},
+        ("aruba", "mr-maml"): {"transform_outer_losses"},
+        ("aruba", "per-step-learning-rates"): {"transform_learning_rates"},
+        ("aruba", "taml"): {"transform_outer_losses"},
+        ("drop-grad", "gradient-clipping"): {"transform_gradients"},
+        ("drop-grad", "gradient-noise"): {"transform_gradients"},
+        ("drop-grad", "gradient-sharing"): {"transform_gradients"},
+        ("drop-grad", "meta-curvature"): {"transform_gradients"},
         ("gradient-clipping", "gradient-noise"): {"transform_gradients"},
         ("gradient-clipping", "gradient-sharing"): {"transform_gradients"},
         ("gradient-clipping", "meta-curvature"): {"transform_gradients"},
@@ -130,6 +143,7 @@ def test_the_pairs_that_share_a_fold_are_these():
         ("label-smoothing", "weight-decay-to-init"): {"transform_inner_losses"},
         ("meta-sgd", "per-step-learning-rates"): {"transform_learning_rates"},
         ("metal", "weight-decay-to-init"): {"transform_inner_losses"},
+        ("mr-maml", "taml"): {"transform_outer_losses"},
         ("partial-adaptation", "per-step-batch-norm"): {"select_adapted"},
     }
 
