@@ -186,9 +186,9 @@ class _Adaptation:
         self.passes.under_way.discard("initialize")
         if not training:
             return found if found is start else _leaves(found, loop.adapted)
-        if all(found[name] is start[name] for name in loop.adapted):
+        if all(value is start[name] for name, value in found.items()):
             return found
-        # Those left as they were too, as others may be made of them.
+        # Those left as they were too: others may be made of them, also such as are not adapted.
         return {**found, **_differentiable({name: found[name] for name in loop.adapted})}
 
     def step(
