@@ -66,7 +66,7 @@ class ModelPasses:
             seeds = [mix(seed, 2 * step.index + (part == "query")) for seed in seeds]
         if part not in self.groups:
             self.groups[part] = loop.groups(self.batch, part)
-        stacked = [values[name] for name in loop.parameters]
+        stacked = self._stacked(values, weights)
         losses, predictions = loop.all_tasks(stacked, self.groups[part], seeds, keep=keep)
         if watched:
             if part == "support" and loop.chain.watch is not None:
@@ -76,6 +76,23 @@ class ModelPasses:
             advice = "the model's output was finite: see what the loss function computes"
             self.look(f"the {part} loss", {"loss": losses}, step, advice)
         return losses, predictions, values
+
+    def _stacked(self, values: Weights, weights: Weights) -> list[Tensor]:
+        """Return the values of the model's parameters, of each task's own what tasks adapt.
+
+        Expanded values of what is not adapted go into the model as one tensor for all tasks. But
+        where a task parameter that no step has moved takes the place of one, its gradient is every
+        task's own. It shares memory with the start that it is a view of.
+        """
+        starts = [weights[name] for name in self.loop.adapted if weights[name].stride(0) == 0]
+        memory = {start.untyped_storage().data_ptr() for start in starts}
+        stacked = []
+        for name in self.loop.parameters:
+            value = values[name]
+            expanded = name not in self.loop.adapted and value.stride(0) == 0
+            is_start = expanded and value.untyped_storage().data_ptr() in memory
+            stacked.append(value.contiguous() if is_start else value)
+        return stacked
 
     def knowing(self, step: InnerStep, losses: Tensor, predictions: Tensor) -> InnerStep:
         """The step after its support pass."""

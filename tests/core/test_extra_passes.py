@@ -242,6 +242,44 @@ def test_task_parameters_alone_may_be_adapted():
     assert_close(ours.meta_gradients(case.batch), dict(zip(wanted, taken, strict=True)))
 
 
+@pytest.mark.parametrize("way", ["by transform_parameters", "by step.forward"])
+@pytest.mark.parametrize("batching", ["vectorized", "sequential"])
+def test_a_task_parameter_may_take_the_place_of_a_weight(batching, way):
+    """The first step's gradient is every task's own, though all tasks start from one tensor."""
+
+    def select_adapted(self, names):
+        return ()
+
+    def setup(self, context):
+        self.rows = nn.Parameter(torch.full((4,), 0.1, dtype=context.dtype))
+
+    def task_parameters(self, context):
+        return {"rows": self.rows}
+
+    def transform_parameters(self, parameters):
+        return {**parameters, "2.bias": parameters["probe.rows"][:, 1:]}
+
+    def transform_gradients(self, gradients, step):
+        rows = step.parameters["probe.rows"]
+        if way == "by step.forward":
+            losses, _ = step.forward({"0.bias": rows.repeat(1, 2)[:, :6], "2.bias": rows[:, 1:]})
+            self.seen = step.gradients(losses, {"probe.rows": rows})["probe.rows"].detach()
+        else:
+            self.seen = gradients["probe.rows"].detach()
+
+    hooks = (select_adapted, setup, task_parameters, transform_parameters, transform_gradients)
+    case = problem(tasks=3, steps=1)
+    ours = plugin(**{hook.__name__: hook for hook in hooks})
+    found(case.learner(plugins=[ours], task_batching=batching), case.batch)
+    rows = torch.full((3, 4), 0.1, dtype=torch.float64, requires_grad=True)
+    weights = {n: each.expand(3, *each.shape) for n, each in case.model.named_parameters()}
+    weights["2.bias"] = rows[:, 1:]
+    if way == "by step.forward":
+        weights["0.bias"] = rows.repeat(1, 2)[:, :6]
+    losses = [by_hand(case, weights, "support", task)[0] for task in range(3)]
+    assert_close(ours.seen, torch.autograd.grad(sum(losses), rows)[0])
+
+
 def test_nothing_to_adapt_is_refused():
     def select_adapted(self, names):
         return ()
