@@ -67,7 +67,7 @@ class ModelPasses:
             seeds = [mix(seed, 2 * step.index + (part == "query")) for seed in seeds]
         if part not in self.groups:
             self.groups[part] = loop.groups(self.batch, part)
-        stacked = [values[name] for name in loop.parameters]
+        stacked = self._stacked(values, step)
         losses, predictions = loop.all_tasks(stacked, self.groups[part], seeds, keep=keep)
         if watched:
             if part == "support" and loop.chain.watch is not None:
@@ -78,12 +78,20 @@ class ModelPasses:
             self.look(f"the {part} loss", {"loss": losses}, step, advice)
         return losses, predictions, values
 
-    def knowing(self, step: InnerStep, losses: Tensor, predictions: Tensor) -> InnerStep:
-        """The step after its support pass."""
-        axis = self.class_axis(predictions, step.targets)
-        return replace(
-            step, support_losses=losses, support_predictions=predictions, class_axis=axis
-        )
+    def _stacked(self, values: Weights, step: InnerStep) -> list[Tensor]:
+        """Return the values of the model's parameters, of every task's own what a plugin put there.
+
+        What no task adapts goes into the model as one tensor, expanded. Of a value that a plugin
+        made, such as a task parameter that no step has moved yet, it may be that tasks adapt it:
+        its gradient would be the first task's alone.
+        """
+        known, adapted = step.initial_parameters, self.loop.adapted
+        return [
+            values[name]
+            if name in adapted or values[name] is known.get(name)
+            else values[name].contiguous()
+            for name in self.loop.parameters
+        ]
 
     def class_axis(self, predictions: Tensor, targets: Tensor) -> int | None:
         """The axis of classes in the predictions of stacked tasks."""
