@@ -5,18 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 FIRST_PARTY: dict[str, dict[str, Any]] = {
+    "cavia": {"size": 5},
     "cosine-meta-lr": {},
     "derivative-order": {},
     "gradient-clipping": {"max_norm": 0.3, "max_meta_norm": 0.3},
     "gradient-noise": {"scale": 0.01},
     "gradient-sharing": {},
     "label-smoothing": {},
+    "lora": {"targets": ["*weight"], "rank": 2},
     "meta-curvature": {},
     "meta-sgd": {},
     "multi-step-loss": {},
     "partial-adaptation": {},
     "per-step-batch-norm": {},
     "per-step-learning-rates": {},
+    "proto-maml": {},
     "reptile": {},
     "weight-decay-to-init": {"strength": 0.5},
 }
