@@ -93,6 +93,13 @@ class ModelPasses:
             for name in self.loop.parameters
         ]
 
+    def knowing(self, step: InnerStep, losses: Tensor, predictions: Tensor) -> InnerStep:
+        """The step after its support pass."""
+        axis = self.class_axis(predictions, step.targets)
+        return replace(
+            step, support_losses=losses, support_predictions=predictions, class_axis=axis
+        )
+
     def class_axis(self, predictions: Tensor, targets: Tensor) -> int | None:
         """The axis of classes in the predictions of stacked tasks."""
         return output_axis(predictions, targets, leading=2, last=self.loop.classes_last)

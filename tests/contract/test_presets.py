@@ -46,6 +46,8 @@ PUBLISHED = {
         "derivative-order",
         "cosine-meta-lr",
     ],
+    "cavia": ["cavia"],
+    "proto-maml": ["proto-maml"],
     "maml++-reference": [
         "per-step-batch-norm",
         "per-step-learning-rates",

@@ -18,7 +18,11 @@ from metaplug.testing import Stream, adapted, assert_close, found, problem
 from metaplug.testing.strategies import chains, problems
 
 PAIRS = list(itertools.combinations(plugins.NAMES, 2))
-CONFLICTING = {("multi-step-loss", "reptile")}
+CONFLICTING = {
+    ("cavia", "partial-adaptation"),
+    ("lora", "partial-adaptation"),
+    ("multi-step-loss", "reptile"),
+}
 
 
 def select_adapted():
@@ -133,6 +137,9 @@ def test_the_pairs_that_share_a_fold_are_these():
         ("drop-grad", "gradient-noise"): {"transform_gradients"},
         ("drop-grad", "gradient-sharing"): {"transform_gradients"},
         ("drop-grad", "meta-curvature"): {"transform_gradients"},
+        ("cavia", "lora"): {"select_adapted", "task_parameters", "transform_parameters"},
+        ("cavia", "partial-adaptation"): {"select_adapted"},
+        ("cavia", "per-step-batch-norm"): {"select_adapted", "transform_parameters"},
         ("gradient-clipping", "gradient-noise"): {"transform_gradients"},
         ("gradient-clipping", "gradient-sharing"): {"transform_gradients"},
         ("gradient-clipping", "meta-curvature"): {"transform_gradients"},
@@ -141,6 +148,10 @@ def test_the_pairs_that_share_a_fold_are_these():
         ("gradient-sharing", "meta-curvature"): {"transform_gradients"},
         ("label-smoothing", "metal"): {"transform_inner_losses"},
         ("label-smoothing", "weight-decay-to-init"): {"transform_inner_losses"},
+        ("lora", "meta-sgd"): {"transform_learning_rates"},
+        ("lora", "partial-adaptation"): {"select_adapted"},
+        ("lora", "per-step-batch-norm"): {"select_adapted", "transform_parameters"},
+        ("lora", "per-step-learning-rates"): {"transform_learning_rates"},
         ("meta-sgd", "per-step-learning-rates"): {"transform_learning_rates"},
         ("metal", "weight-decay-to-init"): {"transform_inner_losses"},
         ("mr-maml", "taml"): {"transform_outer_losses"},
