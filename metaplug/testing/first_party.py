@@ -19,6 +19,7 @@ FIRST_PARTY: dict[str, dict[str, Any]] = {
     "per-step-batch-norm": {},
     "per-step-learning-rates": {},
     "reptile": {},
+    "sharp-maml": {},
     "weight-decay-to-init": {"strength": 0.5},
 }
 """By entry-point name, fields of the plugin's Config."""

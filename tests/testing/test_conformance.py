@@ -38,6 +38,7 @@ OFF = {
     "label-smoothing": {"smoothing": 0.0},
     "multi-step-loss": {"annealing_epochs": 0},
     "partial-adaptation": {"head": ["*"]},
+    "sharp-maml": {"lower_rho": 0.0, "upper_rho": 0.0},
     "weight-decay-to-init": {"strength": 0.0},
 }
 MODELS_OF = {"per-step-batch-norm": ("batch-norm", "conv4")}
