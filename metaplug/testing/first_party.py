@@ -20,6 +20,7 @@ FIRST_PARTY: dict[str, dict[str, Any]] = {
     "per-step-learning-rates": {},
     "reptile": {},
     "sharp-maml": {},
+    "warp-grad": {},
     "weight-decay-to-init": {"strength": 0.5},
 }
 """By entry-point name, fields of the plugin's Config."""

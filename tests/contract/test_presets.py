@@ -37,6 +37,7 @@ PUBLISHED = {
     "reptile": ["derivative-order", "reptile"],
     "imaml": ["imaml"],
     "meta-sgd": ["meta-sgd"],
+    "warp-grad": ["warp-grad"],
     "maml++": [
         "per-step-batch-norm",
         "per-step-learning-rates",

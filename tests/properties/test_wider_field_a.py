@@ -412,3 +412,67 @@ def test_sharp_maml_takes_chunks_only_where_its_distance_is_each_tasks_own():
         "a batch: leave one of the two out, or use checkpoint_steps, which saves memory with every "
         "plugin"
     )
+
+
+# WarpGrad.
+
+
+def warped(case, moved, *, through_step):
+    """Flennerhag et al., section 2: each step of each task by itself, from a constant point."""
+    start = dict(case.model.named_parameters())
+    outers, ends = [], []
+    for x, y, query_x, query_y in tasks_of(case.batch):
+        fast = own({name: start[name] for name in moved})
+        for _ in range(case.steps):
+            loss = F.cross_entropy(predict(case.model, {**start, **fast}, x), y)
+            slopes = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+            slopes = slopes if through_step else [each.detach() for each in slopes]
+            pairs = zip(fast.items(), slopes, strict=True)
+            there = {name: each.detach() - case.lr * slope for (name, each), slope in pairs}
+            outers.append(
+                F.cross_entropy(predict(case.model, {**start, **there}, query_x), query_y)
+            )
+            fast = own(there)
+        ends.append(fast)
+    outer = torch.stack(outers).mean()
+    fixed = [name for name in start if name not in moved]
+    taken = torch.autograd.grad(outer, [start[name] for name in fixed])
+    directions = [{name: (start[name] - end[name]).detach() for name in moved} for end in ends]
+    return {**dict(zip(fixed, taken, strict=True)), **mean_of(directions)}, outer, ends
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv4"])
+@pytest.mark.parametrize("through_step", [True, False])
+def test_warp_grad_is_its_plain_loop(name, through_step):
+    case = problem(name, steps=3, lr=0.1)
+
+    def learner(**options):
+        return case.learner(
+            plugins=[plugins.make("warp-grad", through_step=through_step)], **options
+        )
+
+    exact = warped(case, learner().engine.inner.adapted, through_step=through_step)
+    for options in ({}, *BATCHINGS):
+        if options == {"chunk_size": 1}:
+            assert_close(learner(**options).meta_gradients(case.batch), exact[0], **SAME)
+        else:
+            assert_same(learner(**options), case, *exact)
+
+
+def test_warp_grad_through_the_loop_is_partial_adaptation_bit_for_bit():
+    case = problem(steps=2)
+    warp = plugins.make("warp-grad", warp=["0.*"], objective="through-loop")
+    partial = plugins.make("partial-adaptation", adapts="body", head=["0.*"])
+    taken = [case.learner(plugins=[it]).meta_gradients(case.batch) for it in (warp, partial)]
+    assert_close(*taken, rtol=0, atol=0)
+
+
+def test_warp_grad_says_where_nothing_or_everything_would_warp():
+    for pattern, count in (("head.*", 0), ("*", 4)):
+        make = lambda pattern=pattern: problem().learner(  # noqa: E731
+            plugins=[plugins.make("warp-grad", warp=[pattern])]
+        )
+        assert refused(make, RequestError) == (
+            f"plugin 'warp-grad' finds {count} warp parameters among the 4 that may adapt "
+            "(0.weight, 0.bias, 2.weight, 2.bias), and needs some of both: correct warp"
+        )
