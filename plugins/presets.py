@@ -94,6 +94,11 @@ PROTO_MAML = Preset(
     summary="MAML whose head starts, in every task, from the mean features of its classes.",
     source="Triantafillou et al. 2020, arXiv 1903.03096, section 3",
     plugins=(PluginUse(plugin="proto-maml"),),
+WARP_GRAD = Preset(
+    name="warp-grad",
+    summary="Warp layers, which do not adapt, learn from each inner step by itself.",
+    source="Flennerhag et al. 2020, arXiv 1909.00025, section 2",
+    plugins=(PluginUse(plugin="warp-grad"),),
 )
 
 MAML_PLUS_PLUS = Preset(

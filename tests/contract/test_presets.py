@@ -39,6 +39,7 @@ PUBLISHED = {
     "meta-sgd": ["meta-sgd"],
     "alfa": ["alfa"],
     "l2f": ["l2f"],
+    "warp-grad": ["warp-grad"],
     "maml++": [
         "per-step-batch-norm",
         "per-step-learning-rates",

@@ -45,6 +45,7 @@ OFF = {
     "multi-step-loss": {"annealing_epochs": 0},
     "partial-adaptation": {"head": ["*"]},
     "taml": {"strength": 0.0},
+    "sharp-maml": {"lower_rho": 0.0, "upper_rho": 0.0},
     "weight-decay-to-init": {"strength": 0.0},
 }
 MODELS_OF = {"per-step-batch-norm": ("batch-norm", "conv4")}
