@@ -33,7 +33,9 @@ class MyIdea(Plugin):
     def setup(self, context: Context) -> None:
         weights = [name for name, shape in context.shapes.items() if len(shape) > 1]
         self.weight = weights[-1]
-        start = torch.tensor(self.config.start, dtype=context.dtype, device=context.device)
+        start = torch.full(
+            (1,), self.config.start, dtype=context.dtype, device=context.device
+        )
         self.log_scale = nn.Parameter(start)
 
     @hookimpl
@@ -43,6 +45,6 @@ class MyIdea(Plugin):
     @hookimpl
     def transform_parameters(self, parameters: Parameters) -> Parameters:
         weight = parameters[self.weight]
-        scale = parameters[f"{self.name}.log_scale"].exp()  # (T,): one for each task
+        scale = parameters[f"{self.name}.log_scale"].exp()  # (T, 1): one for each task
         scaled = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
         return {**parameters, self.weight: scaled}

@@ -20,7 +20,7 @@ def test_the_last_weight_is_scaled_by_what_a_task_adapts() -> None:
     given = {
         "weight": torch.ones(2, 3, 2),
         "bias": torch.ones(2, 3),
-        "mine.log_scale": torch.tensor([0.0, math.log(3)]),
+        "mine.log_scale": torch.tensor([[0.0], [math.log(3)]]),
     }
     used = plugin.transform_parameters(given)
     expected = torch.tensor([1.0, 3.0])[:, None, None].expand(2, 3, 2)
