@@ -34,6 +34,7 @@ from torch.nn.modules import module as registration
 
 from metaplug.contract import registry
 from metaplug.contract.chain import Chain
+from metaplug.contract.plugin_files import is_file
 from metaplug.contract.presets import PluginLike, PluginUse
 from metaplug.contract.values import Kind
 from metaplug.errors import MetaplugError, RequestError, RunError, one_line, quoted
@@ -634,4 +635,7 @@ def _plugin(use: Mapping[str, Any], path: str | Path) -> PluginUse:
     if use["part"] is None:
         what = f"was trained with the plugin '{use['name']}', which is not an installed part"
         raise RequestError(f"{path} {what}: give MetaLearner.load(..., plugins=...)")
+    if is_file(use["part"]):
+        what = f"names the plugin file {one_line(use['part'])}, which nobody lets run because a"
+        raise RequestError(f"{path} {what} file says so: give MetaLearner.load(..., plugins=...)")
     return PluginUse(plugin=use["part"], name=use["name"], settings=use["settings"])

@@ -67,7 +67,7 @@ def compare(
     from metaplug.files import replacing
     from metaplug.report.comparison import comparison_report
     from metaplug.report.figures import comparison_figure
-    from metaplug.report.terminal import TrainingProgress, show_model_factory
+    from metaplug.report.terminal import TrainingProgress, show_own_code
 
     variants = _variants(variant or [], given, sets)
     # Refuse before the training what could not be written after it.
@@ -86,7 +86,7 @@ def compare(
     def begin(one: Variant, experiment: Experiment) -> None:
         if experiment.config.seed == first:
             progress.measure_memory(experiment, f"{one.label}: ")
-            show_model_factory(experiment, f"{one.label}: ")
+            show_own_code(experiment, f"{one.label}: ")
 
     def record(one: Variant, seed: int, made: Record) -> None:
         progress.record(made, f"{one.label}, seed {seed}")

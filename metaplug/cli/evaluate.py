@@ -22,6 +22,7 @@ _of_run = partial(typer.Option, show_default="as the run was configured")
     "metaplug evaluate runs/mine",
     "metaplug evaluate runs/mine --num-tasks 2000 --inner-steps 10 --interval bootstrap --json",
     "metaplug evaluate runs/own --model my_models:make --tasks folder:other/images",
+    "metaplug evaluate runs/tried --with ./my_idea.py",
 )
 def evaluate(
     *,
@@ -50,6 +51,15 @@ def evaluate(
             help="The run's model, if it is your own code: no code runs because a file names it.",
         ),
     ] = None,
+    plugins: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="FILE.py",
+            help="A file of the run's plugins, if it has one: that runs only if you name it, too. "
+            "Repeatable.",
+        ),
+    ] = None,
     tasks: Annotated[
         str | None, _of_run(metavar="SOURCE", help="Other tasks, such as those of another domain.")
     ] = None,
@@ -66,12 +76,12 @@ def evaluate(
     from metaplug.experiments.json_values import environment, result_values, to_json
     from metaplug.experiments.runs import load
     from metaplug.experiments.runs.layout import SUMMARY
-    from metaplug.report.terminal import class_lines, result_line, show_model_factory, statements
+    from metaplug.report.terminal import class_lines, result_line, show_own_code, statements
 
     given = task_settings(tasks, sets)
     with ranks() as world:
-        experiment = load(run, device, world, model=model, tasks=given)
-        show_model_factory(experiment)
+        experiment = load(run, device, world, model=model, tasks=given, plugins=plugins or ())
+        show_own_code(experiment)
         learner, training = experiment.learner, experiment.config.training
         result = learner.evaluate(
             getattr(experiment.tasks, split),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,7 +88,8 @@ With = Annotated[
     typer.Option(
         "--with",
         metavar="PLUGIN[:FIELD=VALUE,...]",
-        help="A plugin after the preset's own, applied in the given order. Repeatable.",
+        help="A plugin after the preset's own, applied in the given order: its name, or the path "
+        "of a file as ./my_idea.py. Repeatable.",
         rich_help_panel=LEARNING,
     ),
 ]
@@ -137,13 +139,23 @@ def resolve_options(
     config: Path | None = None,
     preset: str | None = None,
     uses: Sequence[str | PluginUse] | None = None,
+    files: Sequence[str] | None = None,
 ) -> Resolved:
-    """Resolve a file, the shared options, a preset, plugins and `--set`, each over the former."""
+    """Resolve a file, the shared options, a preset, plugins and `--set`, each over the former.
+
+    Args:
+        files: where `config` is a run's record, the plugin files that the caller lets run.
+    """
     from metaplug.cli.variants import parse_plugin
-    from metaplug.experiments.configuration import assign, resolve
+    from metaplug.experiments.configuration import ExperimentConfig, assign, resolve
+    from metaplug.experiments.plugin_files import permitted, recorded
+    from metaplug.settings import validated
     from metaplug.yaml_text import read_yaml
 
     file = {} if config is None else read_yaml(config)
+    if files is not None:
+        record = validated(ExperimentConfig, file, str(config))
+        file = permitted(record, files, config).model_dump(mode="json")
     pairs = [parse_setting(text) for text in sets or ()]
     values: dict[str, Any] = {}
     for path, value in given.items():
@@ -159,7 +171,8 @@ def resolve_options(
         if path.startswith("plugins."):
             _check_not_of_preset(path, values.get("preset") or file.get("preset") or "maml")
         values = assign(values, path, value)
-    return resolve([*([] if config is None else [(str(config), file)]), ("option", values)])
+    resolved = resolve([*([] if config is None else [(str(config), file)]), ("option", values)])
+    return replace(resolved, config=recorded(resolved.config))
 
 
 def _check_not_of_preset(path: str, preset: Any) -> None:
@@ -167,7 +180,7 @@ def _check_not_of_preset(path: str, preset: Any) -> None:
     from metaplug.contract.presets import find_preset
 
     found, name = find_preset(preset) if isinstance(preset, str) else None, path.split(".")[1]
-    if found is not None and name in [use.name or use.plugin for use in found.plugins]:
+    if found is not None and name in [use.label for use in found.plugins]:
         raise RequestError(
             f"--set {path}: '{name}' is part of the preset {found.name}, with its settings: write "
             f"your own preset (metaplug plugins {found.name} shows this one), and give its file by "

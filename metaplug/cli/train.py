@@ -58,22 +58,20 @@ def train(
     """
     from metaplug.experiments.runs import read_metrics
     from metaplug.experiments.runs import train as train_in
-    from metaplug.experiments.runs.repeating import check_same, configuration_of
+    from metaplug.experiments.runs.repeating import check_same
     from metaplug.report import terminal
     from metaplug.report.figures import run_figure
 
+    files = None
     if source is not None:
-        if config is not None:
-            raise RequestError(
-                f"--from {source} and {config}: both give a configuration; leave one of them out"
-            )
-        config, name = configuration_of(source), name or f"{source.resolve().name}-repeated"
+        files, use = _files_of(source, use or [])
+        config, name = _repeated(source, config), name or f"{source.resolve().name}-repeated"
     if name is not None and (Path(name).name != name or name == ".."):
         instead = "give the folder that holds runs by --out, and a plain name"
         raise RequestError(f"--name {name}: a name is no path; {instead}")
     with ranks() as world:
         settings = options.resolve_options(
-            given, sets, config=config, preset=preset, uses=use
+            given, sets, config=config, preset=preset, uses=use, files=files
         ).config
         folder = out / (name or (config.stem if config is not None else _default_name(settings)))
         if source is not None:
@@ -96,7 +94,7 @@ def train(
             nonlocal trained
             trained, done = True, experiment.learner.iteration
             line(terminal.heading(experiment))
-            terminal.show_model_factory(experiment)
+            terminal.show_own_code(experiment)
             progress.measure_memory(experiment)
             line(
                 f"going on in {folder} after iteration {done}" if done else f"a new run in {folder}"
@@ -130,6 +128,36 @@ def train(
             world.from_main(lambda: _report_repetition(source, folder))
 
 
+def _repeated(source: Path, config: Path | None) -> Path:
+    """The configuration of the run to repeat; `config` is that of the command line, if any."""
+    from metaplug.experiments.runs.repeating import configuration_of
+
+    if config is not None:
+        raise RequestError(
+            f"--from {source} and {config}: both give a configuration; leave one of them out"
+        )
+    return configuration_of(source)
+
+
+def _files_of(source: Path, uses: list[str]) -> tuple[list[str], list[str]]:
+    """Split --with beside --from: the run's plugin files, which it lets run, and other plugins.
+
+    Raises:
+        RequestError: a file has settings, which are the run's.
+    """
+    from metaplug.cli.variants import parse_plugin
+
+    files = []
+    for use in map(parse_plugin, uses):
+        if use.is_file and use.settings:
+            raise RequestError(
+                f"--from {source}: the run has the settings of {use.plugin}: leave them out, and "
+                f"give --with {use.plugin} alone to let it run"
+            )
+        files += [use.plugin] if use.is_file else []
+    return files, [text for text in uses if parse_plugin(text).plugin not in files]
+
+
 def _report_repetition(source: Path, folder: Path) -> None:
     """Say whether the run in `folder` gave the same as the run in `source`."""
     from metaplug.experiments.runs.repeating import compare_runs
@@ -153,7 +181,7 @@ def _default_name(config: ExperimentConfig) -> str:
     from metaplug.experiments.build import task_form
 
     source, _, argument = config.tasks.source.partition(":")
-    algorithm = "+".join([config.algorithm, *(use.name or use.plugin for use in config.plugins)])
+    algorithm = "+".join([config.algorithm, *(use.label for use in config.plugins)])
     forms = [form.replace("-", "") for form in task_form(config)]
     parts = filter(None, [algorithm, source, Path(argument).stem, *forms, f"seed{config.seed}"])
     return re.sub(r"[^\w.+-]+", "-", "-".join(parts))

@@ -39,8 +39,17 @@ def parse_variant(text: str) -> tuple[str, list[PluginUse]]:
 
 
 def parse_plugin(text: str) -> PluginUse:
-    """Read a plugin from "plugin" or "plugin:field=value,field=value", values as YAML."""
-    name, _, settings = text.strip().partition(":")
+    """Read a plugin from "plugin" or "plugin:field=value,field=value", values as YAML.
+
+    Instead of an installed plugin's name may stand the path of a file, which ends in .py.
+
+    >>> use = parse_plugin("./my_idea.py:strength=0.3")
+    >>> use.plugin, use.label, use.settings
+    ('./my_idea.py', 'my-idea', {'strength': 0.3})
+    """
+    file = re.match(r".+?\.py(?=:|$)", text.strip())  # a path may hold a colon
+    name = file[0] if file else text.strip().partition(":")[0]
+    settings = text.strip()[len(name) + 1 :]
     if not name:
         raise RequestError(
             f"'{text}' names no plugin: write plugin or plugin:field=value,field=value"

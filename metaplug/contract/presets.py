@@ -6,9 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from metaplug.contract import registry
+from metaplug.contract import plugin_files, registry
 from metaplug.contract.function_plugins import Shortest, is_shortest, plugin_of
 from metaplug.contract.plugin import Plugin
 from metaplug.errors import RequestError, one_line
@@ -26,23 +32,55 @@ class PluginUse(Settings):
     1.0
     """
 
-    plugin: str = Field(description="The plugin's entry-point name, as in `metaplug plugins`.")
+    plugin: str = Field(
+        description="The plugin's entry-point name, as in `metaplug plugins`; or the path of a "
+        "Python file with one, from where the command runs."
+    )
     # Only `default=` tells type checkers without pydantic's plugin that a field may be left out.
     name: str | None = Field(
         default=None, description="Of this instance; needed only where a plugin stands twice."
     )
     settings: dict[str, Any] = Field(default={}, description="Fields of the plugin's Config.")
+    sha256: str | None = Field(
+        default=None, description="Of a plugin's file, as a run records it: no other one is run."
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:
         return {"plugin": value} if isinstance(value, str) else value
 
+    @model_serializer(mode="wrap")
+    def _without_no_digest(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if values.get("sha256") is None:
+            values.pop("sha256", None)
+        return values
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the plugin is a file of the user's own, which making it runs."""
+        return plugin_files.is_file(self.plugin)
+
+    @property
+    def label(self) -> str:
+        """The name of the instance: its own, or that of the plugin."""
+        return self.name or label_of(self.plugin)
+
     def make(self) -> Plugin:
-        """Make a new instance of an installed plugin."""
-        made = registry.load("plugin", self.plugin)(name=self.name or self.plugin, **self.settings)
+        """Make a new instance of an installed plugin, or of the one in a file, which is run."""
+        if self.is_file:
+            part: Any = plugin_files.load(self.plugin, self.sha256)
+        else:
+            part = registry.load("plugin", self.plugin)
+        made = part(name=self.label, **self.settings)
         assert isinstance(made, Plugin)
         return made
+
+
+def label_of(plugin: str) -> str:
+    """The name of a plugin that is asked for by name, or by the path of its file."""
+    return plugin_files.name_in(plugin) if plugin_files.is_file(plugin) else plugin
 
 
 class Preset(Settings):
@@ -88,6 +126,12 @@ def find_preset(preset: str | Preset) -> Preset:
     if preset.endswith(YAML_ENDINGS):
         return validated(Preset, {"name": Path(preset).stem, **read_yaml(Path(preset))}, preset)
     found: Preset = registry.load("preset", preset)
+    if own := [use.plugin for use in found.plugins if use.is_file]:
+        raise RequestError(
+            f"the preset '{preset}' of {registry.origin_of('preset', preset)} names the plugin "
+            f"file {own[0]}, which nobody lets run because a package says so: install that plugin, "
+            "or write the preset into a file of your own"
+        )
     return found
 
 

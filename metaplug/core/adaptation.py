@@ -187,11 +187,11 @@ class _Adaptation:
         step = self.step(0, start, start)
         found: Weights = loop.chain.fold("initialize_parameters", start, step=step)
         self.passes.under_way.discard("initialize")
+        if found is start:
+            return start
         if not training:
-            return found if found is start else _leaves(found, loop.adapted)
-        if all(found[name] is start[name] for name in loop.adapted):
-            return found
-        # Those left as they were too, as others may be made of them.
+            return _leaves(found, loop.adapted)
+        # Those that no plugin changed too: another start may be made of them.
         return {**found, **_differentiable({name: found[name] for name in loop.adapted})}
 
     def step(

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from metaplug.contract.presets import YAML_ENDINGS, PluginUse, Preset, find_preset
+from metaplug.contract.presets import YAML_ENDINGS, PluginUse, Preset, find_preset, label_of
 from metaplug.errors import RequestError, did_you_mean
 from metaplug.evaluation.score_names import ScoreName
 from metaplug.execution.settings import LearnerSettings, NonFinite
@@ -222,7 +222,7 @@ def _plugin_origins(listed: Sequence[tuple[str, Sequence[PluginUse]]]) -> dict[s
     for origin, uses in listed:
         for use in uses:
             for field, value in use.settings.items():
-                path = f"plugins.{use.name or use.plugin}.{field}"
+                path = f"plugins.{use.label}.{field}"
                 if path not in seen or seen[path] != value:
                     seen[path], origins[path] = value, origin
     return origins
@@ -268,7 +268,7 @@ def _assign_plugin(uses: list[Any], path: str, value: Any, whole: str) -> list[A
         else ({"plugin": use} if isinstance(use, str) else dict(use))
         for use in uses
     ]
-    known = [entry.get("name") or entry["plugin"] for entry in entries]
+    known = [entry.get("name") or label_of(entry["plugin"]) for entry in entries]
     if name not in known or not field:
         fault = f"'{whole}' is no setting of a listed plugin ({did_you_mean(name, known)})"
         raise RequestError(f"{fault}: write plugins.NAME.field, or add it by --with")

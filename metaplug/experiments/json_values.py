@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import metaplug
-from metaplug.contract import registry
+from metaplug.contract import plugin_files, registry
 from metaplug.evaluation.results import EvaluationResult, IntervalMethod
 from metaplug.learner import MetaLearner
 
@@ -79,7 +79,14 @@ def environment(learner: MetaLearner) -> dict[str, Any]:
         "deterministic": learner.engine.deterministic,
         "ranks": learner.world.size,
         "batching": batching and {"choice": batching.batching, "reason": batching.reason},
+        **({"plugin_files": files} if (files := _files_of_plugins(learner)) else {}),
     }
+
+
+def _files_of_plugins(learner: MetaLearner) -> dict[str, dict[str, str]]:
+    """Of the plugins that are no installed parts but files: the path and the SHA-256."""
+    origins = {each.name: plugin_files.origin_of(type(each)) for each in learner.chain.plugins}
+    return {name: origin for name, origin in origins.items() if origin is not None}
 
 
 def versions_of_plugins(learner: MetaLearner) -> dict[str, str]:

@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from metaplug.contract import plugin_files
 from metaplug.evaluation.history import Record
 from metaplug.evaluation.results import training_classes_text, transductive_text
 from metaplug.evaluation.scores import named
@@ -91,11 +92,15 @@ def heading(experiment: Experiment) -> str:
     )
 
 
-def show_model_factory(experiment: Experiment, label: str = "") -> None:
-    """Say which code of the user's own made the model, if any did."""
+def show_own_code(experiment: Experiment, label: str = "") -> None:
+    """Say which code of the user's own made the model and the plugins, if any did."""
     model = experiment.config.model
     if text := origin_of(model.name, model.settings):
         line(label + text)
+    for plugin in experiment.learner.chain.plugins:
+        if (origin := plugin_files.origin_of(type(plugin))) is not None:
+            digest = f"sha256 {origin['sha256'][:12]}…"
+            line(f"{label}the plugin '{plugin.name}' is the file {origin['path']} ({digest})")
 
 
 class TrainingProgress:

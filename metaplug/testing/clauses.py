@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import FlakyFailure
 
-from metaplug.contract import registry
+from metaplug.contract import plugin_files, registry
 from metaplug.contract.chain import Chain
 from metaplug.contract.plugin import Plugin
-from metaplug.contract.presets import make_plugins
+from metaplug.contract.presets import label_of, make_plugins
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import MetaplugError, RequestError, unknown
 from metaplug.learner import MetaLearner
@@ -61,7 +61,7 @@ class Subject:
 
     Attributes:
         source: its class; a function or a module in the shortest form; or the name of an installed
-            plugin.
+            plugin, or the path of a file with one.
         settings: fields of its Config under which it does something.
         off: fields at which it does nothing; None where it has none.
         models: names of MODELS that it fits.
@@ -94,11 +94,16 @@ class Subject:
                 "or write it as a class with a Config"
             )
 
-    def make(self, given: Mapping[str, Any] | None = None) -> Plugin:
-        """Make a new instance with `given` as fields of its Config, by default `settings`."""
+    def make(self, given: Mapping[str, Any] | None = None, name: str | None = None) -> Plugin:
+        """Make a new instance with `given` as fields of its Config, by default `settings`.
+
+        Args:
+            name: of the instance, where it is not the usual; not in the shortest form.
+        """
         if not isinstance(self._part, type):
             return make_plugins(None, [self._part])[0]
-        named = {"name": self.source} if isinstance(self.source, str) else {}
+        usual = label_of(self.source) if isinstance(self.source, str) else None
+        named = {} if (called := name or usual) is None else {"name": called}
         made = self._part(**named, **(self.settings if given is None else given))
         if not isinstance(made, Plugin):
             raise RequestError(
@@ -108,8 +113,17 @@ class Subject:
 
     @cached_property
     def _part(self) -> Any:
-        """The class, function or module; an installed plugin is looked up once."""
-        return registry.load("plugin", self.source) if isinstance(self.source, str) else self.source
+        """The class, function or module; one that is named is looked up once."""
+        if not isinstance(self.source, str):
+            return self.source
+        if plugin_files.is_file(self.source):
+            return plugin_files.load(self.source)
+        return registry.load("plugin", self.source)
+
+    @property
+    def shortest(self) -> bool:
+        """Whether it is a function or a module."""
+        return not isinstance(self._part, type)
 
     @cached_property
     def name(self) -> str:
@@ -148,6 +162,13 @@ class Subject:
             learner = example.problem.learner(**options)
         fit(learner, example, example.done)
         return learner
+
+    def learner_if_made(self, example: Example) -> MetaLearner | None:
+        """Make a learner; None where that fails, which "names-and-shapes" says."""
+        try:
+            return self.learner(example)
+        except (MetaplugError, RuntimeError, TypeError, ValueError, LookupError):
+            return None
 
 
 def fit(learner: MetaLearner, example: Example, iterations: int, *, tasks: int = 2) -> None:

@@ -69,6 +69,23 @@ class Findings:
         """The same with the tasks in this order."""
         return Findings({name: value[order] for name, value in self.by_task.items()}, self.whole)
 
+    def renamed(self, plugin: str, to: str) -> Findings:
+        """The same as found of a plugin of another name."""
+
+        def of(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {
+                name.replace(f"'{plugin}.", f"'{to}.").replace(f"of {plugin}", f"of {to}"): each
+                for name, each in values.items()
+            }
+
+        return Findings(of(self.by_task), of(self.whole))
+
+    def known_to(self, other: Findings) -> Findings:
+        """The same without what the other has not: a plugin's own parameters and statistics."""
+        by_task = {name: each for name, each in self.by_task.items() if name in other.by_task}
+        whole = {name: each for name, each in self.whole.items() if name in other.whole}
+        return Findings(by_task, whole)
+
     def without(self, prefix: str) -> Findings:
         """The same without what of `whole` begins with `prefix`."""
         kept = {name: value for name, value in self.whole.items() if not name.startswith(prefix)}
@@ -188,8 +205,9 @@ def _of_order(learner: MetaLearner, batch: TaskBatch, order: int) -> MetaGradien
 
 
 def _weights(outcome: Outcome) -> dict[str, Tensor]:
-    weights = outcome.adapted_parameters
-    return {f"the adapted weight '{name}'": weight for name, weight in weights.items()}
+    starts, ends = outcome.initial_parameters, outcome.adapted_parameters
+    found = {f"the start of '{name}'": start for name, start in starts.items()}
+    return found | {f"the adapted weight '{name}'": weight for name, weight in ends.items()}
 
 
 def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from metaplug.contract.plugin import Plugin
 from metaplug.errors import MetaplugError, RequestError
 from metaplug.testing.clauses import BreachError, Example, Subject, clause, clause_on, fit, in_words
-from metaplug.testing.comparing import Findings, difference, evaluation, training
+from metaplug.testing.comparing import difference, evaluation, training
 from metaplug.testing.first_party import FIRST_PARTY
 from metaplug.testing.problems import WITH_BATCH_NORM
 from metaplug.testing.strategies import compatible
@@ -36,6 +36,29 @@ def more_steps(subject: Subject, example: Example) -> None:
         raise BreachError(f"{wrong}, {when}")
 
 
+@clause(
+    "no-inner-steps",
+    "in a loop of no steps it trains and is evaluated, or refuses with a RequestError",
+)
+def no_inner_steps(subject: Subject) -> None:
+    """Starts and outer losses need no inner step."""
+    example = subject.example(tasks=2)
+    example.problem.steps = 0
+    try:
+        learner = subject.learner(example)
+        found = [run(learner, example.problem.batch) for run in (training, evaluation)]
+    except RequestError:
+        return
+    except Exception as error:
+        raise BreachError(
+            f"{in_words(error)}, with inner_steps = 0: use nothing of an inner step where there is "
+            "none (outcome.support_losses is then empty), or take per-step values from step.slot, "
+            "which refuses"
+        ) from error
+    if wrong := found[0].non_finite() or found[1].non_finite():
+        raise BreachError(f"{wrong}, with inner_steps = 0: divide by no number of steps")
+
+
 @clause_on("off-is-baseline", "with its off settings everything is as without it, bit for bit")
 def off_is_baseline(subject: Subject, example: Example) -> None:
     """A comparison needs a baseline."""
@@ -48,8 +71,7 @@ def off_is_baseline(subject: Subject, example: Example) -> None:
     for _ in range(2):
         for when, found in (("in training", training), ("at evaluation", evaluation)):
             ours, theirs = found(off, batch), found(without, batch)
-            known = {name: value for name, value in ours.whole.items() if name in theirs.whole}
-            if text := difference(Findings(ours.by_task, known), theirs, exact=True):
+            if text := difference(ours.known_to(theirs), theirs, exact=True):
                 raise BreachError(
                     f"{text} {when}, with the plugin off ({settings}) and without it: return None "
                     "where there is nothing to do, as even a product with 1 or a sum with 0 can "
@@ -71,9 +93,8 @@ def does_something(subject: Subject) -> None:
     learners = [subject.learner(example), example.problem.learner(task_batching="vectorized")]
     for learner in learners:
         fit(learner, example, 3)
-    if not difference(
-        *(evaluation(learner, example.problem.batch) for learner in learners), exact=True
-    ):
+    ours, theirs = (evaluation(learner, example.problem.batch) for learner in learners)
+    if not difference(ours.known_to(theirs), theirs, exact=True):
         raise BreachError(
             f"with settings = {dict(subject.settings)} weights and predictions are the same as "
             "without it, after 3 iterations: give settings under which it does something, or mark "

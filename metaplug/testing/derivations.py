@@ -22,6 +22,56 @@ GRADIENTS = "the meta-gradient"
 """How findings of meta-gradients begin."""
 
 
+@clause(
+    "complete-meta-gradients",
+    "where it replaces differentiation, every meta-parameter has a gradient; where it asks for "
+    "order 0, it replaces it",
+)
+def complete_meta_gradients(subject: Subject) -> None:
+    """A parameter without a gradient stays as it was made, in silence."""
+    if not {"compute_meta_gradients", "derivative_order"} & set(subject.hooks):
+        return
+    example = subject.example(steps=2, tasks=2)
+    if (learner := subject.learner_if_made(example)) is None:
+        return
+    try:
+        gradients = found(learner, example.problem.batch).gradients
+    except MetaplugError as error:
+        if "derivative order 0 leaves no way" in str(error):
+            raise
+        return  # which other clauses say
+    missing = [name for name in learner.engine.meta_parameters if name not in gradients]
+    if missing and "compute_meta_gradients" in subject.hooks:
+        raise BreachError(
+            f"its answer has no gradient of {quoted(missing[:3])}, which would then never learn: "
+            "answer all names of meta_parameters, with zeros for what shall stay"
+        )
+
+
+@clause(
+    "task-parameters-adapt",
+    "every task parameter that it names reaches the model: the inner loop moves it",
+)
+def task_parameters_adapt(subject: Subject) -> None:
+    """One that reaches nothing is adapted by nothing, in silence."""
+    if "task_parameters" not in subject.hooks:
+        return
+    idle: set[str] | None = None
+    for seed in range(2):
+        example = subject.example(steps=3, seed=seed)
+        learner = subject.learner(example)
+        outcome = learner.engine.evaluate(learner.prepare_batch(example.problem.batch), 3)
+        starts, ends = outcome.initial_parameters, outcome.adapted_parameters
+        own = learner.engine.inner.variables
+        still = {name for name in own if torch.equal(starts[name], ends[name])}
+        idle = still if idle is None else idle & still
+    if idle:
+        raise BreachError(
+            f"no inner gradient reaches its task parameter {quoted(sorted(idle)[:3])}, which stays "
+            "as it starts: use it in transform_parameters, by its name PLUGIN.NAME"
+        )
+
+
 @clause_on(
     "first-order",
     "with derivatives of first order it runs, and the values on the way are those of second order",
@@ -29,14 +79,17 @@ GRADIENTS = "the meta-gradient"
 def first_order(subject: Subject, example: Example) -> None:
     """Inner gradients are constants then, without a graph."""
     learner, batch = subject.learner(example), example.problem.batch
-    first, second = (training(learner, batch, order=order) for order in (1, 2))
-    if wrong := first.non_finite():
-        raise BreachError(f"{wrong} in first order")
-    if text := difference(first.without(GRADIENTS), second.without(GRADIENTS)):
-        raise BreachError(
-            f"{text}, in first and in second order, though only derivatives may differ: "
-            "let no value depend on requires_grad"
-        )
+    second = training(learner, batch, order=2)
+    none = {"derivative_order", "compute_meta_gradients"} <= set(subject.hooks)
+    for order, words in ((1, "first"), *([(0, "no")] if none else [])):
+        lower = training(learner, batch, order=order)
+        if wrong := lower.non_finite():
+            raise BreachError(f"{wrong} in {words} order")
+        if text := difference(lower.without(GRADIENTS), second.without(GRADIENTS)):
+            raise BreachError(
+                f"{text}, in {words} and in second order, though only derivatives may differ: "
+                "let no value depend on requires_grad"
+            )
 
 
 @clause_on(

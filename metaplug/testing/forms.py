@@ -15,7 +15,15 @@ from metaplug.contract.plugin import PluginConfig
 from metaplug.contract.return_checks import form
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import MetaplugError
-from metaplug.testing.clauses import BreachError, Example, Subject, clause, clause_on, fit
+from metaplug.testing.clauses import (
+    BreachError,
+    Example,
+    Subject,
+    clause,
+    clause_on,
+    fit,
+    in_words,
+)
 from metaplug.testing.comparing import difference, evaluation, training
 
 
@@ -85,8 +93,8 @@ def future_arguments(subject: Subject) -> None:
     """The contract grows by arguments."""
     Chain([subject.make()])
     example = subject.example(steps=2)
-    now, again, grown = (subject.learner(example) for _ in range(3))
     try:
+        now, again, grown = (subject.learner(example) for _ in range(3))
         expected, repeated = (training(learner, example.problem.batch) for learner in (now, again))
     except (MetaplugError, RuntimeError):
         return  # which other clauses say, as they do where two learners differ
@@ -108,6 +116,30 @@ class _Grown(Chain):
 
     def choose(self, hook: str, default: Any, **arguments: Any) -> Any:
         return super().choose(hook, default, **arguments, future_argument=None)
+
+
+@clause("another-name", "under another name it does the same, so that a chain may hold two of it")
+def another_name(subject: Subject) -> None:
+    """An instance is called as its user likes, and its parameters after it."""
+    if subject.shortest:
+        return  # it has no place for a name
+    example = subject.example(steps=2)
+    try:
+        usual = subject.learner(example)
+        first = training(usual, example.problem.batch)
+        if difference(training(subject.learner(example), example.problem.batch), first, exact=True):
+            return  # which other clauses say
+    except (MetaplugError, RuntimeError, TypeError, ValueError, LookupError):
+        return  # likewise
+    own = usual.chain.plugins[0].name
+    advice = 'find what is yours by self.name, as in f"{self.name}.shift"'
+    try:
+        renamed = subject.learner(example, plugins=[subject.make(name=f"other-{own}")])
+        found = training(renamed, example.problem.batch)
+    except Exception as error:
+        raise BreachError(f"{in_words(error)}, under the name other-{own}: {advice}") from error
+    if text := difference(found.renamed(f"other-{own}", own), first, exact=True):
+        raise BreachError(f"{text} under the name other-{own} and under its own: {advice}")
 
 
 @clause_on(

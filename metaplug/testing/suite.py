@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 
 from metaplug.errors import RequestError, unknown
-from metaplug.testing import composing, derivations, forms, numbers, separation, states
+from metaplug.testing import composing, derivations, forms, numbers, reading, separation, states
 from metaplug.testing.clauses import DEFAULT_MODELS, Clause, Subject
 
 CLAUSES: dict[str, Clause] = {
@@ -20,6 +20,9 @@ CLAUSES: dict[str, Clause] = {
         forms.future_arguments,
         states.no_mutation,
         states.no_state_in_loop,
+        reading.query_unseen,
+        derivations.complete_meta_gradients,
+        forms.another_name,
         forms.names_and_shapes,
         numbers.finite,
         numbers.finite_at_zero,
@@ -29,6 +32,8 @@ CLAUSES: dict[str, Clause] = {
         separation.apart_at_evaluation,
         states.evaluation_leaves_no_trace,
         separation.vectorized_equals_sequential,
+        reading.unequal_sizes,
+        derivations.task_parameters_adapt,
         derivations.first_order,
         derivations.recomputed,
         derivations.traced_equals_eager,
@@ -36,6 +41,7 @@ CLAUSES: dict[str, Clause] = {
         derivations.meta_gradients,
         states.checkpoint,
         composing.more_steps,
+        composing.no_inner_steps,
         composing.off_is_baseline,
         composing.does_something,
         composing.composes,

@@ -24,7 +24,13 @@ from metaplug.learner import MetaLearner
 
 _FIELDS: dict[type, tuple[str, ...]] = {
     TaskBatch: ("support_x", "support_y", "query_x", "query_y"),
-    InnerStep: ("parameters", "initial_parameters", "support_losses", "support_predictions"),
+    InnerStep: (
+        "parameters",
+        "initial_parameters",
+        "support_losses",
+        "support_predictions",
+        "support_targets",
+    ),
     Outcome: (
         "batch",
         "initial_parameters",
@@ -33,12 +39,17 @@ _FIELDS: dict[type, tuple[str, ...]] = {
         "query_losses",
         "query_predictions",
         "query_parameters",
+        "model_parameters",
     ),
     Context: ("parameters",),
 }
 """The fields of these values that are looked at."""
 
-_SHOWN = {"support_losses": "losses", "support_predictions": "predictions"}
+_SHOWN = {
+    "support_losses": "losses",
+    "support_predictions": "predictions",
+    "support_targets": "targets",
+}
 """What a step calls these fields."""
 
 _REFUSALS = (

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support import plugins
+from support import hook_plugins, plugins
 from torch import nn
 
 from metaplug import MetaLearner
@@ -55,6 +55,29 @@ def test_other_layers_and_inner_optimizers_are_captured_too(model):
         for _ in range(2):
             assert_close(ours.meta_gradients(case.batch), plain.meta_gradients(case.batch))
         assert refusals(ours) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("variables", "start", "ahead", "update", "outer"),
+        ("variables", "start", "update", "order-zero"),
+    ],
+    ids=["second order", "order 0"],
+)
+def test_starts_variables_updates_and_more_passes_are_captured(parts):
+    case = problem("batch-norm")
+    plain, ours = (
+        learner_on_cuda(case, plugins=hook_plugins.chain(parts), capture=capture)
+        for capture in (False, True)
+    )
+    for _ in range(3):
+        assert_close(ours.meta_gradients(case.batch), plain.meta_gradients(case.batch))
+        with torch.no_grad():
+            for learner in (plain, ours):
+                for parameter in learner.engine.meta_parameters.values():
+                    parameter.add_(0.05)
+    assert refusals(ours) == (None, None)
 
 
 @pytest.mark.parametrize("preset", ["maml", "maml++"])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import plugins
+from support import hook_plugins, plugins
 from torch import nn
 
 from metaplug import RequestError
@@ -70,6 +70,29 @@ def test_a_replay_gives_the_meta_gradients_of_the_engine(model, name):
     assert_close(actual.losses, expected.losses)
     for plugin, kept in expected.statistics.items():
         assert_close(dict(actual.statistics[plugin]), dict(kept))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("variables", "start", "ahead", "update", "outer"),
+        ("variables", "start", "update", "order-zero"),
+    ],
+    ids=["second order", "order 0"],
+)
+def test_a_replay_starts_from_the_task_parameters_of_now(parts):
+    case, recorder = problem(), Recorder()
+    plain, ours = (case.learner(plugins=hook_plugins.chain(parts)) for _ in range(2))
+    caught(ours, recorder)
+    for _ in range(3):
+        assert_close(
+            dict(found(ours, case.batch).gradients), dict(found(plain, case.batch).gradients)
+        )
+        with torch.no_grad():
+            for learner in (plain, ours):
+                for parameter in learner.engine.meta_parameters.values():
+                    parameter.add_(0.05)
+    assert (len(recorder.recordings), recorder.replayed) == (1, 3)
 
 
 @pytest.mark.parametrize("preset", ["maml", "maml++", "fomaml"])

@@ -40,6 +40,32 @@ class BranchesOnTheIteration(Plugin):
         return {name: gradient * factor for name, gradient in gradients.items()}
 
 
+class StartsByTheIteration(Plugin):
+    """Warms its starts up."""
+
+    @hookimpl
+    def initialize_parameters(self, parameters, step):
+        factor = 0.5 if step.meta_iteration == 0 else 1.5
+        return {name: value * factor for name, value in parameters.items()}
+
+
+class RemembersWhatItUpdates(Plugin):
+    """A rate that grows in Python."""
+
+    @hookimpl
+    def setup(self):
+        self.rates = [0.1]
+
+    @hookimpl
+    def update_parameters(self, parameters, gradients, step):
+        step.keep("loss", step.losses.mean())
+        return {name: parameters[name] - self.rates[-1] * gradients[name] for name in parameters}
+
+    @hookimpl
+    def commit(self, kept):
+        self.rates.append(self.rates[-1] * 2)
+
+
 class LooksUpTheIteration(Plugin):
     """A schedule as a list."""
 
@@ -83,5 +109,12 @@ class RemembersInATensor(Plugin):
         self.memory = kept["loss"]
 
 
-FROZEN = [BranchesOnTheIteration, LooksUpTheIteration, RemembersInAList, RemembersInATensor]
+FROZEN = [
+    BranchesOnTheIteration,
+    StartsByTheIteration,
+    RemembersWhatItUpdates,
+    LooksUpTheIteration,
+    RemembersInAList,
+    RemembersInATensor,
+]
 """Plugins whose steps must not be traced: refused by name where that is seen, else caught."""

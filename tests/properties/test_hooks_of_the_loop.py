@@ -2,15 +2,22 @@
 in every way of computing a step."""
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
 import torch
-from support.hook_plugins import chain, plain
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.hook_plugins import QueryReader, chain, plain
 from support.plain_loop import OPTIMIZERS, RULES
+from support.ranks import on_ranks, shard
 
-from metaplug import TaskBatch
-from metaplug.testing import assert_close, found, problem
+from metaplug import MetaLearner, TaskBatch
+from metaplug.execution.ranks import ALONE
+from metaplug.execution.traced import CompiledDerivation
+from metaplug.testing import Stream, assert_close, found, problem
+from metaplug.testing.strategies import seeds
 
 ALL = ("variables", "start", "ahead", "update", "outer")
 SETS = {
@@ -47,8 +54,15 @@ def assert_is_the_plain_loop(learner, case, parts, **options):
     return ours, expected
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("model", ["mlp", "conv4", "batch-norm"])
+@pytest.mark.parametrize(
+    ("model", "way"),
+    [
+        *(("mlp", way) for way in WAYS),
+        ("conv4", "vectorized"),
+        ("batch-norm", "sequential"),
+        ("batch-norm", "recomputed"),
+    ],
+)
 @pytest.mark.parametrize("parts", SETS.values(), ids=SETS)
 def test_meta_gradients_are_those_of_a_plain_loop(parts, model, way):
     case = problem(model, tasks=3, steps=2)
@@ -110,3 +124,106 @@ def test_test_tasks_are_adapted_as_in_the_plain_loop(parts, model, steps):
             adapted = learner.adapt(single.support_x[0], single.support_y[0], inner_steps=steps)
             with torch.no_grad():
                 assert_close(adapted(single.query_x[0]), one.prediction)
+
+
+# Traced, captured, in windows, on ranks.
+
+
+@pytest.mark.parametrize("parts", SETS.values(), ids=SETS)
+def test_a_traced_step_is_the_plain_loop(parts):
+    case = problem("batch-norm" if parts is ALL else "mlp", tasks=2)
+    learner = case.learner(plugins=chain(parts), task_batching="vectorized")
+    trace = learner.engine.derivation = CompiledDerivation(learner.engine, lambda graph, _: graph)
+    assert_is_the_plain_loop(learner, case, parts)
+    found(learner, case.batch)  # the second is compared with the untraced step
+    assert trace.refusal is None
+
+
+@pytest.mark.parametrize("parts", [ALL, SETS["order 0"]], ids=["all of them", "order 0"])
+def test_traced_and_rarely_fetched_runs_are_the_run_that_is_not(parts):
+    """Starts that change, and statistics that are kept, go into a trace anew in every step."""
+    states = []
+    for traced, options in ((False, {}), (True, {}), (False, {"metrics_every": 3})):
+        learner = problem().learner(plugins=chain(parts), task_batching="vectorized", **options)
+        if traced:
+            learner.engine.derivation = CompiledDerivation(learner.engine, lambda graph, _: graph)
+        history = learner.fit(Stream(), iterations=4, tasks_per_batch=2)
+        figures = history.records[-1].step.figures
+        states.append({**learner.engine.meta_parameters, **figures})
+    for other in states[1:]:
+        assert other.keys() == states[0].keys()
+        for name, value in states[0].items():
+            # Four steps of Adam, which divides by the size of a gradient.
+            torch.testing.assert_close(other[name], value, rtol=1e-7, atol=1e-9)
+
+
+def test_two_ranks_find_what_one_does():
+    case = problem("batch-norm", tasks=5)
+
+    def run(world):
+        batch, answers = case.batch if world is ALONE else shard(case.batch, world), []
+        for parts in SETS.values():
+            ours = found(case.learner(plugins=chain(parts), world=world), batch)
+            answers.append(dict(ours.gradients))
+            answers += [dict(kept) for kept in ours.statistics.values()]
+        return answers
+
+    alone = run(ALONE)
+    for rank in on_ranks(run):
+        if isinstance(rank, BaseException):
+            raise rank
+        for ours, theirs in zip(rank, alone, strict=True):
+            assert_close(ours, theirs)
+
+
+# Saved, loaded and resumed.
+
+
+@pytest.mark.parametrize("parts", [ALL, SETS["order 0"]], ids=["all of them", "order 0"])
+def test_a_learner_that_is_loaded_goes_on_bit_for_bit(parts, tmp_path):
+    case = problem("batch-norm")
+    learner = case.learner(plugins=chain(parts))
+    learner.fit(Stream("batch-norm"), iterations=2, total=4, tasks_per_batch=2)
+    learner.save(tmp_path / "saved.safetensors")
+    loaded = MetaLearner.load(
+        tmp_path / "saved.safetensors", model=copy.deepcopy(case.model), plugins=chain(parts)
+    )
+    for each in (learner, loaded):
+        each.fit(Stream("batch-norm"), iterations=2, total=4, tasks_per_batch=2)
+    one, other = learner.engine.meta_parameters, loaded.engine.meta_parameters
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    tested = [each.engine.evaluate(case.batch, 2).query_predictions for each in (learner, loaded)]
+    assert torch.equal(*tested)
+
+
+# Features that are kept.
+
+
+def test_kept_features_change_no_number():
+    case, found_by = problem("mlp", tasks=2), []
+    for cached in (False, True):
+        plugins = ["partial-adaptation", *chain(ALL)]
+        learner = case.learner(plugins=plugins, cache_frozen=cached)
+        found_by.append(found(learner, case.batch).gradients)
+        assert (learner.engine.inner.features is not None) is cached
+    assert_close(dict(found_by[1]), dict(found_by[0]), rtol=1e-9, atol=1e-11)
+
+
+# Query labels.
+
+
+@settings(max_examples=5)
+@given(seeds, st.sampled_from(["vectorized", "sequential"]))
+def test_query_labels_change_no_inner_value(seed, batching):
+    case = problem("batch-norm", seed=seed)
+    labels = torch.randint(
+        3, case.batch.query_y.shape, generator=torch.Generator().manual_seed(seed)
+    )
+    learner = case.learner(plugins=[*chain(ALL), QueryReader()], task_batching=batching)
+    batches = case.batch, dataclasses.replace(case.batch, query_y=labels)
+    trained = [found(learner, batch).outcome for batch in batches]
+    tested = [learner.engine.evaluate(batch, 2) for batch in batches]
+    for one, other in (trained, tested):
+        assert_close(dict(other.adapted_parameters), dict(one.adapted_parameters), rtol=0, atol=0)
+        assert_close(other.query_predictions, one.query_predictions, rtol=0, atol=0)

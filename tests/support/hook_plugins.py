@@ -21,10 +21,10 @@ def learned(value, context):
     return nn.Parameter(torch.full((), value, dtype=context.dtype, device=context.device))
 
 
-def frequencies(targets, classes):
-    """Of the classes among a task's labels, (T, classes); padding counts for nothing."""
-    is_class = targets.unsqueeze(-1) == torch.arange(classes, device=targets.device)
-    return is_class.double().sum(-2) / (targets >= 0).sum(-1, keepdim=True)
+def frequencies(targets, like):
+    """Of the classes among a task's labels, in the form of `like`; padding counts for nothing."""
+    is_class = targets.unsqueeze(-1) == torch.arange(like.shape[1], device=targets.device)
+    return is_class.to(like.dtype).sum(-2) / (targets >= 0).sum(-1, keepdim=True)
 
 
 class Start(Plugin):
@@ -41,7 +41,7 @@ class Start(Plugin):
         taken = step.gradients(losses, {name: parameters[name] for name in self.adapted})
         start = {**parameters, **{n: parameters[n] - self.rate * g for n, g in taken.items()}}
         bias = start[self.bias]
-        return {**start, self.bias: bias + self.rate * frequencies(step.targets, bias.shape[1])}
+        return {**start, self.bias: bias + self.rate * frequencies(step.targets, bias)}
 
 
 class Variables(Plugin):
@@ -276,3 +276,14 @@ def plain(model, tasks, parts, *, order=2, steps=2, lr=0.3, rule=sgd):
         gradients = own.gradient(mean, wanted)
         gradients = {name: each.detach() for name, each in gradients.items()}
     return SimpleNamespace(tasks=results, outer=mean.detach(), gradients=gradients)
+
+
+class QueryReader(Plugin):
+    """Add the entropy of the query predictions to the support losses."""
+
+    transductive = property(lambda self: True)
+
+    @hookimpl
+    def transform_inner_losses(self, losses, step):
+        log_p = step.forward({}, "query").log_softmax(2)
+        return losses - 0.1 * (log_p.exp() * log_p).sum(2).mean(1)

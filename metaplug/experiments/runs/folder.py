@@ -19,8 +19,9 @@ from filelock import FileLock, Timeout
 
 from metaplug import checkpoint
 from metaplug.errors import RequestError, RunError
-from metaplug.experiments.configuration import ExperimentConfig, flatten, from_yaml, to_yaml
+from metaplug.experiments.configuration import ExperimentConfig, from_yaml, to_yaml
 from metaplug.experiments.json_values import to_json
+from metaplug.experiments.plugin_files import comparable, copies, differing_file
 from metaplug.experiments.runs.layout import (
     BEST,
     CONFIG,
@@ -107,6 +108,8 @@ class RunFolder:
         saved = self.path / CONFIG
         if not saved.exists() or read_yaml(saved) != config.model_dump(mode="json"):
             self._write(CONFIG, to_yaml(config))  # resumed with other settings of the runtime
+        for name, source in copies(config).items():
+            self._write(name, source)
         files = [self.path / name for name in (LAST, BEST, *FORMER)]
         file = next((file for file in files if file.exists()), None)
         if file is None:
@@ -122,8 +125,8 @@ class RunFolder:
         if state.get("config") is None:
             what = "holds a learner without its experiment, which no run wrote"
             raise RunError(f"{file} {what}: put the run's own file there")
-        trained = from_yaml(state["config"], f"the configuration in {file}").model_dump(mode="json")
-        self._check_same(flatten(trained), config, f"{file} was trained with")
+        trained = comparable(from_yaml(state["config"], f"the configuration in {file}"))
+        self._check_same(trained, config, f"{file} was trained with")
         return file, state
 
     def cut(self, iterations: int) -> None:
@@ -190,8 +193,15 @@ class RunFolder:
             return ""
 
     def _check_same(self, begun: Mapping[str, Any], config: ExperimentConfig, what: str) -> None:
-        asked = flatten(config.model_dump(mode="json"))
+        asked = comparable(config)
         for field in differing(begun, asked):
+            if (found := differing_file(field, begun, asked)) is not None:
+                label, digests = found
+                raise RequestError(
+                    f"{what} the plugin file of '{label}' as it was then, and it has changed "
+                    f"({digests}): bring it back (from {self.path}, which keeps a copy), or give "
+                    "another --name"
+                )
             one, other = (
                 repr(values[field]) if field in values else "not set" for values in (begun, asked)
             )
@@ -221,7 +231,7 @@ def begun_as(folder: Path) -> dict[str, Any]:
     if not (values := read_yaml(saved)):
         what = f"{saved} is empty, though a run has begun there"
         raise RequestError(f"{what}: bring it back, or give another --name")
-    return flatten(validated(ExperimentConfig, values, str(saved)).model_dump(mode="json"))
+    return comparable(validated(ExperimentConfig, values, str(saved)))
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

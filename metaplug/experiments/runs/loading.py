@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from metaplug.experiments.configuration import (
     from_yaml,
     merge,
 )
+from metaplug.experiments.plugin_files import permitted
 from metaplug.experiments.runs.layout import BEST, FORMER
 from metaplug.models.factories import is_own, names_code
 from metaplug.settings import validated
@@ -32,6 +33,7 @@ def load(
     *,
     model: str | None = None,
     tasks: Mapping[str, Any] | None = None,
+    plugins: Sequence[str] = (),
 ) -> Experiment:
     """The experiment of a run, as its best validation left it.
 
@@ -45,14 +47,17 @@ def load(
             caller lets it run.
         tasks: fields of TaskSettings that take the place of the run's own, to measure it on other
             tasks. Another `source` takes none of the run's `settings` over.
+        plugins: the paths of the run's plugin files, where it has some: they are as good as then,
+            by their digests, and only a caller lets them run.
 
     Raises:
-        RequestError: nothing is there, it is not a run's, or its model is code that `model` does
-            not name; or the other tasks do not fit the model.
+        RequestError: nothing is there, it is not a run's, or its model or a plugin is code that
+            `model` or `plugins` do not name, or that was changed; or the other tasks do not fit
+            the model.
         RunError: the checkpoint is damaged, or of another model or version.
     """
     file, state = world.from_main(lambda: _read(path))
-    config = _config_of(state, file, model)
+    config = permitted(_config_of(state, file, model), plugins, file)
     if device is not None:
         config = _changed(config, "runtime", device=device)
     if tasks:

@@ -9,6 +9,7 @@ from typing import Any
 
 from metaplug.errors import RequestError
 from metaplug.experiments.configuration import ExperimentConfig, flatten
+from metaplug.experiments.plugin_files import comparable
 from metaplug.experiments.runs.folder import begun_as, differing
 from metaplug.experiments.runs.layout import CONFIG, METRICS, RECORD, SUMMARY
 from metaplug.experiments.runs.reading import read_metrics, read_summary
@@ -68,7 +69,7 @@ def check_same(source: Path, config: ExperimentConfig, model: str | None) -> Non
     saved, name = source / CONFIG, config.model.name
     if is_own(name) and name != model:
         raise RequestError(f"--from {source}: {names_code(saved, name)}")
-    if fields := differing(begun_as(source), flatten(config.model_dump(mode="json"))):
+    if fields := differing(begun_as(source), comparable(config)):
         mend = f"leave that option out, or train a new run from {saved}"
         raise RequestError(
             f"--from {source}: with another {fields[0]} it would be another run; {mend}"

@@ -17,6 +17,7 @@ from metaplug.execution.ranks import ALONE, World
 from metaplug.experiments.build import Experiment, build
 from metaplug.experiments.configuration import ExperimentConfig, to_yaml
 from metaplug.experiments.json_values import environment, result_values
+from metaplug.experiments.plugin_files import recorded
 from metaplug.experiments.runs.folder import RunFolder
 from metaplug.experiments.runs.layout import BEST, LAST
 from metaplug.experiments.runs.reading import read_metrics, read_summary
@@ -64,6 +65,7 @@ def train(
         RunError: a loss or gradient is NaN or Inf, memory runs out, or a file cannot be written;
             the last checkpoint is kept.
     """
+    config = recorded(config)
     with RunFolder(folder) as place:
         if world.from_main(lambda: place.check(config, resume=resume)):
             return world.from_main(lambda: read_summary(folder))
