@@ -81,6 +81,19 @@ TAML = Preset(
     summary="Task-agnostic meta-learning: unsure predictions before adaptation, sure ones after.",
     source="Jamal and Qi 2019, arXiv 1805.07722, section 3.1",
     plugins=(PluginUse(plugin="taml"),),
+CAVIA = Preset(
+    name="cavia",
+    summary="Only a context adapts, in two steps of rate 1; it modulates what all tasks share.",
+    source="Zintgraf et al. 2019, arXiv 1810.03642; inner steps and rate of the authors' code",
+    plugins=(PluginUse(plugin="cavia"),),
+    defaults={"learner": {"inner_lr": 1.0, "inner_steps": 2}},
+)
+
+PROTO_MAML = Preset(
+    name="proto-maml",
+    summary="MAML whose head starts, in every task, from the mean features of its classes.",
+    source="Triantafillou et al. 2020, arXiv 1903.03096, section 3",
+    plugins=(PluginUse(plugin="proto-maml"),),
 )
 
 MAML_PLUS_PLUS = Preset(

@@ -141,7 +141,7 @@ def _fits(other: Subject, example: Example) -> bool:
 
 def _compose(plugins: list[Plugin], example: Example, where: str) -> None:
     batch = example.problem.batch
-    allowed = compatible(plugins) and plugins[1].kind() not in plugins[0].runs_after
+    allowed = compatible(plugins)
     try:
         learner = example.problem.learner(plugins=plugins, task_batching="vectorized")
         ours, tests = training(learner, batch), evaluation(learner, batch)

@@ -7,6 +7,7 @@ from typing import Any
 FIRST_PARTY: dict[str, dict[str, Any]] = {
     "alfa": {},
     "aruba": {"zeta": 0.1},
+    "cavia": {"size": 5},
     "cosine-meta-lr": {},
     "derivative-order": {},
     "drop-grad": {"rate": 0.3},
@@ -16,6 +17,7 @@ FIRST_PARTY: dict[str, dict[str, Any]] = {
     "l2f": {},
     "imaml": {},
     "label-smoothing": {},
+    "lora": {"targets": ["*weight"], "rank": 2},
     "meta-curvature": {},
     "meta-mix": {},
     "meta-sgd": {},
@@ -25,6 +27,7 @@ FIRST_PARTY: dict[str, dict[str, Any]] = {
     "partial-adaptation": {},
     "per-step-batch-norm": {},
     "per-step-learning-rates": {},
+    "proto-maml": {},
     "reptile": {},
     "taml": {"measure": "theil"},
     "weight-decay-to-init": {"strength": 0.5},

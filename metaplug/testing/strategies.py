@@ -71,6 +71,8 @@ def chains(draw: st.DrawFn, *, least: int = 2, most: int = 6) -> tuple[list[Plug
 
 
 def compatible(plugins: Sequence[Plugin]) -> bool:
-    """Whether no plugin of these refuses to be beside another."""
-    pairs = itertools.permutations(plugins, 2)
-    return all(other.kind() not in plugin.conflicts_with for plugin, other in pairs)
+    """Whether no plugin of these refuses to be beside another, or before it."""
+    pairs, ordered = itertools.permutations(plugins, 2), itertools.combinations(plugins, 2)
+    return all(other.kind() not in plugin.conflicts_with for plugin, other in pairs) and all(
+        after.kind() not in plugin.runs_after for plugin, after in ordered
+    )

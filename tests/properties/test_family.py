@@ -71,7 +71,7 @@ OFF = {
     "per-step-learning-rates": {},
     "weight-decay-to-init": {"strength": 0.0},
 }
-ALWAYS_ON = {"partial-adaptation", "per-step-batch-norm", "reptile"}
+ALWAYS_ON = {"cavia", "lora", "partial-adaptation", "per-step-batch-norm", "proto-maml", "reptile"}
 
 
 def test_every_plugin_is_held_to_its_off_setting_or_has_none():
