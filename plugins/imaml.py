@@ -22,6 +22,8 @@ class Imaml(Plugin):
     For φ = θ this is the mean over tasks of (I + H / strength)⁻¹ ∇L, H the support loss's Hessian.
     It is exact at ∇G = 0: the figures are the length of ∇G, `slope`, and the solver's relative
     `residual`. A task's solution stays once that is within tolerance, or curvature is negative.
+    What only steers the steps, as a rate or a gate, has no part in a solution: of two or more
+    steps, it learns by the last one's update, to first order, which tends to nothing with ∇G.
 
     The authors' code pulls once, after the last step, and solves (2I + H / (strength + 10)) v = ∂L:
     up to its scale, damping = strength + 20.
@@ -29,10 +31,7 @@ class Imaml(Plugin):
     Source: Rajeswaran et al. 2019 (arXiv 1909.04630), equations 3 to 7, algorithms 1 and 2.
     """
 
-    conflicts_with = (  # what only steers the steps would never learn; others answer its hooks
-        *("gradient-sharing", "meta-curvature", "meta-sgd", "per-step-learning-rates"),
-        *("derivative-order", "multi-step-loss", "reptile", "sharp-maml", "warp-grad"),
-    )
+    conflicts_with = ("derivative-order", "multi-step-loss", "reptile", "sharp-maml", "warp-grad")
 
     class Config(PluginConfig):
         """The inner problem, and how closely the linear system is solved."""
@@ -52,8 +51,8 @@ class Imaml(Plugin):
         self.register_buffer("residuals", residuals, persistent=False)
 
     @hookimpl
-    def derivative_order(self) -> int:
-        return 0
+    def derivative_order(self, step: InnerStep) -> int:
+        return int(0 < step.index == step.count - 1)  # a first step's update would reach the start
 
     @hookimpl
     def transform_inner_losses(self, losses: Tensor, step: InnerStep) -> Tensor:

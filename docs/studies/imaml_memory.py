@@ -10,7 +10,7 @@ docs/images/imaml-memory.png.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def graph(preset: str, steps: int) -> int:
     return held.most
 
 
-def draw(found: dict[str, Sequence[int]]) -> None:
+def draw(found: Mapping[str, Sequence[int]]) -> None:
     """Draw one line for each preset, with its last value beside it."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for preset, sizes in found.items():

@@ -154,6 +154,9 @@ class _Adaptation:
             fast, state, losses, found = walked
             support_losses += losses
             queries |= found
+        # Outside the parts that are made again: this loss is one of the weights in the outcome.
+        if first.count in self.query_after and first.count:
+            queries[first.count] = self.query(fast, self.step(first.count - 1, fast, initial))
         _, predictions, values = queries[max(queries)]
         # What is computed of an outcome may be differentiated, whatever the order of the last step.
         axis = self.passes.class_axis(predictions, _without_padding(self.passes.batch, "query"))
@@ -239,7 +242,7 @@ class _Adaptation:
             told = losses if objective is losses else losses + 0 * objective.detach()
             support_losses.append(told if linked else told.detach())
             fast = self.update(fast, objective, known, linked=linked)
-            if index + 1 in self.query_after:
+            if index + 1 in self.query_after and index + 1 < self.first.count:
                 after = replace(step, parameters=MappingProxyType(fast))
                 queries[index + 1] = self.query(fast, after)
         state = loop.optimizer.snapshot()

@@ -281,7 +281,40 @@ def test_imaml_stays_where_a_task_is_solved_or_curvature_is_negative():
     assert all(torch.isfinite(each).all() for each in learner.meta_gradients(wild.batch).values())
 
 
-@pytest.mark.parametrize("other", ["gradient-sharing", "meta-sgd", "derivative-order", "reptile"])
-def test_imaml_refuses_what_it_would_never_teach(other):
+@pytest.mark.parametrize("name", ["mlp", "conv4"])
+def test_imaml_teaches_what_steers_the_steps_by_the_last_one(name):
+    """∂L/∂α = −mean of ∂L/∂θ[t,K] ⊙ ∇G(θ[t,K−1]); all else is as without it, bit for bit."""
+    case = problem(name, steps=3, lr=0.1)
+    imaml = {"strength": 20.0, "iterations": 3}
+    alone = case.learner(plugins=[plugins.make("imaml", **imaml)]).meta_gradients(case.batch)
+    learner = case.learner(plugins=[plugins.make("meta-sgd"), plugins.make("imaml", **imaml)])
+    taken = learner.meta_gradients(case.batch)
+    assert_close({key: taken[key] for key in alone}, alone, rtol=0, atol=0)
+    _, _, ends = implicit(case, **imaml)
+    case.steps -= 1
+    _, _, before = implicit(case, **imaml)
+    rates = []
+    for (_, _, x, y), end, start in zip(tasks_of(case.batch), ends, before, strict=True):
+        outer = F.cross_entropy(predict(case.model, end, x), y)
+        slopes = torch.autograd.grad(outer, list(end.values()))
+        moved = {key: (end[key] - start[key]).detach() / case.lr for key in end}
+        rates.append({key: moved[key] * each for key, each in zip(end, slopes, strict=True)})
+    for key, value in mean_of(rates).items():
+        assert_close(taken[f"meta-sgd.rates.{key.replace('.', '/')}"], value, **SAME)
+
+
+@pytest.mark.parametrize("other", ["multi-step-loss", "derivative-order", "reptile"])
+def test_imaml_refuses_what_answers_for_it(other):
     text = refused(lambda: problem().learner(plugins=["imaml", other]), RequestError)
     assert text == f"plugin 'imaml' conflicts with '{other}': leave one of them out"
+
+
+def test_imaml_of_one_step_refuses_by_name_what_it_would_never_teach():
+    case = problem(steps=1)
+    learner = case.learner(plugins=["gradient-sharing", "imaml"])
+    assert refused(lambda: learner.meta_gradients(case.batch), RunError) == (
+        "plugin 'imaml' in compute_meta_gradients (link 1 of 1, iteration 0) answered names that "
+        "are not meta-learned (none) or left out a plugin's parameters ('gradient-sharing.gate', "
+        "'gradient-sharing.momentum'), which would then never learn: answer by the names of "
+        "MetaLearner.meta_gradients"
+    )
