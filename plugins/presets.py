@@ -81,6 +81,8 @@ TAML = Preset(
     summary="Task-agnostic meta-learning: unsure predictions before adaptation, sure ones after.",
     source="Jamal and Qi 2019, arXiv 1805.07722, section 3.1",
     plugins=(PluginUse(plugin="taml"),),
+)
+
 CAVIA = Preset(
     name="cavia",
     summary="Only a context adapts, in two steps of rate 1; it modulates what all tasks share.",
