@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from metaplug.contract import hookspecs
 from metaplug.contract.hookspecs import KINDS
+from metaplug.contract.inner_step import LOGGED
 from metaplug.contract.plugin import Plugin
 from metaplug.contract.plugin_checks import check_plugin
 from metaplug.contract.return_checks import CHECKS
@@ -103,6 +104,7 @@ class Chain:
         self.watch: Observer | None = None
         """Looks for NaN and Inf in what plugins return and keep; set only while one is sought."""
         self._warned: set[str] = set()
+        self._logged: dict[str, Tensor] = {}
         for plugin in self.plugins:
             if not isinstance(plugin, Plugin):
                 raise RequestError(
@@ -184,13 +186,21 @@ class Chain:
         self, kept: Mapping[str, Mapping[str, Tensor]], iteration: int | None = None
     ) -> None:
         """Give every plugin the statistics that it kept in this iteration."""
+        self._logged = {
+            f"{plugin}.{name.removeprefix(LOGGED)}": value
+            for plugin, values in kept.items()
+            for name, value in values.items()
+            if name.startswith(LOGGED)
+        }
         for link in self._links["commit"]:
-            if link.plugin.name in kept:
-                link.call({"kept": kept[link.plugin.name], "iteration": iteration})
+            own = kept.get(link.plugin.name, {})
+            own = {name: value for name, value in own.items() if not name.startswith(LOGGED)}
+            if own:
+                link.call({"kept": own, "iteration": iteration})
 
     def figures(self, iteration: int = 0, total: int = 0) -> dict[str, float]:
         """Collect what to log after an iteration (from 0) of a run of `total`, "PLUGIN.FIGURE"."""
-        found: dict[str, float] = {}
+        found = {name: float(value) for name, value in self._logged.items()}
         given = {"iteration": iteration, "total": total}
         for link in self._links["end_meta_step"]:
             answer = link.call(given)
@@ -239,6 +249,7 @@ class Chain:
             return
         step, name = given.get("step"), link.plugin.name
         kept = step.statistics.get(name, {}) if step is not None else {}
+        kept = {key: each for key, each in kept.items() if not key.startswith(LOGGED)}
 
         def saying(verb: str) -> Callable[[str], str]:
             return lambda fault: str(link.fault(f"{verb} {fault}", given))

@@ -14,6 +14,9 @@ from metaplug.contract.task_sizes import Part, TaskSize
 from metaplug.contract.values import Gradients, Parameters
 from metaplug.errors import RequestError
 
+LOGGED = "log "
+"""Begins the names of statistics that are figures to log."""
+
 
 class TaskShare(Protocol):
     """This rank's share of a meta-batch, and the mean over ranks."""
@@ -207,6 +210,15 @@ class InnerStep:
         Across ranks it receives the mean weighted by their tasks: keep a mean over tasks, a float.
         """
         self.statistics.setdefault(self._owner.name, {})[name] = tensor.detach()
+
+    def log(self, name: str, value: Tensor) -> None:
+        """Log the mean of a value after the meta-update, as PLUGIN.NAME; at evaluation not.
+
+        Args:
+            name: of the figure. Of what a meta-iteration logs by one name, the last counts.
+            value: of any shape; across ranks their mean is logged.
+        """
+        self.keep(LOGGED + name, value.mean())
 
     def seen_by(self, owner: Plugin) -> InnerStep:
         """The same step, held by `owner`."""

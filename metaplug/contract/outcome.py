@@ -145,6 +145,10 @@ class Outcome:
         """Hand over a statistic, as `InnerStep.keep` does."""
         self._step.keep(name, tensor)
 
+    def log(self, name: str, value: Tensor) -> None:
+        """Log the mean of a value after the meta-update, as `InnerStep.log` does."""
+        self._step.log(name, value)
+
     def seen_by(self, owner: Plugin) -> Outcome:
         """The same outcome, held by `owner`."""
         return self if self.last is None else replace(self, last=self.last.seen_by(owner))

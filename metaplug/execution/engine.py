@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metaplug.contract.chain import Chain
+from metaplug.contract.inner_step import LOGGED
 from metaplug.contract.outcome import Outcome
 from metaplug.contract.schedule import iteration_text
 from metaplug.contract.task_batch import TaskBatch
@@ -267,8 +268,8 @@ class Engine:
         kept = [
             tensor
             for tensors in found.statistics.values()
-            for tensor in tensors.values()
-            if tensor.is_floating_point()
+            for name, tensor in tensors.items()
+            if tensor.is_floating_point() and not name.startswith(LOGGED)
         ]
         single = [norm.square(), found.outer_loss]
         if kept:

@@ -39,6 +39,8 @@ PUBLISHED = {
     "meta-sgd": ["meta-sgd"],
     "alfa": ["alfa"],
     "l2f": ["l2f"],
+    "mr-maml": ["partial-adaptation", "mr-maml"],
+    "taml": ["taml"],
     "warp-grad": ["warp-grad"],
     "maml++": [
         "per-step-batch-norm",
