@@ -1,7 +1,8 @@
 """Fill in, when the site is built, what the code knows best.
 
 Replaces `<!-- hooks -->`, `<!-- presets -->`, `<!-- plugin NAME -->`, `<!-- meta-step -->` (the
-picture) and `<!-- include PATH -->` (a file of this folder, as it is).
+picture), `<!-- compositions -->` and `<!-- compositions why -->` (which plugins go together), and
+`<!-- include PATH -->` (a file of this folder, as it is).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,22 @@ from torch import nn
 
 from metaplug import MetaLearner, Preset
 from metaplug.contract import hookspecs, registry
+from metaplug.contract.example_settings import example_settings
+from metaplug.experiments.compositions import Compositions, compositions
 from metaplug.experiments.configuration import flatten
 from metaplug.report.catalogue import entries, plain
+from metaplug.report.compositions import MARKS, matrix, why
+from metaplug.report.hooks import signature_text
 
 DOCS = Path(__file__).parent
-
-NEEDED: dict[str, dict[str, Any]] = {"gradient-clipping": {"max_norm": 1.0}}
-"""Settings of the plugins that cannot be made without any."""
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill in one page; MkDocs calls this for each."""
     markdown = re.sub("<!-- hooks -->", lambda _: hook_reference(), markdown)
     markdown = re.sub("<!-- presets -->", lambda _: preset_table(), markdown)
+    markdown = re.sub("<!-- compositions -->", lambda _: composition_matrix(), markdown)
+    markdown = re.sub("<!-- compositions why -->", lambda _: composition_reasons(), markdown)
     markdown = re.sub("<!-- meta-step -->", lambda _: pictures(), markdown)
     markdown = re.sub("<!-- include (.+?) -->", lambda found: included(found[1]), markdown)
     return re.sub("<!-- plugin (.+?) -->", lambda found: plugin_reference(found[1]), markdown)
@@ -92,6 +97,42 @@ def preset_table() -> str:
     )
 
 
+@cache
+def _compositions() -> Compositions:
+    return compositions()
+
+
+def composition_matrix() -> str:
+    """Mark every pair of plugins, rows and columns by number."""
+    found = _compositions()
+    numbers = [str(number) for number in range(1, len(found.plugins) + 1)]
+    table = _table(
+        ("", "plugin", *numbers),
+        (
+            (number, _linked(name), *("" if mark is None else MARKS[mark] for mark in marks))
+            for number, name, marks in matrix(found)
+        ),
+    )
+    return f'<div class="matrix" markdown>\n\n{table}\n\n</div>'
+
+
+def composition_reasons() -> str:
+    """Say of every pair that does not just compose, why."""
+    return _table(
+        ("plugin", "beside", "", "reason"),
+        (
+            (_linked(name), ", ".join(map(_linked, others)), verdict, reason.replace("\n", "<br>"))
+            for name, others, verdict, reason in why(_compositions().pairs)
+        ),
+    )
+
+
+def _linked(name: str) -> str:
+    """Name a plugin, with a link to its page where it has one."""
+    page = f"plugins/{name}.md"
+    return f"[{name}]({page})" if (DOCS / page).exists() else name
+
+
 def _preset_row(preset: Preset) -> tuple[str, ...]:
     plugins = [
         _code(use.plugin) + (f" ({_pairs(use.settings)})" if use.settings else "")
@@ -109,7 +150,8 @@ def _preset_row(preset: Preset) -> tuple[str, ...]:
 
 def _meta_parameters(name: str) -> list[str]:
     """Set a plugin up, with a model that has batch norm too, and name what it meta-learns."""
-    plugin = registry.load("plugin", name)(**NEEDED.get(name, {}))
+    kind = registry.load("plugin", name)
+    plugin = kind(**example_settings(kind.Config))
     chain = MetaLearner(
         nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)), plugins=[plugin]
     ).chain
@@ -117,11 +159,9 @@ def _meta_parameters(name: str) -> list[str]:
 
 
 def _section(name: str, kind: str) -> str:
-    function = getattr(hookspecs, name)
-    signature = inspect.signature(function)
-    arguments = "".join(f"\n    {argument}," for argument in signature.parameters.values())
-    text = f"{name}({arguments}\n) -> {signature.return_annotation}".replace("'", "")
-    return f"## `{name}`\n\n*{kind}*\n\n```text\n{text}\n```\n\n{inspect.getdoc(function)}"
+    text = inspect.getdoc(getattr(hookspecs, name))
+    when = f"*{kind}*, {hookspecs.WHEN[name]}"
+    return f"## `{name}`\n\n{when}\n\n```text\n{signature_text(name)}\n```\n\n{text}"
 
 
 def _block(text: str) -> str:

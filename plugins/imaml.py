@@ -31,7 +31,10 @@ class Imaml(Plugin):
     Source: Rajeswaran et al. 2019 (arXiv 1909.04630), equations 3 to 7, algorithms 1 and 2.
     """
 
-    conflicts_with = ("derivative-order", "multi-step-loss", "reptile", "sharp-maml", "warp-grad")
+    conflicts_with = (
+        *("derivative-order", "multi-step-loss", "reptile", "sharp-maml", "warp-grad"),
+        "metal",  # whose first steps would never learn
+    )
 
     class Config(PluginConfig):
         """The inner problem, and how closely the linear system is solved."""

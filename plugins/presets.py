@@ -81,6 +81,8 @@ TAML = Preset(
     summary="Task-agnostic meta-learning: unsure predictions before adaptation, sure ones after.",
     source="Jamal and Qi 2019, arXiv 1805.07722, section 3.1",
     plugins=(PluginUse(plugin="taml"),),
+)
+
 CAVIA = Preset(
     name="cavia",
     summary="Only a context adapts, in two steps of rate 1; it modulates what all tasks share.",
@@ -94,6 +96,8 @@ PROTO_MAML = Preset(
     summary="MAML whose head starts, in every task, from the mean features of its classes.",
     source="Triantafillou et al. 2020, arXiv 1903.03096, section 3",
     plugins=(PluginUse(plugin="proto-maml"),),
+)
+
 WARP_GRAD = Preset(
     name="warp-grad",
     summary="Warp layers, which do not adapt, learn from each inner step by itself.",

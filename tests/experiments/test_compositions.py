@@ -112,8 +112,8 @@ def test_every_pair_of_installed_plugins_composes_or_says_why_and_leaves_no_trac
     assert len(found.pairs) == len(found.plugins) * (len(found.plugins) - 1) // 2
     for pair in found.pairs:
         assert bool(pair.reasons) == (pair.verdict != "composes"), pair
-        for reason in pair.reasons:  # a fault is no refusal
-            assert "not finite" not in reason and " failed" not in reason, pair
+        for reason in pair.reasons:  # what a plugin does wrong is no refusal
+            assert "not finite" not in reason and "(link " not in reason, pair
     for case, fresh in zip(cases, untouched, strict=True):
         assert footprint(case.model) == footprint(fresh.model)
         values = zip(
