@@ -62,10 +62,10 @@ class Metal(Plugin):
         steps, state = max(context.inner_steps, 1), len(self._names) + 1
         if self.config.strength > 0:
             width = state + 2 * self._outputs
-            self.support = nn.ModuleList(_Loss(state, width, **form) for _ in range(steps))
+            self.support = _Loss(steps, state, width, **form)
         if self.transductive:
             width = state - 1 + self._outputs + self._classifies
-            self.query = nn.ModuleList(_Loss(width, width, **form) for _ in range(steps))
+            self.query = _Loss(steps, width, width, **form)
 
     @hookimpl
     def transform_inner_losses(self, losses: Tensor, step: InnerStep) -> Tensor | None:
@@ -86,14 +86,14 @@ class Metal(Plugin):
                 classes = torch.arange(self._outputs, device=targets.device)
                 targets = (targets.unsqueeze(-1) == classes).to(predictions.dtype)
             seen = self._examples(state, predictions, targets)
-            loss: Tensor = self.support[step.slot](_normalized(state[:, 0]), seen)
+            loss: Tensor = self.support(step.slot, _normalized(state[:, 0]), seen)
             return loss
 
         def of_query(predictions: Tensor, means: Tensor) -> Tensor:
             log_p = predictions.log_softmax(-1)
             entropy = [(log_p.exp() * log_p).sum(-1, keepdim=True)] * self._classifies
             seen = self._examples(means, predictions, *entropy)
-            loss: Tensor = self.query[step.slot](seen.mean(1), seen)
+            loss: Tensor = self.query(step.slot, seen.mean(1), seen)
             return loss
 
         # Where examples would be, an axis of length 1 is left whole, whatever their number.
@@ -119,28 +119,36 @@ class Metal(Plugin):
 
 
 class _Loss(nn.Module):
-    """The learned loss of one inner step, (tasks, state), (tasks, n, width) → (tasks,): φ and A."""
+    """φ and A of all inner steps: each of their tensors has an axis of steps in front."""
 
-    def __init__(self, state: int, width: int, **form: Any) -> None:
+    def __init__(self, steps: int, state: int, width: int, **form: Any) -> None:
         super().__init__()
-        self.loss = _two_layers(width, 1, **form)
-        self.adapter = _two_layers(state, 8, **form)
-        self.scale = nn.Parameter(torch.zeros(8, **form))
+        self.loss = _two_layers(steps, width, 1, **form)
+        self.adapter = _two_layers(steps, state, 8, **form)
+        self.scale = nn.Parameter(torch.zeros(steps, 8, **form))
 
-    def forward(self, state: Tensor, examples: Tensor) -> Tensor:
-        changes = (self.scale * self.adapter(state)).unsqueeze(1).unsqueeze(1)  # one for each task
-        gamma, delta = changes.unflatten(3, (2, 4)).unbind(3)
-        weight, bias, last, shift = (
-            (1 + gamma[..., place]) * tensor + delta[..., place]
-            for place, tensor in enumerate(self.loss.parameters())
-        )
-        outputs: Tensor = (examples @ weight.mT + bias).relu() @ last.mT + shift
-        return outputs.flatten(1).mean(1)
+    def forward(self, slot: int, state: Tensor, examples: Tensor) -> Tensor:
+        """(tasks, state), (tasks, n, width) → (tasks,): the mean over examples."""
+        changes = self.scale[slot] * _output(state, *(tensor[slot] for tensor in self.adapter))
+        gamma, delta = changes.view(-1, 2, 4, 1, 1).unbind(1)
+        own = [
+            (1 + gamma[:, place]) * tensor[slot] + delta[:, place]
+            for place, tensor in enumerate(self.loss)
+        ]
+        return _output(examples, *own).flatten(1).mean(1)
 
 
-def _two_layers(width: int, outputs: int, **form: Any) -> nn.Sequential:
-    layers = nn.Linear(width, width, **form), nn.ReLU(), nn.Linear(width, outputs, **form)
-    return nn.Sequential(*layers)
+def _two_layers(steps: int, width: int, outputs: int, **form: Any) -> nn.ParameterList:
+    """W₁, b₁, W₂, b₂ of all steps, as torch's linear layers start."""
+    drawn = []
+    for _ in range(steps):
+        layers = nn.Linear(width, width, **form), nn.Linear(width, outputs, **form)
+        drawn.append([tensor.detach() for layer in layers for tensor in layer.parameters()])
+    return nn.ParameterList(torch.stack(each) for each in zip(*drawn, strict=True))
+
+
+def _output(x: Tensor, weight: Tensor, bias: Tensor, last: Tensor, shift: Tensor) -> Tensor:
+    return (x @ weight.mT + bias).relu() @ last.mT + shift
 
 
 def _normalized(x: Tensor) -> Tensor:

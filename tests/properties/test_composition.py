@@ -20,6 +20,7 @@ from metaplug.testing.strategies import chains, problems
 PAIRS = list(itertools.combinations(plugins.NAMES, 2))
 CONFLICTING = {
     ("cavia", "partial-adaptation"),
+    ("derivative-order", "metal"),
     ("lora", "partial-adaptation"),
     ("multi-step-loss", "reptile"),
 }
