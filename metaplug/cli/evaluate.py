@@ -21,8 +21,7 @@ _of_run = partial(typer.Option, show_default="as the run was configured")
 @examples(
     "metaplug evaluate runs/mine",
     "metaplug evaluate runs/mine --num-tasks 2000 --inner-steps 10 --interval bootstrap --json",
-    "metaplug evaluate runs/own --model my_models:make --tasks folder:other/images",
-    "metaplug evaluate runs/tried --with ./my_idea.py",
+    "metaplug evaluate runs/own --model my_models:make --with ./my_idea.py --tasks folder:other",
 )
 def evaluate(
     *,

@@ -14,7 +14,7 @@ import pytest
 from metaplug.cli.main import main
 from metaplug.contract import hookspecs
 from metaplug.contract.hookspecs import KINDS, WHEN
-from metaplug.testing import CLAUSES
+from metaplug.testing import CLAUSES, suite
 
 GOOD = """
 from metaplug import Plugin, PluginConfig, hookimpl
@@ -48,13 +48,16 @@ def answer(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytes
     return run
 
 
-def test_a_file_is_held_to_the_contract_a_line_for_each_clause(answer):
+def test_a_file_is_held_to_the_contract_a_line_for_each_clause(answer, monkeypatch):
+    """By the quick clauses: all of them take ten seconds."""
+    quick = ("strict-config", "config-round-trip", "no-mutation", "off-is-baseline")
+    monkeypatch.setattr(suite, "CLAUSES", {name: CLAUSES[name] for name in quick})
     Path("my_idea.py").write_text(GOOD)
     status, out, err = answer("test-plugin", "./my_idea.py", "--off", "factor=1", *QUICK)
     assert (status, out) == (0, "")
     *lines, last = err.splitlines()
-    assert lines == [f"passed     {clause}" for clause in CLAUSES]
-    assert last.startswith(f"plugin 'my-idea' keeps the contract: {len(CLAUSES)} clauses passed, ")
+    assert lines == [f"passed     {clause}" for clause in quick]
+    assert last.startswith("plugin 'my-idea' keeps the contract: 4 clauses passed, ")
 
 
 def test_it_ends_at_the_first_broken_clause(answer):
