@@ -18,7 +18,19 @@ from metaplug.testing import Stream, adapted, assert_close, found, problem
 from metaplug.testing.strategies import chains, problems
 
 PAIRS = list(itertools.combinations(plugins.NAMES, 2))
-CONFLICTING = {("multi-step-loss", "reptile")}
+CONFLICTING = {
+    ("multi-step-loss", "reptile"),
+    ("derivative-order", "imaml"),
+    ("imaml", "multi-step-loss"),
+    ("imaml", "reptile"),
+    ("imaml", "sharp-maml"),
+    ("imaml", "warp-grad"),
+    ("reptile", "sharp-maml"),
+    ("sharp-maml", "warp-grad"),
+    ("derivative-order", "warp-grad"),
+    ("multi-step-loss", "warp-grad"),
+    ("reptile", "warp-grad"),
+}
 
 
 def finite(tensors):

@@ -66,9 +66,10 @@ OFF = {
     "meta-sgd": {},
     "multi-step-loss": {"annealing_epochs": 0},
     "per-step-learning-rates": {},
+    "sharp-maml": {"lower_rho": 0.0, "upper_rho": 0.0},
     "weight-decay-to-init": {"strength": 0.0},
 }
-ALWAYS_ON = {"partial-adaptation", "per-step-batch-norm", "reptile"}
+ALWAYS_ON = {"imaml", "partial-adaptation", "per-step-batch-norm", "reptile", "warp-grad"}
 
 
 def test_every_plugin_is_held_to_its_off_setting_or_has_none():
