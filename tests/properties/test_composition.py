@@ -29,6 +29,18 @@ CONFLICTING = {
 def select_adapted():
     """A plugin under which none of the model's own parameters adapt."""
     return ()
+    ("multi-step-loss", "reptile"),
+    ("derivative-order", "imaml"),
+    ("imaml", "multi-step-loss"),
+    ("imaml", "reptile"),
+    ("imaml", "sharp-maml"),
+    ("imaml", "warp-grad"),
+    ("reptile", "sharp-maml"),
+    ("sharp-maml", "warp-grad"),
+    ("derivative-order", "warp-grad"),
+    ("multi-step-loss", "warp-grad"),
+    ("reptile", "warp-grad"),
+}
 
 
 def finite(tensors):

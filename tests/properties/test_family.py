@@ -77,6 +77,10 @@ OFF = {
     "weight-decay-to-init": {"strength": 0.0},
 }
 ALWAYS_ON = {"cavia", "lora", "partial-adaptation", "per-step-batch-norm", "proto-maml", "reptile"}
+    "sharp-maml": {"lower_rho": 0.0, "upper_rho": 0.0},
+    "weight-decay-to-init": {"strength": 0.0},
+}
+ALWAYS_ON = {"imaml", "partial-adaptation", "per-step-batch-norm", "reptile", "warp-grad"}
 
 
 def test_every_plugin_is_held_to_its_off_setting_or_has_none():

@@ -218,11 +218,9 @@ def test_reptile_trains_what_a_recomputed_loop_adapts():
 
 
 PAIRS = [
-    pair
-    for pair in itertools.combinations(first_party.NAMES, 2)
-    if set(pair) != {"reptile", "multi-step-loss"}
+    pair for pair in itertools.combinations(first_party.NAMES, 2) if first_party.compatible(pair)
 ]
-COUPLED = {"gradient-sharing", *first_party.DRAWING}
+COUPLED = {"gradient-sharing", "sharp-maml", *first_party.DRAWING}
 
 
 def derived(pair, *, traced=False, **settings):
