@@ -25,6 +25,7 @@ from metaplug.experiments.compositions import Compositions, compositions
 from metaplug.experiments.configuration import flatten
 from metaplug.report.catalogue import entries, plain
 from metaplug.report.compositions import MARKS, matrix, why
+from metaplug.report.hooks import signature_text
 
 DOCS = Path(__file__).parent
 
@@ -158,11 +159,9 @@ def _meta_parameters(name: str) -> list[str]:
 
 
 def _section(name: str, kind: str) -> str:
-    function = getattr(hookspecs, name)
-    signature = inspect.signature(function)
-    arguments = "".join(f"\n    {argument}," for argument in signature.parameters.values())
-    text = f"{name}({arguments}\n) -> {signature.return_annotation}".replace("'", "")
-    return f"## `{name}`\n\n*{kind}*\n\n```text\n{text}\n```\n\n{inspect.getdoc(function)}"
+    text = inspect.getdoc(getattr(hookspecs, name))
+    when = f"*{kind}*, {hookspecs.WHEN[name]}"
+    return f"## `{name}`\n\n{when}\n\n```text\n{signature_text(name)}\n```\n\n{text}"
 
 
 def _block(text: str) -> str:

@@ -36,7 +36,8 @@ class Aruba(Plugin):
 
     ARUBA++, which refines G within a task, is not part of it.
 
-    Source: Khodak et al. 2019 (arXiv 1906.02717), section 5 and algorithm 3.
+    Source: Khodak et al. 2019 (arXiv 1906.02717), algorithm 2; initial values as in the authors'
+    code.
     """
 
     class Config(PluginConfig):

@@ -69,7 +69,8 @@ class Cavia(Plugin):
                 )
             for maps in [self.scales] * film + [self.shifts] * has_bias:
                 drawn = torch.empty(outputs.numel(), self.config.size, dtype=context.dtype)
-                drawn.uniform_(-1, 1).div_(max(self.config.size, 1) ** 0.5)  # as nn.Linear starts
+                # Of variance 1 / size: a step of rate α on φ is about one of rate α on γ and β.
+                drawn.uniform_(-1, 1).mul_((3 / max(self.config.size, 1)) ** 0.5)
                 maps[key_of(weight)] = drawn.to(context.device)
         self._start = torch.zeros(self.config.size, dtype=context.dtype, device=context.device)
 

@@ -22,7 +22,7 @@ class DropGrad(Plugin):
     p, or for Gaussian noise to σ, in its last. The noise is a constant to the meta-gradient and
     each task's own. Evaluation is left alone.
 
-    Source: Tseng et al. 2020 (arXiv 2004.05859), section 3.2; the schedules are those of the
+    Source: Tseng et al. 2020 (arXiv 2004.05859), section 3; the schedules are those of the
     authors' code.
     """
 

@@ -25,7 +25,7 @@ class MetaMix(Plugin):
 
     This is the variant on inputs: the paper also mixes hidden layers, one drawn at random.
 
-    Source: Yao et al. 2021 (arXiv 2007.13040), section 3.1; Yun et al. 2019 (arXiv 1905.04899) for
+    Source: Yao et al. 2021 (arXiv 2007.13040), MetaMix; Yun et al. 2019 (arXiv 1905.04899) for
     the box.
     """
 

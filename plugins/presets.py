@@ -98,6 +98,13 @@ PROTO_MAML = Preset(
     plugins=(PluginUse(plugin="proto-maml"),),
 )
 
+WARP_GRAD = Preset(
+    name="warp-grad",
+    summary="Warp layers, which do not adapt, learn from each inner step by itself.",
+    source="Flennerhag et al. 2020, arXiv 1909.00025, section 2",
+    plugins=(PluginUse(plugin="warp-grad"),),
+)
+
 MAML_PLUS_PLUS = Preset(
     name="maml++",
     summary="MAML++ as published; its schedules, in hundredths of training, follow the run.",

@@ -89,7 +89,7 @@ class ProtoMaml(Plugin):
         present = counts != 0
         means = sums / torch.where(present, counts, 1).unsqueeze(2)
         squares = means.square().sum(2)
-        step.keep("squared_length", squares.sum() / present.sum())
+        step.keep("squared_length", (squares.sum(1) / present.sum(1).clamp(min=1)).mean())
         return {
             **parameters,
             weight: torch.where(present.unsqueeze(2), 2 * means, parameters[weight]),

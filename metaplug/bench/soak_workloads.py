@@ -13,19 +13,26 @@ _SCHEDULE = {"iterations_per_epoch": None}  # epochs are hundredths of the run
 _CHAIN: Mapping[str, Mapping[str, Any]] = {
     "per-step-batch-norm": {},
     "partial-adaptation": {"adapts": "body"},
+    "mr-maml": {"weights": ["*.weight"], "beta": 1e-6},
+    "meta-mix": {},
+    "proto-maml": {},
     "label-smoothing": {},
     "weight-decay-to-init": {"strength": 1e-3},
     "gradient-clipping": {"max_norm": 10.0, "max_meta_norm": 10.0},
     "gradient-noise": {"scale": 1e-4},
+    "drop-grad": {},
     "gradient-sharing": {},
     "meta-curvature": {},
     "meta-sgd": {},
     "per-step-learning-rates": {},
+    "aruba": {},
+    "taml": {"measure": "theil"},
     "multi-step-loss": {"annealing_epochs": 5, **_SCHEDULE},
     "derivative-order": {"switch": 5, **_SCHEDULE},
     "cosine-meta-lr": {},
 }
 _REPTILE = "it replaces the outer loss, which multi-step-loss weighs: the two refuse each other"
+_ADAPTS = "it says itself what adapts, which partial-adaptation does here"
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,9 @@ _SINUSOID = SoakWorkload(
     {
         "per-step-batch-norm": "the network has no batch norm",
         "label-smoothing": "regression has no labels",
+        "proto-maml": "regression has no classes",
+        "cavia": _ADAPTS,
+        "lora": _ADAPTS,
         "reptile": _REPTILE,
     },
     {
@@ -81,7 +91,7 @@ _SINUSOID = SoakWorkload(
 _CONV4 = SoakWorkload(
     "conv4",
     2_000,
-    {"reptile": _REPTILE},
+    {"cavia": _ADAPTS, "lora": _ADAPTS, "reptile": _REPTILE},
     {
         "model": {"name": "conv4", "settings": {"filters": 32, "pooling": "stride"}},
         "tasks": {"source": "glyphs", "ways": 5, "shots": 1, "queries": 5},

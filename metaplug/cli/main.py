@@ -13,7 +13,9 @@ import typer
 import metaplug
 from metaplug.cli import bench, ranks
 from metaplug.cli.compare import compare
+from metaplug.cli.conformance import test_plugin
 from metaplug.cli.evaluate import evaluate
+from metaplug.cli.hooks import hooks
 from metaplug.cli.listing import explain, plugins, tasks
 from metaplug.cli.new_plugin import new_plugin
 from metaplug.cli.train import train
@@ -32,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (train, evaluate, compare, explain, plugins, tasks, new_plugin):
+for _command in (train, evaluate, compare, explain, plugins, tasks, hooks, new_plugin, test_plugin):
     app.command(epilog=_command.epilog)(_command)
 bench.register(app)
 

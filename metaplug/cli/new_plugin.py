@@ -11,7 +11,18 @@ import typer
 from metaplug.cli.options import examples
 from metaplug.report.console import line
 
-Kind = Literal["gradient", "inner-loss", "outer-loss", "learning-rate", "tasks", "model", "preset"]
+Kind = Literal[
+    "gradient",
+    "inner-loss",
+    "outer-loss",
+    "learning-rate",
+    "initialisation",
+    "task-variables",
+    "update-rule",
+    "tasks",
+    "model",
+    "preset",
+]
 
 
 @examples(

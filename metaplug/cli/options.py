@@ -188,11 +188,12 @@ def _check_not_of_preset(path: str, preset: Any) -> None:
         )
 
 
-def parse_setting(text: str) -> tuple[str, Any]:
+def parse_setting(text: str, option: str = "--set") -> tuple[str, Any]:
     """Split "path.to.field=value" into the path and the value, read as YAML."""
     from metaplug.cli.variants import read_scalar
 
     path, equals, value = text.partition("=")
     if not equals or not path.strip():
-        raise RequestError(f"--set {text}: no value is given; write --set path.to.field=value")
+        form = "path.to.field=value" if option == "--set" else "FIELD=VALUE"
+        raise RequestError(f"{option} {text}: no value is given; write {option} {form}")
     return path.strip(), read_scalar(value)

@@ -18,8 +18,8 @@ renamed or removed. What is to go is first deprecated, by `warn_on_impl` or `war
 its spec with a FutureWarning, which is shown at the plugin's own line.
 T is the number of tasks, K the number of inner steps.
 
->>> KINDS["transform_gradients"], KINDS["derivative_order"]
-('fold', 'choose')
+>>> KINDS["transform_gradients"], KINDS["derivative_order"], WHEN["setup"]
+('fold', 'choose', 'once, when a learner is made')
 """
 
 from __future__ import annotations
@@ -41,11 +41,15 @@ _hookspec = pluggy.HookspecMarker("metaplug")
 
 KINDS: dict[str, str] = {}
 """Every hook's kind, by name: "fold", "choose", "collect" or "notify"."""
+WHEN: dict[str, str] = {}
+"""When every hook is called, by name, in words."""
+_MOMENTS: list[str] = []
+"""The last is that of the hooks that are declared below it."""
 
 
 def _declare(kind: str) -> Callable[[F], F]:
     def mark(function: F) -> F:
-        KINDS[function.__name__] = kind
+        KINDS[function.__name__], WHEN[function.__name__] = kind, _MOMENTS[-1]
         return _hookspec(function)
 
     return mark
@@ -54,7 +58,7 @@ def _declare(kind: str) -> Callable[[F], F]:
 fold, choose, collect, notify = (_declare(kind) for kind in ("fold", "choose", "collect", "notify"))
 
 
-# Once, when a learner is made.
+_MOMENTS.append("once, when a learner is made")
 
 
 @fold
@@ -86,7 +90,7 @@ def task_parameters(context: Context) -> Mapping[str, Tensor] | None:
     """
 
 
-# In every meta-training iteration, before adaptation.
+_MOMENTS.append("in every meta-training iteration, before adaptation")
 
 
 @fold
@@ -100,7 +104,7 @@ def transform_tasks(
     """
 
 
-# Once for every batch of training and of evaluation, before the first step.
+_MOMENTS.append("once for every batch of training and of evaluation, before the first inner step")
 
 
 @fold
@@ -111,7 +115,7 @@ def initialize_parameters(parameters: Parameters, step: InnerStep) -> Parameters
     """
 
 
-# In every inner step k of training and of evaluation.
+_MOMENTS.append("in every inner step k, of training and of evaluation")
 
 
 @fold
@@ -155,7 +159,7 @@ def update_parameters(
     """
 
 
-# In every meta-training iteration, after adaptation.
+_MOMENTS.append("in every meta-training iteration, after adaptation")
 
 
 @choose

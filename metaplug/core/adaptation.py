@@ -194,7 +194,7 @@ class _Adaptation:
             return start
         if not training:
             return _leaves(found, loop.adapted)
-        # Those that no plugin changed too: another start may be made of them.
+        # Those left as they were too: others may be made of them, also such as are not adapted.
         return {**found, **_differentiable({name: found[name] for name in loop.adapted})}
 
     def step(

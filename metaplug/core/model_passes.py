@@ -67,7 +67,7 @@ class ModelPasses:
             seeds = [mix(seed, 2 * step.index + (part == "query")) for seed in seeds]
         if part not in self.groups:
             self.groups[part] = loop.groups(self.batch, part)
-        stacked = [values[name] for name in loop.parameters]
+        stacked = self._stacked(values, step)
         losses, predictions = loop.all_tasks(stacked, self.groups[part], seeds, keep=keep)
         if watched:
             if part == "support" and loop.chain.watch is not None:
@@ -77,6 +77,21 @@ class ModelPasses:
             advice = "the model's output was finite: see what the loss function computes"
             self.look(f"the {part} loss", {"loss": losses}, step, advice)
         return losses, predictions, values
+
+    def _stacked(self, values: Weights, step: InnerStep) -> list[Tensor]:
+        """Return the values of the model's parameters, of every task's own what a plugin put there.
+
+        What no task adapts goes into the model as one tensor, expanded. Of a value that a plugin
+        made, such as a task parameter that no step has moved yet, it may be that tasks adapt it:
+        its gradient would be the first task's alone.
+        """
+        known, adapted = step.initial_parameters, self.loop.adapted
+        return [
+            values[name]
+            if name in adapted or values[name] is known.get(name)
+            else values[name].contiguous()
+            for name in self.loop.parameters
+        ]
 
     def knowing(self, step: InnerStep, losses: Tensor, predictions: Tensor) -> InnerStep:
         """The step after its support pass."""

@@ -94,7 +94,8 @@ def _description(part: Part) -> dict[str, Any]:
         for name in ("runs_after", "conflicts_with"):
             if names := getattr(part.value, name):
                 facts[name.replace("_", " ")] = ", ".join(names)
-        facts["couples tasks"] = "yes" if part.value.couples_tasks else "no"
+        couples = {True: "yes", False: "no"}
+        facts["couples tasks"] = couples.get(part.value.couples_tasks, "as configured")
     documentation = inspect.getdoc(part.value) or ""
     documentation = re.split(r"\n\n(?:Args|Attributes|Raises):\n", documentation)[0]
     config = getattr(part.value, "Config", None)

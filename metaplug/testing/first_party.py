@@ -30,6 +30,8 @@ FIRST_PARTY: dict[str, dict[str, Any]] = {
     "proto-maml": {},
     "reptile": {},
     "taml": {"measure": "theil"},
+    "sharp-maml": {},
+    "warp-grad": {},
     "weight-decay-to-init": {"strength": 0.5},
 }
 """By entry-point name, fields of the plugin's Config."""

@@ -106,9 +106,14 @@ class Problem:
     seed: int = 0
 
     def learner(self, **settings: Any) -> MetaLearner:
-        """Make a learner over a copy of the model. `settings` are those of MetaLearner."""
+        """Make a learner over a copy of the model. `settings` are those of MetaLearner.
+
+        What its plugins draw when they are set up follows the seed, so two learners start alike.
+        """
         settings = {"inner_lr": self.lr, "inner_steps": self.steps, "kind": self.kind, **settings}
-        return MetaLearner(copy.deepcopy(self.model), **settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return MetaLearner(copy.deepcopy(self.model), **settings)
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same in another floating dtype."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any, ClassVar
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import pytest
 
 from metaplug.errors import RequestError, unknown
 from metaplug.testing import composing, derivations, forms, numbers, reading, separation, states
-from metaplug.testing.clauses import DEFAULT_MODELS, Clause, Subject
+from metaplug.testing.clauses import DEFAULT_MODELS, Clause, ConformanceError, Subject
 
 CLAUSES: dict[str, Clause] = {
     clause.name: clause
@@ -51,14 +53,38 @@ CLAUSES: dict[str, Clause] = {
 build on comes first."""
 
 
+Outcome = Literal["passed", "broken", "left out", "not tried"]
+
+_NO_OFF = "no settings at which it does nothing are given: off = None"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one clause.
+
+    Attributes:
+        clause: its name.
+        outcome: "left out" is one that does not hold of the plugin, or cannot be tried; "not
+            tried" one that comes after a broken one.
+        text: why it is broken, left out or not tried; empty where it passed.
+        error: of a broken one.
+    """
+
+    clause: str
+    outcome: Outcome
+    text: str = ""
+    error: ConformanceError | None = None
+
+
 class PluginConformance:
     """Holds one plugin to the contract: pytest runs one test of a subclass for each clause.
 
-    Name the subclass Test…, in a test file.
+    Name the subclass Test…, in a test file. One fault is reported once: after a broken clause the
+    later ones, which build on it, are skipped.
 
     Attributes:
-        plugin: the plugin's class, a function or module in the shortest form, or the name of an
-            installed plugin.
+        plugin: the plugin's class, a function or module in the shortest form, the name of an
+            installed plugin, or the path of a plugin's file.
         settings: fields of its Config under which it does something.
         off: fields at which it does nothing; None where it has none.
         models: names of metaplug.testing.MODELS that it fits.
@@ -73,15 +99,22 @@ class PluginConformance:
     models: ClassVar[tuple[str, ...]] = DEFAULT_MODELS
     exceptions: ClassVar[Mapping[str, str]] = {}
     examples: ClassVar[int] = 5
+    _broken: ClassVar[set[str]] = set()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Of the class, as pytest makes an instance for each test; of each process under xdist.
+        cls._broken = set()
 
     @pytest.mark.parametrize("clause", CLAUSES)
     def test_clause(self, clause: str) -> None:
         """One clause of the contract; its page in the docs is docs/conformance.md."""
-        exceptions = _checked(self.exceptions)
-        if clause in exceptions:
-            pytest.skip(exceptions[clause])
-        if clause == "off-is-baseline" and self.off is None:
-            pytest.skip("no settings at which it does nothing are given: off = None")
+        if reason := _left_out(clause, _checked(self.exceptions), self.off):
+            pytest.skip(reason)
+        # Not those after it: whoever runs tests in another order sees this one fail as well.
+        for earlier in itertools.takewhile(lambda name: name != clause, CLAUSES):
+            if earlier in self._broken:
+                pytest.skip(_not_tried(earlier))
         source = inspect.getattr_static(type(self), "plugin")  # a function would become a method
         source = source.__func__ if isinstance(source, staticmethod) else source
         if source is None:
@@ -89,7 +122,12 @@ class PluginConformance:
                 f"{type(self).__name__} names no plugin: set plugin = MyPlugin in it"
             )
         subject = Subject(source, dict(self.settings), self.off, tuple(self.models), self.examples)
-        CLAUSES[clause].hold(subject)
+        self._broken.discard(clause)  # it may be tried again, corrected
+        try:
+            CLAUSES[clause].hold(subject)
+        except ConformanceError:
+            self._broken.add(clause)
+            raise
 
 
 def check(
@@ -108,10 +146,48 @@ def check(
         RequestError: a clause or model is unknown, or a setting is wrong.
     """
     subject = Subject(plugin, dict(settings or {}), off, tuple(models), examples)
-    excepted = _checked(exceptions or {})
+    for verdict in verdicts(subject, exceptions or {}):
+        if verdict.error is not None:
+            raise verdict.error
+
+
+def verdicts(subject: Subject, exceptions: Mapping[str, str]) -> Iterator[Verdict]:
+    """Try one clause at each step of the iterator, none after a broken one.
+
+    Args:
+        subject: the plugin.
+        exceptions: as for PluginConformance.
+
+    Raises:
+        RequestError: a clause is unknown, or left out without a reason.
+    """
+    broken: str | None = None
     for name, clause in CLAUSES.items():
-        if name not in excepted:
-            clause.hold(subject)
+        if reason := _left_out(name, _checked(exceptions), subject.off):
+            yield Verdict(name, "left out", reason)
+        elif broken is not None:
+            yield Verdict(name, "not tried", _not_tried(broken))
+        else:
+            try:
+                clause.hold(subject)
+            except ConformanceError as error:
+                broken = name
+                yield Verdict(name, "broken", str(error), error)
+            else:
+                yield Verdict(name, "passed")
+
+
+def _not_tried(broken: str) -> str:
+    return f"not tried: {broken} is broken"
+
+
+def _left_out(
+    clause: str, exceptions: Mapping[str, str], off: Mapping[str, Any] | None
+) -> str | None:
+    """The reason for which a clause is not asked of a plugin, if there is one."""
+    if clause in exceptions:
+        return exceptions[clause]
+    return _NO_OFF if clause == "off-is-baseline" and off is None else None
 
 
 def _checked(exceptions: Mapping[str, str]) -> Mapping[str, str]:

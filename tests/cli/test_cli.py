@@ -988,6 +988,7 @@ def test_a_preset_of_ones_own_on_the_command_line(metaplug: Any) -> None:
         "reptile",
         "imaml",
         "meta-sgd",
+        "warp-grad",
         "maml++",
         "maml++-reference",
     ],

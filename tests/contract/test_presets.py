@@ -39,6 +39,7 @@ PUBLISHED = {
     "meta-sgd": ["meta-sgd"],
     "alfa": ["alfa"],
     "l2f": ["l2f"],
+    "warp-grad": ["warp-grad"],
     "maml++": [
         "per-step-batch-norm",
         "per-step-learning-rates",
@@ -46,6 +47,8 @@ PUBLISHED = {
         "derivative-order",
         "cosine-meta-lr",
     ],
+    "cavia": ["cavia"],
+    "proto-maml": ["proto-maml"],
     "maml++-reference": [
         "per-step-batch-norm",
         "per-step-learning-rates",

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from metaplug import Plugin, RequestError, RunError, hookimpl
-from metaplug.testing import assert_close, found, problem
+from metaplug.testing import Stream, assert_close, found, problem
 
 
 def plugin(kind="Probe", **hooks):
@@ -74,6 +74,32 @@ def test_a_start_that_is_made_of_another_is_a_variable_of_its_own(order):
     assert_close(ours.meta_gradients(case.batch), dict(zip(names, taken, strict=True)))
 
 
+def test_a_start_of_what_is_not_adapted_is_no_way_of_an_inner_gradient():
+    """Here the body's start is made of the head, which alone is adapted."""
+
+    def initialize_parameters(self, parameters):
+        return {**parameters, "0.bias": parameters["2.weight"][:, 0]}
+
+    case = problem(tasks=2)
+    shared, outer = dict(case.model.named_parameters()), []
+    for task in range(2):
+        fast = {**shared, "0.bias": shared["2.weight"][0]}
+        fast = {name: value.expand(2, *value.shape).clone() for name, value in fast.items()}
+        for _ in range(2):
+            head = {name: fast[name] for name in ("2.weight", "2.bias")}
+            loss, _ = by_hand(case, fast, "support", task)
+            taken = torch.autograd.grad(loss, list(head.values()), create_graph=True)
+            pairs = zip(head.items(), taken, strict=True)
+            fast |= {name: value - case.lr * gradient for (name, value), gradient in pairs}
+        outer.append(by_hand(case, fast, "query", task)[0])
+    names = [name for name in shared if name != "0.bias"]
+    taken = torch.autograd.grad(sum(outer) / 2, [shared[name] for name in names])
+    for options in ({}, {"checkpoint_steps": 1}, {"task_batching": "sequential"}):
+        ours = plugin(initialize_parameters=initialize_parameters)
+        learner = case.learner(plugins=["partial-adaptation", ours], **options)
+        assert_close(learner.meta_gradients(case.batch), dict(zip(names, taken, strict=True)))
+
+
 def test_a_constant_start_has_a_gradient_in_training_as_at_evaluation():
     seen = []
 
@@ -132,6 +158,153 @@ def test_an_outer_loss_from_other_shared_values_is_that_of_another_model():
             parameter.add_(0.1)
     there = found(case.learner(), case.batch).outer_loss
     assert_close(torch.stack(ours.seen), torch.stack([here, there]))
+
+
+def by_hand(case, weights, part, task):
+    """The loss and predictions of one task with weights of all tasks."""
+    own = {name: value[task] for name, value in weights.items()}
+    predictions = predict(case.model, own, getattr(case.batch, f"{part}_x")[task])
+    return F.cross_entropy(predictions, getattr(case.batch, f"{part}_y")[task]), predictions
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_pass_of_a_step_is_the_model_with_these_values(training):
+    def transform_gradients(self, gradients, step):
+        moved = {**step.parameters, "0.bias": 1.5 * step.parameters["0.bias"]}
+        self.moved, given = moved, {"0.bias": moved["0.bias"]}
+        self.seen = *step.forward(given), step.forward(given, "query")
+
+    case = problem("batch-norm", tasks=2)
+    transductive = property(lambda self: True)
+    ours = plugin(transform_gradients=transform_gradients, transductive=transductive)
+    learner = case.learner(plugins=[ours])
+    run = found if training else lambda learner, batch: learner.engine.evaluate(batch, 2)
+    run(learner, case.batch)
+    for task in range(2):
+        loss, predictions = by_hand(case, ours.moved, "support", task)
+        expected = loss, predictions, by_hand(case, ours.moved, "query", task)[1]
+        for one, other in zip(ours.seen, expected, strict=True):
+            assert_close(one[task], other)
+
+
+def test_a_pass_of_an_outcome_is_the_model_with_these_values():
+    def transform_outer_losses(self, losses, outcome):
+        moved = {**outcome.adapted_parameters, "0.bias": outcome.initial_parameters["0.bias"]}
+        self.moved, given = moved, {"0.bias": moved["0.bias"]}
+        self.seen = {part: outcome.forward(given, part, index=0) for part in ("support", "query")}
+
+    case, ours = (
+        problem("batch-norm", tasks=2),
+        plugin(transform_outer_losses=transform_outer_losses),
+    )
+    found(case.learner(plugins=[ours]), case.batch)
+    for part, seen in ours.seen.items():
+        for task in range(2):
+            for one, other in zip(seen, by_hand(case, ours.moved, part, task), strict=True):
+                assert_close(one[task], other)
+
+
+def test_task_parameters_alone_may_be_adapted():
+    """As in CAVIA: the model's weights are meta-learned, and no task changes them."""
+
+    def select_adapted(self, names):
+        return ()
+
+    def setup(self, context):
+        self.shift = nn.Parameter(torch.full((3,), 0.1, dtype=context.dtype))
+
+    def task_parameters(self, context):
+        return {"shift": self.shift}
+
+    def transform_parameters(self, parameters):
+        return {**parameters, "2.bias": parameters["2.bias"] + parameters["probe.shift"]}
+
+    hooks = (select_adapted, setup, task_parameters, transform_parameters)
+    case = problem(tasks=2)
+    ours = case.learner(plugins=[plugin(**{hook.__name__: hook for hook in hooks})])
+    shared, outer = dict(case.model.named_parameters()), []
+    start = torch.full((3,), 0.1, dtype=torch.float64, requires_grad=True)
+    for task in range(2):
+
+        def loss(part, shift, task=task):
+            weights = {**shared, "2.bias": shared["2.bias"] + shift}
+            stacked = {name: value.expand(2, *value.shape) for name, value in weights.items()}
+            return by_hand(case, stacked, part, task)[0]
+
+        shift = start
+        for _ in range(2):
+            [taken] = torch.autograd.grad(loss("support", shift), shift, create_graph=True)
+            shift = shift - case.lr * taken
+        outer.append(loss("query", shift))
+    wanted = {**shared, "probe.shift": start}
+    taken = torch.autograd.grad(sum(outer) / 2, list(wanted.values()))
+    assert ours.engine.inner.adapted == ("probe.shift",)
+    assert_close(ours.meta_gradients(case.batch), dict(zip(wanted, taken, strict=True)))
+
+
+@pytest.mark.parametrize("way", ["by transform_parameters", "by step.forward"])
+@pytest.mark.parametrize("batching", ["vectorized", "sequential"])
+def test_a_task_parameter_may_take_the_place_of_a_weight(batching, way):
+    """The first step's gradient is every task's own, though all tasks start from one tensor."""
+
+    def select_adapted(self, names):
+        return ()
+
+    def setup(self, context):
+        self.rows = nn.Parameter(torch.full((4,), 0.1, dtype=context.dtype))
+
+    def task_parameters(self, context):
+        return {"rows": self.rows}
+
+    def transform_parameters(self, parameters):
+        return {**parameters, "2.bias": parameters["probe.rows"][:, 1:]}
+
+    def transform_gradients(self, gradients, step):
+        rows = step.parameters["probe.rows"]
+        if way == "by step.forward":
+            losses, _ = step.forward({"0.bias": rows.repeat(1, 2)[:, :6], "2.bias": rows[:, 1:]})
+            self.seen = step.gradients(losses, {"probe.rows": rows})["probe.rows"].detach()
+        else:
+            self.seen = gradients["probe.rows"].detach()
+
+    hooks = (select_adapted, setup, task_parameters, transform_parameters, transform_gradients)
+    case = problem(tasks=3, steps=1)
+    ours = plugin(**{hook.__name__: hook for hook in hooks})
+    found(case.learner(plugins=[ours], task_batching=batching), case.batch)
+    rows = torch.full((3, 4), 0.1, dtype=torch.float64, requires_grad=True)
+    weights = {n: each.expand(3, *each.shape) for n, each in case.model.named_parameters()}
+    weights["2.bias"] = rows[:, 1:]
+    if way == "by step.forward":
+        weights["0.bias"] = rows.repeat(1, 2)[:, :6]
+    losses = [by_hand(case, weights, "support", task)[0] for task in range(3)]
+    assert_close(ours.seen, torch.autograd.grad(sum(losses), rows)[0])
+
+
+def test_nothing_to_adapt_is_refused():
+    def select_adapted(self, names):
+        return ()
+
+    def task_parameters(self, context):
+        return None
+
+    text = "the plugins select no parameter to adapt: leave at least one"
+    assert refused([plugin(select_adapted=select_adapted)]) == text
+    hooks = {"select_adapted": select_adapted, "task_parameters": task_parameters}
+    assert refused([plugin(**hooks)]) == text
+
+
+def test_the_first_value_that_is_not_finite_is_found_in_a_start():
+    def initialize_parameters(self, parameters, step):
+        return {**parameters, "2.bias": parameters["2.bias"] * float("nan")}
+
+    learner = problem().learner(plugins=[plugin(initialize_parameters=initialize_parameters)])
+    with pytest.raises(RunError) as error:
+        learner.fit(Stream(), iterations=1, tasks_per_batch=2)
+    assert str(error.value) == (
+        "iteration 0 stopped, nothing was updated: plugin 'probe' in initialize_parameters "
+        "(link 1 of 1, iteration 0, inner step 0) returned NaN or Inf in '2.bias' of all 2 tasks; "
+        "see what 'probe' computes there, or leave it out"
+    )
 
 
 # What is refused: passes.

@@ -15,7 +15,7 @@ from metaplug.testing import Stream, assert_close, problem
 
 pytestmark = pytest.mark.cuda
 
-DETERMINISTIC = [name for name in plugins.NAMES if name != "gradient-noise"]
+DETERMINISTIC = [name for name in plugins.NAMES if name not in plugins.DRAWING]
 """Random numbers are other ones on another device."""
 
 SHARING = [

@@ -95,6 +95,9 @@ ALGORITHMS = {
         ],
         {},
     ),
+    "aruba": ("maml", lambda: [plugins.make("aruba", zeta=0.1)], {}),
+    "entropy": ("maml", lambda: [plugins.make("taml")], {"chunk_size": 2}),
+    "inequality": ("maml", lambda: [plugins.make("taml", measure="atkinson")], {}),
     "coupled everywhere": ("maml", lambda: [Coupled()], {}),
 }
 COUNTS = (4, 5)

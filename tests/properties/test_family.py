@@ -57,18 +57,23 @@ def set_values(learner, values):
 
 OFF = {
     "alfa": {"rates": False, "factors": False},
+    "aruba": {},
     "cosine-meta-lr": {"final_factor": 1.0},
     "derivative-order": {"switch": 0},
+    "drop-grad": {"rate": 0.0},
     "gradient-clipping": {"max_norm": 1e6, "max_meta_norm": 1e6},
     "gradient-noise": {"scale": 0.0},
     "gradient-sharing": {"gate": 0.0},
     "l2f": {"strength": 0.0},
     "label-smoothing": {"smoothing": 0.0},
     "meta-curvature": {},
+    "meta-mix": {"alpha": 0.0},
     "meta-sgd": {},
     "metal": {"strength": 0.0},
+    "mr-maml": {"beta": 0.0, "deviation": 0.0},
     "multi-step-loss": {"annealing_epochs": 0},
     "per-step-learning-rates": {},
+    "taml": {"strength": 0.0},
     "weight-decay-to-init": {"strength": 0.0},
 }
 ALWAYS_ON = {"cavia", "lora", "partial-adaptation", "per-step-batch-norm", "proto-maml", "reptile"}

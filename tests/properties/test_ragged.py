@@ -237,15 +237,14 @@ def test_targets_of_other_forms(name):
 # Every plugin and preset.
 
 COUPLED = [name for name in plugins.NAMES if registry.load("plugin", name).couples_tasks]
-DRAWING = ["gradient-noise"]  # another draw for another place in a batch
-APART = [name for name in plugins.NAMES if name not in (*COUPLED, *DRAWING)]
+APART = [name for name in plugins.NAMES if name not in (*COUPLED, *plugins.DRAWING)]
 
 
 def with_plugin(name, **given):
     """A learner with a first-party plugin, and the name of its model, which has what it needs."""
     own = {"max_norm": 0.1} if name == "gradient-clipping" else {}
     kind = "batch norm" if name == "per-step-batch-norm" else "mlp"
-    plugin = registry.load("plugin", name)(**own)
+    plugin = plugins.make(name, **own)
     return learner_of(model_of(kind), plugins=[plugin], **given), kind
 
 
@@ -271,7 +270,7 @@ def test_with_a_preset(preset):
     assert_means(learner, drawn(kind, SIZES))
 
 
-@pytest.mark.parametrize("name", [*COUPLED, *DRAWING])
+@pytest.mark.parametrize("name", [*COUPLED, *plugins.DRAWING])
 def test_with_a_plugin_that_couples_tasks_or_draws(name):
     batch = TaskBatch.from_tasks(drawn("mlp", SIZES))
     ours, theirs = (

@@ -222,7 +222,7 @@ PAIRS = [
     for pair in itertools.combinations(first_party.NAMES, 2)
     if set(pair) != {"reptile", "multi-step-loss"}
 ]
-COUPLED = {"gradient-sharing", "gradient-noise"}
+COUPLED = {"gradient-sharing", *first_party.DRAWING}
 
 
 def derived(pair, *, traced=False, **settings):

@@ -318,3 +318,161 @@ def test_imaml_of_one_step_refuses_by_name_what_it_would_never_teach():
         "'gradient-sharing.momentum'), which would then never learn: answer by the names of "
         "MetaLearner.meta_gradients"
     )
+
+
+# Sharp-MAML.
+
+
+def length_of(tensors):
+    return torch.cat([each.flatten() for each in tensors]).norm()
+
+
+def climbed(weights, slopes, rho):
+    """θ + ρ g / ‖g‖."""
+    scale = rho / length_of(slopes)
+    pairs = zip(weights.items(), slopes, strict=True)
+    return {name: each + scale * slope for (name, each), slope in pairs}
+
+
+def sharp_loop(case, start, *, rho, through):
+    """The outer loss of tasks that start from `start` and take sharpness-aware inner steps."""
+    outers, ends = [], []
+    for x, y, query_x, query_y in tasks_of(case.batch):
+        fast = {name: each.view_as(each) for name, each in start.items()}
+
+        def slopes(weights, x=x, y=y):
+            loss = F.cross_entropy(predict(case.model, weights, x), y)
+            return torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+
+        for _ in range(case.steps):
+            taken = slopes(fast)
+            if rho:
+                away = taken if through else [each.detach() for each in taken]
+                taken = slopes(climbed(fast, away, rho))
+            pairs = zip(fast.items(), taken, strict=True)
+            fast = {name: each - case.lr * slope for (name, each), slope in pairs}
+        outers.append(F.cross_entropy(predict(case.model, fast, query_x), query_y))
+        ends.append(fast)
+    return torch.stack(outers).mean(), ends
+
+
+def sharp(case, *, lower, upper, through=True):
+    """Abbas et al., algorithm 1."""
+    start = dict(case.model.named_parameters())
+    outer, ends = sharp_loop(case, start, rho=lower, through=through)
+    slopes = torch.autograd.grad(outer, list(start.values()))
+    if upper:
+        there = own(climbed(start, slopes, upper))
+        perturbed, _ = sharp_loop(case, there, rho=lower, through=through)
+        slopes = torch.autograd.grad(perturbed, list(there.values()))
+    return dict(zip(start, slopes, strict=True)), outer, ends
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv4"])
+@pytest.mark.parametrize(
+    ("level", "through"), [("lower", True), ("lower", False), ("upper", True), ("both", True)]
+)
+def test_sharp_maml_is_its_plain_loop(name, level, through):
+    case = problem(name, steps=2, lr=0.1)
+    lower, upper = 0.07 * (level != "upper"), 0.2 * (level != "lower")
+    exact = sharp(case, lower=lower, upper=upper, through=through)
+    settings = {"lower_rho": 0.07, "upper_rho": 0.2, "through_perturbation": through}
+    for options in ({}, {"task_batching": "sequential"}, {"checkpoint_steps": 1}):
+        plugin = plugins.make("sharp-maml", level=level, **settings)
+        assert_same(case.learner(plugins=[plugin], **options), case, *exact)
+
+
+@given(problems(["softplus", "layer-norm"], tasks=(1, 1), steps=(0, 0)), st.floats(0.01, 1))
+def test_sharp_maml_of_one_task_and_no_step_is_sam(case, rho):
+    plugin = plugins.make("sharp-maml", level="upper", upper_rho=rho)
+    x, y = case.batch.query_x[0], case.batch.query_y[0]
+    start = own(dict(case.model.named_parameters()))
+    slopes = torch.autograd.grad(F.cross_entropy(case.model(x), y), list(case.model.parameters()))
+    there = own(climbed(start, slopes, rho))
+    loss = F.cross_entropy(predict(case.model, there, x), y)
+    exact = dict(zip(there, torch.autograd.grad(loss, list(there.values())), strict=True))
+    assert_close(case.learner(plugins=[plugin]).meta_gradients(case.batch), exact, **SAME)
+
+
+@given(problems(["mlp", "batch-norm"], steps=(0, 2)))
+def test_sharp_maml_of_no_distance_is_maml_bit_for_bit(case):
+    off = plugins.make("sharp-maml", lower_rho=0, upper_rho=0)
+    taken = case.learner(plugins=[off]).meta_gradients(case.batch)
+    assert_close(taken, case.learner().meta_gradients(case.batch), rtol=0, atol=0)
+
+
+def test_sharp_maml_takes_chunks_only_where_its_distance_is_each_tasks_own():
+    case = problem()
+    lower = [plugins.make("sharp-maml", level="lower") for _ in range(2)]
+    whole = case.learner(plugins=lower[:1]).meta_gradients(case.batch)
+    parts = case.learner(plugins=lower[1:], chunk_size=1).meta_gradients(case.batch)
+    assert_close(parts, whole, **SAME)
+    assert refused(lambda: case.learner(plugins=["sharp-maml"], chunk_size=1), RequestError) == (
+        "chunk_size = 1 takes a few tasks at a time, but plugin 'sharp-maml' couples all tasks of "
+        "a batch: leave one of the two out, or use checkpoint_steps, which saves memory with every "
+        "plugin"
+    )
+
+
+# WarpGrad.
+
+
+def warped(case, moved, *, through_step):
+    """Flennerhag et al., section 2: each step of each task by itself, from a constant point."""
+    start = dict(case.model.named_parameters())
+    outers, ends = [], []
+    for x, y, query_x, query_y in tasks_of(case.batch):
+        fast = own({name: start[name] for name in moved})
+        for _ in range(case.steps):
+            loss = F.cross_entropy(predict(case.model, {**start, **fast}, x), y)
+            slopes = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+            slopes = slopes if through_step else [each.detach() for each in slopes]
+            pairs = zip(fast.items(), slopes, strict=True)
+            there = {name: each.detach() - case.lr * slope for (name, each), slope in pairs}
+            outers.append(
+                F.cross_entropy(predict(case.model, {**start, **there}, query_x), query_y)
+            )
+            fast = own(there)
+        ends.append(fast)
+    outer = torch.stack(outers).mean()
+    fixed = [name for name in start if name not in moved]
+    taken = torch.autograd.grad(outer, [start[name] for name in fixed])
+    directions = [{name: (start[name] - end[name]).detach() for name in moved} for end in ends]
+    return {**dict(zip(fixed, taken, strict=True)), **mean_of(directions)}, outer, ends
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv4"])
+@pytest.mark.parametrize("through_step", [True, False])
+def test_warp_grad_is_its_plain_loop(name, through_step):
+    case = problem(name, steps=3, lr=0.1)
+
+    def learner(**options):
+        return case.learner(
+            plugins=[plugins.make("warp-grad", through_step=through_step)], **options
+        )
+
+    exact = warped(case, learner().engine.inner.adapted, through_step=through_step)
+    for options in ({}, *BATCHINGS):
+        if options == {"chunk_size": 1}:
+            assert_close(learner(**options).meta_gradients(case.batch), exact[0], **SAME)
+        else:
+            assert_same(learner(**options), case, *exact)
+
+
+def test_warp_grad_through_the_loop_is_partial_adaptation_bit_for_bit():
+    case = problem(steps=2)
+    warp = plugins.make("warp-grad", warp=["0.*"], objective="through-loop")
+    partial = plugins.make("partial-adaptation", adapts="body", head=["0.*"])
+    taken = [case.learner(plugins=[it]).meta_gradients(case.batch) for it in (warp, partial)]
+    assert_close(*taken, rtol=0, atol=0)
+
+
+def test_warp_grad_says_where_nothing_or_everything_would_warp():
+    for pattern, count in (("head.*", 0), ("*", 4)):
+        make = lambda pattern=pattern: problem().learner(  # noqa: E731
+            plugins=[plugins.make("warp-grad", warp=[pattern])]
+        )
+        assert refused(make, RequestError) == (
+            f"plugin 'warp-grad' finds {count} warp parameters among the 4 that may adapt "
+            "(0.weight, 0.bias, 2.weight, 2.bias), and needs some of both: correct warp"
+        )

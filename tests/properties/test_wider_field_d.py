@@ -15,7 +15,7 @@ from metaplug_plugins.mr_maml import MrMaml
 from metaplug_plugins.taml import Taml
 from torch.nn import functional as F
 
-from metaplug import MetaLearner, Plugin, RequestError, TaskBatch, hookimpl
+from metaplug import Context, MetaLearner, Plugin, RequestError, TaskBatch, hookimpl
 from metaplug.testing import Stream, assert_close, problem
 
 MODELS = ("mlp", "conv4")
@@ -659,3 +659,51 @@ def test_without_steps_and_with_one_task_it_trains(name):
         assert all(
             bool(torch.isfinite(each).all()) for each in learner.meta_gradients(case.batch).values()
         )
+
+
+def test_gini_is_refused_where_tasks_of_ranks_do_not_meet():
+    form = torch.float64, torch.device("cpu")
+    context = Context({}, {}, {}, (), *form, 2, 0.1, "classification", ranks=2)
+    Taml(measure="gini", strength=0.0).setup(context)
+    with pytest.raises(RequestError) as error:
+        Taml(measure="gini").setup(context)
+    assert str(error.value) == (
+        "plugin 'taml' compares every pair of tasks for the Gini coefficient, and those of 2 ranks "
+        "do not meet: choose another measure, such as theil"
+    )
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_saved_run_goes_on_as_it_was(name, tmp_path):
+    case = problem("conv4")
+    learner = case.learner(plugins=CHAINS[name]())
+    learner.fit(Stream("conv4"), iterations=2, tasks_per_batch=2)
+    learner.save(tmp_path / "learner")
+    loaded = MetaLearner.load(
+        tmp_path / "learner", model=copy.deepcopy(case.model), plugins=CHAINS[name]()
+    )
+    assert_close(
+        loaded.meta_gradients(case.batch), learner.meta_gradients(case.batch), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("model", ["tied", "max-pool", "group-norm"])
+def test_other_models_and_regression_train(name, model):
+    kind = "regression" if name in ("theil", "aruba", "meta-mix") else model
+    for each in {kind, model}:
+        learner = problem(each).learner(plugins=["gradient-sharing", *CHAINS[name]()])
+        learner.fit(Stream(each), iterations=2, tasks_per_batch=2)
+        found = learner.meta_gradients(problem(each).batch)
+        assert all(bool(torch.isfinite(gradient).all()) for gradient in found.values())
+
+
+@pytest.mark.parametrize("preset", ["mr-maml", "taml"])
+def test_a_preset_is_its_plugins(preset):
+    case = problem("conv4")
+    listed = {"mr-maml": ["partial-adaptation", "mr-maml"], "taml": ["taml"]}[preset]
+    ours, theirs = (
+        case.learner(**given).meta_gradients(case.batch)
+        for given in ({"preset": preset}, {"plugins": listed})
+    )
+    assert_close(ours, theirs, rtol=0, atol=0)

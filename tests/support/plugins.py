@@ -8,8 +8,14 @@ import torch
 from metaplug import Plugin, hookimpl
 from metaplug.contract import registry
 
-SETTINGS = {"gradient-clipping": {"max_norm": 1.0, "max_meta_norm": 1.0}}
+SETTINGS = {
+    "gradient-clipping": {"max_norm": 1.0, "max_meta_norm": 1.0},
+    "mr-maml": {"weights": ["*"]},
+}
 """What a plugin cannot do without."""
+
+DRAWING = ("drop-grad", "gradient-noise", "meta-mix", "mr-maml")
+"""Those that draw random numbers: others for another place in a batch, or for another chunk."""
 
 NAMES = registry.names("plugin")
 

@@ -26,6 +26,7 @@ from metaplug.testing import (
     strategies,
 )
 from metaplug.testing.clauses import Subject
+from metaplug.testing.suite import verdicts
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -45,6 +46,7 @@ OFF = {
     "multi-step-loss": {"annealing_epochs": 0},
     "partial-adaptation": {"head": ["*"]},
     "taml": {"strength": 0.0},
+    "sharp-maml": {"lower_rho": 0.0, "upper_rho": 0.0},
     "weight-decay-to-init": {"strength": 0.0},
 }
 MODELS_OF = {"per-step-batch-norm": ("batch-norm", "conv4")}
@@ -339,3 +341,68 @@ def test_without_them_it_says_what_to_install():
         "ModuleNotFoundError: metaplug.testing needs pytest and hypothesis, which are not "
         "installed: pip install 'metaplug[testing]'"
     )
+
+
+# One fault is reported once, by the clause that it breaks first.
+
+
+def outcomes(suite, names=tuple(CLAUSES)):
+    """By clause, what pytest would say of it, in the order of `names`."""
+    found = {}
+    for name in names:
+        try:
+            suite().test_clause(name)
+            found[name] = "passed"
+        except pytest.skip.Exception as skipped:
+            found[name] = str(skipped)
+        except ConformanceError:
+            found[name] = "failed"
+    return found
+
+
+def _broken_suite():
+    fields = {"plugin": WritesIntoGradients, "models": ("mlp",), "examples": 1}
+    return type("TestBroken", (PluginConformance,), fields)
+
+
+def test_later_clauses_are_skipped_after_a_broken_one():
+    found = outcomes(_broken_suite())
+    first = [name for name, text in found.items() if text == "failed"]
+    assert first == ["no-mutation"]
+    later = list(CLAUSES)[list(CLAUSES).index("no-mutation") + 1 :]
+    left_out = "no settings at which it does nothing are given: off = None"
+    assert {name: found[name] for name in later} == dict.fromkeys(
+        later, "not tried: no-mutation is broken"
+    ) | {"off-is-baseline": left_out}
+
+
+def test_a_clause_that_is_chosen_alone_or_first_is_tried():
+    names = ("composes", "names-and-shapes", "no-mutation", "composes")
+    suite = _broken_suite()
+    assert outcomes(suite, names[:1]) == {"composes": "failed"}
+    found = outcomes(suite, names[1:])
+    assert found["no-mutation"] == "failed"
+    assert found["composes"] == "not tried: no-mutation is broken"
+    assert outcomes(_broken_suite(), names[1:2]) == {"names-and-shapes": found["names-and-shapes"]}
+
+
+def test_a_clause_that_is_tried_again_and_holds_is_forgotten():
+    suite = _broken_suite()
+    assert outcomes(suite, ("no-mutation",)) == {"no-mutation": "failed"}
+    suite.plugin = "gradient-noise"
+    assert outcomes(suite, ("finite",)) == {"finite": "not tried: no-mutation is broken"}
+    assert outcomes(suite, ("no-mutation", "finite")) == {
+        "no-mutation": "passed",
+        "finite": "passed",
+    }
+
+
+def test_a_subject_is_tried_up_to_the_first_broken_clause():
+    subject = Subject(WritesIntoGradients, models=("mlp",), examples=1)
+    found = list(verdicts(subject, {"composes": "it is a joke"}))
+    assert [verdict.clause for verdict in found] == list(CLAUSES)
+    said = {verdict.clause: (verdict.outcome, verdict.text) for verdict in found}
+    assert said["future-arguments"] == ("passed", "")
+    assert said["no-mutation"][0] == "broken"
+    assert said["finite"] == ("not tried", "not tried: no-mutation is broken")
+    assert said["composes"] == ("left out", "it is a joke")
