@@ -151,7 +151,11 @@ class InnerStep:
         Args:
             losses: (T,), of `forward` or `objective`.
             parameters: what to differentiate with respect to, (T, *shape) by name, as `losses`
-                were made with.
+                were made with. Of what is not adapted, give `forward` a copy for each task,
+                `parameters[name].clone().requires_grad_()`, and differentiate that.
+
+        Raises:
+            RequestError: one of `parameters` is one tensor for all tasks, or takes no gradient.
         """
         return self._passes.gradients(self, losses, parameters)
 
