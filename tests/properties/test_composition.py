@@ -23,13 +23,6 @@ CONFLICTING = {
     ("derivative-order", "metal"),
     ("lora", "partial-adaptation"),
     ("multi-step-loss", "reptile"),
-}
-
-
-def select_adapted():
-    """A plugin under which none of the model's own parameters adapt."""
-    return ()
-    ("multi-step-loss", "reptile"),
     ("derivative-order", "imaml"),
     ("imaml", "multi-step-loss"),
     ("imaml", "reptile"),
@@ -40,7 +33,13 @@ def select_adapted():
     ("derivative-order", "warp-grad"),
     ("multi-step-loss", "warp-grad"),
     ("reptile", "warp-grad"),
+    ("imaml", "metal"),
 }
+
+
+def select_adapted():
+    """A plugin under which none of the model's own parameters adapt."""
+    return ()
 
 
 def finite(tensors):

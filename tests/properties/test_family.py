@@ -74,13 +74,13 @@ OFF = {
     "multi-step-loss": {"annealing_epochs": 0},
     "per-step-learning-rates": {},
     "taml": {"strength": 0.0},
-    "weight-decay-to-init": {"strength": 0.0},
-}
-ALWAYS_ON = {"cavia", "lora", "partial-adaptation", "per-step-batch-norm", "proto-maml", "reptile"}
     "sharp-maml": {"lower_rho": 0.0, "upper_rho": 0.0},
     "weight-decay-to-init": {"strength": 0.0},
 }
-ALWAYS_ON = {"imaml", "partial-adaptation", "per-step-batch-norm", "reptile", "warp-grad"}
+ALWAYS_ON = {
+    *("cavia", "imaml", "lora", "partial-adaptation", "per-step-batch-norm", "proto-maml"),
+    *("reptile", "warp-grad"),
+}
 
 
 def test_every_plugin_is_held_to_its_off_setting_or_has_none():
