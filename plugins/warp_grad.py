@@ -62,12 +62,16 @@ class WarpGrad(Plugin):
     config: Config
 
     @hookimpl
-    def select_adapted(self, names: tuple[str, ...]) -> tuple[str, ...]:
+    def select_adapted(
+        self, names: tuple[str, ...], layers: Mapping[str, type[nn.Module]]
+    ) -> tuple[str, ...]:
         modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
         warp = {name for name in names if modules.index(name.rpartition(".")[0]) % 2}
         if self.config.warp is not None:
             warp = {x for x in names if any(fnmatchcase(x, each) for each in self.config.warp)}
-        if not 0 < len(warp) < len(names):
+        # By themselves, layers that another plugin has left out before are warp layers enough.
+        enough = warp or (self.config.warp is None and len(layers) > len(names))
+        if not enough or len(warp) == len(names):
             raise RequestError(
                 f"plugin '{self.name}' finds {len(warp)} warp parameters among the {len(names)} "
                 f"that may adapt ({', '.join(names[:6])}), and needs some of both: correct warp"
@@ -113,6 +117,8 @@ class WarpGrad(Plugin):
         names = [name for name in outcome.adapted if name in meta_parameters]
         moved = {name: (start[name] - end[name]).detach().mean(0) for name in names}
         others = {name: each for name, each in meta_parameters.items() if name not in moved}
+        if not others:  # what else does not adapt is frozen
+            return moved
         taken = torch.autograd.grad(
             outer_loss, list(others.values()), allow_unused=True, materialize_grads=True
         )
