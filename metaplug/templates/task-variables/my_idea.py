@@ -1,4 +1,4 @@
-"""my-idea: a temperature that every task adapts beside the weights."""
+"""my-idea: a temperature that every task adapts, too."""
 
 from __future__ import annotations
 
