@@ -103,6 +103,8 @@ def test_help_is_quick_as_it_imports_no_torch() -> None:
         ("plugins", "List what is installed", "--json"),
         ("tasks", "List the task sources", "--json"),
         ("new-plugin", "Write a package with a plugin of your own", "--kind --out"),
+        ("test-plugin", "Hold a plugin to the contract", "--settings --off --models --json"),
+        ("hooks", "List the hooks that a plugin may implement", "--json"),
     ],
 )
 def test_help_teaches_a_command(metaplug: Any, command: str, purpose: str, options: str) -> None:
@@ -299,7 +301,8 @@ def test_a_mistake_in_a_file_is_named_with_the_file(metaplug: Any) -> None:
     )
     Path("e.yaml").write_text("plugins: [{gradient-sharing: {gate: 0.3}}]\n")
     assert metaplug("explain", "e.yaml").err.endswith(
-        "unknown field 'plugins.0.gradient-sharing': known: 'plugin', 'name', 'settings'\n"
+        "unknown field 'plugins.0.gradient-sharing': known: 'plugin', 'name', 'settings', "
+        "'sha256'\n"
     )
 
 

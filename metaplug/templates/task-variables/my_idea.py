@@ -1,4 +1,4 @@
-"""my-idea: a temperature that every task adapts beside the weights."""
+"""my-idea: a temperature that every task adapts, too."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ class MyIdea(Plugin):
     def setup(self, context: Context) -> None:
         weights = [name for name, shape in context.shapes.items() if len(shape) > 1]
         self.weight = weights[-1]
-        start = torch.full(
-            (1,), self.config.start, dtype=context.dtype, device=context.device
-        )
+        start = torch.full((1,), self.config.start, dtype=context.dtype, device=context.device)
         self.log_scale = nn.Parameter(start)
 
     @hookimpl
