@@ -135,6 +135,8 @@ def another_name(subject: Subject) -> None:
     advice = 'find what is yours by self.name, as in f"{self.name}.shift"'
     try:
         renamed = subject.learner(example, plugins=[subject.make(name=f"other-{own}")])
+        # What setup draws goes by the name, so that two in a chain draw different numbers.
+        renamed.chain.plugins[0].load_state_dict(usual.chain.plugins[0].state_dict())
         found = training(renamed, example.problem.batch)
     except Exception as error:
         raise BreachError(f"{in_words(error)}, under the name other-{own}: {advice}") from error
