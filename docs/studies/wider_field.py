@@ -65,7 +65,7 @@ VARIANTS = {
     "meta-mix": Variant("maml+meta-mix"),
     "sharp-maml": Variant("maml+sharp-maml"),
     # Other ways to adapt.
-    "imaml": Variant("imaml", {"inner_steps": 8}),
+    "imaml": Variant("maml+imaml:strength=0.5", {"inner_steps": 8}),
     "aruba": Variant("maml+aruba"),
     "alfa": Variant("alfa"),
     "l2f": Variant("l2f"),
