@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from metaplug.contract.presets import PluginUse, Preset
     from metaplug.contract.schedule import epoch_of
     from metaplug.contract.task_batch import TaskBatch
-    from metaplug.contract.values import Context, Gradients, LearningRates, Parameters
+    from metaplug.contract.values import Context, Gradients, LearningRates, Parameters, per_task
     from metaplug.errors import MetaplugError, RequestError, RunError
     from metaplug.evaluation.history import History, Record
     from metaplug.evaluation.results import EvaluationResult
@@ -53,6 +53,7 @@ __all__ = [
     "epoch_of",
     "hookimpl",
     "key_of",
+    "per_task",
 ]
 
 if not TYPE_CHECKING:
@@ -64,7 +65,7 @@ if not TYPE_CHECKING:
         "contract.task_batch": ("TaskBatch",),
         "contract.inner_step": ("InnerStep",),
         "contract.outcome": ("Outcome",),
-        "contract.values": ("Context", "Gradients", "LearningRates", "Parameters"),
+        "contract.values": ("Context", "Gradients", "LearningRates", "Parameters", "per_task"),
         "errors": ("MetaplugError", "RequestError", "RunError"),
         "evaluation.history": ("History", "Record"),
         "evaluation.results": ("EvaluationResult",),

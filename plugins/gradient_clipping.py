@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from metaplug import Context, Gradients, InnerStep, Plugin, PluginConfig, hookimpl
+from metaplug import Gradients, InnerStep, Plugin, PluginConfig, hookimpl, per_task
 
 
 class GradientClipping(Plugin):
@@ -46,24 +46,15 @@ class GradientClipping(Plugin):
             return self
 
     config: Config
-    clipped: Tensor
-
-    @hookimpl
-    def setup(self, context: Context) -> None:
-        clipped = torch.zeros(max(context.inner_steps, 1), device=context.device)
-        self.register_buffer("clipped", clipped, persistent=False)
 
     @hookimpl
     def transform_gradients(self, gradients: Gradients, step: InnerStep) -> Gradients | None:
         if self.config.max_norm is None:
             return None
-        squares = [gradient.flatten(1).square().sum(1) for gradient in gradients.values()]
-        scale = _scale(squares, self.config.max_norm)
-        step.keep(f"{step.slot}", (scale < 1).to(torch.float32).mean())
-        return {
-            name: gradient * scale.view(-1, *[1] * (gradient.dim() - 1))
-            for name, gradient in gradients.items()
-        }
+        rows = [gradient.reshape(len(gradient), -1) for gradient in gradients.values()]
+        scale = _scale([row.square().sum(1) for row in rows], self.config.max_norm)
+        step.log(f"clipped/{step.slot}", (scale < 1).to(scale))  # the share of tasks
+        return {name: gradient * per_task(scale, gradient) for name, gradient in gradients.items()}
 
     @hookimpl
     def transform_meta_gradients(
@@ -74,18 +65,6 @@ class GradientClipping(Plugin):
         squares = [gradient.square().sum() for gradient in gradients.values()]
         scale = _scale(squares, self.config.max_meta_norm)
         return {name: gradient * scale for name, gradient in gradients.items()}
-
-    @hookimpl
-    def commit(self, kept: Mapping[str, Tensor]) -> None:
-        for slot, share in kept.items():
-            self.clipped[int(slot)] = share
-
-    @hookimpl
-    def end_meta_step(self) -> dict[str, float]:
-        """The share of tasks whose inner gradient was clipped, by inner step."""
-        if self.config.max_norm is None:
-            return {}
-        return {f"clipped/{slot}": float(share) for slot, share in enumerate(self.clipped)}
 
 
 def _scale(squares: list[Tensor], bound: float) -> Tensor:

@@ -171,7 +171,9 @@ class SharingParts(nn.Module):
         """(T, P) over all adapted parameters, zero where one received no gradient."""
         tasks = len(next(iter(gradients.values())))
         parts = [
-            gradients[name].flatten(1) if name in gradients else self.running.new_zeros(tasks, size)
+            gradients[name].reshape(tasks, -1)
+            if name in gradients
+            else self.running.new_zeros(tasks, size)
             for name, size in self._sizes.items()
         ]
         return torch.cat(parts, 1)

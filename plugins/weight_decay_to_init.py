@@ -27,30 +27,17 @@ class WeightDecayToInit(Plugin):
         )
 
     config: Config
-    distance: Tensor
 
     @hookimpl
     def setup(self, context: Context) -> None:
         self._adapted = context.adapted
-        distance = torch.zeros((), dtype=context.dtype, device=context.device)
-        self.register_buffer("distance", distance, persistent=False)
 
     @hookimpl
     def transform_inner_losses(self, losses: Tensor, step: InnerStep) -> Tensor | None:
         if self.config.strength == 0:
             return None
-        moved = [
-            (step.parameters[name] - step.initial_parameters[name]).flatten(1)
-            for name in self._adapted
-        ]
-        squared = torch.stack([part.square().sum(1) for part in moved]).sum(0)
-        step.keep("distance", squared.detach().sqrt().mean())
+        moved = [step.parameters[name] - step.initial_parameters[name] for name in self._adapted]
+        squares = [each.reshape(len(losses), -1).square().sum(1) for each in moved]
+        squared = torch.stack(squares).sum(0)
+        step.log("distance", squared.detach().sqrt())
         return losses + self.config.strength / 2 * squared
-
-    @hookimpl
-    def commit(self, kept: dict[str, Tensor]) -> None:
-        self.distance = kept["distance"]
-
-    @hookimpl
-    def end_meta_step(self) -> dict[str, float]:
-        return {"distance": float(self.distance)}

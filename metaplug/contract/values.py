@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,15 @@ Parameters: TypeAlias = Mapping[str, Tensor]
 
 LearningRates: TypeAlias = Mapping[str, Tensor]
 """Read-only, by adapted parameter name, each broadcastable to (T, *parameter.shape)."""
+
+
+def per_task(values: Tensor, like: Tensor) -> Tensor:
+    """Return one number for each task, (T,), in a form that multiplies a (T, *shape) tensor.
+
+    >>> per_task(torch.ones(3), torch.ones(3, 4, 5)).shape
+    torch.Size([3, 1, 1])
+    """
+    return values.view(*values.shape, *[1] * (like.dim() - values.dim()))
 
 
 @dataclass(frozen=True)
@@ -52,3 +61,8 @@ class Context:
     inner_lr: float
     kind: Kind
     ranks: int = 1
+
+    @property
+    def factory_kwargs(self) -> dict[str, Any]:
+        """dtype and device by name, for functions of torch that make a tensor or a module."""
+        return {"dtype": self.dtype, "device": self.device}
