@@ -73,7 +73,9 @@ class Imaml(Plugin):
         ends = {name: each.detach().requires_grad_() for name, each in given.items()}
         slopes = list(outcome.gradients(outcome.objective(ends), ends).values())
         at, meta = list(ends.values()), list(meta_parameters.values())
-        taken = torch.autograd.grad(outer_loss, [*given.values(), *meta], allow_unused=True)
+        taken = torch.autograd.grad(
+            outer_loss, [*given.values(), *meta], retain_graph=True, allow_unused=True
+        )
         pairs = zip(at, taken, strict=False)
         target = _flat([torch.zeros_like(x) if slope is None else slope for x, slope in pairs])
 

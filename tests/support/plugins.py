@@ -2,11 +2,13 @@
 
 import itertools
 import re
+from functools import cache
 
 import torch
 
 from metaplug import Plugin, hookimpl
 from metaplug.contract import registry
+from metaplug.contract.hookspecs import KINDS
 
 SETTINGS = {
     "gradient-clipping": {"max_norm": 1.0, "max_meta_norm": 1.0},
@@ -26,12 +28,50 @@ def make(kind, /, **settings):
 
 
 def compatible(names):
-    """Whether no plugin of these refuses another."""
+    """Whether no plugin of these refuses another, nor two answer what only one may."""
+    one = {hook for hook, kind in KINDS.items() if kind == "choose"}
     return all(
-        other not in make(name).conflicts_with for name, other in itertools.permutations(names, 2)
+        other not in conflicts(name) and not hooks(name) & hooks(other) & one
+        for name, other in itertools.permutations(names, 2)
     )
 
 
+@cache
+def conflicts(name):
+    """The kinds of plugins that one refuses."""
+    return make(name).conflicts_with
+
+
+def covering(size, names=NAMES):
+    """Chains of plugins that go together: every pair of these names that does is in one of them.
+
+    Hundreds of pairs are tried in some dozens of chains; a fault of a pair shows in its chain.
+    """
+    pairs = [pair for pair in itertools.combinations(names, 2) if compatible(pair)]
+    left, chains = dict.fromkeys(pairs), []
+    while left:
+        chain = list(next(iter(left)))
+        while len(chain) < size:
+            gains = {
+                name: sum(tuple(sorted((name, other))) in left for other in chain)
+                for name in names
+                if name not in chain and compatible([*chain, name])
+            }
+            if not gains or not max(gains.values()):
+                break
+            chain.append(max(gains, key=gains.get))
+        for pair in itertools.combinations(sorted(chain), 2):
+            left.pop(pair, None)
+        chains.append(in_order(chain))
+    return chains
+
+
+def in_order(names):
+    """The same plugins, those that must run after others behind them."""
+    return sorted(names, key=lambda name: len({*make(name).runs_after} & {*names}))
+
+
+@cache
 def hooks(name):
     """The hooks through which a plugin changes what is computed."""
     kind = registry.load("plugin", name)
