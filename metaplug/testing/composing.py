@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import torch
 
+from metaplug.contract.hookspecs import KINDS
 from metaplug.contract.plugin import Plugin
+from metaplug.contract.plugin_checks import implementations
 from metaplug.errors import MetaplugError, RequestError
 from metaplug.testing.clauses import BreachError, Example, Subject, clause, clause_on, fit, in_words
 from metaplug.testing.comparing import difference, evaluation, training
@@ -139,9 +142,18 @@ def _fits(other: Subject, example: Example) -> bool:
     return True
 
 
+def _answer_one_question(plugins: list[Plugin]) -> bool:
+    """Whether two implement a hook that one may answer: who is second is refused, by name."""
+    asked = [
+        {hook for hook in implementations(type(each)) if KINDS[hook] == "choose"}
+        for each in plugins
+    ]
+    return any(one & other for one, other in itertools.combinations(asked, 2))
+
+
 def _compose(plugins: list[Plugin], example: Example, where: str) -> None:
     batch = example.problem.batch
-    allowed = compatible(plugins)
+    allowed = compatible(plugins) and not _answer_one_question(plugins)
     try:
         learner = example.problem.learner(plugins=plugins, task_batching="vectorized")
         ours, tests = training(learner, batch), evaluation(learner, batch)

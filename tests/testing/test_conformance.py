@@ -51,7 +51,8 @@ OFF = {
 }
 MODELS_OF = {"per-step-batch-norm": ("batch-norm", "conv4")}
 DRAWING = ("drop-grad", "gradient-noise", "meta-mix")
-EXCEPTIONS = {name: {"task-permutation": "its numbers follow a task's place"} for name in DRAWING}
+DRAWN = {"task-permutation": "its numbers follow a task's place"}
+TOGETHER = {"composes": "tests/experiments/test_compositions.py has every pair in both orders"}
 
 
 def _suite(name):
@@ -60,7 +61,7 @@ def _suite(name):
         "settings": FIRST_PARTY[name],
         "off": OFF.get(name),
         "models": MODELS_OF.get(name, PluginConformance.models),
-        "exceptions": EXCEPTIONS.get(name, {}),
+        "exceptions": {**TOGETHER, **(DRAWN if name in DRAWING else {})},
         "examples": min(profile().max_examples // 2, 25),
     }
     return type(f"Test{registry.load('plugin', name).__name__}", (PluginConformance,), fields)
