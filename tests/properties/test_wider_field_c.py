@@ -310,8 +310,7 @@ def test_metal_reads_query_inputs_if_asked_and_labels_never(query):
 REFUSED = {
     "alfa without a rate": (
         {"plugins": ["alfa"], "inner_lr": 0.0},
-        "plugin 'alfa' learns rates that start at inner_lr, which is 0: give an inner_lr above 0, "
-        "or rates = false",
+        "plugin 'alfa' starts rates at inner_lr = 0: raise it, or set rates = false",
     ),
     "metal with another number of outputs": (
         {"plugins": [plugins.make("metal", outputs=5)]},
