@@ -48,8 +48,10 @@ def tensor_means(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([each.reshape(len(each), -1).mean(1) for each in tensors], 1)
 
 
-def gradients_of(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return ∂loss/∂parameter by name, 0 where `loss` does not depend on it; its graph is freed.
+def gradients_of(
+    loss: Tensor, parameters: Mapping[str, Tensor], *, retain_graph: bool = False
+) -> dict[str, Tensor]:
+    """Return ∂loss/∂parameter by name, 0 where the loss () does not depend on it.
 
     >>> x, unused = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
     >>> gradients_of(x.square().sum(), {"x": x, "unused": unused})
@@ -58,7 +60,9 @@ def gradients_of(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Te
     at = list(parameters.values())
     if not at:
         return {}
-    taken = torch.autograd.grad(loss, at, allow_unused=True, materialize_grads=True)
+    taken = torch.autograd.grad(
+        loss, at, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+    )
     return dict(zip(parameters, taken, strict=True))
 
 
