@@ -315,7 +315,7 @@ REFUSED = {
     "metal with another number of outputs": (
         {"plugins": [plugins.make("metal", outputs=5)]},
         "plugin 'metal' reads 5 numbers in every prediction, but the model's have the shape (3,): "
-        "set outputs to their length, or leave the plugin out where they are no rows",
+        "set outputs to their length, or leave it out",
     ),
     "metal in first order": (
         {"plugins": ["metal", "derivative-order"]},
