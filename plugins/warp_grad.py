@@ -55,7 +55,7 @@ class WarpGrad(Plugin):
     @property
     def conflicts_with(self) -> tuple[str, ...]:  # type: ignore[override]
         """Those that answer the same hooks."""
-        same = ("derivative-order", "imaml", "multi-step-loss", "reptile", "sharp-maml")
+        same = ("alfa", "derivative-order", "imaml", "multi-step-loss", "reptile", "sharp-maml")
         return same if self.config.objective == "trajectory" else ()
 
     @hookimpl
