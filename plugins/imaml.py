@@ -34,10 +34,8 @@ class Imaml(Plugin):
     Source: Rajeswaran et al. 2019 (arXiv 1909.04630), equations 3 to 7, algorithms 1 and 2.
     """
 
-    conflicts_with = (
-        *("derivative-order", "multi-step-loss", "reptile", "sharp-maml", "warp-grad"),
-        "metal",  # whose first steps would never learn
-    )
+    # WarpGrad of trajectories says so itself; what metal learns of first steps would not learn.
+    conflicts_with = ("derivative-order", "metal", "multi-step-loss", "reptile", "sharp-maml")
 
     class Config(PluginConfig):
         """The inner problem, and how closely the linear system is solved."""
