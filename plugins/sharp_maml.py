@@ -79,7 +79,7 @@ class SharpMaml(Plugin):
         here = {n: x for n, x in meta_parameters.items() if n in outcome.model_parameters}
         tasks, own = outcome.batch.num_tasks, gradients_of(outer_loss, here)
         mean = {n: outcome.task_mean(g.expand(tasks, *g.shape)) for n, g in own.items()}
-        scale = self.config.upper_rho / _norm(task_vectors(g.unsqueeze(0) for g in mean.values()))
+        scale = self.config.upper_rho / _norm(task_vectors(g[None] for g in mean.values()))[0]
         there = {n: (x + scale * mean[n]).detach().requires_grad_() for n, x in here.items()}
         loss = outcome.outer_loss(there)
         outcome.log("sharpness", loss - outer_loss)

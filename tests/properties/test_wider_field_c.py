@@ -399,3 +399,27 @@ def test_l2f_without_an_inner_step_is_the_attenuated_model():
     case = problem("mlp", steps=0)
     learner = learner_of(case, plugins.make("l2f"))
     assert_equals(learner, case, plain(case, learner, start=attenuation(learner)))
+
+
+# Parameters of no axis.
+
+
+class Scaled(torch.nn.Module):
+    """A head behind one scalar."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.head = torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.scale * x)
+
+
+@pytest.mark.parametrize("name", ["alfa", "imaml", "l2f", "metal", "sharp-maml", "warp-grad"])
+def test_it_takes_a_parameter_without_axes(name):
+    case = problem("mlp", tasks=2, steps=2)
+    case.model = Scaled().double()
+    taken = case.learner(plugins=[name]).meta_gradients(case.batch)
+    assert taken["scale"].shape == ()
+    assert all(torch.isfinite(each).all() for each in taken.values())
