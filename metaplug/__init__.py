@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from metaplug.contract.presets import PluginUse, Preset
     from metaplug.contract.schedule import epoch_of
     from metaplug.contract.task_batch import TaskBatch
-    from metaplug.contract.values import Context, Gradients, LearningRates, Parameters, per_task
+    from metaplug.contract.values import (
+        Context,
+        Gradients,
+        LearningRates,
+        Parameters,
+        gradients_of,
+        per_task,
+        task_vectors,
+        tensor_means,
+    )
     from metaplug.errors import MetaplugError, RequestError, RunError
     from metaplug.evaluation.history import History, Record
     from metaplug.evaluation.results import EvaluationResult
@@ -51,9 +60,12 @@ __all__ = [
     "Score",
     "TaskBatch",
     "epoch_of",
+    "gradients_of",
     "hookimpl",
     "key_of",
     "per_task",
+    "task_vectors",
+    "tensor_means",
 ]
 
 if not TYPE_CHECKING:
@@ -65,7 +77,10 @@ if not TYPE_CHECKING:
         "contract.task_batch": ("TaskBatch",),
         "contract.inner_step": ("InnerStep",),
         "contract.outcome": ("Outcome",),
-        "contract.values": ("Context", "Gradients", "LearningRates", "Parameters", "per_task"),
+        "contract.values": (
+            *("Context", "Gradients", "LearningRates", "Parameters"),
+            *("gradients_of", "per_task", "task_vectors", "tensor_means"),
+        ),
         "errors": ("MetaplugError", "RequestError", "RunError"),
         "evaluation.history": ("History", "Record"),
         "evaluation.results": ("EvaluationResult",),

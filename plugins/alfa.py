@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pydantic import Field
 from torch import nn
@@ -18,6 +16,8 @@ from metaplug import (
     Plugin,
     RequestError,
     hookimpl,
+    per_task,
+    tensor_means,
 )
 
 
@@ -27,15 +27,12 @@ class Alfa(Plugin):
         τ[t,k] = means of θ[t,k,p] over its entries for all tensors p, then those of g[t,k,p]
         (a, b)[t,k] = 1 + W₂ relu(W₁ τ[t,k] + b₁) + b₂        one network for all steps
         α[t,k,p] = (α_in[p] / α₀) · rates[k,p] · a[t,k,p]     α₀ the inner learning rate
-        β[t,k,p] = factors[k,p] · b[t,k,p]
-        θ[t,k+1,p] = β[t,k,p] · θ[t,k,p] − α[t,k,p] · g[t,k,p]
+        θ[t,k+1,p] = factors[k,p] · b[t,k,p] · θ[t,k,p] − α[t,k,p] · g[t,k,p]
 
-    Rates start at α₀, factors at 1, W₂ and b₂ at 0: learning begins as MAML. On that the paper is
-    silent. In the authors' code no 1 is added, W₂ starts as torch has it, and β = 1 − decays[k,p]·b
-    with decays that start at 0.0005·α₀. A tensor that receives no gradient stays as it is.
+    Rates start at α₀, factors at 1, W₂ and b₂ at 0, so learning begins as MAML; the authors' code
+    adds no 1, and its decays, 1 − β, start at 0.0005·α₀.
 
-    Source: Baik et al. 2020, "Meta-Learning with Adaptive Hyperparameters" (arXiv 2011.00209),
-    section 3.
+    Source: Baik et al. 2020 (arXiv 2011.00209), section 3.
     """
 
     class Config(LearnedPluginConfig):
@@ -43,9 +40,7 @@ class Alfa(Plugin):
 
         rates: bool = Field(True, description="Whether α is generated; otherwise it is α_in.")
         factors: bool = Field(True, description="Whether β is generated; otherwise it is 1.")
-        detach: bool = Field(
-            False, description="Whether g is a constant in τ, as in the authors' code."
-        )
+        detach: bool = Field(False, description="Whether g is a constant in τ, as in their code.")
 
     config: Config
 
@@ -53,24 +48,17 @@ class Alfa(Plugin):
     def setup(self, context: Context) -> None:
         if self.config.rates and context.inner_lr == 0:
             raise RequestError(
-                f"plugin '{self.name}' learns rates that start at inner_lr, which is 0: "
-                "give an inner_lr above 0, or rates = false"
+                f"plugin '{self.name}' starts rates at inner_lr = 0: raise it, or set rates = false"
             )
-        self._names, self._start = context.adapted, context.inner_lr
-        form: dict[str, Any] = {"dtype": context.dtype, "device": context.device}
-        starts = {"rates": context.inner_lr, "factors": 1.0}
-        shape = _, width = max(context.inner_steps, 1), len(context.adapted)
-        self.bases = nn.ParameterDict(
-            [  # pairs, which it does not sort as it sorts a mapping
-                (kind, torch.full(shape, start, **form))
-                for kind, start in starts.items()
-                if getattr(self.config, kind)
-            ]
-        )
-        if self.bases:
-            last = nn.Linear(2 * width, len(self.bases) * width, **form)
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        self._start, width, form = context.inner_lr, len(context.adapted), context.factory_kwargs
+        bases = torch.ones(max(context.inner_steps, 1), width, **form)
+        starts = {"rates": context.inner_lr * bases, "factors": bases}
+        chosen = [(kind, start) for kind, start in starts.items() if getattr(self.config, kind)]
+        self.bases = nn.ParameterDict(chosen)  # of pairs, as it sorts a mapping
+        if chosen:
+            last = nn.Linear(2 * width, len(chosen) * width, **form)
+            for each in last.parameters():
+                nn.init.zeros_(each)
             self.network = nn.Sequential(nn.Linear(2 * width, 2 * width, **form), nn.ReLU(), last)
 
     @hookimpl
@@ -83,29 +71,16 @@ class Alfa(Plugin):
     ) -> Parameters | None:
         if not self.bases:
             return None
-        weights = {name: parameters[name] for name in self._names}
-        found = [gradients.get(name, 0 * weight.detach()) for name, weight in weights.items()]
+        found = [gradients.get(name, torch.zeros_like(each)) for name, each in parameters.items()]
         found = [each.detach() for each in found] if self.config.detach else found
-        state = [each.reshape(len(each), -1).mean(1) for each in (*weights.values(), *found)]
-        generated = (1 + self.network(torch.stack(state, 1))).split(len(weights), 1)
-        scales = {
-            kind: (base[step.slot] * part).unbind(1)
-            for (kind, base), part in zip(self.bases.items(), generated, strict=True)
-        }
-        for column, (name, weight) in enumerate(weights.items()):
-            if name in gradients:
-                rate, kept, shape = learning_rates[name], weight, (-1, *[1] * (weight.dim() - 1))
-                if "rates" in scales:
-                    rate = rate / self._start * scales["rates"][column].view(shape)
-                if "factors" in scales:
-                    kept = weight * scales["factors"][column].view(shape)
-                weights[name] = kept - rate * gradients[name]
-        return weights
-
-    @hookimpl
-    def end_meta_step(self) -> dict[str, float]:
-        return {
-            f"{kind}/{slot}": float(mean)
-            for kind, base in self.bases.items()
-            for slot, mean in enumerate(base.detach().mean(1))
-        }
+        generated = 1 + self.network(tensor_means([*parameters.values(), *found]))
+        parts = generated.split(len(parameters), 1)
+        weights, rates = dict(parameters), dict(learning_rates)
+        for (kind, base), part in zip(self.bases.items(), parts, strict=True):
+            changed, unit = (rates, self._start) if kind == "rates" else (weights, 1)
+            scales = base[step.slot] * part
+            step.log(f"{kind}/{step.slot}", scales)
+            for name, scale in zip(parameters, scales.unbind(1), strict=True):
+                changed[name] = changed[name] / unit * per_task(scale, parameters[name])
+        moved = {name: weights[name] - rates[name] * each for name, each in gradients.items()}
+        return {**parameters, **moved}

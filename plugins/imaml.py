@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from metaplug import Context, InnerStep, Outcome, Plugin, PluginConfig, hookimpl
+from metaplug import (
+    Context,
+    InnerStep,
+    Outcome,
+    Plugin,
+    PluginConfig,
+    gradients_of,
+    hookimpl,
+    task_vectors,
+)
 
 
 class Imaml(Plugin):
@@ -19,22 +27,15 @@ class Imaml(Plugin):
         (∇²G(θ[t,K]) + damping · I) v[t] = ∂L/∂θ[t,K]                 by conjugate gradient
         dL/dφ = ∂L/∂φ − Σ_t ∂⟨∇G(θ[t,K]), v[t]⟩/∂φ                    for every meta-parameter φ
 
-    For φ = θ this is the mean over tasks of (I + H / strength)⁻¹ ∇L, H the support loss's Hessian.
-    It is exact at ∇G = 0: the figures are the length of ∇G, `slope`, and the solver's relative
-    `residual`. A task's solution stays once that is within tolerance, or curvature is negative.
-    What only steers the steps, as a rate or a gate, has no part in a solution: of two or more
-    steps, it learns by the last one's update, to first order, which tends to nothing with ∇G.
-
-    The authors' code pulls once, after the last step, and solves (2I + H / (strength + 10)) v = ∂L:
-    up to its scale, damping = strength + 20.
+    Exact at ∇G = 0. What only steers the steps, as a rate, learns by the last of two or more, to
+    first order. The authors' code pulls once, after the last step, and solves
+    (2I + H / (strength + 10)) v = ∂L: up to its scale, damping = strength + 20.
 
     Source: Rajeswaran et al. 2019 (arXiv 1909.04630), equations 3 to 7, algorithms 1 and 2.
     """
 
-    conflicts_with = (
-        *("derivative-order", "multi-step-loss", "reptile", "sharp-maml", "warp-grad"),
-        "metal",  # whose first steps would never learn
-    )
+    # WarpGrad of trajectories says so itself; what metal learns of first steps would not learn.
+    conflicts_with = ("derivative-order", "metal", "multi-step-loss", "reptile", "sharp-maml")
 
     class Config(PluginConfig):
         """The inner problem, and how closely the linear system is solved."""
@@ -45,13 +46,10 @@ class Imaml(Plugin):
         tolerance: float = Field(1e-10, ge=0, lt=1, description="Relative residual to stop at.")
 
     config: Config
-    residuals: Tensor
 
     @hookimpl
     def setup(self, context: Context) -> None:
         self._adapted = context.adapted
-        residuals = torch.zeros(2, dtype=context.dtype, device=context.device)
-        self.register_buffer("residuals", residuals, persistent=False)
 
     @hookimpl
     def derivative_order(self, step: InnerStep) -> int:
@@ -60,7 +58,7 @@ class Imaml(Plugin):
     @hookimpl
     def transform_inner_losses(self, losses: Tensor, step: InnerStep) -> Tensor:
         now, start = step.parameters, step.initial_parameters
-        moved = _flat([now[name] - start[name] for name in self._adapted])
+        moved = task_vectors(now[name] - start[name] for name in self._adapted)
         return losses + self.config.strength / 2 * moved.square().sum(1)
 
     @hookimpl
@@ -71,41 +69,20 @@ class Imaml(Plugin):
             return None  # no inner step, so no inner problem
         given = {name: outcome.adapted_parameters[name] for name in outcome.adapted}
         ends = {name: each.detach().requires_grad_() for name, each in given.items()}
-        slopes = list(outcome.gradients(outcome.objective(ends), ends).values())
-        at, meta = list(ends.values()), list(meta_parameters.values())
-        taken = torch.autograd.grad(
-            outer_loss, [*given.values(), *meta], retain_graph=True, allow_unused=True
-        )
-        pairs = zip(at, taken, strict=False)
-        target = _flat([torch.zeros_like(x) if slope is None else slope for x, slope in pairs])
-
-        def pull(v: Tensor, to: Sequence[Tensor], *, retain: bool = True) -> Sequence[Any]:
-            pieces = zip(v.split([x[0].numel() for x in at], 1), at, strict=True)
-            back = [piece.reshape(x.shape) for piece, x in pieces]
-            return torch.autograd.grad(slopes, to, back, retain_graph=retain, allow_unused=True)
+        slope = task_vectors(outcome.gradients(outcome.objective(ends), ends).values())
+        target = task_vectors(gradients_of(outer_loss, given, retain_graph=True).values())
 
         def product(v: Tensor) -> Tensor:
-            return _flat(pull(v, at)) + self.config.damping * v
+            image = torch.autograd.grad(slope, list(ends.values()), v, retain_graph=True)
+            return task_vectors(image) + self.config.damping * v
 
         v, residual = _solve(product, target, self.config.iterations, self.config.tolerance)
-        lengths = torch.stack([_flat(slopes).norm(dim=1), residual]).detach()
-        outcome.keep("residuals", lengths.mean(1))
-        through = pull(-v, meta, retain=False)
-        found = zip(meta_parameters, taken[len(at) :], through, strict=True)
-        parts = {name: [part for part in pair if part is not None] for name, *pair in found}
-        return {name: torch.stack(pair).sum(0) for name, pair in parts.items() if pair}
-
-    @hookimpl
-    def commit(self, kept: Mapping[str, Tensor]) -> None:
-        self.residuals = kept["residuals"]
-
-    @hookimpl
-    def end_meta_step(self) -> dict[str, float]:
-        return dict(zip(("slope", "residual"), self.residuals.tolist(), strict=True))
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([each.flatten(1) for each in tensors], 1)
+        outcome.log("slope", slope.norm(dim=1))
+        outcome.log("residual", residual)
+        total = outer_loss - (slope * v).sum()
+        taken = torch.autograd.grad(total, list(meta_parameters.values()), allow_unused=True)
+        pairs = zip(meta_parameters, taken, strict=True)
+        return {name: each for name, each in pairs if each is not None}
 
 
 def _solve(

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from metaplug import Context, InnerStep, LearnedPluginConfig, Parameters, Plugin, hookimpl
+from metaplug import (
+    Context,
+    InnerStep,
+    LearnedPluginConfig,
+    Parameters,
+    Plugin,
+    hookimpl,
+    per_task,
+    tensor_means,
+)
 
 
 class L2f(Plugin):
@@ -34,49 +43,31 @@ class L2f(Plugin):
         )
 
     config: Config
-    gamma: Tensor
 
     @hookimpl
     def setup(self, context: Context) -> None:
         self._names, width = context.adapted, len(context.adapted)
         if self.config.strength > 0:
-            self.network = nn.Sequential(
-                nn.Linear(width, width, dtype=context.dtype, device=context.device),
-                nn.ReLU(),
-                nn.Linear(width, width, dtype=context.dtype, device=context.device),
-            )
-        ones = torch.ones(width, dtype=context.dtype, device=context.device)
-        self.register_buffer("gamma", ones, persistent=False)
+            first, last = (nn.Linear(width, width, **context.factory_kwargs) for _ in range(2))
+            self.network = nn.Sequential(first, nn.ReLU(), last)
 
     @hookimpl
     def initialize_parameters(self, parameters: Parameters, step: InnerStep) -> Parameters | None:
         if self.config.strength == 0:
             return None
+        shared = {name: parameters[name] for name in self._names}
         # Variables of their own: what another plugin made of other weights does not lead to them.
-        starts = {name: _variable(parameters[name]) for name in self._names}
-        gradients = step.gradients(step.objective({**parameters, **starts}), starts)
-        # Of one that the loss does not reach the gradient is 0, as is any multiple of it.
-        found = {name: gradients.get(name, 0 * start.detach()) for name, start in starts.items()}
-        seen = torch.stack([each.reshape(len(each), -1).mean(1) for each in found.values()], 1)
-        gates = self.network(seen.detach() if self.config.detach else seen).sigmoid()
-        step.keep("gamma", gates.mean(0))
-        factors = (1 - self.config.strength * (1 - gates)).unbind(1)
-        return {
-            **parameters,
-            **{
-                name: factor.view(-1, *[1] * (starts[name].dim() - 1)) * parameters[name]
-                for name, factor in zip(self._names, factors, strict=True)
-            },
+        starts = {
+            name: each.view_as(each) if each.requires_grad else each.detach().requires_grad_()
+            for name, each in shared.items()
         }
-
-    @hookimpl
-    def commit(self, kept: dict[str, Tensor]) -> None:
-        self.gamma = kept.get("gamma", self.gamma)
-
-    @hookimpl
-    def end_meta_step(self) -> dict[str, float]:
-        return {"gamma": float(self.gamma.mean()), "smallest": float(self.gamma.min())}
-
-
-def _variable(start: Tensor) -> Tensor:
-    return start.view_as(start) if start.requires_grad else start.detach().requires_grad_()
+        found = step.gradients(step.objective({**parameters, **starts}), starts)
+        # Of one that the loss does not reach the gradient is 0.
+        seen = tensor_means(found.get(name, torch.zeros_like(starts[name])) for name in starts)
+        gates = self.network(seen.detach() if self.config.detach else seen).sigmoid()
+        step.log("gamma", gates)
+        step.log("smallest", gates.amin(1))
+        factors = (1 - self.config.strength * (1 - gates)).unbind(1)
+        pairs = zip(shared.items(), factors, strict=True)
+        kept = {name: per_task(factor, each) * each for (name, each), factor in pairs}
+        return {**parameters, **kept}

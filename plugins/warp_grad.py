@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
@@ -19,7 +18,9 @@ from metaplug import (
     Plugin,
     PluginConfig,
     RequestError,
+    gradients_of,
     hookimpl,
+    task_vectors,
 )
 
 
@@ -29,28 +30,18 @@ class WarpGrad(Plugin):
         J(φ) = mean over t and k of L[t](θ[t,k] − α[k] ∇ℓ[t](θ[t,k]; φ); φ)    θ[t,k] constant
         direction of θ = mean over t of θ − θ[t,K] = mean over t of Σ_k (θ[t,k] − θ[t,k+1])
 
-    That is the paper's objective, "trajectory"; without `through_step` it is its approximation, in
-    which ∇ℓ is constant too. Rates and gates learn by J; what other plugins make of a gradient
-    steers the tasks, while φ sees the gradient as it was. "through-loop" only leaves φ out of the
-    inner loop: the meta-gradient is MAML's.
-
-    For θ the authors' code takes Leap without its loss terms, and each task's segments divided by
-    their lengths; here they keep them, which is Reptile. It draws points of all trajectories in
-    small batches, one update each; here all of them make one.
+    Without `through_step` ∇ℓ is constant too. In the authors' code θ learns by Leap, of segments
+    divided by their lengths, and φ by points of all trajectories in small batches; "through-loop"
+    only leaves φ out of the inner loop, and the meta-gradient is MAML's.
 
     Source: Flennerhag et al. 2020 (arXiv 1909.00025), section 2.
     """
-
-    # They answer the same hooks.
-    conflicts_with = ("derivative-order", "imaml", "multi-step-loss", "reptile", "sharp-maml")
 
     class Config(PluginConfig):
         """Which layers warp, and how they learn."""
 
         warp: tuple[str, ...] | None = Field(
-            None,
-            min_length=1,
-            description="Patterns of the warp layers' parameter names; null: every second module.",
+            None, min_length=1, description="Patterns of parameters; null: every second module's."
         )
         objective: Literal["trajectory", "through-loop"] = Field(
             "trajectory", description="trajectory: each step by itself; through-loop: as MAML."
@@ -61,26 +52,31 @@ class WarpGrad(Plugin):
 
     config: Config
 
+    @property
+    def conflicts_with(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those that answer the same hooks."""
+        same = ("alfa", "derivative-order", "imaml", "multi-step-loss", "reptile", "sharp-maml")
+        return same if self.config.objective == "trajectory" else ()
+
     @hookimpl
     def select_adapted(
         self, names: tuple[str, ...], layers: Mapping[str, type[nn.Module]]
     ) -> tuple[str, ...]:
         modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
-        warp = {name for name in names if modules.index(name.rpartition(".")[0]) % 2}
+        warp = tuple(name for name in names if modules.index(name.rpartition(".")[0]) % 2)
         if self.config.warp is not None:
-            warp = {x for x in names if any(fnmatchcase(x, each) for each in self.config.warp)}
+            warp = self.matching("warp", names, "parameters that may adapt")
         # By themselves, layers that another plugin has left out before are warp layers enough.
-        enough = warp or (self.config.warp is None and len(layers) > len(names))
-        if not enough or len(warp) == len(names):
+        if len(warp) == len(names) or (not warp and len(layers) == len(names)):
             raise RequestError(
-                f"plugin '{self.name}' finds {len(warp)} warp parameters among the {len(names)} "
-                f"that may adapt ({', '.join(names[:6])}), and needs some of both: correct warp"
+                f"plugin '{self.name}' needs layers that warp beside layers that adapt, but of "
+                f"{len(names)} parameters {len(warp)} would warp: correct warp"
             )
         return tuple(name for name in names if name not in warp)
 
     @hookimpl
     def derivative_order(self) -> int | None:
-        return None if self.config.objective == "through-loop" else 1
+        return 1 if self.config.objective == "trajectory" else None
 
     @hookimpl
     def update_parameters(
@@ -105,7 +101,7 @@ class WarpGrad(Plugin):
 
     @hookimpl
     def outer_step_weights(self, inner_steps: int) -> Sequence[float] | None:
-        return None if self.config.objective == "through-loop" else [1 / inner_steps] * inner_steps
+        return [1 / inner_steps] * inner_steps if self.config.objective == "trajectory" else None
 
     @hookimpl
     def compute_meta_gradients(
@@ -114,12 +110,8 @@ class WarpGrad(Plugin):
         if self.config.objective == "through-loop" or not outcome.support_losses:
             return None
         start, end = outcome.initial_parameters, outcome.adapted_parameters
-        names = [name for name in outcome.adapted if name in meta_parameters]
-        moved = {name: (start[name] - end[name]).detach().mean(0) for name in names}
+        ways = {name: (start[name] - end[name]).detach() for name in outcome.adapted}
+        outcome.log("distance", task_vectors(ways.values()).norm(dim=1))
+        moved = {name: way.mean(0) for name, way in ways.items() if name in meta_parameters}
         others = {name: each for name, each in meta_parameters.items() if name not in moved}
-        if not others:  # what else does not adapt is frozen
-            return moved
-        taken = torch.autograd.grad(
-            outer_loss, list(others.values()), allow_unused=True, materialize_grads=True
-        )
-        return {**moved, **dict(zip(others, taken, strict=True))}
+        return {**moved, **gradients_of(outer_loss, others)}

@@ -74,7 +74,7 @@ class Plugin(nn.Module):
     runs_after: ClassVar[tuple[str, ...]] = ()
     """Plugins that must stand before this one in the list. Checked, never used to reorder."""
     conflicts_with: ClassVar[tuple[str, ...]] = ()
-    """Plugins that cannot be used beside this one."""
+    """Plugins that cannot be used beside this one. A property, where the configuration decides."""
     couples_tasks: bool = False
     """Whether a task's result depends on other tasks of its batch; `task_mean` asks for it. Where
     the configuration decides, the class says True, and `setup` sets it on the instance."""

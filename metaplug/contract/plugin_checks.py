@@ -75,6 +75,8 @@ def check_plugin(plugin: type[Plugin], name: str) -> None:
         )
     for declared in ("runs_after", "conflicts_with"):
         names = getattr(plugin, declared)
+        if isinstance(names, property):
+            continue  # as the settings say, which a class does not have
         if not isinstance(names, tuple) or not all(isinstance(each, str) for each in names):
             fault = f"plugin '{name}': {declared} = {names!r} is no tuple of names"
             raise RequestError(f"{fault}: write it as in ('gradient-sharing',)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -28,6 +28,42 @@ def per_task(values: Tensor, like: Tensor) -> Tensor:
     torch.Size([3, 1, 1])
     """
     return values.view(*values.shape, *[1] * (like.dim() - values.dim()))
+
+
+def task_vectors(tensors: Iterable[Tensor]) -> Tensor:
+    """Join tensors (T, *shape) into one vector for each task, (T, n), as for its length.
+
+    >>> task_vectors([torch.ones(3, 4, 5), torch.ones(3)]).shape
+    torch.Size([3, 21])
+    """
+    return torch.cat([each.reshape(len(each), -1) for each in tensors], 1)
+
+
+def tensor_means(tensors: Iterable[Tensor]) -> Tensor:
+    """Return, for each task, the mean of the entries of each of P tensors (T, *shape): (T, P).
+
+    >>> tensor_means([torch.ones(3, 4, 5), torch.zeros(3)])[0]
+    tensor([1., 0.])
+    """
+    return torch.stack([each.reshape(len(each), -1).mean(1) for each in tensors], 1)
+
+
+def gradients_of(
+    loss: Tensor, parameters: Mapping[str, Tensor], *, retain_graph: bool = False
+) -> dict[str, Tensor]:
+    """Return ∂loss/∂parameter by name, 0 where the loss () does not depend on it.
+
+    >>> x, unused = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
+    >>> gradients_of(x.square().sum(), {"x": x, "unused": unused})
+    {'x': tensor([2., 2.]), 'unused': tensor([0.])}
+    """
+    at = list(parameters.values())
+    if not at:
+        return {}
+    taken = torch.autograd.grad(
+        loss, at, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(parameters, taken, strict=True))
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,8 @@ def _description(part: Part) -> dict[str, Any]:
         facts["hooks"] = ", ".join(f"{hook} ({KINDS[hook]})" for hook in hooks) or "none"
         for name in ("runs_after", "conflicts_with"):
             if names := getattr(part.value, name):
-                facts[name.replace("_", " ")] = ", ".join(names)
+                told = "as configured" if isinstance(names, property) else ", ".join(names)
+                facts[name.replace("_", " ")] = told
         couples = {True: "yes", False: "no"}
         facts["couples tasks"] = couples.get(part.value.couples_tasks, "as configured")
     documentation = inspect.getdoc(part.value) or ""

@@ -34,6 +34,7 @@ CONFLICTING = {
     ("multi-step-loss", "warp-grad"),
     ("reptile", "warp-grad"),
     ("imaml", "metal"),
+    ("alfa", "warp-grad"),
 }
 
 

@@ -84,7 +84,7 @@ def test_what_order_0_would_never_teach_is_refused_by_name():
     case = problem()
     given_up = reptile(0, plugins.make("meta-sgd"))
     assert refused(lambda: case.learner(plugins=given_up).meta_gradients(case.batch), RunError) == (
-        "plugin 'reptile' in compute_meta_gradients (link 1 of 1, iteration 0) answered names that "
+        "plugin 'reptile' in compute_meta_gradients (link 1 of 1, iteration 1) answered names that "
         "are not meta-learned (none) or left out a plugin's parameters ('meta-sgd.rates.0/bias', "
         "'meta-sgd.rates.0/weight', 'meta-sgd.rates.2/bias', 'meta-sgd.rates.2/weight'), which "
         "would then never learn: answer by the names of MetaLearner.meta_gradients"
@@ -313,7 +313,7 @@ def test_imaml_of_one_step_refuses_by_name_what_it_would_never_teach():
     case = problem(steps=1)
     learner = case.learner(plugins=["gradient-sharing", "imaml"])
     assert refused(lambda: learner.meta_gradients(case.batch), RunError) == (
-        "plugin 'imaml' in compute_meta_gradients (link 1 of 1, iteration 0) answered names that "
+        "plugin 'imaml' in compute_meta_gradients (link 1 of 1, iteration 1) answered names that "
         "are not meta-learned (none) or left out a plugin's parameters ('gradient-sharing.gate', "
         "'gradient-sharing.momentum'), which would then never learn: answer by the names of "
         "MetaLearner.meta_gradients"
@@ -468,11 +468,40 @@ def test_warp_grad_through_the_loop_is_partial_adaptation_bit_for_bit():
 
 
 def test_warp_grad_says_where_nothing_or_everything_would_warp():
-    for pattern, count in (("head.*", 0), ("*", 4)):
+    texts = {
+        "head.*": "plugin 'warp-grad': the pattern 'head.*' matches none of the parameters that "
+        "may adapt (0.weight, 0.bias, 2.weight, 2.bias): correct warp",
+        "*": "plugin 'warp-grad' needs layers that warp beside layers that adapt, but of 4 "
+        "parameters 4 would warp: correct warp",
+    }
+    for pattern, text in texts.items():
         make = lambda pattern=pattern: problem().learner(  # noqa: E731
             plugins=[plugins.make("warp-grad", warp=[pattern])]
         )
-        assert refused(make, RequestError) == (
-            f"plugin 'warp-grad' finds {count} warp parameters among the 4 that may adapt "
-            "(0.weight, 0.bias, 2.weight, 2.bias), and needs some of both: correct warp"
-        )
+        assert refused(make, RequestError) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "free", "bound"),
+    [
+        ("warp-grad", {"objective": "through-loop"}, {}),
+        ("sharp-maml", {"level": "lower"}, {"level": "upper"}),
+    ],
+)
+def test_it_conflicts_with_reptile_only_where_it_makes_the_meta_gradient_itself(name, free, bound):
+    case = problem("mlp", tasks=2)
+    beside = lambda **settings: [plugins.make(name, **settings), *reptile(1)]  # noqa: E731
+    assert case.learner(plugins=beside(**free)).meta_gradients(case.batch)
+    text = refused(lambda: case.learner(plugins=beside(**bound)), RequestError)
+    assert text.startswith(f"plugin '{name}' conflicts with ")
+
+
+def test_warp_grad_logs_how_far_tasks_move():
+    case = problem(steps=2)
+    learner = case.learner(plugins=["warp-grad"])
+    _, _, ends = warped(case, learner.engine.inner.adapted, through_step=True)
+    start = dict(case.model.named_parameters())
+    moved = [length_of([end[name] - start[name] for name in end]) for end in ends]
+    expected = torch.stack(moved).mean().item()
+    learner.engine.meta_step(learner.prepare_batch(case.batch), 1)
+    assert learner.chain.figures() == {"warp-grad.distance": pytest.approx(expected, rel=1e-10)}

@@ -310,13 +310,12 @@ def test_metal_reads_query_inputs_if_asked_and_labels_never(query):
 REFUSED = {
     "alfa without a rate": (
         {"plugins": ["alfa"], "inner_lr": 0.0},
-        "plugin 'alfa' learns rates that start at inner_lr, which is 0: give an inner_lr above 0, "
-        "or rates = false",
+        "plugin 'alfa' starts rates at inner_lr = 0: raise it, or set rates = false",
     ),
     "metal with another number of outputs": (
         {"plugins": [plugins.make("metal", outputs=5)]},
         "plugin 'metal' reads 5 numbers in every prediction, but the model's have the shape (3,): "
-        "set outputs to their length, or leave the plugin out where they are no rows",
+        "set outputs to their length, or leave it out",
     ),
     "metal in first order": (
         {"plugins": ["metal", "derivative-order"]},
@@ -400,3 +399,27 @@ def test_l2f_without_an_inner_step_is_the_attenuated_model():
     case = problem("mlp", steps=0)
     learner = learner_of(case, plugins.make("l2f"))
     assert_equals(learner, case, plain(case, learner, start=attenuation(learner)))
+
+
+# Parameters of no axis.
+
+
+class Scaled(torch.nn.Module):
+    """A head behind one scalar."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.head = torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.scale * x)
+
+
+@pytest.mark.parametrize("name", ["alfa", "imaml", "l2f", "metal", "sharp-maml", "warp-grad"])
+def test_it_takes_a_parameter_without_axes(name):
+    case = problem("mlp", tasks=2, steps=2)
+    case.model = Scaled().double()
+    taken = case.learner(plugins=[name]).meta_gradients(case.batch)
+    assert taken["scale"].shape == ()
+    assert all(torch.isfinite(each).all() for each in taken.values())
