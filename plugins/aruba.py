@@ -67,20 +67,18 @@ class Aruba(Plugin):
 
     @hookimpl
     def transform_outer_losses(self, outcome: Outcome) -> None:
+        fading = (self.updates + 2) ** -self.config.power
         for name in self._adapted:
             way = outcome.adapted_parameters[name] - outcome.initial_parameters[name]
             squared = way.detach().square().mean(0) / (2 * self._epsilon**2)
-            outcome.keep(f"end b/{key_of(name)}", squared)
+            outcome.keep(f"end b/{key_of(name)}", fading + squared)
+            outcome.keep(f"end G/{key_of(name)}", fading)  # of what has no gradient too
 
     @hookimpl
     def commit(self, kept: Mapping[str, Tensor]) -> None:
         self.updates += 1
-        fading = (self.updates + 1) ** -self.config.power
-        for key, sums in self.named_buffers():
-            if key != "updates":
-                sums.add_(fading)
-        for key, squared in kept.items():
-            self.get_buffer(key.partition(" ")[2]).add_(squared)
+        for key, added in kept.items():
+            self.get_buffer(key.partition(" ")[2]).add_(added)
 
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
