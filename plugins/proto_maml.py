@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -20,8 +18,7 @@ class ProtoMaml(Plugin):
     Meta-gradients flow through p to the body. The rows of classes without examples stay the
     model's. Features are derivatives by the head, exact where the output is linear in it.
 
-    Source: Triantafillou et al. 2020 (arXiv 1903.03096), section 3; their results are of the first
-    order, by the plugin derivative-order.
+    Source: Triantafillou et al. 2020 (arXiv 1903.03096), section 3; their results are first-order.
     """
 
     class Config(PluginConfig):
@@ -50,12 +47,12 @@ class ProtoMaml(Plugin):
         labels, logits = step.targets, step.forward(head)[1]
         classes = torch.arange(head[bias].shape[1], device=labels.device)
         if logits.shape[2:] != classes.shape:
-            self._refuse(f"has the form {tuple(logits.shape[2:])}")
+            raise self._refused(f"has the form {tuple(logits.shape[2:])}")
         if not labels.is_floating_point():  # -100, as of padding, is no class
             labels = labels.unsqueeze(2) == classes
         found = _gradients((logits * labels).sum(), head)
         if len(found) < 2 or any(_gradients(each.sum(), head) for each in found):
-            self._refuse("is not linear in it")
+            raise self._refused("is not linear in it")
         sums, counts = found
         present = counts != 0
         means = sums / torch.where(present, counts, 1).unsqueeze(2)
@@ -67,8 +64,8 @@ class ProtoMaml(Plugin):
             bias: torch.where(present, -squares, parameters[bias]),
         }
 
-    def _refuse(self, why: str) -> NoReturn:
-        raise RequestError(
+    def _refused(self, why: str) -> RequestError:
+        return RequestError(
             f"plugin '{self.name}' needs the output of '{self._head[0]}' as it is, and that of the "
             f"model {why}: return logits, or name the last linear layer by head"
         )
