@@ -37,6 +37,7 @@ class Cavia(Plugin):
     class Config(LearnedPluginConfig):
         """How large the context is, and where it enters."""
 
+        meta_lr: float | None = Field(0.01, gt=0, le=10, description="Meta learning rate.")
         size: int = Field(100, ge=0, le=65_536, description="Numbers in φ; 0 adapts nothing.")
         modulation: Literal["film", "shift"] = Field(
             "film", description="film: γ and β; shift: β alone, in the first layer with inputs."
