@@ -71,7 +71,7 @@ class WarpGrad(Plugin):
             warp = {x for x in names if any(fnmatchcase(x, each) for each in self.config.warp)}
         # By themselves, layers that another plugin has left out before are warp layers enough.
         enough = warp or (self.config.warp is None and len(layers) > len(names))
-        if not enough or len(warp) == len(names):
+        if not enough or (names and len(warp) == len(names)):
             raise RequestError(
                 f"plugin '{self.name}' finds {len(warp)} warp parameters among the {len(names)} "
                 f"that may adapt ({', '.join(names[:6])}), and needs some of both: correct warp"
