@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -29,24 +28,17 @@ class Aruba(Plugin):
         b ← b + ε² / (i + 2)^p + mean over t of ½ (θ[t,K] − θ[t,0])²       at first ε²
         G ← G + ζ² / (i + 2)^p + mean over t of Σ_k g[t,k]²                at first ζ²
 
-    i counts meta-updates from 0. By default ε = ζ · inner_lr, as in the authors' code, and the
-    rate is √(b / G) itself, the inner learning rate at first. A batch of tasks counts as one round:
-    with one task a batch these are the paper's sums over tasks. b and G are statistics: they have
-    no meta-gradient, and at evaluation they are used as stored.
-
+    i counts meta-updates from 0, and ε = ζ · inner_lr, as in the authors' code. A batch of tasks
+    counts as one round, as the paper's task. b and G are statistics, without a meta-gradient.
     ARUBA++, which refines G within a task, is not part of it.
 
-    Source: Khodak et al. 2019 (arXiv 1906.02717), algorithm 2; initial values as in the authors'
-    code.
+    Source: Khodak et al. 2019 (arXiv 1906.02717), algorithm 2.
     """
 
     class Config(PluginConfig):
         """What the sums start from."""
 
         zeta: float = Field(1.0, gt=0, le=1e6, description="ζ, in units of gradient.")
-        epsilon: float | None = Field(
-            None, gt=0, le=1e6, description="ε, in units of weights; null: ζ times inner_lr."
-        )
         power: float = Field(1.0, ge=0, le=10, description="p, how fast what is added fades.")
 
     config: Config
@@ -54,14 +46,14 @@ class Aruba(Plugin):
 
     @hookimpl
     def setup(self, context: Context) -> None:
-        form: dict[str, Any] = {"dtype": context.dtype, "device": context.device}
         self._adapted = context.adapted
         # Without an inner learning rate nothing moves, and every ε is right.
-        self._epsilon = self.config.epsilon or self.config.zeta * (context.inner_lr or 1)
-        self.register_buffer("updates", torch.zeros((), **form))
+        self._epsilon = self.config.zeta * (context.inner_lr or 1)
+        self.register_buffer("updates", torch.zeros((), **context.factory_kwargs))
         for name in self._adapted:  # b / ε² and G / ζ², so the first rates are exact
-            for kind in ("b", "G"):
-                self.register_buffer(_buffer(kind, name), torch.ones(context.shapes[name], **form))
+            for kind in "bG":
+                one = torch.ones(context.shapes[name], **context.factory_kwargs)
+                self.register_buffer(f"{kind}/{key_of(name)}", one)
 
     @hookimpl
     def transform_learning_rates(self, learning_rates: LearningRates) -> LearningRates:
@@ -69,25 +61,24 @@ class Aruba(Plugin):
 
     @hookimpl
     def transform_gradients(self, gradients: Gradients, step: InnerStep) -> None:
-        for name, gradient in gradients.items() if step.training else ():
+        for name, gradient in gradients.items():
             squared = gradient.detach().square().mean(0) / self.config.zeta**2
-            step.keep(f"{step.index} {_buffer('G', name)}", squared)
+            step.keep(f"{step.index} G/{key_of(name)}", squared)
 
     @hookimpl
     def transform_outer_losses(self, outcome: Outcome) -> None:
+        fading = (self.updates + 2) ** -self.config.power
         for name in self._adapted:
             way = outcome.adapted_parameters[name] - outcome.initial_parameters[name]
             squared = way.detach().square().mean(0) / (2 * self._epsilon**2)
-            outcome.keep(f"end {_buffer('b', name)}", squared)
+            outcome.keep(f"end b/{key_of(name)}", fading + squared)
+            outcome.keep(f"end G/{key_of(name)}", fading)  # of what has no gradient too
 
     @hookimpl
     def commit(self, kept: Mapping[str, Tensor]) -> None:
         self.updates += 1
-        for name in self._adapted:
-            for kind in ("b", "G"):
-                self.get_buffer(_buffer(kind, name)).add_((self.updates + 1) ** -self.config.power)
-        for key, squared in kept.items():
-            self.get_buffer(key.partition(" ")[2]).add_(squared)
+        for key, added in kept.items():
+            self.get_buffer(key.partition(" ")[2]).add_(added)
 
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
@@ -96,9 +87,5 @@ class Aruba(Plugin):
         return {f"factor/{name}": float(value) for name, value in named.items()}
 
     def _factor(self, name: str) -> Tensor:
-        b, squares = (self.get_buffer(_buffer(kind, name)) for kind in ("b", "G"))
+        b, squares = (self.get_buffer(f"{kind}/{key_of(name)}") for kind in "bG")
         return (b / squares).sqrt()
-
-
-def _buffer(kind: str, name: str) -> str:
-    return f"{kind}/{key_of(name)}"

@@ -36,13 +36,9 @@ class Lora(Plugin):
         rank: int = Field(4, ge=1, le=65_536, description="Rank of the change of a weight.")
         scale: float = Field(1.0, gt=0, le=1e6, description="Factor of the product b a.")
         targets: tuple[str, ...] | None = Field(
-            None,
-            min_length=1,
-            description="Patterns of weights, as *.query.weight; null: those of linear layers.",
+            None, min_length=1, description="Patterns of weights; null: those of linear layers."
         )
-        beside: tuple[str, ...] = Field(
-            (), description="Patterns of the model's parameters that adapt too, as head.*."
-        )
+        beside: tuple[str, ...] = Field((), description="Patterns of parameters that adapt too.")
         inner_lr: float | None = Field(
             None, ge=0, le=1e6, description="Inner learning rate of a and b; null: the learner's."
         )
@@ -56,23 +52,20 @@ class Lora(Plugin):
 
     @hookimpl
     def setup(self, context: Context) -> None:
-        wide = [name for name in context.layers if len(context.shapes[name]) > 1]
-        if self.config.targets is None:
-            wide = [name for name in wide if issubclass(context.layers[name], nn.Linear)]
-        else:
-            wide = list(self.matching("targets", wide, "weights that can change"))
-        if not wide:
+        self._names = tuple(weight for weight, _ in context.layers_of(nn.Linear).values())
+        if self.config.targets is not None:
+            wide = [name for name in context.layers if len(context.shapes[name]) > 1]
+            self._names = self.matching("targets", wide, "weights that can change")
+        if not self._names:
             raise RequestError(
-                f"plugin '{self.name}' changes the weights of linear layers, and the model has "
-                "none that is trainable: name others by targets, as *.weight"
+                f"plugin '{self.name}' finds no trainable linear layer: name weights by targets"
             )
-        self._names, rank = wide, self.config.rank
-        self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
-        for name in wide:
+        self.a, self.b, rank = nn.ParameterDict(), nn.ParameterDict(), self.config.rank
+        for name in self._names:
             outputs, inputs = context.parameters[name].flatten(1).shape
             start = torch.empty(rank, inputs, dtype=context.dtype).uniform_(-1, 1) / inputs**0.5
             self.a[key_of(name)] = start.to(context.device)
-            self.b[key_of(name)] = torch.zeros(outputs, rank).to(start).to(context.device)
+            self.b[key_of(name)] = torch.zeros(outputs, rank, **context.factory_kwargs)
 
     @hookimpl
     def task_parameters(self) -> dict[str, Tensor]:
@@ -87,16 +80,9 @@ class Lora(Plugin):
         return changed
 
     @hookimpl
-    def transform_learning_rates(self, learning_rates: LearningRates) -> LearningRates | None:
-        if (own := self.config.inner_lr) is None:
-            return None
-        names = [f"{self.name}.{name}" for name, _ in self.named_parameters()]
+    def transform_learning_rates(self, learning_rates: LearningRates) -> LearningRates:
+        own, mine = self.config.inner_lr, f"{self.name}."
         return {
-            **learning_rates,
-            **{name: learning_rates[name].new_full((), own) for name in names},
+            name: rate.new_full((), own) if name.startswith(mine) and own is not None else rate
+            for name, rate in learning_rates.items()
         }
-
-    @hookimpl
-    def end_meta_step(self) -> dict[str, float]:
-        starts = torch.cat([start.detach().flatten() for start in self.b.values()])
-        return {"b": float(starts.square().mean().sqrt())}

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from metaplug import Plugin, PluginConfig, RequestError, TaskBatch, hookimpl
+from metaplug import Plugin, PluginConfig, RequestError, TaskBatch, hookimpl, per_task
 
 
 class MetaMix(Plugin):
@@ -18,12 +18,9 @@ class MetaMix(Plugin):
         query x ← λ · support x + (1 − λ) · query x        λ[t] ~ Beta(α, α), one for each task
         query y ← λ · support y + (1 − λ) · query y        class labels as probabilities
 
-    Query example j is mixed with support example π(j mod n_support), π a random permutation of the
-    task's support set. With "cutmix" images have a box of the support image of area λ in the place
-    of theirs, somewhere, and λ is the share that lies inside. The support set stays, but its class
-    labels become probabilities too.
-
-    This is the variant on inputs: the paper also mixes hidden layers, one drawn at random.
+    Query example j is mixed with support example π(j mod n_support), π a random permutation. With
+    "cutmix" a box of the support image of area λ takes the place of the query image's, and λ is the
+    share inside. The paper also mixes hidden layers, which is not part of it.
 
     Source: Yao et al. 2021 (arXiv 2007.13040), MetaMix; Yun et al. 2019 (arXiv 1905.04899) for
     the box.
@@ -32,9 +29,7 @@ class MetaMix(Plugin):
     class Config(PluginConfig):
         """How examples are mixed."""
 
-        alpha: float = Field(
-            2.0, ge=0, le=1e3, description="α of Beta(α, α), from which λ is drawn; 0: no mixing."
-        )
+        alpha: float = Field(2.0, ge=0, le=1e3, description="α of λ's distribution; 0: no mixing.")
         method: Literal["mixup", "cutmix"] = Field(
             "mixup", description="mixup: all of both inputs; cutmix: a box of one in the other."
         )
@@ -49,79 +44,49 @@ class MetaMix(Plugin):
             return None
         self._check(batch, outputs)
         tensors = batch.tensors()
-        half = len(tensors) // 2
+        half, support, queries = len(tensors) // 2, batch.support_y.shape[1], batch.query_y.shape[1]
         if outputs is not None and not batch.support_y.is_floating_point():
             for place in (half - 1, -1):  # what is padded counts nowhere
                 soft = F.one_hot(tensors[place].clamp_min(0), outputs)
                 tensors[place] = soft.to(tensors[0].dtype)
-        partners = _partners(batch, generator).to(batch.device)
-        mates = [each.take_along_dim(_behind(partners, each), 1) for each in tensors[:half]]
+        counts = [each.support for each in batch.sizes or ()] or [support] * batch.num_tasks
+        orders = [torch.randperm(count, generator=generator) for count in counts]
+        partners = torch.stack([order[torch.arange(queries) % len(order)] for order in orders])
         alphas = torch.full((batch.num_tasks, 2), self.config.alpha, dtype=torch.float64)
         share = inside = torch._sample_dirichlet(alphas, generator)[:, 0]
         if self.config.method == "cutmix":
             inside = _boxes(share, tensors[0].shape[-2:], generator)
             share, inside = inside.mean((1, 2)), inside[:, None, None]
-        weights = [*[inside] * (half - 1), share]
-        mixed = [
-            query.lerp(mate, _behind(weight.to(query), query))
-            for query, mate, weight in zip(tensors[half:], mates, weights, strict=True)
-        ]
-        return batch.with_tensors([*tensors[:half], *mixed])
+        for place, query in enumerate(tensors[half:]):
+            mates = per_task(partners.to(query.device), query)
+            weight = per_task((inside if place < half - 1 else share).to(query), query)
+            tensors[half + place] = query.lerp(tensors[place].take_along_dim(mates, 1), weight)
+        return batch.with_tensors(tensors)
 
     def _check(self, batch: TaskBatch, outputs: int | None) -> None:
-        cuts = self.config.method == "cutmix"
-        for name, each in batch.named_tensors().items():
-            if name.endswith("_y"):
-                continue
-            if not each.is_floating_point():
+        inputs = [each for name, each in batch.named_tensors().items() if not name.endswith("_y")]
+        labels, numbers = (batch.support_y, batch.query_y), batch.support_y.is_floating_point()
+        ignored = torch.cat([(y == -100).flatten() for y in labels])
+        counted = sum(size.support + size.query for size in batch.sizes or ()) or len(ignored)
+        cuts, one = self.config.method == "cutmix", labels[0].ndim == 2 and outputs is not None
+        needs = {
+            "inputs of a floating dtype": all(x.is_floating_point() for x in inputs),
+            "images, for method cutmix": not cuts or all(x.ndim == 5 for x in inputs),
+            "one class label, or numbers, for each example": numbers or one,
+            "labels other than -100": numbers or int((~ignored).sum()) == counted,
+        }
+        for what, given in needs.items():
+            if not given:
                 raise RequestError(
-                    f"plugin '{self.name}' mixes inputs, but {name} is {each.dtype}, and token "
-                    "numbers have no mixture: leave it out, or give inputs of a floating dtype"
+                    f"plugin '{self.name}' needs {what} to mix: give such tasks, or leave it out"
                 )
-            if cuts and each.ndim != 5:
-                raise RequestError(
-                    f"plugin '{self.name}' cuts boxes from images (channels, height, width), but "
-                    f"{name} has examples of shape {tuple(each.shape[2:])}: use method = mixup"
-                )
-        y = batch.support_y
-        if y.is_floating_point():
-            return
-        if y.ndim != 2 or outputs is None:
-            raise RequestError(
-                f"plugin '{self.name}' mixes one class label for each example, or numbers, but "
-                f"support_y is {y.dtype} of shape {tuple(y.shape[2:])} for each: leave it out"
-            )
-        for part in ("support", "query"):
-            labels, sizes = getattr(batch, f"{part}_y"), batch.sizes or ()
-            ends = [own.examples(part) for own in sizes] or [labels.shape[1]] * len(labels)
-            counted = torch.arange(labels.shape[1]) < torch.tensor(ends)[:, None]
-            if bool(((labels == -100) & counted.to(labels.device)).any()):
-                raise RequestError(
-                    f"plugin '{self.name}' mixes labels, and {part}_y has examples of label -100, "
-                    "which count for nothing and have no mixture: leave them out of the tasks"
-                )
-
-
-def _behind(values: Tensor, like: Tensor) -> Tensor:
-    """With axes of length 1 behind, as many as `like` has."""
-    return values.view(*values.shape, *[1] * (like.ndim - values.ndim))
-
-
-def _partners(batch: TaskBatch, generator: torch.Generator) -> Tensor:
-    """(T, n_query) places of the support examples that query examples are mixed with."""
-    support, query = batch.support_y.shape[1], torch.arange(batch.query_y.shape[1])
-    counts = [support] * batch.num_tasks
-    if batch.sizes is not None:
-        counts = [size.support for size in batch.sizes]
-    orders = [torch.randperm(count, generator=generator) for count in counts]
-    return torch.stack([order[query % len(order)] for order in orders])
 
 
 def _boxes(share: Tensor, form: torch.Size, generator: torch.Generator) -> Tensor:
     """(T, height, width) boxes, 1 inside and 0 outside, of these shares of a larger area."""
     centers = torch.rand(len(share), 2, generator=generator, dtype=torch.float64)
-    inside = []
-    for axis, length in enumerate(form):
-        middles, half = (torch.arange(length) + 0.5) / length, share.sqrt() / 2
-        inside.append((middles - centers[:, axis : axis + 1]).abs() < half[:, None])
+    inside: list[Tensor] = []
+    for center, length in zip(centers.T, form, strict=True):
+        middles = (torch.arange(length) + 0.5) / length
+        inside.append((middles - center[:, None]).abs() < share.sqrt()[:, None] / 2)
     return (inside[0].unsqueeze(2) & inside[1].unsqueeze(1)).double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -10,26 +11,26 @@ from torch import Tensor
 
 from metaplug import Context, Outcome, Plugin, PluginConfig, RequestError, hookimpl
 
+_INEQUALITIES: dict[str, Callable[..., Tensor]] = {
+    "theil": lambda r, mean: mean(r * r.log()),
+    "generalized-entropy": lambda r, mean: (mean(r.square()) - 1) / 2,
+    "atkinson": lambda r, mean: 1 - mean(r.sqrt()).square(),
+    "gini": lambda r, mean: (r - r[:, None]).abs().mean() / 2,
+    "variance-of-logarithms": lambda r, mean: mean((r.log() - mean(r.log())).square()),
+}
+
 
 class Taml(Plugin):
     """Regularise the outer loss, so the shared start does not perform better on some tasks.
 
         L[t] ← L[t] + strength · (H[t](θ[t,K]) − H[t](θ[t,0]))               measure: entropy
-        L[t] ← L[t] + strength · I(ℓ[1], …, ℓ[T])                            another measure
+        L[t] ← L[t] + strength · I(r),  r[t] = ℓ[t] / mean of ℓ              another measure
 
-    H[t] is the mean over examples of the entropy −Σ_c p(c) log p(c) of the predictions, ℓ[t] the
-    support loss at the start θ[t,0], r[t] = ℓ[t] / mean of ℓ, and I is, with means over all tasks,
+    H[t] is the mean entropy of the predictions for query examples, ℓ[t] the support loss at the
+    start θ[t,0], at least 1e-12, and I a measure of inequality; the generalized entropy is of α = 2
+    and Atkinson's measure of ε = 1/2.
 
-        theil                     mean of r log r
-        generalized-entropy       (mean of r^α − 1) / (α (α − 1));  α = 1: theil, 0: mean of −log r
-        atkinson                  1 − (mean of r^(1−ε))^(1/(1−ε));  ε = 1: 1 − exp(mean of log r)
-        gini                      mean over pairs of |r[s] − r[t]| / 2
-        variance-of-logarithms    mean of (log ℓ − mean of log ℓ)²
-
-    Losses below 1e-12 count as 1e-12, and negative ones have no such measure.
-
-    Source: Jamal and Qi 2019 (arXiv 1805.07722), section 3. The paper takes H over a task's
-    samples without saying which: here they are an option.
+    Source: Jamal and Qi 2019 (arXiv 1805.07722), section 3.
     """
 
     class Config(PluginConfig):
@@ -39,15 +40,9 @@ class Taml(Plugin):
             "entropy", "theil", "generalized-entropy", "atkinson", "gini", "variance-of-logarithms"
         ] = Field("entropy", description="What is made small; all but entropy couple the tasks.")
         strength: float = Field(0.1, ge=0, le=1e6, description="Weight of the regulariser.")
-        examples: Literal["support", "query"] = Field(
-            "query", description="Those whose predictions' entropy is taken."
-        )
-        alpha: float = Field(2.0, ge=-10, le=10, description="α of generalized-entropy.")
-        epsilon: float = Field(0.5, gt=0, le=10, description="ε of atkinson.")
 
     config: Config
     couples_tasks = True
-    measured: Tensor
 
     @hookimpl
     def setup(self, context: Context) -> None:
@@ -63,60 +58,35 @@ class Taml(Plugin):
                 f"plugin '{self.name}' compares every pair of tasks for the Gini coefficient, and "
                 f"those of {context.ranks} ranks do not meet: choose another measure, such as theil"
             )
-        measured = torch.zeros((), dtype=context.dtype, device=context.device)
-        self.register_buffer("measured", measured, persistent=False)
 
     @hookimpl
     def transform_outer_losses(self, losses: Tensor, outcome: Outcome) -> Tensor | None:
         if self.config.strength == 0:
             return None
         if self.config.measure == "entropy":
-            bias = self._entropy(outcome, None) - self._entropy(outcome, 0)
+            before = _entropy(outcome, outcome.forward(outcome.initial_parameters, index=0)[1])
+            bias = _entropy(outcome, outcome.forward({})[1]) - before
         else:
-            initial = outcome.initial_parameters
-            bias = self._inequality(outcome.forward(initial, "support", index=0)[0], outcome)
-        outcome.keep("measured", bias.mean())
+            initial, _ = outcome.forward(outcome.initial_parameters, "support", index=0)
+            bias = self._inequality(initial, outcome)
+        outcome.log(self.config.measure, bias)
         return losses + self.config.strength * bias
 
-    def _entropy(self, outcome: Outcome, index: int | None) -> Tensor:
-        """H (T,), at the start (0) or after adaptation (None)."""
-        weights = outcome.adapted_parameters if index is None else outcome.initial_parameters
-        _, predictions = outcome.forward(weights, self.config.examples, index=index)
-        axis = 2 if outcome.class_axis is None else outcome.class_axis
-
-        def mean_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-            log_p = logits.log_softmax(axis)
-            entropy = -(log_p.exp() * log_p).sum(axis).flatten(1)
-            if targets.is_floating_point():  # probabilities of the classes
-                return entropy.mean(1)
-            counted = (targets != -100).flatten(1)
-            return (entropy * counted).sum(1) / counted.sum(1)
-
-        return outcome.by_task(mean_entropy, predictions, self.config.examples)
-
     def _inequality(self, losses: Tensor, outcome: Outcome) -> Tensor:
-        """I (), of (T,) losses."""
-        mean, measure = outcome.task_mean, self.config.measure
-        least = torch.full_like(losses, 1e-12)
-        losses = torch.where((losses < 0) | (losses > least), losses, least)
-        if measure == "variance-of-logarithms":
-            return mean((losses.log() - mean(losses.log())).square())
-        r = losses / mean(losses)
-        if measure == "gini":
-            return (r - r[:, None]).abs().mean() / 2
-        if measure == "atkinson":
-            power = 1 - self.config.epsilon
-            equal = mean(r.log()).exp() if power == 0 else mean(r**power) ** (1 / power)
-            return 1 - equal
-        alpha = 1.0 if measure == "theil" else self.config.alpha
-        if alpha in (0, 1):
-            return mean(r.log() * (r if alpha else -1))
-        return (mean(r**alpha) - 1) / (alpha * (alpha - 1))
+        """I (), of (T,) losses; negative ones have none."""
+        losses = torch.where((losses < 0) | (losses > 1e-12), losses, 1e-12)
+        r = losses / outcome.task_mean(losses)
+        return _INEQUALITIES[self.config.measure](r, outcome.task_mean)
 
-    @hookimpl
-    def commit(self, kept: dict[str, Tensor]) -> None:
-        self.measured = kept["measured"]
 
-    @hookimpl
-    def end_meta_step(self) -> dict[str, float]:
-        return {self.config.measure: float(self.measured)}
+def _entropy(outcome: Outcome, logits: Tensor) -> Tensor:
+    """H (T,), of predictions (T, n, *output)."""
+    axis = outcome.class_axis or 2
+
+    def mean(logits: Tensor, targets: Tensor) -> Tensor:
+        log_p = logits.log_softmax(axis)
+        entropy = -(log_p.exp() * log_p).sum(axis)
+        counted = torch.ones_like(entropy) if targets.is_floating_point() else targets != -100
+        return (entropy * counted).flatten(1).sum(1) / counted.flatten(1).sum(1)
+
+    return outcome.by_task(mean, logits)

@@ -67,7 +67,8 @@ class WarpGrad(Plugin):
         if self.config.warp is not None:
             warp = self.matching("warp", names, "parameters that may adapt")
         # By themselves, layers that another plugin has left out before are warp layers enough.
-        if len(warp) == len(names) or (not warp and len(layers) == len(names)):
+        enough = warp or (self.config.warp is None and len(layers) > len(names))
+        if not enough or (names and len(warp) == len(names)):
             raise RequestError(
                 f"plugin '{self.name}' needs layers that warp beside layers that adapt, but of "
                 f"{len(names)} parameters {len(warp)} would warp: correct warp"

@@ -22,7 +22,7 @@ LearningRates: TypeAlias = Mapping[str, Tensor]
 
 
 def per_task(values: Tensor, like: Tensor) -> Tensor:
-    """Return one number for each task, (T,), in a form that multiplies a (T, *shape) tensor.
+    """Give values of each task, (T, ...), the axes to multiply a (T, *shape) tensor.
 
     >>> per_task(torch.ones(3), torch.ones(3, 4, 5)).shape
     torch.Size([3, 1, 1])
@@ -102,3 +102,25 @@ class Context:
     def factory_kwargs(self) -> dict[str, Any]:
         """dtype and device by name, for functions of torch that make a tensor or a module."""
         return {"dtype": self.dtype, "device": self.device}
+
+    def layers_of(self, *classes: type[nn.Module]) -> dict[str, tuple[str, str | None]]:
+        """Find the layers of these classes that have a trainable weight, in the model's order.
+
+        Returns:
+            By name of the layer ("weight" where it is the model itself), the names of its weight
+            and of its bias; None for a bias that it has not, or that is frozen.
+
+        >>> layers = {"0.weight": nn.Linear, "0.bias": nn.Linear, "1.weight": nn.LayerNorm}
+        >>> form = torch.float32, torch.device("cpu"), 5, 0.1
+        >>> Context({}, {}, layers, (), *form, "regression").layers_of(nn.Linear, nn.LayerNorm)
+        {'0': ('0.weight', '0.bias'), '1': ('1.weight', None)}
+        """
+        found = {}
+        for weight, layer in self.layers.items():
+            if weight.rpartition(".")[2] == "weight" and issubclass(layer, classes):
+                bias = weight.removesuffix("weight") + "bias"
+                found[weight.removesuffix(".weight")] = (
+                    weight,
+                    bias if bias in self.layers else None,
+                )
+        return found

@@ -206,8 +206,7 @@ def test_lora_says_what_it_cannot_change():
     with pytest.raises(RequestError) as refused:
         MetaLearner(nn.Conv1d(1, 1, 1), plugins=["lora"])
     assert str(refused.value) == (
-        "plugin 'lora' changes the weights of linear layers, and the model has none that is "
-        "trainable: name others by targets, as *.weight"
+        "plugin 'lora' finds no trainable linear layer: name weights by targets"
     )
 
 
@@ -293,18 +292,20 @@ def test_cavia_modulates_norm_layers_if_there_are_any_and_hidden_layers_if_not()
 
 
 def test_cavia_says_what_it_cannot_modulate():
-    texts = {
-        "plugin 'cavia' finds no trainable norm layer and no hidden linear or convolution layer to "
-        "modulate: name others by layers": (nn.Sequential(nn.Linear(2, 2)), {}),
-        "plugin 'cavia' shifts by a trainable bias, and the layer of '0.weight' has none: name "
-        "others by layers, or use modulation film": (
-            nn.Sequential(nn.Linear(2, 2, bias=False)),
-            {"modulation": "shift"},
-        ),
+    none = (
+        "plugin 'cavia' finds no trainable norm, hidden linear or convolution layer to modulate, "
+        "with a bias for modulation shift: name others by layers"
+    )
+    unlike = (
         "plugin 'cavia': the pattern 'body.*' matches none of the layers that it can modulate (0): "
-        "correct layers": (nn.Sequential(nn.Linear(2, 2)), {"layers": ["body.*"]}),
-    }
-    for text, (model, settings) in texts.items():
+        "correct layers"
+    )
+    linear, no_bias = (nn.Sequential(nn.Linear(2, 2, bias=bias)) for bias in (True, False))
+    for text, model, settings in (
+        (none, linear, {}),
+        (none, no_bias, {"modulation": "shift"}),
+        (unlike, linear, {"layers": ["body.*"]}),
+    ):
         with pytest.raises(RequestError) as refused:
             MetaLearner(model, plugins=[plugins.make("cavia", **settings)])
         assert str(refused.value) == text
@@ -421,10 +422,8 @@ class Answering(nn.Module):
         return self.after(self.head(torch.tanh(self.body(x))))
 
 
-NOT_LINEAR = (
-    "plugin 'proto-maml' needs the output of 'head.weight' as it is, and that of the model is not "
-    "linear in it, as after a log_softmax: return logits, or name the last linear layer by head"
-)
+NEEDS = "plugin 'proto-maml' needs the output of 'head.weight' as it is, and that of the model"
+ADVICE = "return logits, or name the last linear layer by head"
 
 
 @pytest.mark.parametrize("batching", ["vectorized", "sequential"])
@@ -450,7 +449,7 @@ def test_proto_maml_refuses_an_output_that_is_not_the_head_s(after, frozen, batc
     ):
         with pytest.raises(RequestError) as refused:
             run()
-        assert str(refused.value) == NOT_LINEAR
+        assert str(refused.value) == f"{NEEDS} is not linear in it: {ADVICE}"
 
 
 def test_proto_maml_knows_its_features_where_logits_are_scaled_or_added_to():
@@ -465,17 +464,15 @@ def test_proto_maml_knows_its_features_where_logits_are_scaled_or_added_to():
 
 
 def test_proto_maml_says_what_it_cannot_start():
-    linear = "needs a linear head with a trainable weight and bias, which"
-    advice = "is not: name one by head, or give the layer bias=True"
+    starts = (
+        "plugin 'proto-maml' starts a classifier that is a linear layer with a trainable weight "
+        "and bias, and '{}' in {} is none: name one by head"
+    )
     texts = {
-        f"plugin 'proto-maml' {linear} the last linear layer {advice}": (
-            nn.Linear(2, 2, bias=False),
-            {},
-            {},
-        ),
-        f"plugin 'proto-maml' {linear} 'fc' {advice}": (nn.Linear(2, 2), {"head": "fc"}, {}),
-        "plugin 'proto-maml' starts a head from the mean features of classes, and regression has "
-        "none: leave it out, or use classification": (nn.Linear(2, 2), {}, {"kind": "regression"}),
+        starts.format("weight", "classification"): (nn.Linear(2, 2, bias=False), {}, {}),
+        starts.format("fc", "classification"): (nn.Linear(2, 2), {"head": "fc"}, {}),
+        starts.format("the last linear layer", "classification"): (nn.Conv1d(1, 1, 1), {}, {}),
+        starts.format("weight", "regression"): (nn.Linear(2, 2), {}, {"kind": "regression"}),
     }
     for text, (model, settings, options) in texts.items():
         with pytest.raises(RequestError) as refused:
@@ -489,10 +486,7 @@ def test_proto_maml_says_what_it_cannot_start():
         learner.meta_gradients(
             TaskBatch(torch.ones(2, 4, 4).double(), y, torch.ones(2, 4, 4).double(), y)
         )
-    assert str(refused.value) == (
-        "plugin 'proto-maml' needs the 3 outputs of 'head.weight' for an example, and the model "
-        "gives (3, 7): name its last linear layer by head"
-    )
+    assert str(refused.value) == f"{NEEDS} has the form (3, 7): {ADVICE}"
 
 
 # All three, beside others.
