@@ -73,7 +73,10 @@ class Imaml(Plugin):
         ends = {name: each.detach().requires_grad_() for name, each in given.items()}
         slopes = list(outcome.gradients(outcome.objective(ends), ends).values())
         at, meta = list(ends.values()), list(meta_parameters.values())
-        taken = torch.autograd.grad(outer_loss, [*given.values(), *meta], allow_unused=True)
+        # Both losses stand on the starts and on what does not adapt: the graph of these stays.
+        taken = torch.autograd.grad(
+            outer_loss, [*given.values(), *meta], retain_graph=True, allow_unused=True
+        )
         pairs = zip(at, taken, strict=False)
         target = _flat([torch.zeros_like(x) if slope is None else slope for x, slope in pairs])
 
@@ -103,7 +106,7 @@ class Imaml(Plugin):
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([each.flatten(1) for each in tensors], 1)
+    return torch.cat([each.reshape(len(each), -1) for each in tensors], 1)
 
 
 def _solve(

@@ -58,7 +58,7 @@ class SharpMaml(Plugin):
     def transform_gradients(self, gradients: Gradients, step: InnerStep) -> Gradients | None:
         if self.config.level == "upper" or self.config.lower_rho == 0:
             return None
-        scale = self.config.lower_rho / _norm(each.flatten(1) for each in gradients.values())
+        scale = self.config.lower_rho / _norm(gradients.values())
         there = {}
         for name, gradient in gradients.items():
             away = scale.view(-1, *(1,) * (gradient.dim() - 1)) * gradient
@@ -91,8 +91,9 @@ class SharpMaml(Plugin):
 
 
 def _norm(parts: Iterable[Tensor]) -> Tensor:
-    """(T,), of (T, n) parts; a square of 0 has a derivative of 0."""
-    return torch.cat(list(parts), 1).square().sum(1).clamp_min(1e-24).sqrt()
+    """(T,), of (T, *shape) parts; a square of 0 has a derivative of 0."""
+    flat = [each.reshape(len(each), -1) for each in parts]
+    return torch.cat(flat, 1).square().sum(1).clamp_min(1e-24).sqrt()
 
 
 def _gradients(loss: Tensor, at: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -84,7 +86,7 @@ def test_what_order_0_would_never_teach_is_refused_by_name():
     case = problem()
     given_up = reptile(0, plugins.make("meta-sgd"))
     assert refused(lambda: case.learner(plugins=given_up).meta_gradients(case.batch), RunError) == (
-        "plugin 'reptile' in compute_meta_gradients (link 1 of 1, iteration 0) answered names that "
+        "plugin 'reptile' in compute_meta_gradients (link 1 of 1, iteration 1) answered names that "
         "are not meta-learned (none) or left out a plugin's parameters ('meta-sgd.rates.0/bias', "
         "'meta-sgd.rates.0/weight', 'meta-sgd.rates.2/bias', 'meta-sgd.rates.2/weight'), which "
         "would then never learn: answer by the names of MetaLearner.meta_gradients"
@@ -243,6 +245,42 @@ def test_imaml_in_every_batching(name, options):
     assert_close(other.meta_gradients(case.batch), whole.meta_gradients(case.batch), **SAME)
 
 
+@pytest.mark.parametrize("options", BATCHINGS, ids=str)
+@pytest.mark.parametrize("drawn", [False, True])
+def test_imaml_differentiates_twice_what_does_not_adapt(drawn, options):
+    """The body, which here is drawn with a deviation of nothing, is in both of its losses."""
+    case = problem(steps=3, lr=0.1)
+
+    def taken(*more, **options):
+        chain = [plugins.make("partial-adaptation", adapts="head"), *more]
+        learner = case.learner(plugins=[*chain, plugins.make("imaml", strength=9.0)], **options)
+        ours = learner.meta_gradients(case.batch)
+        return {name: each for name, each in ours.items() if not name.startswith("mr-maml")}
+
+    draws = [plugins.make("mr-maml", weights=None, deviation=1e-16, beta=0.0)] * drawn
+    assert_close(taken(*draws, **options), taken(), **SAME)
+
+
+@pytest.mark.parametrize(
+    "chain", [["imaml"], ["sharp-maml"], ["l2f", "sharp-maml", "alfa", "aruba"]]
+)
+def test_a_parameter_that_is_one_number_adapts_too(chain):
+    class Scaled(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.scale, self.body = nn.Parameter(scale), copy.deepcopy(case.model)
+
+        def forward(self, x):
+            return self.body(x) * self.scale
+
+    case = problem(tasks=2, lr=0.1)
+    alone, one = (
+        Problem(Scaled(scale), case.batch, 0.1).learner(plugins=chain).meta_gradients(case.batch)
+        for scale in (torch.tensor(1.5).double(), torch.tensor([1.5]).double())
+    )
+    assert_close({**alone, "scale": alone["scale"].view(1)}, one, **SAME)
+
+
 def test_the_graph_of_imaml_does_not_grow_with_inner_steps():
     saved = {}
     for steps in (2, 20):
@@ -313,7 +351,7 @@ def test_imaml_of_one_step_refuses_by_name_what_it_would_never_teach():
     case = problem(steps=1)
     learner = case.learner(plugins=["gradient-sharing", "imaml"])
     assert refused(lambda: learner.meta_gradients(case.batch), RunError) == (
-        "plugin 'imaml' in compute_meta_gradients (link 1 of 1, iteration 0) answered names that "
+        "plugin 'imaml' in compute_meta_gradients (link 1 of 1, iteration 1) answered names that "
         "are not meta-learned (none) or left out a plugin's parameters ('gradient-sharing.gate', "
         "'gradient-sharing.momentum'), which would then never learn: answer by the names of "
         "MetaLearner.meta_gradients"
