@@ -151,7 +151,9 @@ class _Adaptation:
                 walked = rematerialize(part, (fast, initial, state), meta_parameters)
             else:
                 walked = part((fast, initial, state))
-            fast, state, losses, found = walked
+            changed, state, losses, found = walked
+            # What does not adapt stays the one tensor that it is, also where steps are made again.
+            fast = {**fast, **{name: changed[name] for name in loop.adapted}}
             support_losses += losses
             queries |= found
         # Outside the parts that are made again: this loss is one of the weights in the outcome.

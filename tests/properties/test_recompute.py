@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import plugins
 from torch import nn
 
 from metaplug import MetaLearner, RequestError, TaskBatch
@@ -198,3 +199,13 @@ def test_a_tensor_that_stands_in_two_places_stays_one():
     plain, again = piece((x, x), graph=True), rematerialize(piece, (x, x), [])
     assert torch.equal(plain, again)
     assert torch.equal(*(torch.autograd.grad(each.sum(), x)[0] for each in (plain, again)))
+
+
+def test_what_does_not_adapt_stays_one_tensor_for_all_tasks():
+    """Copied for every task, it would take the memory that steps made again are to save."""
+    case = problem(steps=3)
+    anil = plugins.make("partial-adaptation", adapts="head")
+    outcome = found(case.learner(plugins=[anil], checkpoint_steps=1), case.batch).outcome
+    ends, starts = outcome.adapted_parameters, outcome.initial_parameters
+    assert ends["0.weight"] is starts["0.weight"]
+    assert ends["2.weight"] is not starts["2.weight"]

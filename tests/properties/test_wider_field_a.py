@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -241,6 +243,42 @@ def test_imaml_in_every_batching(name, options):
     make = lambda **more: case.learner(plugins=[plugins.make("imaml", strength=5.0)], **more)  # noqa: E731
     whole, other = make(), make(**options)
     assert_close(other.meta_gradients(case.batch), whole.meta_gradients(case.batch), **SAME)
+
+
+@pytest.mark.parametrize("options", BATCHINGS, ids=str)
+@pytest.mark.parametrize("drawn", [False, True])
+def test_imaml_differentiates_twice_what_does_not_adapt(drawn, options):
+    """The body, which here is drawn with a deviation of nothing, is in both of its losses."""
+    case = problem(steps=3, lr=0.1)
+
+    def taken(*more, **options):
+        chain = [plugins.make("partial-adaptation", adapts="head"), *more]
+        learner = case.learner(plugins=[*chain, plugins.make("imaml", strength=9.0)], **options)
+        ours = learner.meta_gradients(case.batch)
+        return {name: each for name, each in ours.items() if not name.startswith("mr-maml")}
+
+    draws = [plugins.make("mr-maml", weights=None, deviation=1e-16, beta=0.0)] * drawn
+    assert_close(taken(*draws, **options), taken(), **SAME)
+
+
+@pytest.mark.parametrize(
+    "chain", [["imaml"], ["sharp-maml"], ["l2f", "sharp-maml", "alfa", "aruba"]]
+)
+def test_a_parameter_that_is_one_number_adapts_too(chain):
+    class Scaled(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.scale, self.body = nn.Parameter(scale), copy.deepcopy(case.model)
+
+        def forward(self, x):
+            return self.body(x) * self.scale
+
+    case = problem(tasks=2, lr=0.1)
+    alone, one = (
+        Problem(Scaled(scale), case.batch, 0.1).learner(plugins=chain).meta_gradients(case.batch)
+        for scale in (torch.tensor(1.5).double(), torch.tensor([1.5]).double())
+    )
+    assert_close({**alone, "scale": alone["scale"].view(1)}, one, **SAME)
 
 
 def test_the_graph_of_imaml_does_not_grow_with_inner_steps():
