@@ -16,10 +16,10 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
 from torch.overrides import resolve_name
 
-from metaplug.checks.autograd_graph import graph_nodes
 from metaplug.contract.inputs import map_inputs
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_groups import uniform
+from metaplug.core.autograd_graph import graph_nodes
 from metaplug.core.function_mode import FunctionMode
 from metaplug.core.inner_loop import InnerLoop
 from metaplug.errors import said_by

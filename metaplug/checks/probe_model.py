@@ -14,7 +14,6 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from metaplug.checks.autograd_graph import graph_leaves, graph_nodes
 from metaplug.checks.model_copy import answer, give_noisy_weights
 from metaplug.checks.module_state import Held, Tally, noting_checkpoints, snapshot
 from metaplug.checks.output_form import (
@@ -34,6 +33,7 @@ from metaplug.contract.return_checks import form
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_groups import uniform
 from metaplug.contract.values import Kind
+from metaplug.core.autograd_graph import graph_leaves, graph_nodes
 from metaplug.core.functional_model import PLAIN, Place, clone, version
 from metaplug.core.inner_loop import InnerLoop
 from metaplug.core.losses import cross_entropy

@@ -155,7 +155,9 @@ def update_parameters(
 ) -> Parameters | None:
     """Replace the inner optimizer's update of the adapted `parameters`; answer all their names.
 
-    A parameter that received no gradient has none in `gradients`.
+    A parameter that received no gradient has none in `gradients`: give it back as it is. An answer
+    beside another inner optimizer than plain sgd is refused at the first update; to refuse it
+    before, look at `context.inner_optimizer` in `setup`.
     """
 
 

@@ -129,6 +129,16 @@ class Outcome:
         return by_size(function, predictions, targets, part=part, **form)
 
     @property
+    def meta_iteration(self) -> int:
+        """The meta-iteration, counted from 0."""
+        return self._step.meta_iteration
+
+    @property
+    def meta_iterations(self) -> int:
+        """The meta-iterations of the whole run; 0 where none has begun."""
+        return self._step.meta_iterations
+
+    @property
     def class_axis(self) -> int | None:
         """The axis of classes in predictions, as of `InnerStep`."""
         return self._step.class_axis

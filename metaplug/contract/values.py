@@ -82,6 +82,7 @@ class Context:
         inner_lr: the inner learning rate.
         kind: "classification" or "regression".
         ranks: the processes over which the tasks of a meta-batch are spread.
+        inner_optimizer: its name, such as "sgd".
 
     >>> Context({}, {}, {}, (), torch.float32, torch.device("cpu"), 5, 0.1, "regression").ranks
     1
@@ -97,6 +98,7 @@ class Context:
     inner_lr: float
     kind: Kind
     ranks: int = 1
+    inner_optimizer: str = "sgd"
 
     @property
     def factory_kwargs(self) -> dict[str, Any]:

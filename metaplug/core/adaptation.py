@@ -239,7 +239,7 @@ class _Adaptation:
             step = self.step(index, fast, initial, graph=graph, **more)
             losses, outputs, _ = self.passes.run(fast, step, "support")
             known = self.passes.knowing(step, losses, outputs)
-            objective = loop.chain.fold("transform_inner_losses", losses, step=known)
+            objective = self.passes.regularized(losses, known)
             # A NaN that a plugin adds has no gradient, and would show nowhere else.
             told = losses if objective is losses else losses + 0 * objective.detach()
             support_losses.append(told if linked else told.detach())

@@ -16,6 +16,7 @@ from metaplug.contract.schedule import step_text
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_groups import Alike
 from metaplug.contract.task_sizes import Part
+from metaplug.core.autograd_graph import graph_nodes
 from metaplug.core.inner_loop import InnerLoop
 from metaplug.core.losses import output_axis
 from metaplug.errors import RequestError, did_you_mean, quoted
@@ -104,6 +105,15 @@ class ModelPasses:
         """The axis of classes in the predictions of stacked tasks."""
         return output_axis(predictions, targets, leading=2, last=self.loop.classes_last)
 
+    def regularized(self, losses: Tensor, step: InnerStep) -> Tensor:
+        """The losses that the inner loop descends, of those of the model."""
+        self.under_way.add("transform_inner_losses")
+        try:
+            found: Tensor = self.loop.chain.fold("transform_inner_losses", losses, step=step)
+        finally:
+            self.under_way.discard("transform_inner_losses")
+        return found
+
     def look(self, what: str, values: Weights, step: InnerStep, advice: str) -> None:
         """In a replay that looks for the first non-finite value, look at what the core makes."""
         if (watch := self.loop.chain.watch) is not None:
@@ -127,9 +137,7 @@ class ModelPasses:
         there = replace(step, parameters=weights)
         losses, predictions = self.forward(there, {}, "support")
         with self._once("objective", "transform_inner_losses", step):
-            known = self.knowing(there, losses, predictions)
-            found: Tensor = self.loop.chain.fold("transform_inner_losses", losses, step=known)
-        return found
+            return self.regularized(losses, self.knowing(there, losses, predictions))
 
     def gradients(self, step: InnerStep, losses: Tensor, parameters: Weights) -> Weights:
         """Return every task's gradient of its loss, of what a plugin names."""
@@ -146,6 +154,8 @@ class ModelPasses:
                 "which is one tensor for all tasks, or takes no gradient: make losses with a copy "
                 "for each task, as by parameters[name].clone().requires_grad_()"
             )
+        if step.second_order and "transform_inner_losses" in self.under_way:
+            _refuse_third_order(losses, parameters, step)
         try:
             return self.differentiate(losses, parameters, step, retain=True)
         except RuntimeError as error:
@@ -214,6 +224,17 @@ class ModelPasses:
             yield
         finally:
             self.under_way.discard(what)
+
+
+def _refuse_third_order(losses: Tensor, parameters: Weights, step: InnerStep) -> None:
+    """Refuse a gradient in the inner loss of a model whose third derivative torch gets wrong."""
+    names = {node.name() for node in graph_nodes(losses, parameters.values())}
+    if any(name.startswith("NativeLayerNormBackward") for name in names):
+        raise RequestError(
+            f"plugin '{_owner(step)}' takes a gradient in transform_inner_losses, so that the "
+            "meta-gradient is of third order, which torch gets wrong for layer norm: add the "
+            "gradient of the term in transform_gradients, or use the plugin derivative-order"
+        )
 
 
 def _owner(step: InnerStep) -> str:

@@ -128,6 +128,7 @@ def _set_up(
         inner_lr=settings.inner_lr,
         kind=kind,
         ranks=ranks,
+        inner_optimizer=settings.inner_optimizer,
     )
     variables = chain.setup(context, seed)
     _refuse_clashes(model, chain, variables)

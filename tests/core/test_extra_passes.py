@@ -301,8 +301,8 @@ def test_the_first_value_that_is_not_finite_is_found_in_a_start():
     with pytest.raises(RunError) as error:
         learner.fit(Stream(), iterations=1, tasks_per_batch=2)
     assert str(error.value) == (
-        "iteration 0 stopped, nothing was updated: plugin 'probe' in initialize_parameters "
-        "(link 1 of 1, iteration 0, inner step 0) returned NaN or Inf in '2.bias' of all 2 tasks; "
+        "iteration 1 stopped, nothing was updated: plugin 'probe' in initialize_parameters "
+        "(link 1 of 1, iteration 1, inner step 0) returned NaN or Inf in '2.bias' of all 2 tasks; "
         "see what 'probe' computes there, or leave it out"
     )
 
@@ -497,7 +497,7 @@ def values_of(hook, change):
 )
 def test_starts_and_updates_keep_names_shapes_and_dtypes(hook, change, fault):
     assert refused([values_of(hook, change)], kind=RunError) == (
-        f"plugin 'probe' in {hook} (link 1 of 1, iteration 0, inner step 0) {fault}"
+        f"plugin 'probe' in {hook} (link 1 of 1, iteration 1, inner step 0) {fault}"
     )
 
 
@@ -587,3 +587,31 @@ def test_a_task_parameter_under_a_name_of_the_models_is_refused():
         "plugin 'probe' in task_parameters (link 1 of 1) answered 'bias', but 'probe.bias' is a "
         "parameter of the model: rename one"
     )
+
+
+class Penalty(Plugin):
+    """The squared length of the support gradient as a regulariser: a third derivative."""
+
+    @hookimpl
+    def transform_inner_losses(self, losses, step):
+        gradients = step.gradients(losses, dict(step.parameters))
+        return losses + 0.1 * sum(each.square().flatten(1).sum(1) for each in gradients.values())
+
+
+def test_a_third_derivative_through_layer_norm_is_refused():
+    """torch's differs from central differences by tens of percent, without a word."""
+    case = problem("layer-norm", steps=2)
+    assert str(refusal(lambda: case.learner(plugins=[Penalty()]).meta_gradients(case.batch))) == (
+        "plugin 'penalty' takes a gradient in transform_inner_losses, so that the meta-gradient is "
+        "of third order, which torch gets wrong for layer norm: add the gradient of the term in "
+        "transform_gradients, or use the plugin derivative-order"
+    )
+    first = case.learner(plugins=[Penalty(), "derivative-order"])
+    first.meta_gradients(case.batch)
+    problem("mlp").learner(plugins=[Penalty()]).meta_gradients(problem("mlp").batch)
+
+
+def refusal(call):
+    with pytest.raises(RequestError) as error:
+        call()
+    return error.value

@@ -134,44 +134,6 @@ def test_plugins_with_disjoint_hooks_commute(pair, case):
     assert_close(results[0], results[1], rtol=1e-9, atol=1e-12)
 
 
-def test_the_pairs_that_share_a_fold_are_these():
-    shared = {pair: plugins.hooks(pair[0]) & plugins.hooks(pair[1]) for pair in PAIRS}
-    assert {pair: hooks for pair, hooks in shared.items() if hooks} == {
-        ("aruba", "drop-grad"): {"transform_gradients"},
-        ("aruba", "gradient-clipping"): {"transform_gradients"},
-        ("aruba", "gradient-noise"): {"transform_gradients"},
-        ("aruba", "gradient-sharing"): {"transform_gradients"},
-        ("aruba", "meta-curvature"): {"transform_gradients"},
-        ("aruba", "meta-sgd"): {"transform_learning_rates"},
-        ("aruba", "mr-maml"): {"transform_outer_losses"},
-        ("aruba", "per-step-learning-rates"): {"transform_learning_rates"},
-        ("aruba", "taml"): {"transform_outer_losses"},
-        ("drop-grad", "gradient-clipping"): {"transform_gradients"},
-        ("drop-grad", "gradient-noise"): {"transform_gradients"},
-        ("drop-grad", "gradient-sharing"): {"transform_gradients"},
-        ("drop-grad", "meta-curvature"): {"transform_gradients"},
-        ("cavia", "lora"): {"select_adapted", "task_parameters", "transform_parameters"},
-        ("cavia", "partial-adaptation"): {"select_adapted"},
-        ("cavia", "per-step-batch-norm"): {"select_adapted", "transform_parameters"},
-        ("gradient-clipping", "gradient-noise"): {"transform_gradients"},
-        ("gradient-clipping", "gradient-sharing"): {"transform_gradients"},
-        ("gradient-clipping", "meta-curvature"): {"transform_gradients"},
-        ("gradient-noise", "gradient-sharing"): {"transform_gradients"},
-        ("gradient-noise", "meta-curvature"): {"transform_gradients"},
-        ("gradient-sharing", "meta-curvature"): {"transform_gradients"},
-        ("label-smoothing", "metal"): {"transform_inner_losses"},
-        ("label-smoothing", "weight-decay-to-init"): {"transform_inner_losses"},
-        ("lora", "meta-sgd"): {"transform_learning_rates"},
-        ("lora", "partial-adaptation"): {"select_adapted"},
-        ("lora", "per-step-batch-norm"): {"select_adapted", "transform_parameters"},
-        ("lora", "per-step-learning-rates"): {"transform_learning_rates"},
-        ("meta-sgd", "per-step-learning-rates"): {"transform_learning_rates"},
-        ("metal", "weight-decay-to-init"): {"transform_inner_losses"},
-        ("mr-maml", "taml"): {"transform_outer_losses"},
-        ("partial-adaptation", "per-step-batch-norm"): {"select_adapted"},
-    }
-
-
 class Point(nn.Module):
     """Answers its weight: with targets −g and no inputs, the gradient of half the squared distance
     at 0 is g."""
