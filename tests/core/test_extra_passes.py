@@ -301,8 +301,8 @@ def test_the_first_value_that_is_not_finite_is_found_in_a_start():
     with pytest.raises(RunError) as error:
         learner.fit(Stream(), iterations=1, tasks_per_batch=2)
     assert str(error.value) == (
-        "iteration 0 stopped, nothing was updated: plugin 'probe' in initialize_parameters "
-        "(link 1 of 1, iteration 0, inner step 0) returned NaN or Inf in '2.bias' of all 2 tasks; "
+        "iteration 1 stopped, nothing was updated: plugin 'probe' in initialize_parameters "
+        "(link 1 of 1, iteration 1, inner step 0) returned NaN or Inf in '2.bias' of all 2 tasks; "
         "see what 'probe' computes there, or leave it out"
     )
 
