@@ -497,7 +497,7 @@ def values_of(hook, change):
 )
 def test_starts_and_updates_keep_names_shapes_and_dtypes(hook, change, fault):
     assert refused([values_of(hook, change)], kind=RunError) == (
-        f"plugin 'probe' in {hook} (link 1 of 1, iteration 0, inner step 0) {fault}"
+        f"plugin 'probe' in {hook} (link 1 of 1, iteration 1, inner step 0) {fault}"
     )
 
 
