@@ -247,8 +247,8 @@ class Chain:
         """Show the observer, if there is one, what a link has kept and returned."""
         if self.watch is None:
             return
-        step, name = given.get("step"), link.plugin.name
-        kept = step.statistics.get(name, {}) if step is not None else {}
+        giver, name = given.get("step") or given.get("outcome"), link.plugin.name
+        kept = giver.statistics.get(name, {}) if giver is not None else {}
         kept = {key: each for key, each in kept.items() if not key.startswith(LOGGED)}
 
         def saying(verb: str) -> Callable[[str], str]:

@@ -108,7 +108,9 @@ class Inject(Plugin):
         return {**learning_rates, "2.bias": learning_rates["2.bias"] * self.value}
 
     @hookimpl
-    def transform_outer_losses(self, losses):
+    def transform_outer_losses(self, losses, outcome):
+        kept = self.put("keep of an outcome", losses.detach(), self.asked())
+        outcome.keep("losses", losses.detach() if kept is None else kept)
         return self.put("transform_outer_losses", losses, self.asked())
 
     @hookimpl
@@ -203,6 +205,7 @@ HOOKS = {
     "transform_learning_rates": (f", iteration {SAID}, inner step 1", "returned", "'2.bias'"),
     "keep": (f", iteration {SAID}, inner step 1", "kept", "'mean'"),
     "transform_outer_losses": ("", "returned", "'its value' of task 1"),
+    "keep of an outcome": ("", "kept", "'losses'"),
     "compute_meta_gradients": (f", iteration {SAID}", "returned", "'2.bias'"),
     "transform_meta_gradients": (f", iteration {SAID}", "returned", "'2.bias'"),
 }
@@ -228,8 +231,9 @@ def test_every_hook_and_way(hook, way, inf):
             "of task 1", "of task 0"
         )  # each chunk has one task, and the first is hit already
     text = first_bad(learner, Stream())
-    iteration = f", iteration {SAID}" if hook == "transform_outer_losses" else where
-    asked = "transform_gradients" if hook == "keep" else hook
+    asked = {"keep": "transform_gradients", "keep of an outcome": "transform_outer_losses"}
+    asked = asked.get(hook, hook)
+    iteration = f", iteration {SAID}" if asked == "transform_outer_losses" else where
     assert text == (
         f"plugin 'inject' in {asked} (link 1 of 1{iteration}) {did} NaN or Inf in {what}; see what "
         "'inject' computes there, or leave it out"
