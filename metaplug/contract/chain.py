@@ -132,12 +132,21 @@ class Chain:
 
     def choose(self, hook: str, default: Any, **arguments: Any) -> Any:
         """Ask for the one answer to `hook`; `default` if no plugin answers, an error if two do."""
-        answers = [(link, link.call(arguments)) for link in self._links[hook]]
-        answers = [(link, answer) for link, answer in answers if answer is not None]
-        if len(answers) > 1:
-            both = " and ".join(f"'{link.plugin.name}'" for link, _ in answers[:2])
-            both = f"plugins {both} both answer {hook}, which only one may"
-            raise RequestError(f"{both}: leave one of them out")
+        answers: list[tuple[Link, Any]] = []
+        for link in self._links[hook]:
+            answer, failure = None, None
+            try:
+                answer = link.call(arguments)
+            except RunError as error:  # perhaps as the first answer has used up a graph
+                if not answers:
+                    raise
+                failure = error
+            if answers and (failure or answer is not None):
+                both = f"plugins '{answers[0][0].plugin.name}' and '{link.plugin.name}' both answer"
+                raise RequestError(
+                    f"{both} {hook}, which only one may: leave one of them out"
+                ) from failure
+            answers += [] if answer is None else [(link, answer)]
         for link, answer in answers:
             if fault := CHECKS[hook](default, answer, arguments):
                 raise link.fault(fault, arguments)

@@ -512,3 +512,16 @@ def test_what_is_done_after_training_is_done_before_the_test_in_a_folder_that_is
     train(tiny(), folder, on_trained=look, resume=True)
     train(tiny(), folder, on_trained=look, resume=True)
     assert seen == [(5, False), (12, False)]
+
+
+def test_a_run_that_was_refused_in_its_first_iteration_leaves_its_name_free(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "named"
+    with pytest.raises(RequestError, match="makes the inner update itself"):
+        train(tiny(preset="alfa", learner__inner_optimizer="adam"), folder)
+    assert (folder / "config.yaml").exists()
+    train(tiny(preset="alfa"), folder)
+    assert (folder / "summary.json").exists()
+    with pytest.raises(RequestError, match="already exists"):
+        train(tiny(preset="alfa"), folder)

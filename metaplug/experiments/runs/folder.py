@@ -67,7 +67,12 @@ class RunFolder:
         mend = "give another --name or --out"
         if not self.path.is_dir():
             raise RequestError(f"{self.path} is a file, not a folder for a run: {mend}")
-        taken = any(not entry.name.startswith(".") for entry in self.path.iterdir())
+        taken = bool(self._entries())
+        if not resume and taken and self._never_trained():
+            self._acquire()
+            for entry in self._entries():  # of a run that was refused before its first iteration
+                entry.unlink()
+            return False
         if not resume and taken:
             mend = f"{mend}, or --resume to go on with it"
             raise RequestError(f"the run folder {self.path} already exists: {mend}")
@@ -162,6 +167,16 @@ class RunFolder:
         """Write the summary."""
         self._check_lock()
         self._write(SUMMARY, to_json(summary, indent=2) + "\n")
+
+    def _entries(self) -> list[Path]:
+        return [entry for entry in self.path.iterdir() if not entry.name.startswith(".")]
+
+    def _never_trained(self) -> bool:
+        """Whether the folder holds what a run writes as it begins, and not one iteration."""
+        names = {entry.name for entry in self._entries()}
+        begun = {CONFIG, RECORD, METRICS}
+        copies_alone = all(Path(name).suffix == ".py" for name in names - begun)
+        return begun <= names and copies_alone and not (self.path / METRICS).stat().st_size
 
     def _acquire(self) -> None:
         lock = FileLock(self.path / LOCK)
