@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import keyword
 import re
+import sys
 from dataclasses import dataclass
 from datetime import date
+from importlib.machinery import PathFinder
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -127,12 +129,24 @@ def _check_name(name: str, part: str) -> None:
     elif name in registry.names(part):
         origin = registry.origin_of(part, name)
         fault = f"the {part} '{name}' is installed already, by {origin}: {another}"
-    elif find_spec(module) is not None:
+    elif _is_module(module):
         why = f"there is a module {module} already, and one of the two would hide the other"
         fault = f"{where}, as {why}: {another}"
     else:
         return
     raise RequestError(fault)
+
+
+def _is_module(module: str) -> bool:
+    """Whether a module of this name can be imported from elsewhere than the current folder.
+
+    A file there is the idea that becomes a package. It is looked for last, so it hides nothing.
+    """
+    here = Path.cwd()
+    if PathFinder.find_spec(module, [str(here)]) is None:
+        return find_spec(module) is not None
+    elsewhere = [place for place in sys.path if Path(place).resolve() != here.resolve()]
+    return module in sys.stdlib_module_names or PathFinder.find_spec(module, elsewhere) is not None
 
 
 def _module(name: str) -> str:

@@ -293,6 +293,14 @@ def test_names_that_are_taken_are_refused_by_kind(
     assert metaplug("new-plugin", name, "--kind", kind) == (2, "", text)
 
 
+def test_the_file_of_an_idea_may_lie_beside_its_package(metaplug: Any) -> None:
+    Path("latent_head.py").write_text("idea = 1\n")
+    Path("statistics.py").write_text("idea = 1\n")
+    assert metaplug("new-plugin", "latent-head")[0] == 0
+    assert Path("latent_head.py").read_text() == "idea = 1\n"
+    assert metaplug("new-plugin", "statistics")[0] == 2  # it would hide that of Python
+
+
 def test_nothing_is_written_over(metaplug: Any) -> None:
     Path("mine").mkdir()
     Path("mine/thesis.tex").write_text("years of work")
