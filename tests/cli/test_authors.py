@@ -88,6 +88,26 @@ def test_it_ends_at_the_first_broken_clause(answer):
     assert broken["page"] == "docs/conformance.md#no-mutation"
 
 
+def test_some_clauses_alone(answer):
+    Path("my_idea.py").write_text(BAD)
+    only = ["--only", "off-is-baseline", "--only", "strict-config"]
+    status, out, err = answer("test-plugin", "./my_idea.py", *only, "--json", *QUICK)
+    *lines, last = err.splitlines()
+    assert status == 0
+    assert lines == [
+        "passed     strict-config",
+        "left out   off-is-baseline: no settings at which it does nothing are given: off = None",
+    ]
+    asked = f"2 of {len(CLAUSES)} clauses were asked"
+    said = f"plugin 'my-idea' breaks none of these; {asked}: 1 clause passed, 1 left out, "
+    assert last.startswith(said)
+    values = json.loads(out)
+    assert values["conforms"] is None
+    assert [each["clause"] for each in values["clauses"]] == ["strict-config", "off-is-baseline"]
+    status, out, err = answer("test-plugin", "./my_idea.py", "--only", "no-mutation", *QUICK)
+    assert (status, err.splitlines()[0].partition(":")[0]) == (1, "broken     no-mutation")
+
+
 WRONG = {
     ("./no.py",): "there is no plugin file ./no.py: give the path of a Python file",
     ("gradient-nois",): "unknown plugin 'gradient-nois': did you mean 'gradient-noise'?",
@@ -103,6 +123,7 @@ WRONG = {
     "reason: write --except CLAUSE=REASON",
     ("gradient-noise", "--except", "infinite=yes"): "unknown clause 'infinite': did you mean "
     "'finite'?",
+    ("gradient-noise", "--only", "infinite"): "unknown clause 'infinite': did you mean 'finite'?",
 }
 
 
