@@ -18,6 +18,7 @@ from metaplug.contract.hookspecs import KINDS
 from metaplug.contract.naming import is_kebab, kebab
 from metaplug.contract.plugin import Plugin
 from metaplug.contract.plugin_checks import check_plugin
+from metaplug.contract.registry import Part
 from metaplug.errors import RequestError, RunError, one_line, reason, said_by
 
 _LOADED: dict[tuple[Path, str], type[Plugin]] = {}
@@ -108,6 +109,11 @@ def load(path: str, sha256: str | None = None) -> type[Plugin]:
     check_plugin(found, name)
     _LOADED[place, digest] = found
     return found
+
+
+def part_of(path: str) -> Part:
+    """Load a plugin file as a part beside the installed ones; for the errors see `load`."""
+    return Part("plugin", name_in(path), path, value=load(path))
 
 
 def origin_of(plugin: type[Plugin]) -> dict[str, str] | None:

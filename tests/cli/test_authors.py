@@ -149,6 +149,24 @@ def test_without_pytest_it_says_what_to_install(answer, monkeypatch):
     )
 
 
+def test_the_plugin_in_a_file_is_described_as_an_installed_one(answer):
+    Path("my_idea.py").write_text(GOOD)
+    status, out, _ = answer("plugins", "./my_idea.py", "--json")
+    (page,) = json.loads(out)
+    assert (status, page["name"], page["kind"]) == (0, "my-idea", "plugin")
+    assert (page["distribution"], page["version"]) == ("./my_idea.py", None)
+    assert page["facts"]["hooks"] == "transform_gradients (fold)"
+    assert page["settings"][0]["description"] == "The factor; 1 is off."
+    status, out, err = answer("plugins", "./my_idea.py")
+    assert (status, out) == (0, "")
+    assert err.splitlines()[0] == "my-idea: a plugin of ./my_idea.py"
+    for more in ([], ["--compose"]):
+        *_, last = answer("plugins", "./your_idea.py", *more)[2].splitlines()
+        assert last == (
+            "metaplug: there is no plugin file ./your_idea.py: give the path of a Python file"
+        )
+
+
 def test_every_hook_is_in_the_reference(answer):
     status, out, _ = answer("hooks", "--json")
     assert status == 0
@@ -157,7 +175,12 @@ def test_every_hook_is_in_the_reference(answer):
     for name, hook in found.items():
         assert (hook["kind"], hook["when"]) == (KINDS[name], WHEN[name])
         assert hook["documentation"] == inspect.getdoc(getattr(hookspecs, name))
-    assert found["transform_learning_rates"]["plugins"] == ["meta-sgd", "per-step-learning-rates"]
+    assert found["transform_learning_rates"]["plugins"] == [
+        "aruba",
+        "lora",
+        "meta-sgd",
+        "per-step-learning-rates",
+    ]
     assert found["transform_gradients"]["signature"] == (
         "transform_gradients(\n    gradients: Gradients,\n    step: InnerStep,\n"
         ") -> Gradients | None"
