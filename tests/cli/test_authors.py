@@ -195,7 +195,10 @@ def test_hooks_are_listed_and_one_is_shown(answer):
     lines = [line.strip() for line in err.splitlines()]
     assert lines[0] == "setup: notify, once, when a learner is made"
     assert "context: Context," in lines
-    assert answer("hooks", "transform_gradient") == (
+    _, _, err = answer("hooks", "transform_gradients", "setup")
+    heads = [line for line in err.splitlines() if ": notify, " in line or ": fold, " in line]
+    assert [head.partition(":")[0] for head in heads] == ["transform_gradients", "setup"]
+    assert answer("hooks", "setup", "transform_gradient") == (
         2,
         "",
         "metaplug: unknown hook 'transform_gradient': did you mean 'transform_gradients'?\n",
