@@ -11,23 +11,32 @@ from metaplug.errors import unknown
 from metaplug.report.console import CONSOLE, emit, line
 
 
-@examples("metaplug hooks", "metaplug hooks transform_gradients", "metaplug hooks --json")
+@examples(
+    "metaplug hooks",
+    "metaplug hooks initialize_parameters transform_parameters",
+    "metaplug hooks --json",
+)
 def hooks(
-    name: Annotated[str | None, typer.Argument(metavar="HOOK", help="One hook, in full.")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="HOOK", help="Hooks to show in full.", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the hooks that a plugin may implement; or show one: its arguments, when it is called,
-    and which installed plugins implement it."""
+    """List the hooks that a plugin may implement; or show some: their arguments, when they are
+    called, and which installed plugins implement them."""
     from metaplug.experiments.json_values import to_json
     from metaplug.report.hooks import hook_entries, hook_page, hook_table
 
     found = hook_entries()
-    chosen = [entry for entry in found if name in (None, entry.name)]
-    if not chosen:
-        raise unknown("hook", str(name), [entry.name for entry in found])
+    by_name = {entry.name: entry for entry in found}
+    for name in names or ():
+        if name not in by_name:
+            raise unknown("hook", name, by_name)
+    chosen = [by_name[name] for name in dict.fromkeys(names)] if names else found
     if as_json:
         emit(to_json([entry.values() for entry in chosen], indent=2))
-    elif name is None:
+    elif not names:
         CONSOLE.print(hook_table(chosen))
         line("metaplug hooks HOOK shows one with its arguments and the plugins that implement it")
     else:

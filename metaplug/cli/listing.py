@@ -48,12 +48,15 @@ def explain(
 @options.examples(
     "metaplug plugins",
     "metaplug plugins gradient-sharing",
-    "metaplug plugins gradient-sharing --json",
-    "metaplug plugins --compose",
+    "metaplug plugins ./my_idea.py --compose",
 )
 def plugins(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="One part, with its settings and hooks.")
+        str | None,
+        typer.Argument(
+            metavar="NAME|FILE.py",
+            help="One part, with its settings and hooks; or the plugin in a file.",
+        ),
     ] = None,
     compose: Annotated[
         bool,
@@ -67,12 +70,16 @@ def plugins(
     if compose:
         _compose(name, as_json=as_json)
         return
+    from metaplug.contract.plugin_files import is_file
     from metaplug.experiments.json_values import to_json
-    from metaplug.report.catalogue import entries
+    from metaplug.report.catalogue import entries, file_entry
     from metaplug.report.tables import catalogue_page, catalogue_table
 
-    found = entries("plugin", "preset", "model")
-    chosen = [entry for entry in found if name in (None, entry.name)]
+    if name is not None and is_file(name):
+        found = chosen = [file_entry(name)]
+    else:
+        found = entries("plugin", "preset", "model")
+        chosen = [entry for entry in found if name in (None, entry.name)]
     if not chosen:
         known = dict.fromkeys(entry.name for entry in found)
         raise unknown("plugin, preset or model", str(name), known)
@@ -89,6 +96,7 @@ def _compose(name: str | None, *, as_json: bool) -> None:
     """Try pairs of plugins, in both orders, and show what came of it."""
     from dataclasses import asdict
 
+    from metaplug.contract.presets import label_of
     from metaplug.experiments.compositions import compositions
     from metaplug.experiments.json_values import to_json
     from metaplug.report.compositions import composition_table
@@ -98,7 +106,7 @@ def _compose(name: str | None, *, as_json: bool) -> None:
     if as_json:
         emit(to_json(asdict(found), indent=2))
     else:
-        CONSOLE.print(composition_table(found, name))
+        CONSOLE.print(composition_table(found, None if name is None else label_of(name)))
 
 
 @options.examples(

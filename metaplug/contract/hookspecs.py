@@ -111,6 +111,7 @@ _MOMENTS.append("once for every batch of training and of evaluation, before the 
 def initialize_parameters(parameters: Parameters, step: InnerStep) -> Parameters | None:
     """Every task's own start, (T, *shape), differentiable: from its support set by `step.forward`.
 
+    `parameters` has the plugins' task parameters too, as PLUGIN.NAME, which may start anew as well.
     `step` is the first one. The loop, and the query pass of a loop of no steps, go on from it.
     """
 

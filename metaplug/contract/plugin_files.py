@@ -18,10 +18,13 @@ from metaplug.contract.hookspecs import KINDS
 from metaplug.contract.naming import is_kebab, kebab
 from metaplug.contract.plugin import Plugin
 from metaplug.contract.plugin_checks import check_plugin
+from metaplug.contract.registry import Part
 from metaplug.errors import RequestError, RunError, one_line, reason, said_by
 
 _LOADED: dict[tuple[Path, str], type[Plugin]] = {}
 """By resolved path and digest: the same file gives the same class, whoever asks."""
+_RECORDED: set[str] = set()
+"""Digests of the files of runs: a plugin installed since may have the name of one."""
 
 
 def is_file(plugin: str) -> bool:
@@ -68,6 +71,14 @@ def changed(path: str, then: str, now: str, since: str) -> RequestError:
     )
 
 
+def keep_name(sha256: str) -> None:
+    """Let the file of this digest load though a plugin of its name is installed by now.
+
+    A run's record tells the two apart by the digest, so whoever checked it there says so here.
+    """
+    _RECORDED.add(sha256)
+
+
 def load(path: str, sha256: str | None = None) -> type[Plugin]:
     """Run a plugin file and return the plugin in it: a class P(Plugin), or marked functions.
 
@@ -77,7 +88,8 @@ def load(path: str, sha256: str | None = None) -> type[Plugin]:
 
     Raises:
         RequestError: there is no such file; it is not Python, was changed, holds no plugin or
-            two, has the name of an installed plugin, or breaks the contract.
+            two, has the name of an installed plugin (`keep_name` allows it), or breaks the
+            contract.
         RunError: it fails when it is run.
     """
     (source, digest), place = source_of(path, sha256), Path(path).resolve()
@@ -89,11 +101,19 @@ def load(path: str, sha256: str | None = None) -> type[Plugin]:
             f"the plugin file {path} would give its plugin the name '{name}', which none can have: "
             "rename it with lower-case letters, digits and underscores, as my_idea.py"
         )
-    _check_free(f"the plugin file {path}", name, "file")
+    if digest not in _RECORDED:
+        _check_free(f"the plugin file {path}", name, "file")
     found = _plugin_in(_run(path, place, source, digest), path)
+    if digest not in _RECORDED and not hasattr(found, "written_as"):
+        _check_free(f"the class {found.__name__} of the plugin file {path}", found.kind(), "class")
     check_plugin(found, name)
     _LOADED[place, digest] = found
     return found
+
+
+def part_of(path: str) -> Part:
+    """Load a plugin file as a part beside the installed ones; for the errors see `load`."""
+    return Part("plugin", name_in(path), path, value=load(path))
 
 
 def origin_of(plugin: type[Plugin]) -> dict[str, str] | None:
@@ -174,8 +194,6 @@ def _plugin_in(module: ModuleType, path: str) -> type[Plugin]:
             f"{marked[0]}, which are two plugins: leave one of them in it"
         )
     if classes:
-        kind, called = classes[0].kind(), f"the class {classes[0].__name__} of {where}"
-        _check_free(called, kind, "class")
         return classes[0]
     if marked:
         return plugin_of(module)

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from metaplug.contract import registry
+from metaplug.contract import plugin_files, registry
 from metaplug.contract.chain import Chain
 from metaplug.contract.example_settings import example_settings
 from metaplug.contract.hookspecs import KINDS
@@ -156,16 +156,21 @@ def compositions(name: str | None = None, cases: Sequence[Case] | None = None) -
     plugins fit, each alone, with an evaluation too.
 
     Args:
-        name: of one plugin, to try only its pairs.
+        name: of one plugin, or the path of the file of one, which is run: to try only its pairs.
         cases: default: `small_cases()`.
 
     Raises:
-        RequestError: no plugin of that name is installed.
+        RequestError: no plugin of that name is installed, or the file holds none.
+        RunError: the file fails when it is run.
     """
     cases = small_cases() if cases is None else tuple(cases)
     subjects: dict[str, _Subject] = {}
     left_out: dict[str, str] = {}
-    for part in registry.parts("plugin"):
+    parts = registry.parts("plugin")
+    if name is not None and plugin_files.is_file(name):
+        parts.append(own := plugin_files.part_of(name))
+        name = own.name
+    for part in parts:
         if part.error is not None:
             left_out[part.name] = part.error
             continue

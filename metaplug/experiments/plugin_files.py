@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from metaplug.contract.plugin_files import changed, is_file, name_in, source_of
+from metaplug.contract.plugin_files import changed, is_file, keep_name, name_in, source_of
 from metaplug.contract.presets import PluginUse, Preset
 from metaplug.errors import RequestError, one_line
 from metaplug.experiments.configuration import ExperimentConfig, flatten
@@ -31,8 +31,20 @@ def recorded(config: ExperimentConfig) -> ExperimentConfig:
     return _with_files(config, with_digest)
 
 
+def keep_names(config: ExperimentConfig) -> None:
+    """Run the files of a run's configuration even if plugins of their names are installed by now.
+
+    Args:
+        config: with the digests that the run's record has.
+    """
+    for use in file_uses(config):
+        keep_name(str(use.sha256))
+
+
 def permitted(config: ExperimentConfig, given: Sequence[str], holder: object) -> ExperimentConfig:
     """A run's configuration with the plugin files that a caller names, wherever they lie now.
+
+    One with the digest of the record is run even if a plugin of its name is installed by now.
 
     Args:
         given: paths of files. A record names code, but only a caller lets it run.
@@ -42,6 +54,17 @@ def permitted(config: ExperimentConfig, given: Sequence[str], holder: object) ->
         RequestError: a file of the configuration is not given, or was changed; or one that is
             given is none of its.
     """
+    if names := [text for text in given if not is_file(text)]:
+        files = [use.plugin for use in file_uses(config)]
+        instead = (
+            f"give its file, --with {one_line(files[0])}, or the copy in the run's folder"
+            if files
+            else "leave it out, as the run finds installed plugins by itself"
+        )
+        raise RequestError(
+            f"--with {names[0]}: it is no path of a plugin file, and only files of {holder} need "
+            f"to be named: {instead}"
+        )
     digests, taken = {path: source_of(path)[1] for path in given}, set[str]()
 
     def let_run(use: PluginUse) -> PluginUse:
@@ -49,6 +72,8 @@ def permitted(config: ExperimentConfig, given: Sequence[str], holder: object) ->
         for path, digest in digests.items():
             if digest == use.sha256 or (use.sha256 is None and name_in(path) == label):
                 taken.add(path)
+                if digest == use.sha256:
+                    keep_name(digest)
                 name = use.name if name_in(path) == name_in(use.plugin) else label
                 return use.model_copy(update={"plugin": path, "name": name, "sha256": digest})
         for path, digest in digests.items():

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from metaplug.contract import registry
+from metaplug.contract import plugin_files, registry
 from metaplug.contract.hookspecs import KINDS
 from metaplug.contract.plugin_checks import implementations
 from metaplug.contract.presets import Preset
@@ -62,6 +62,15 @@ class Entry(Part):
 def entries(*kinds: str) -> list[Entry]:
     """Describe every installed part of these kinds; one that does not load has its error."""
     return [_entry(part) for kind in kinds for part in registry.parts(kind)]
+
+
+def file_entry(path: str) -> Entry:
+    """Describe the plugin in a file, which is run.
+
+    Raises:
+        RequestError, RunError: it does not load, as for `plugin_files.load`.
+    """
+    return _entry(plugin_files.part_of(path))
 
 
 def _entry(part: Part) -> Entry:

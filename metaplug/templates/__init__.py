@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import keyword
 import re
+import sys
 from dataclasses import dataclass
 from datetime import date
+from importlib.machinery import PathFinder
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,6 +47,24 @@ SCAFFOLDS = {
 }
 """By kind; each has a folder of its name in `metaplug/templates`."""
 
+
+@dataclass(frozen=True)
+class FilePlugin:
+    """What a package has of a plugin's file, in place of a scaffold.
+
+    Attributes:
+        source: the content of the file.
+        class_name: of the plugin in it; None where its marked functions are the plugin.
+        readme: its beginning, before the common part.
+        test: of the contract.
+    """
+
+    source: str
+    class_name: str | None
+    readme: str
+    test: str
+
+
 _PLACES = {
     "test_my_idea.py": "tests/test_my_idea.py",
     "gitignore": ".gitignore",
@@ -53,12 +73,15 @@ _PLACES = {
 """Where a file goes that does not stay at the top."""
 
 
-def write_package(name: str, kind: str, folder: Path) -> list[Path]:
+def write_package(
+    name: str, kind: str, folder: Path, of_file: FilePlugin | None = None
+) -> list[Path]:
     """Write a package that is ready to be installed, tested and published.
 
     Args:
         name: of the part, in kebab-case, at most 40 letters; kind: one of SCAFFOLDS.
         folder: made here, with those above it; an empty one may exist.
+        of_file: the plugin of the package, which takes the place of the scaffold's.
 
     Returns the files, sorted, relative to the folder.
 
@@ -73,7 +96,7 @@ def write_package(name: str, kind: str, folder: Path) -> list[Path]:
             f"{folder} already exists, and nothing is written over: "
             "give another --out, or another name"
         )
-    written = _filled(name, kind, scaffold.part)
+    written = _filled(name, kind, scaffold.part, of_file)
     try:
         for place, text in written.items():
             path = folder / place
@@ -86,21 +109,27 @@ def write_package(name: str, kind: str, folder: Path) -> list[Path]:
     return sorted(map(Path, written))
 
 
-def _filled(name: str, kind: str, part: str) -> dict[str, str]:
+def _filled(name: str, kind: str, part: str, of_file: FilePlugin | None) -> dict[str, str]:
     """The files by place."""
-    module = _module(name)
+    module, found = _module(name), dict[str, str]()
+    sources = [kind, "common"]
+    own: str | None = module.upper() if part == "preset" else camel(name)
+    if of_file is not None:
+        sources, own = ["common"], of_file.class_name
+        found = {f"{module}.py": of_file.source, f"tests/test_{module}.py": of_file.test}
+        found["README.md"] = of_file.readme
     words = {
+        "my_idea:OBJECT": f"{module}:{own}" if own else module,  # before the name alone
         "my-idea": name,
         "my_idea": module,
         "MyIdea": camel(name),
         "MY_IDEA": module.upper(),
         "GROUP": registry.GROUPS[part],
-        "OBJECT": module.upper() if part == "preset" else camel(name),
         "VERSION": metaplug.__version__,
         "YEAR": str(date.today().year),
     }
-    pattern, found = re.compile("|".join(words)), dict[str, str]()
-    for source in (kind, "common"):
+    pattern = re.compile("|".join(words))
+    for source in sources:
         folder = files("metaplug") / "templates" / source
         for file in sorted(folder.iterdir(), key=lambda file: file.name):
             if not file.is_file():
@@ -127,12 +156,24 @@ def _check_name(name: str, part: str) -> None:
     elif name in registry.names(part):
         origin = registry.origin_of(part, name)
         fault = f"the {part} '{name}' is installed already, by {origin}: {another}"
-    elif find_spec(module) is not None:
+    elif _is_module(module):
         why = f"there is a module {module} already, and one of the two would hide the other"
         fault = f"{where}, as {why}: {another}"
     else:
         return
     raise RequestError(fault)
+
+
+def _is_module(module: str) -> bool:
+    """Whether a module of this name can be imported from elsewhere than the current folder.
+
+    A file there is the idea that becomes a package. It is looked for last, so it hides nothing.
+    """
+    here = Path.cwd()
+    if PathFinder.find_spec(module, [str(here)]) is None:
+        return find_spec(module) is not None
+    elsewhere = [place for place in sys.path if Path(place).resolve() != here.resolve()]
+    return module in sys.stdlib_module_names or PathFinder.find_spec(module, elsewhere) is not None
 
 
 def _module(name: str) -> str:

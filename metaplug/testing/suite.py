@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -151,18 +151,26 @@ def check(
             raise verdict.error
 
 
-def verdicts(subject: Subject, exceptions: Mapping[str, str]) -> Iterator[Verdict]:
+def verdicts(
+    subject: Subject, exceptions: Mapping[str, str], only: Collection[str] = ()
+) -> Iterator[Verdict]:
     """Try one clause at each step of the iterator, none after a broken one.
 
     Args:
         subject: the plugin.
         exceptions: as for PluginConformance.
+        only: the clauses to try, by default all.
 
     Raises:
         RequestError: a clause is unknown, or left out without a reason.
     """
     broken: str | None = None
+    for name in only:
+        if name not in CLAUSES:
+            raise unknown("clause", name, CLAUSES)
     for name, clause in CLAUSES.items():
+        if only and name not in only:
+            continue
         if reason := _left_out(name, _checked(exceptions), subject.off):
             yield Verdict(name, "left out", reason)
         elif broken is not None:

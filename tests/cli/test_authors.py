@@ -88,6 +88,26 @@ def test_it_ends_at_the_first_broken_clause(answer):
     assert broken["page"] == "docs/conformance.md#no-mutation"
 
 
+def test_some_clauses_alone(answer):
+    Path("my_idea.py").write_text(BAD)
+    only = ["--only", "off-is-baseline", "--only", "strict-config"]
+    status, out, err = answer("test-plugin", "./my_idea.py", *only, "--json", *QUICK)
+    *lines, last = err.splitlines()
+    assert status == 0
+    assert lines == [
+        "passed     strict-config",
+        "left out   off-is-baseline: no settings at which it does nothing are given: off = None",
+    ]
+    asked = f"2 of {len(CLAUSES)} clauses were asked"
+    said = f"plugin 'my-idea' breaks none of these; {asked}: 1 clause passed, 1 left out, "
+    assert last.startswith(said)
+    values = json.loads(out)
+    assert values["conforms"] is None
+    assert [each["clause"] for each in values["clauses"]] == ["strict-config", "off-is-baseline"]
+    status, out, err = answer("test-plugin", "./my_idea.py", "--only", "no-mutation", *QUICK)
+    assert (status, err.splitlines()[0].partition(":")[0]) == (1, "broken     no-mutation")
+
+
 WRONG = {
     ("./no.py",): "there is no plugin file ./no.py: give the path of a Python file",
     ("gradient-nois",): "unknown plugin 'gradient-nois': did you mean 'gradient-noise'?",
@@ -103,6 +123,7 @@ WRONG = {
     "reason: write --except CLAUSE=REASON",
     ("gradient-noise", "--except", "infinite=yes"): "unknown clause 'infinite': did you mean "
     "'finite'?",
+    ("gradient-noise", "--only", "infinite"): "unknown clause 'infinite': did you mean 'finite'?",
 }
 
 
@@ -128,6 +149,24 @@ def test_without_pytest_it_says_what_to_install(answer, monkeypatch):
     )
 
 
+def test_the_plugin_in_a_file_is_described_as_an_installed_one(answer):
+    Path("my_idea.py").write_text(GOOD)
+    status, out, _ = answer("plugins", "./my_idea.py", "--json")
+    (page,) = json.loads(out)
+    assert (status, page["name"], page["kind"]) == (0, "my-idea", "plugin")
+    assert (page["distribution"], page["version"]) == ("./my_idea.py", None)
+    assert page["facts"]["hooks"] == "transform_gradients (fold)"
+    assert page["settings"][0]["description"] == "The factor; 1 is off."
+    status, out, err = answer("plugins", "./my_idea.py")
+    assert (status, out) == (0, "")
+    assert err.splitlines()[0] == "my-idea: a plugin of ./my_idea.py"
+    for more in ([], ["--compose"]):
+        *_, last = answer("plugins", "./your_idea.py", *more)[2].splitlines()
+        assert last == (
+            "metaplug: there is no plugin file ./your_idea.py: give the path of a Python file"
+        )
+
+
 def test_every_hook_is_in_the_reference(answer):
     status, out, _ = answer("hooks", "--json")
     assert status == 0
@@ -136,7 +175,12 @@ def test_every_hook_is_in_the_reference(answer):
     for name, hook in found.items():
         assert (hook["kind"], hook["when"]) == (KINDS[name], WHEN[name])
         assert hook["documentation"] == inspect.getdoc(getattr(hookspecs, name))
-    assert found["transform_learning_rates"]["plugins"] == ["meta-sgd", "per-step-learning-rates"]
+    assert found["transform_learning_rates"]["plugins"] == [
+        "aruba",
+        "lora",
+        "meta-sgd",
+        "per-step-learning-rates",
+    ]
     assert found["transform_gradients"]["signature"] == (
         "transform_gradients(\n    gradients: Gradients,\n    step: InnerStep,\n"
         ") -> Gradients | None"
@@ -151,7 +195,10 @@ def test_hooks_are_listed_and_one_is_shown(answer):
     lines = [line.strip() for line in err.splitlines()]
     assert lines[0] == "setup: notify, once, when a learner is made"
     assert "context: Context," in lines
-    assert answer("hooks", "transform_gradient") == (
+    _, _, err = answer("hooks", "transform_gradients", "setup")
+    heads = [line for line in err.splitlines() if ": notify, " in line or ": fold, " in line]
+    assert [head.partition(":")[0] for head in heads] == ["transform_gradients", "setup"]
+    assert answer("hooks", "setup", "transform_gradient") == (
         2,
         "",
         "metaplug: unknown hook 'transform_gradient': did you mean 'transform_gradients'?\n",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,7 +161,7 @@ def test_verdicts_and_reasons_are_exact() -> None:
 
 @pytest.mark.usefixtures("made")
 def test_the_command_prints_the_matrix_or_the_pairs_of_one(
-    capfd: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def metaplug(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as stopped:
@@ -182,3 +183,14 @@ def test_the_command_prints_the_matrix_or_the_pairs_of_one(
     assert metaplug("halves")[2].endswith(
         "metaplug: unknown plugin 'halves': did you mean 'half'?\n"
     )
+    file = tmp_path / "add_two.py"
+    file.write_text(
+        "from metaplug import hookimpl\n\n\n@hookimpl\ndef transform_gradients(gradients):\n"
+        "    return {name: each + 2 for name, each in gradients.items()}\n"
+    )
+    status, out, err = metaplug(str(file), "--json")
+    pairs = json.loads(out)["pairs"]
+    assert status == 0 and {pair["second"] for pair in pairs} == {"add-two"}
+    verdicts = {pair["first"]: pair["verdict"] for pair in pairs}
+    assert (verdicts["plus"], verdicts["times"]) == ("composes", "order matters")
+    assert "Beside add-two" in metaplug(str(file))[2]

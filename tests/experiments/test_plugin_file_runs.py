@@ -141,6 +141,53 @@ def test_repeating_asks_for_it_too(folder: Path, capfd: pytest.CaptureFixture[st
     )
 
 
+@pytest.fixture
+def installed_since(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file's plugin, as a package that was installed after the run."""
+    metadata = folder / "site/my_idea-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-idea\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[metaplug.plugins]\nmy-idea = my_idea\n")
+    monkeypatch.syspath_prepend(folder / "site")
+    monkeypatch.setattr(plugin_files, "_LOADED", {})
+    monkeypatch.setattr(plugin_files, "_RECORDED", set())
+
+
+@pytest.mark.usefixtures("installed_since")
+def test_a_run_outlives_the_packaging_of_its_file(capfd: pytest.CaptureFixture[str]) -> None:
+    taken = (
+        "the plugin file ./my_idea.py has the name of the installed plugin 'my-idea' (my-idea "
+        "1.0), and no record could tell the two apart: rename the file, or give the name without "
+        "a path"
+    )
+    config = tiny(plugins=["./my_idea.py"], training__iterations=4)
+    with pytest.raises(RequestError) as error:
+        train(config, Path("runs/new"))
+    assert str(error.value) == taken
+    assert not Path("ran").exists()
+    assert run(capfd, "evaluate", "runs/mine", "--with", "my-idea") == (
+        2,
+        "metaplug: --with my-idea: it is no path of a plugin file, and only files of "
+        "runs/mine/best.safetensors need to be named: give its file, --with ./my_idea.py, or the "
+        "copy in the run's folder\n",
+    )
+    for file in ("./my_idea.py", "runs/mine/my_idea.py"):
+        assert run(capfd, "evaluate", "runs/mine", "--with", file)[0] == 0
+    status, said = run(capfd, "train", "--from", "runs/mine", "--with", "runs/mine/my_idea.py")
+    assert (status, said.splitlines()[-1]) == (
+        0,
+        "matches runs/mine bit for bit: 4 iterations and the test",
+    )
+
+
+@pytest.mark.usefixtures("installed_since")
+def test_a_run_goes_on_after_the_packaging_of_its_file() -> None:
+    for left in ("summary.json", "last.safetensors"):
+        Path("runs/mine", left).unlink(missing_ok=True)
+    config = tiny(plugins=["./my_idea.py"], training__iterations=4)
+    assert train(config, Path("runs/mine"), resume=True) is not None
+
+
 def test_what_is_no_file_of_the_run_is_refused(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -293,6 +293,111 @@ def test_names_that_are_taken_are_refused_by_kind(
     assert metaplug("new-plugin", name, "--kind", kind) == (2, "", text)
 
 
+def test_the_file_of_an_idea_may_lie_beside_its_package(metaplug: Any) -> None:
+    Path("latent_head.py").write_text("idea = 1\n")
+    Path("statistics.py").write_text("idea = 1\n")
+    assert metaplug("new-plugin", "latent-head")[0] == 0
+    assert Path("latent_head.py").read_text() == "idea = 1\n"
+    assert metaplug("new-plugin", "statistics")[0] == 2  # it would hide that of Python
+
+
+HALF = '''"""Inner gradients times a half.
+
+    g ← g / 2
+
+Of every task.
+"""
+
+from metaplug import hookimpl
+
+
+@hookimpl
+def transform_gradients(gradients):
+    return {name: gradient / 2 for name, gradient in gradients.items()}
+'''
+POWER = '''from typing import Literal
+
+from metaplug import Plugin, PluginConfig, hookimpl
+from pydantic import Field
+
+
+class MyIdea(Plugin):
+    """Scale inner gradients; my-idea is kept as it is."""
+
+    class Config(PluginConfig):
+        mode: Literal["half", "none"] = Field("none", examples=["half"], description="How much.")
+
+    @hookimpl
+    def transform_gradients(self, gradients):
+        if self.config.mode == "none":
+            return None
+        return {name: gradient / 2 for name, gradient in gradients.items()}
+'''
+
+
+def test_a_file_becomes_a_package(metaplug: Any) -> None:
+    Path("my_idea.py").write_text(POWER)
+    status, out, err = metaplug("new-plugin", "power-of-two", "--from", "./my_idea.py")
+    assert (status, out) == (0, "")
+    files = sorted(file.format("power_of_two") for file in FILES)
+    assert err.splitlines() == [
+        "power-of-two has the plugin of ./my_idea.py, as a package:",
+        *(f"- {file}" for file in files),
+        "next:",
+        "- cd power-of-two && pip install -e '.[test]'",
+        "- pytest",
+        "- metaplug plugins power-of-two",
+    ]
+    made = Path("power-of-two")
+    assert (made / "power_of_two.py").read_text() == POWER
+    assert (made / "tests/test_power_of_two.py").read_text() == (
+        '"""What every plugin promises."""\n\nfrom metaplug.testing import PluginConformance\n\n'
+        "from power_of_two import MyIdea\n\n\nclass TestMyIdea(PluginConformance):\n"
+        "    plugin = MyIdea\n    settings = {'mode': 'half'}\n"
+    )
+    assert (
+        (made / "README.md")
+        .read_text()
+        .startswith(
+            "# power-of-two\n\nA plugin for metaplug.\n\nScale inner gradients; my-idea is kept "
+            "as it is.\n\n| setting | bounds | default | what it is |\n|---|---|---|---|\n"
+            "| `mode` | half \\| none | none | How much. |\n\n## Use\n"
+        )
+    )
+    project = tomllib.loads((made / "pyproject.toml").read_text())["project"]
+    entry = {"metaplug.plugins": {"power-of-two": "power_of_two:MyIdea"}}
+    assert project["entry-points"] == entry
+
+
+def test_a_file_of_functions_becomes_a_package_that_is_found(metaplug: Any) -> None:
+    Path("half_of_it.py").write_text(HALF)
+    assert metaplug("new-plugin", "half-of-it", "--from", "half_of_it.py", "--out", "made")[0] == 0
+    test = Path("made/tests/test_half_of_it.py").read_text()
+    assert "import half_of_it\n" in test and "    plugin = half_of_it\n" in test
+    found = "-m", "metaplug", "plugins", "half-of-it", "--json"
+    (page,) = json.loads(tell(sys.executable, *found, path=install(Path("made"))))
+    said = "Inner gradients times a half.\n\n    g ← g / 2\n\nOf every task."
+    assert page["documentation"] == said
+    assert page["hooks"] == ["transform_gradients"]
+
+
+def test_a_file_and_a_kind_are_two_requests(metaplug: Any) -> None:
+    text = (
+        "metaplug: --kind preset and --from my_idea.py: the file is the plugin already, of "
+        "whatever kind: leave one of them out\n"
+    )
+    given = ["new-plugin", "an-idea", "--kind", "preset", "--from", "my_idea.py"]
+    assert metaplug(*given) == (2, "", text)
+    text = "metaplug: there is no plugin file no.py: give the path of a Python file\n"
+    assert metaplug("new-plugin", "an-idea", "--from", "no.py") == (2, "", text)
+    Path("coded.py").write_bytes(
+        b"# coding: latin-1\n" + POWER.replace("much", "m\xfcch").encode("l1")
+    )
+    text = "metaplug: the plugin file coded.py is not in UTF-8: save it so\n"
+    assert metaplug("new-plugin", "an-idea", "--from", "coded.py") == (2, "", text)
+    assert not Path("an-idea").exists()
+
+
 def test_nothing_is_written_over(metaplug: Any) -> None:
     Path("mine").mkdir()
     Path("mine/thesis.tex").write_text("years of work")

@@ -17,9 +17,9 @@ from metaplug.execution.ranks import ALONE, World
 from metaplug.experiments.build import Experiment, build
 from metaplug.experiments.configuration import ExperimentConfig, to_yaml
 from metaplug.experiments.json_values import environment, result_values
-from metaplug.experiments.plugin_files import recorded
+from metaplug.experiments.plugin_files import keep_names, recorded
 from metaplug.experiments.runs.folder import RunFolder
-from metaplug.experiments.runs.layout import BEST, LAST
+from metaplug.experiments.runs.layout import BEST, CONFIG, LAST
 from metaplug.experiments.runs.reading import read_metrics, read_summary
 from metaplug.experiments.runs.sessions import session
 
@@ -69,6 +69,8 @@ def train(
     with RunFolder(folder) as place:
         if world.from_main(lambda: place.check(config, resume=resume)):
             return world.from_main(lambda: read_summary(folder))
+        if resume and world.from_main((folder / CONFIG).exists):
+            keep_names(config)  # the digests are those of the run, as checked
         experiment = build(config, world=world)
         run = _begin(place, experiment)
         if world.is_main:

@@ -38,6 +38,7 @@ class MyIdea(Plugin):
 
     @hookimpl
     def task_parameters(self) -> Mapping[str, Tensor]:
+        # Name only those that a task adapts: leave out meta-parameters that all tasks share.
         return dict(self.named_parameters())
 
     @hookimpl
