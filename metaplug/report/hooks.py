@@ -90,6 +90,11 @@ def hook_page(entry: HookEntry) -> RenderableType:
     return Group(
         Text.assemble((entry.name, "bold"), f": {entry.kind}, {entry.when}"),
         Padding(Text(entry.signature), (1, 0, 1, 2)),
-        Text(entry.documentation),
+        Text(_flowing(entry.documentation)),
         Text.assemble("\n", ("installed plugins that implement it: ", "bold"), plugins, "\n"),
     )
+
+
+def _flowing(text: str) -> str:
+    """The paragraphs of a docstring, each in one line that a terminal breaks where it ends."""
+    return "\n\n".join(" ".join(each.split()) for each in text.split("\n\n"))
