@@ -78,7 +78,7 @@ def task_parameters_adapt(subject: Subject) -> None:
 )
 def first_order(subject: Subject, example: Example) -> None:
     """Inner gradients are constants then, without a graph."""
-    learner, batch = subject.learner(example), example.problem.batch
+    learner, batch = subject.learner(example, moved=True), example.problem.batch
     second = training(learner, batch, order=2)
     none = {"derivative_order", "compute_meta_gradients"} <= set(subject.hooks)
     for order, words in ((1, "first"), *([(0, "no")] if none else [])):
@@ -99,13 +99,13 @@ def first_order(subject: Subject, example: Example) -> None:
 )
 def recomputed(subject: Subject, example: Example) -> None:
     """The first time no graph is kept, and the second time no statistics."""
-    plain, batch = subject.learner(example), example.problem.batch
+    plain, batch = subject.learner(example, moved=True), example.problem.batch
     advice = (
         "let a hook depend on its arguments alone, not on how often it was called nor on "
         "step.statistics"
     )
     for kept, order in ((1, None), (example.problem.steps, 1)):
-        again = subject.learner(example, checkpoint_steps=kept)
+        again = subject.learner(example, moved=True, checkpoint_steps=kept)
         try:
             ours = training(again, batch, order=order)
         except MetaplugError as error:
@@ -122,7 +122,7 @@ def recomputed(subject: Subject, example: Example) -> None:
 def traced_equals_eager(subject: Subject) -> None:
     """A trace is right only for what it saw: it freezes what Python decided."""
     example = subject.example(steps=2, tasks=2)
-    eager, ours = (subject.learner(example) for _ in range(2))
+    eager, ours = (subject.learner(example, moved=True) for _ in range(2))
     trace = ours.engine.derivation = CompiledDerivation(ours.engine, lambda graph, _: graph)
     advice = (
         "keep what changes between iterations in buffers, and decide on it by torch.where, not by "
@@ -178,7 +178,7 @@ def meta_gradients(subject: Subject, example: Example) -> None:
     """Central differences along a random direction of each meta-parameter, as in gradcheck."""
     if "compute_meta_gradients" in subject.hooks:
         return
-    learner, batch = subject.learner(example), example.problem.batch
+    learner, batch = subject.learner(example, moved=True), example.problem.batch
     whole, generator = training(learner, batch, order=2).whole, torch.Generator().manual_seed(0)
     for name, parameter in learner.engine.meta_parameters.items():
         gradient = whole.get(f"{GRADIENTS} of '{name}'", torch.zeros_like(parameter))
