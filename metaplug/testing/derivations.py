@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from metaplug.contract.chain import Link
+from metaplug.contract.outcome import Outcome
 from metaplug.contract.schedule import iteration_text
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import MetaplugError, quoted
@@ -79,17 +83,46 @@ def task_parameters_adapt(subject: Subject) -> None:
 def first_order(subject: Subject, example: Example) -> None:
     """Inner gradients are constants then, without a graph."""
     learner, batch = subject.learner(example, moved=True), example.problem.batch
+    figures = _watch_derivation(learner)
     second = training(learner, batch, order=2)
+    second = second.without(GRADIENTS, *figures)
     none = {"derivative_order", "compute_meta_gradients"} <= set(subject.hooks)
     for order, words in ((1, "first"), *([(0, "no")] if none else [])):
         lower = training(learner, batch, order=order)
         if wrong := lower.non_finite():
             raise BreachError(f"{wrong} in {words} order")
-        if text := difference(lower.without(GRADIENTS), second.without(GRADIENTS)):
+        if text := difference(lower.without(GRADIENTS, *figures), second):
             raise BreachError(
                 f"{text}, in {words} and in second order, though only derivatives may differ: "
                 "let no value depend on requires_grad"
             )
+
+
+def _watch_derivation(learner: MetaLearner) -> set[str]:
+    """Return a set that gets the statistics, in words, which compute_meta_gradients keeps.
+
+    They may be of the derivatives themselves, which differ from order to order.
+    """
+    figures: set[str] = set()
+
+    def around(link: Link) -> Link:
+        def call(*values: Any) -> Any:
+            # A plugin that does not take the outcome has nothing to keep a statistic by.
+            given = next((value for value in values if isinstance(value, Outcome)), None)
+            if given is None:
+                return link.function(*values)
+            own = link.plugin.name
+            before = dict(given.statistics.get(own, {}))
+            answer = link.function(*values)
+            for name, value in given.statistics.get(own, {}).items():
+                if value is not before.get(name):
+                    figures.add(f"the statistic '{name}' of {own}")
+            return answer
+
+        return replace(link, function=call) if link.hook == "compute_meta_gradients" else link
+
+    learner.chain.wrap(around)
+    return figures
 
 
 @clause_on(

@@ -291,6 +291,11 @@ def test_declared_refusals_are_no_fault():
     CLAUSES["composes"].hold(Subject(Second))
 
 
+@pytest.mark.parametrize("name", ["first-order", "tasks-apart"])
+def test_figures_of_replaced_derivatives_may_differ_with_their_order(name):
+    CLAUSES[name].hold(Subject("sharp-maml", {"level": "both"}, models=("mlp",)))
+
+
 # Its parts, alone.
 
 
