@@ -72,7 +72,8 @@ def task_parameters_adapt(subject: Subject) -> None:
     if idle:
         raise BreachError(
             f"no inner gradient reaches its task parameter {quoted(sorted(idle)[:3])}, which stays "
-            "as it starts: use it in transform_parameters, by its name PLUGIN.NAME"
+            "as it starts: use it in transform_parameters, by its name PLUGIN.NAME, or a factor on "
+            "its way is zero as well: let one of the two start away from zero"
         )
 
 
