@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 from collections.abc import Mapping
 
 import torch
 
-from metaplug.contract.hookspecs import KINDS
 from metaplug.contract.plugin import Plugin
-from metaplug.contract.plugin_checks import implementations
 from metaplug.errors import MetaplugError, RequestError, quoted
 from metaplug.testing.clauses import BreachError, Example, Subject, clause, clause_on, fit, in_words
 from metaplug.testing.comparing import difference, evaluation, training
@@ -151,15 +148,6 @@ def _fits(other: Subject, example: Example) -> bool:
     return True
 
 
-def _answer_one_question(plugins: list[Plugin]) -> bool:
-    """Whether two implement a hook that one may answer: who is second is refused, by name."""
-    asked = [
-        {hook for hook in implementations(type(each)) if KINDS[hook] == "choose"}
-        for each in plugins
-    ]
-    return any(one & other for one, other in itertools.combinations(asked, 2))
-
-
 def declaring(faults: Mapping[str, list[str]]) -> str:
     """Write the first fault, the other partners, and the lines that declare them all."""
     # Where it goes after the other, that order is all that is to be declared.
@@ -184,8 +172,7 @@ def _fault_of(plugins: list[Plugin], example: Example) -> str | None:
         ours, tests = training(learner, batch), evaluation(learner, batch)
         learner.engine.meta_step(batch, 1)
     except MetaplugError as error:
-        # The first of two that answer one question may also have used up what the second needs.
-        if _answer_one_question(plugins) or (not allowed and isinstance(error, RequestError)):
+        if not allowed and isinstance(error, RequestError):
             return None
         return f": {error}"
     if wrong := ours.non_finite() or tests.non_finite():

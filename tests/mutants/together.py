@@ -68,3 +68,17 @@ class TakesAllWeightsAsAdapted(Plugin):
     @hookimpl
     def transform_gradients(self, gradients):
         return {**gradients, "0.weight": gradients["0.weight"] * 0.9}
+
+
+class TakesAPlaceThatIsTaken(Plugin):
+    """Answers what other plugins answer, and does not say so."""
+
+    caught_by = "composes"
+    says = (
+        "before multi-step-loss: plugins 'takes-a-place-that-is-taken' and 'multi-step-loss' "
+        "both answer outer_step_weights"
+    )
+
+    @hookimpl
+    def outer_step_weights(self, inner_steps):
+        return [1.0] * inner_steps

@@ -274,7 +274,7 @@ class Second(Plugin):
     """Declares that it must stand after one plugin, and cannot be beside another."""
 
     runs_after = ("gradient-clipping",)
-    conflicts_with = ("reptile",)
+    conflicts_with = ("imaml", "reptile", "sharp-maml", "warp-grad")
 
     @hookimpl
     def transform_gradients(self, gradients):

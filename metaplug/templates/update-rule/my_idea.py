@@ -25,6 +25,7 @@ class MyIdea(Plugin):
         strength: float = Field(0.5, ge=0, le=1e6, description="Weight of the pull; 0 is off.")
 
     config: Config
+    conflicts_with = ("alfa", "warp-grad")  # they update, too
 
     @hookimpl
     def update_parameters(
