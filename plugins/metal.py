@@ -100,7 +100,7 @@ class Metal(Plugin):
         learned = step.by_task(of_support, step.targets, state)
         if self.transductive:
             predictions = step.forward(step.parameters, "query")
-            learned = learned + step.by_task(of_query, means, query=predictions)
+            learned = learned + step.by_task(of_query, means, predictions=predictions, part="query")
         step.log("learned", learned)
         return losses + self.config.strength * learned
 

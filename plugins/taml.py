@@ -89,4 +89,4 @@ def _entropy(outcome: Outcome, logits: Tensor) -> Tensor:
         counted = torch.ones_like(entropy) if targets.is_floating_point() else targets != -100
         return (entropy * counted).flatten(1).sum(1) / counted.flatten(1).sum(1)
 
-    return outcome.by_task(mean, logits)
+    return outcome.by_task(mean, outcome.batch.query_y, predictions=logits)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, overload
+from typing import Literal, Protocol, overload
 
 from torch import Tensor
 
 from metaplug.contract.plugin import Plugin
-from metaplug.contract.task_groups import by_size
+from metaplug.contract.task_groups import by_size, check_part
 from metaplug.contract.task_sizes import Part, TaskSize
 from metaplug.contract.values import Gradients, Parameters
 from metaplug.errors import RequestError
@@ -34,6 +34,8 @@ class Passes(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
     def objective(self, step: InnerStep, parameters: Parameters) -> Tensor: ...
     def gradients(self, step: InnerStep, losses: Tensor, parameters: Parameters) -> Gradients: ...
+    def targets(self, part: Part) -> Tensor: ...
+    def class_axis(self, predictions: Tensor, targets: Tensor) -> int | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,8 @@ class InnerStep:
         initial_parameters: the weights that every task started from.
         sizes: of each task, where they differ; predictions are padded with zeros beyond them.
         class_axis: of `predictions`: that of classes, or the first of outputs that have a target
-            each; None elsewhere.
+            each; None elsewhere, and before the pass that makes them, as in
+            `initialize_parameters`, where `by_task` finds it in the predictions that it is given.
         second_order: whether meta-gradients flow through the gradients that are taken in this step.
 
     >>> InnerStep(7, 8, trained_steps=5, meta_iteration=0, meta_iterations=0, training=False).slot
@@ -163,23 +166,40 @@ class InnerStep:
         return self._passes.gradients(self, losses, parameters)
 
     def by_task(
-        self, function: Callable[..., Tensor], *others: Tensor, query: Tensor | None = None
+        self,
+        function: Callable[..., Tensor],
+        *others: Tensor,
+        predictions: Tensor | None = None,
+        part: Part = "support",
     ) -> Tensor:
-        """Return what `function` gives of the support predictions, whatever the tasks' sizes.
+        """Return what `function` gives of predictions, whatever the tasks' sizes.
 
         Args:
-            function: from the predictions (tasks, n_support, *output) of tasks of one size, without
-                padding and without outputs beyond their ways, to (tasks, ...). It is called once
-                for each size.
-            others: (T, n_support, ...) each, such as `targets`; `function` gets the rows of these
-                tasks too, without padding.
-            query: predictions of the query examples, by `forward`, to take instead. `others` are
-                then (T, n_query, ...).
+            function: from the predictions (tasks, n, *output) of tasks of one size, without padding
+                and without outputs beyond their ways, to (tasks, ...). It is called once for each
+                size.
+            others: (T, n, ...) each, such as `targets`; `function` gets the rows of these tasks
+                too, without padding.
+            predictions: (T, n, *output), of `forward`; default: the step's own.
+            part: the examples that they are of.
+
+        Raises:
+            RequestError: predictions of another number of examples than the part has; or none are
+                given where the step has none: before its pass, and of query examples.
         """
-        form: dict[str, Any] = {"sizes": self.sizes, "class_axis": self.class_axis}
-        if query is not None:
-            return by_size(function, query, *others, part="query", **form)
-        return by_size(function, self.predictions, *others, part="support", **form)
+        if predictions is None:
+            if part == "query":
+                raise RequestError(
+                    f"plugin '{self._owner.name}' asks by_task for query examples, of which a step "
+                    "has no predictions of its own: give predictions=step.forward(parameters, "
+                    '"query")'
+                )
+            predictions = self.predictions
+        axis = self.class_axis
+        if self.passes is not None:
+            check_part(predictions, self.passes.targets(part).shape[1], part, self._owner.name)
+            axis = self.passes.class_axis(predictions, self.passes.targets(part))
+        return by_size(function, predictions, *others, sizes=self.sizes, part=part, class_axis=axis)
 
     def task_mean(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """Σ_t w[t]·x[t] / T over all tasks of the meta-batch, across ranks too; differentiable.

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import Tensor
 
 from metaplug.contract.inner_step import InnerStep, Passes
 from metaplug.contract.plugin import Plugin
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.contract.task_groups import by_size
 from metaplug.contract.task_sizes import Part
 from metaplug.contract.values import Gradients, Parameters
 
@@ -113,20 +111,27 @@ class Outcome:
         return self.again(parameters)
 
     def by_task(
-        self, function: Callable[..., Tensor], predictions: Tensor, part: Part = "query"
+        self,
+        function: Callable[..., Tensor],
+        *others: Tensor,
+        predictions: Tensor,
+        part: Part = "query",
     ) -> Tensor:
-        """Return what `function` gives of predictions, whatever the tasks' sizes.
+        """Return what `function` gives of predictions, as `InnerStep.by_task` does.
 
         Args:
-            function: from predictions (tasks, n, *output) and targets (tasks, n, *target) of tasks
-                of one size, without padding and without outputs beyond their ways, to (tasks, ...).
-                It is called once for each size.
-            predictions: (T, n, *output), of `forward`.
+            function: from the predictions (tasks, n, *output) of tasks of one size, without padding
+                and without outputs beyond their ways, to (tasks, ...). It is called once for each
+                size.
+            others: (T, n, ...) each, such as `batch.query_y`; `function` gets the rows of these
+                tasks too, without padding.
+            predictions: (T, n, *output), of `forward`, which can be differentiated.
             part: the examples that they are of.
+
+        Raises:
+            RequestError: predictions of another number of examples than the part has.
         """
-        targets = self.batch.support_y if part == "support" else self.batch.query_y
-        form: dict[str, Any] = {"sizes": self.batch.sizes, "class_axis": self._step.class_axis}
-        return by_size(function, predictions, targets, part=part, **form)
+        return self._step.by_task(function, *others, predictions=predictions, part=part)
 
     @property
     def class_axis(self) -> int | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from metaplug.contract.inputs import Inputs, tensors_of, with_tensors
 from metaplug.contract.task_batch import FIELDS, TaskBatch
 from metaplug.contract.task_sizes import Part, TaskSize
+from metaplug.errors import RequestError
 
 
 class Alike(NamedTuple):
@@ -52,6 +53,29 @@ def uniform(batch: TaskBatch) -> TaskBatch:
         own = [rows_of(each, rows)[:, :count] for each in tensors_of(value)]
         fields.append(with_tensors(value, own))
     return TaskBatch(*fields)
+
+
+def targets_of(batch: TaskBatch, part: Part) -> Tensor:
+    """Return the targets of a part, without the last places that are of no task of this batch."""
+    targets = batch.support_y if part == "support" else batch.query_y
+    if batch.sizes is None:
+        return targets
+    return targets[:, : max(size.examples(part) for size in batch.sizes)]
+
+
+def check_part(predictions: Tensor, count: int, part: Part, owner: str) -> None:
+    """Refuse a plugin's predictions of another number of examples than those of the part.
+
+    Raises:
+        RequestError: they would be cut by the counts of other examples.
+    """
+    if predictions.shape[1:2] != (count,):
+        other = "query" if part == "support" else "support"
+        raise RequestError(
+            f"plugin '{owner}' gives by_task predictions of the shape {tuple(predictions.shape)}, "
+            f"but these tasks have {count} {part} examples, which axis 1 holds: give predictions "
+            f'as forward returns them, and those of {other} examples with part="{other}"'
+        )
 
 
 def by_size(

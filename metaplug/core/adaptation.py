@@ -24,7 +24,7 @@ from torch import Tensor
 from metaplug.contract.inner_step import InnerStep, TaskShare
 from metaplug.contract.outcome import Outcome
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.contract.task_sizes import Part
+from metaplug.contract.task_groups import targets_of
 from metaplug.core.inner_loop import InnerLoop
 from metaplug.core.model_passes import ModelPasses, Pass, Weights
 from metaplug.core.recording import recording
@@ -100,7 +100,7 @@ def adapt(
             training,
             share=share,
             sizes=batch.sizes,
-            support_targets=_without_padding(batch, "support"),
+            support_targets=targets_of(batch, "support"),
         )
         try:
             shared = {**loop.parameters, **loop.variables, **(parameters or {})}
@@ -161,7 +161,7 @@ class _Adaptation:
             queries[first.count] = self.query(fast, self.step(first.count - 1, fast, initial))
         _, predictions, values = queries[max(queries)]
         # What is computed of an outcome may be differentiated, whatever the order of the last step.
-        axis = self.passes.class_axis(predictions, _without_padding(self.passes.batch, "query"))
+        axis = self.passes.class_axis(predictions, self.passes.targets("query"))
         known: dict[str, Any] = {"second_order": True, "class_axis": axis}
         last = replace(self.step(max(first.count - 1, 0), fast, initial), **known)
         return Outcome(
@@ -327,14 +327,6 @@ class _Adaptation:
         with torch.set_grad_enabled(step.training or self.loop.query_graph):
             losses, predictions, values = self.passes.run(fast, step, "query")
         return (losses if step.training else losses.detach()), predictions, values
-
-
-def _without_padding(batch: TaskBatch, part: Part) -> Tensor:
-    """The targets of a part, of which the last places may be of no task of this batch."""
-    targets = batch.support_y if part == "support" else batch.query_y
-    if batch.sizes is None:
-        return targets
-    return targets[:, : max(size.examples(part) for size in batch.sizes)]
 
 
 def _differentiable(values: Weights) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from metaplug.contract.inner_step import InnerStep
 from metaplug.contract.return_checks import form
 from metaplug.contract.schedule import step_text
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.contract.task_groups import Alike
+from metaplug.contract.task_groups import Alike, targets_of
 from metaplug.contract.task_sizes import Part
 from metaplug.core.inner_loop import InnerLoop
 from metaplug.core.losses import output_axis
@@ -99,6 +99,10 @@ class ModelPasses:
         return replace(
             step, support_losses=losses, support_predictions=predictions, class_axis=axis
         )
+
+    def targets(self, part: Part) -> Tensor:
+        """The targets of a part, as many as the largest task of this batch has."""
+        return targets_of(self.batch, part)
 
     def class_axis(self, predictions: Tensor, targets: Tensor) -> int | None:
         """The axis of classes in the predictions of stacked tasks."""

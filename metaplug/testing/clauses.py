@@ -25,6 +25,9 @@ from metaplug.testing.problems import KINKED, MODELS, Problem, Stream, problem
 DEFAULT_MODELS = ("mlp", "batch-norm", "conv4")
 """The models that a plugin is tried on where its author names none."""
 
+NOISE = 0.01
+"""By which meta-parameters are moved before numbers are compared, as a standard deviation."""
+
 PAGE = "docs/conformance.md"
 """The page that explains every clause."""
 
@@ -148,12 +151,19 @@ class Subject:
         return Example(problem((names or self.models)[0], lr=0.1, **given))
 
     def learner(
-        self, example: Example, given: Mapping[str, Any] | None = None, **options: Any
+        self,
+        example: Example,
+        given: Mapping[str, Any] | None = None,
+        *,
+        moved: bool = False,
+        **options: Any,
     ) -> MetaLearner:
         """Make a learner after the example's iterations; `setup` always draws the same numbers.
 
         Args:
             given: fields of the plugin's Config, by default `settings`.
+            moved: add a little noise to every meta-parameter of the plugin, always the same. One
+                that starts at zero hides what is computed behind it.
             options: of MetaLearner.
         """
         options = {"plugins": [self.make(given)], "task_batching": "vectorized", **options}
@@ -161,12 +171,17 @@ class Subject:
             torch.manual_seed(example.problem.seed)
             learner = example.problem.learner(**options)
         fit(learner, example, example.done)
+        if moved:
+            generator = torch.Generator().manual_seed(example.problem.seed)
+            for parameter in learner.chain.named_parameters().values():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.data += NOISE * noise.to(parameter)
         return learner
 
-    def learner_if_made(self, example: Example) -> MetaLearner | None:
+    def learner_if_made(self, example: Example, *, moved: bool = False) -> MetaLearner | None:
         """Make a learner; None where that fails, which "names-and-shapes" says."""
         try:
-            return self.learner(example)
+            return self.learner(example, moved=moved)
         except (MetaplugError, RuntimeError, TypeError, ValueError, LookupError):
             return None
 

@@ -86,9 +86,9 @@ class Findings:
         whole = {name: each for name, each in self.whole.items() if name in other.whole}
         return Findings(by_task, whole)
 
-    def without(self, prefix: str) -> Findings:
-        """The same without what of `whole` begins with `prefix`."""
-        kept = {name: value for name, value in self.whole.items() if not name.startswith(prefix)}
+    def without(self, *prefixes: str) -> Findings:
+        """The same without what of `whole` begins with one of `prefixes`."""
+        kept = {name: value for name, value in self.whole.items() if not name.startswith(prefixes)}
         return Findings(self.by_task, kept)
 
     def non_finite(self) -> str | None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from metaplug.contract.chain import Link
+from metaplug.contract.outcome import Outcome
 from metaplug.contract.schedule import iteration_text
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import MetaplugError, quoted
@@ -68,7 +72,8 @@ def task_parameters_adapt(subject: Subject) -> None:
     if idle:
         raise BreachError(
             f"no inner gradient reaches its task parameter {quoted(sorted(idle)[:3])}, which stays "
-            "as it starts: use it in transform_parameters, by its name PLUGIN.NAME"
+            "as it starts: use it in transform_parameters, by its name PLUGIN.NAME, or a factor on "
+            "its way is zero as well: let one of the two start away from zero"
         )
 
 
@@ -78,18 +83,47 @@ def task_parameters_adapt(subject: Subject) -> None:
 )
 def first_order(subject: Subject, example: Example) -> None:
     """Inner gradients are constants then, without a graph."""
-    learner, batch = subject.learner(example), example.problem.batch
+    learner, batch = subject.learner(example, moved=True), example.problem.batch
+    figures = _watch_derivation(learner)
     second = training(learner, batch, order=2)
+    second = second.without(GRADIENTS, *figures)
     none = {"derivative_order", "compute_meta_gradients"} <= set(subject.hooks)
     for order, words in ((1, "first"), *([(0, "no")] if none else [])):
         lower = training(learner, batch, order=order)
         if wrong := lower.non_finite():
             raise BreachError(f"{wrong} in {words} order")
-        if text := difference(lower.without(GRADIENTS), second.without(GRADIENTS)):
+        if text := difference(lower.without(GRADIENTS, *figures), second):
             raise BreachError(
                 f"{text}, in {words} and in second order, though only derivatives may differ: "
                 "let no value depend on requires_grad"
             )
+
+
+def _watch_derivation(learner: MetaLearner) -> set[str]:
+    """Return a set that gets the statistics, in words, which compute_meta_gradients keeps.
+
+    They may be of the derivatives themselves, which differ from order to order.
+    """
+    figures: set[str] = set()
+
+    def around(link: Link) -> Link:
+        def call(*values: Any) -> Any:
+            # A plugin that does not take the outcome has nothing to keep a statistic by.
+            given = next((value for value in values if isinstance(value, Outcome)), None)
+            if given is None:
+                return link.function(*values)
+            own = link.plugin.name
+            before = dict(given.statistics.get(own, {}))
+            answer = link.function(*values)
+            for name, value in given.statistics.get(own, {}).items():
+                if value is not before.get(name):
+                    figures.add(f"the statistic '{name}' of {own}")
+            return answer
+
+        return replace(link, function=call) if link.hook == "compute_meta_gradients" else link
+
+    learner.chain.wrap(around)
+    return figures
 
 
 @clause_on(
@@ -99,13 +133,13 @@ def first_order(subject: Subject, example: Example) -> None:
 )
 def recomputed(subject: Subject, example: Example) -> None:
     """The first time no graph is kept, and the second time no statistics."""
-    plain, batch = subject.learner(example), example.problem.batch
+    plain, batch = subject.learner(example, moved=True), example.problem.batch
     advice = (
         "let a hook depend on its arguments alone, not on how often it was called nor on "
         "step.statistics"
     )
     for kept, order in ((1, None), (example.problem.steps, 1)):
-        again = subject.learner(example, checkpoint_steps=kept)
+        again = subject.learner(example, moved=True, checkpoint_steps=kept)
         try:
             ours = training(again, batch, order=order)
         except MetaplugError as error:
@@ -122,7 +156,7 @@ def recomputed(subject: Subject, example: Example) -> None:
 def traced_equals_eager(subject: Subject) -> None:
     """A trace is right only for what it saw: it freezes what Python decided."""
     example = subject.example(steps=2, tasks=2)
-    eager, ours = (subject.learner(example) for _ in range(2))
+    eager, ours = (subject.learner(example, moved=True) for _ in range(2))
     trace = ours.engine.derivation = CompiledDerivation(ours.engine, lambda graph, _: graph)
     advice = (
         "keep what changes between iterations in buffers, and decide on it by torch.where, not by "
@@ -178,7 +212,7 @@ def meta_gradients(subject: Subject, example: Example) -> None:
     """Central differences along a random direction of each meta-parameter, as in gradcheck."""
     if "compute_meta_gradients" in subject.hooks:
         return
-    learner, batch = subject.learner(example), example.problem.batch
+    learner, batch = subject.learner(example, moved=True), example.problem.batch
     whole, generator = training(learner, batch, order=2).whole, torch.Generator().manual_seed(0)
     for name, parameter in learner.engine.meta_parameters.items():
         gradient = whole.get(f"{GRADIENTS} of '{name}'", torch.zeros_like(parameter))

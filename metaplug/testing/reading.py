@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from metaplug.contract.task_batch import TaskBatch
@@ -26,7 +27,7 @@ _UNDECLARED = "reads the query examples in the inner loop"
 )
 def query_unseen(subject: Subject, example: Example) -> None:
     """Query examples measure what was learned from the support set."""
-    if (learner := subject.learner_if_made(Example(example.problem))) is None:
+    if (learner := subject.learner_if_made(Example(example.problem), moved=True)) is None:
         return
     batch, other = example.problem.batch, _others(example)
     changes = [("labels", replace(batch, query_y=other.query_y))]
@@ -79,17 +80,60 @@ def _others(example: Example) -> TaskBatch:
 )
 def unequal_sizes(subject: Subject) -> None:
     """Targets and predictions of tasks of unequal size are padded."""
-    small, large = (subject.example(tasks=1, support=n, query=4, seed=n) for n in (3, 5))
-    learner = subject.learner(small)
-    if learner.chain.plugins[0].transductive:
-        return
+    small, alike, large = (
+        subject.example(tasks=1, support=n, query=n + 1, seed=n + beside)
+        for n, beside in ((3, 0), (3, 1), (5, 0))
+    )
+    learner = subject.learner(small, moved=True)
     ways = CLASSES if small.problem.kind == "classification" else None
-    batches = [each.problem.batch for each in (small, large)]
-    alone = evaluation(learner, TaskBatch.from_tasks(batches[:1], ways=[ways]))
-    together = evaluation(learner, TaskBatch.from_tasks(batches, ways=[ways, ways]))
-    if text := difference(alone, together.rows([0])):
+
+    def joined(*examples: Example) -> TaskBatch:
+        batches = [each.problem.batch for each in examples]
+        return TaskBatch.from_tasks(batches, ways=[ways] * len(batches))
+
+    advice = (
+        "count no target of -100, and compute from predictions by by_task, which leaves out padding"
+    )
+    alone, beside_alike, beside_large = (
+        _first_task(learner, joined(small, *others), small) for others in ((), (alike,), (large,))
+    )
+    # Where tasks of one size see each other as well, size is not what decides.
+    if not difference(alone, beside_alike) and (text := difference(alone, beside_large)):
         raise BreachError(
-            f"{text} at evaluation, alone and beside a task of more support examples: count no "
-            "target of -100, and compute from predictions by step.by_task, which leaves out "
-            "padding"
+            f"{text} at evaluation, alone and beside a task of more examples: {advice}"
         )
+    if _unlike_mean(learner, joined, small, alike):
+        return
+    text = _unlike_mean(learner, joined, small, large)
+    # What makes tasks anew runs here as well, but may draw other numbers for another size.
+    if text and "transform_tasks" not in subject.hooks:
+        raise BreachError(
+            f"{text}, of two tasks of unequal size together and as the mean of each alone, "
+            f"though of equal ones they are the same: {advice}"
+        )
+
+
+def _first_task(learner: MetaLearner, batch: TaskBatch, first: Example) -> Findings:
+    """Find how the first task is adapted at evaluation, without the rows that fill it up."""
+    found = evaluation(learner, batch).rows([0]).by_task
+    count = first.problem.batch.query_y.shape[1]
+    predictions = found["the query prediction"][:, :count]
+    return Findings({**found, "the query prediction": predictions}, {})
+
+
+def _unlike_mean(
+    learner: MetaLearner, joined: Callable[..., TaskBatch], *examples: Example
+) -> str | None:
+    """Describe where the outer loss or a meta-gradient is not the mean of the tasks'."""
+    whole = _derived(learner, joined(*examples))
+    alone = [_derived(learner, joined(each)) for each in examples]
+    if any(each.keys() != whole.keys() for each in alone):
+        return None
+    mean = {name: torch.stack([each[name] for each in alone]).mean(0) for name in whole}
+    return difference(Findings({}, whole), Findings({}, mean))
+
+
+def _derived(learner: MetaLearner, batch: TaskBatch) -> dict[str, Tensor]:
+    """The outer loss and the meta-gradients, by what they are in words."""
+    whole = training(learner, batch).whole
+    return {name: each for name, each in whole.items() if not name.startswith("the statistic")}

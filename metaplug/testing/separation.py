@@ -22,7 +22,7 @@ from metaplug.testing.problems import problem
 )
 def task_permutation(subject: Subject, example: Example) -> None:
     """Tasks are a set."""
-    learner, batch = subject.learner(example), example.problem.batch
+    learner, batch = subject.learner(example, moved=True), example.problem.batch
     order = list(reversed(range(batch.num_tasks)))
     permuted = _training(learner, _rows(batch, order))
     if text := difference(permuted, _training(learner, batch).rows(order)):
@@ -39,7 +39,7 @@ def task_permutation(subject: Subject, example: Example) -> None:
 )
 def tasks_apart(subject: Subject, example: Example) -> None:
     """What depends on the declaration: chunks, many devices, and readers."""
-    learner, batch = subject.learner(example), example.problem.batch
+    learner, batch = subject.learner(example, moved=True), example.problem.batch
     if learner.chain.plugins[0].couples_tasks:
         return
     advice = "declare couples_tasks = True and take step.task_mean, or reduce no axis 0"
@@ -50,7 +50,7 @@ def tasks_apart(subject: Subject, example: Example) -> None:
             f"that it couples tasks: {advice}"
         )
     if "compute_meta_gradients" in subject.hooks:
-        pieces = subject.learner(example, chunk_size=1)
+        pieces = subject.learner(example, moved=True, chunk_size=1)
         ours, theirs = (Findings({}, each.meta_gradients(batch)) for each in (pieces, learner))
         if text := difference(ours, theirs):
             raise BreachError(
@@ -65,7 +65,7 @@ def tasks_apart(subject: Subject, example: Example) -> None:
 )
 def apart_at_evaluation(subject: Subject, example: Example) -> None:
     """Results are those of tasks that come alone."""
-    learner, batch = subject.learner(example), example.problem.batch
+    learner, batch = subject.learner(example, moved=True), example.problem.batch
     if learner.chain.plugins[0].transductive:
         return
     together = evaluation(learner, batch)
@@ -92,7 +92,10 @@ def apart_at_evaluation(subject: Subject, example: Example) -> None:
 )
 def vectorized_equals_sequential(subject: Subject, example: Example) -> None:
     """Batching is a choice of speed."""
-    learners = [subject.learner(example, task_batching=b) for b in ("vectorized", "sequential")]
+    learners = [
+        subject.learner(example, moved=True, task_batching=batching)
+        for batching in ("vectorized", "sequential")
+    ]
     for found in (training, evaluation):
         findings = [found(learner, example.problem.batch) for learner in learners]
         if text := difference(*findings, tolerance=SAME_SUMS):

@@ -313,3 +313,23 @@ class StartsFromACopy(Plugin):
     @hookimpl
     def transform_parameters(self, parameters):
         return {**parameters, "2.bias": parameters["2.bias"] + parameters[f"{self.name}.shift"]}
+
+
+class StartsBothFactorsAtZero(Plugin):
+    """A code and its decoder that start at zero: a saddle, where neither moves."""
+
+    caught_by = "task-parameters-adapt"
+    says = "or a factor on its way is zero as well: let one of the two start away from zero"
+
+    @hookimpl
+    def setup(self, context):
+        self.decoder = _shift(context)
+
+    @hookimpl
+    def task_parameters(self, context):
+        return {"code": torch.zeros(3, dtype=context.dtype, device=context.device)}
+
+    @hookimpl
+    def transform_parameters(self, parameters, step):
+        shift = self.decoder * parameters[f"{self.name}.code"]
+        return {**parameters, "2.bias": parameters["2.bias"] + shift}

@@ -1,8 +1,9 @@
 """Wrong between tasks."""
 
 import torch
+from torch import nn
 
-from metaplug import Plugin, hookimpl
+from metaplug import Plugin, TaskBatch, hookimpl
 
 
 class WeighsTasksByTheirPlace(Plugin):
@@ -96,6 +97,62 @@ class LooksAtOtherTestTasks(Plugin):
     @hookimpl
     def transform_gradients(self, gradients):
         return {name: (gradient + gradient.mean(0)) / 2 for name, gradient in gradients.items()}
+
+
+class AveragesPaddingBehindAZero(Plugin):
+    """A mean over all rows of the predictions, behind an encoder that starts at zero."""
+
+    caught_by = "unequal-sizes"
+    says = "at evaluation, alone and beside a task of more examples"
+
+    @hookimpl
+    def setup(self, context):
+        form = {"dtype": context.dtype, "device": context.device}
+        self.encoder = nn.Parameter(torch.zeros(3, 3, **form))
+
+    @hookimpl
+    def initialize_parameters(self, parameters, step):
+        mean = step.forward(parameters)[1].mean(1)
+        return {**parameters, "2.bias": parameters["2.bias"] + mean @ self.encoder.T}
+
+
+class AveragesPaddedQueries(Plugin):
+    """A mean over all rows of the query predictions, in the outer loss alone."""
+
+    caught_by = "unequal-sizes"
+    says = "of two tasks of unequal size together and as the mean of each alone"
+
+    @hookimpl
+    def transform_outer_losses(self, losses, outcome):
+        return losses + 0.1 * outcome.forward({})[1].square().mean((1, 2))
+
+
+class ForgetsSizes(Plugin):
+    """Makes tasks anew, whose padding would count."""
+
+    caught_by = "unequal-sizes"
+    says = "returned a batch without the sizes of its tasks"
+
+    @hookimpl
+    def transform_tasks(self, batch):
+        return TaskBatch(1.1 * batch.support_x, batch.support_y, batch.query_x, batch.query_y)
+
+
+class SharesBehindAZero(Plugin):
+    """Pulls each start to the mean of the tasks', behind a gate that starts at zero."""
+
+    caught_by = "tasks-apart"
+    says = "when the other tasks of the batch are replaced"
+
+    @hookimpl
+    def setup(self, context):
+        self.gate = nn.Parameter(torch.zeros((), dtype=context.dtype, device=context.device))
+
+    @hookimpl
+    def transform_gradients(self, gradients):
+        return {
+            name: gradient + self.gate * gradient.mean(0) for name, gradient in gradients.items()
+        }
 
 
 class DrawsByStrides(Plugin):

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -370,7 +371,8 @@ def test_a_step_gives_predictions_by_task_without_padding() -> None:
     )
     assert step.by_task(shape).tolist() == [8.0, 10.0, 8.0]
     assert seen == [(2, 4, 2), (1, 2, 5)]
-    assert step.by_task(shape, query=torch.ones(3, 3, 5)).tolist() == [2.0, 5.0, 2.0]
+    queries = torch.ones(3, 1, 5)
+    assert step.by_task(shape, predictions=queries, part="query").tolist() == [2.0, 5.0, 2.0]
     last = InnerStep(
         0,
         1,
@@ -385,6 +387,51 @@ def test_a_step_gives_predictions_by_task_without_padding() -> None:
     assert last.by_task(shape).tolist() == [6.0, 60.0]
 
 
+def test_a_start_is_made_of_predictions_by_task_without_padding() -> None:
+    """In initialize_parameters there is no pass yet whose predictions a step could have."""
+    seen: list[Any] = []
+    refused: dict[str, str] = {}
+
+    class Looks(Plugin):
+        transductive = True
+
+        @hookimpl
+        def initialize_parameters(self, parameters, step):
+            def counted(predictions, targets=None):
+                seen.append((tuple(predictions.shape), None if targets is None else targets.shape))
+                return predictions.flatten(1).sum(1)
+
+            support, query = step.forward(parameters)[1], step.forward(parameters, "query")
+            step.by_task(counted, step.targets, predictions=support)
+            step.by_task(counted, predictions=query, part="query")
+            for name, given in {
+                "other": {"predictions": support, "part": "query"},
+                "none": {"part": "query"},
+            }.items():
+                with pytest.raises(RequestError) as error:
+                    step.by_task(counted, **given)
+                refused[name] = str(error.value)
+
+    x = torch.ones(1, 3, 2)
+    small = TaskBatch(x[:, :1], torch.tensor([[1]]), x[:, :2], torch.tensor([[0, 1]]))
+    large = TaskBatch(x[:, :2], torch.tensor([[2, 0]]), x, torch.tensor([[2, 1, 0]]))
+    learner = MetaLearner(torch.nn.Linear(2, 4), plugins=[Looks()], inner_steps=1)
+    learner.meta_gradients(TaskBatch.from_tasks([small, large]))
+    assert seen[-4:] == [
+        ((1, 1, 2), (1, 1)),
+        ((1, 2, 3), (1, 2)),
+        ((1, 2, 2), None),
+        ((1, 3, 3), None),
+    ]
+    assert refused == {
+        "other": "plugin 'looks' gives by_task predictions of the shape (2, 2, 4), but these tasks "
+        "have 3 query examples, which axis 1 holds: give predictions as forward returns them, and "
+        'those of support examples with part="support"',
+        "none": "plugin 'looks' asks by_task for query examples, of which a step has no "
+        'predictions of its own: give predictions=step.forward(parameters, "query")',
+    }
+
+
 def test_an_outcome_gives_predictions_and_targets_by_task_without_padding() -> None:
     seen = []
 
@@ -397,7 +444,8 @@ def test_an_outcome_gives_predictions_and_targets_by_task_without_padding() -> N
 
             for part in ("support", "query"):
                 _, predictions = outcome.forward(outcome.initial_parameters, part)
-                outcome.by_task(counted, predictions, part)
+                targets = getattr(outcome.batch, f"{part}_y")
+                outcome.by_task(counted, targets, predictions=predictions, part=part)
             assert outcome.class_axis == 2
             return losses
 

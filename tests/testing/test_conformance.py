@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import settings as profile
 from torch import nn
 
-from metaplug import Plugin, RequestError, TaskBatch, hookimpl
+from metaplug import Plugin, RequestError, hookimpl
 from metaplug.contract import registry
 from metaplug.testing import (
     CLAUSES,
@@ -132,7 +133,7 @@ class Outer(Plugin):
         noise = 0.1 * torch.randn(
             batch.support_x[0].shape, generator=generator, dtype=batch.support_x.dtype
         )
-        return TaskBatch(batch.support_x + noise, batch.support_y, batch.query_x, batch.query_y)
+        return replace(batch, support_x=batch.support_x + noise)
 
     @hookimpl
     def transform_outer_losses(self, losses, outcome):
@@ -288,6 +289,11 @@ class Second(Plugin):
 
 def test_declared_refusals_are_no_fault():
     CLAUSES["composes"].hold(Subject(Second))
+
+
+@pytest.mark.parametrize("name", ["first-order", "tasks-apart"])
+def test_figures_of_replaced_derivatives_may_differ_with_their_order(name):
+    CLAUSES[name].hold(Subject("sharp-maml", {"level": "both"}, models=("mlp",)))
 
 
 # Its parts, alone.
