@@ -140,7 +140,7 @@ class StartsAllTasksAsOne(Plugin):
     """A start without the task axis."""
 
     caught_by = "names-and-shapes"
-    says = "in initialize_parameters (link 1 of 1, iteration 0, inner step 0) returned shape (3,)"
+    says = "in initialize_parameters (link 1 of 1, iteration 1, inner step 0) returned shape (3,)"
 
     @hookimpl
     def initialize_parameters(self, parameters):
@@ -152,7 +152,7 @@ class UpdatesSomeNames(Plugin):
 
     caught_by = "names-and-shapes"
     says = (
-        "in update_parameters (link 1 of 1, iteration 0, inner step 0) returned other names than "
+        "in update_parameters (link 1 of 1, iteration 1, inner step 0) returned other names than "
         "it was given: missing '0.bias', '2.bias', not known none"
     )
 
@@ -160,6 +160,31 @@ class UpdatesSomeNames(Plugin):
     def update_parameters(self, parameters, gradients):
         names = [name for name in parameters if name.endswith("weight")]
         return {name: parameters[name] - 0.1 * gradients[name] for name in names}
+
+
+class UpdatesWhatHasAGradient(Plugin):
+    """Leaves out of its answer what no loss reaches."""
+
+    caught_by = "names-and-shapes"
+    says = (
+        "in update_parameters (link 1 of 1, iteration 1, inner step 0) returned other names than "
+        "it was given: missing 'unused', not known none"
+    )
+
+    @hookimpl
+    def update_parameters(self, parameters, gradients):
+        return {n: parameters[n] - 0.1 * gradients[n] for n in parameters if n in gradients}
+
+
+class CountsOnEveryGradient(Plugin):
+    """Looks up a gradient that is not there."""
+
+    caught_by = "names-and-shapes"
+    says = "of a model whose trainable parameter 'unused' no loss reaches: gradients lack its name"
+
+    @hookimpl
+    def update_parameters(self, parameters, gradients):
+        return {name: each - 0.1 * gradients[name] for name, each in parameters.items()}
 
 
 class RegistersAnotherName(Plugin):
@@ -197,7 +222,7 @@ class UpdatesInPlace(Plugin):
     """An optimizer as it is written elsewhere."""
 
     caught_by = "no-mutation"
-    says = "update_parameters (iteration 0, inner step 0) wrote into parameters['0.weight']"
+    says = "update_parameters (iteration 1, inner step 0) wrote into parameters['0.weight']"
 
     @hookimpl
     def update_parameters(self, parameters, gradients):
@@ -222,7 +247,7 @@ class RemembersItsStart(Plugin):
     """Stores a start where a kept statistic belongs."""
 
     caught_by = "no-state-in-loop"
-    says = "initialize_parameters (iteration 0, inner step 0) changed self.seen"
+    says = "initialize_parameters (iteration 1, inner step 0) changed self.seen"
 
     @hookimpl
     def initialize_parameters(self, parameters, step):
