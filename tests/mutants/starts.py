@@ -307,7 +307,8 @@ class UpdatesByTheLargestTask(Plugin):
     @hookimpl
     def update_parameters(self, parameters, gradients):
         largest = max(gradient.abs().max() for gradient in gradients.values()) + 1
-        return {name: parameters[name] - 0.1 * gradients[name] / largest for name in parameters}
+        moved = {name: parameters[name] - 0.1 * each / largest for name, each in gradients.items()}
+        return {**parameters, **moved}
 
 
 class DetachesItsStart(Plugin):
