@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+from collections.abc import Mapping
 
 import torch
 
 from metaplug.contract.hookspecs import KINDS
 from metaplug.contract.plugin import Plugin
 from metaplug.contract.plugin_checks import implementations
-from metaplug.errors import MetaplugError, RequestError
+from metaplug.errors import MetaplugError, RequestError, quoted
 from metaplug.testing.clauses import BreachError, Example, Subject, clause, clause_on, fit, in_words
 from metaplug.testing.comparing import difference, evaluation, training
 from metaplug.testing.first_party import FIRST_PARTY
@@ -115,12 +117,19 @@ def composes(subject: Subject) -> None:
     example = subject.example(names=with_batch_norm or subject.models, tasks=2)
     case, model = example.problem, copy.deepcopy(example.problem.model)
     before = training(case.learner(), case.batch)
+    faults: dict[str, list[str]] = {}
     for name, settings in FIRST_PARTY.items():
         other = Subject(name, settings)
         if subject.make().kind() == name or not _fits(other, example):
             continue
-        _compose([subject.make(), other.make()], example, f"before {name}")
-        _compose([other.make(), subject.make()], example, f"behind {name}")
+        for chain, where in (
+            ([subject.make(), other.make()], "before"),
+            ([other.make(), subject.make()], "after"),
+        ):
+            if fault := _fault_of(chain, example):
+                faults.setdefault(name, []).append(f"{where} {name}{fault}")
+    if faults:
+        raise BreachError(declaring(faults))
     pairs = zip(model.parameters(), case.model.parameters(), strict=True)
     if not all(torch.equal(one, other) for one, other in pairs):
         raise BreachError(
@@ -151,23 +160,37 @@ def _answer_one_question(plugins: list[Plugin]) -> bool:
     return any(one & other for one, other in itertools.combinations(asked, 2))
 
 
-def _compose(plugins: list[Plugin], example: Example, where: str) -> None:
+def declaring(faults: Mapping[str, list[str]]) -> str:
+    """Write the first fault, the other partners, and the lines that declare them all."""
+    # Where it goes after the other, that order is all that is to be declared.
+    after = [name for name, each in faults.items() if each[0].startswith("before") and not each[1:]]
+    never = [name for name in faults if name not in after]
+    first, *others = faults
+    also = f"; nor does it go with {quoted(others)}" if others else ""
+    lines = [
+        f"{attribute} = ({', '.join(map(json.dumps, names))}{',' * (len(names) == 1)})"
+        for attribute, names in (("conflicts_with", never), ("runs_after", after))
+        if names
+    ]
+    return f"{faults[first][0]}{also}: fix it, or declare {' and '.join(lines)}"
+
+
+def _fault_of(plugins: list[Plugin], example: Example) -> str | None:
+    """Say how two plugins fail together, in words after the other's name; None if they do not."""
     batch = example.problem.batch
-    allowed = compatible(plugins) and not _answer_one_question(plugins)
+    allowed = compatible(plugins)
     try:
         learner = example.problem.learner(plugins=plugins, task_batching="vectorized")
         ours, tests = training(learner, batch), evaluation(learner, batch)
         learner.engine.meta_step(batch, 1)
     except MetaplugError as error:
-        if not allowed and isinstance(error, RequestError):
-            return
-        advice = "declare conflicts_with or runs_after, where it cannot be"
-        raise BreachError(f"{where}: {error}; {advice}") from error
+        # The first of two that answer one question may also have used up what the second needs.
+        if _answer_one_question(plugins) or (not allowed and isinstance(error, RequestError)):
+            return None
+        return f": {error}"
     if wrong := ours.non_finite() or tests.non_finite():
-        raise BreachError(f"{where} {wrong}: bound what you divide by, or declare conflicts_with")
+        return f" {wrong}: bound what you divide by"
     for name in learner.chain.named_parameters():
         if f"the meta-gradient of '{name}'" not in ours.whole:
-            raise BreachError(
-                f"{where} no meta-gradient reaches {name}, which would never learn: "
-                "declare conflicts_with"
-            )
+            return f" no meta-gradient reaches {name}, which would never learn"
+    return None

@@ -56,15 +56,15 @@ class DoesNothing(Plugin):
         return dict(gradients)
 
 
-class TakesAPlaceThatIsTaken(Plugin):
-    """Answers what another plugin answers, and does not say so."""
+class TakesAllWeightsAsAdapted(Plugin):
+    """Looks for the first layer among the gradients, which others leave as it is."""
 
     caught_by = "composes"
     says = (
-        "before multi-step-loss: plugins 'takes-a-place-that-is-taken' and 'multi-step-loss' "
-        "both answer outer_step_weights"
+        "; nor does it go with 'lora', 'partial-adaptation': fix it, or declare "
+        'conflicts_with = ("cavia", "lora", "partial-adaptation")\nsee'
     )
 
     @hookimpl
-    def outer_step_weights(self, inner_steps):
-        return [1.0] * inner_steps
+    def transform_gradients(self, gradients):
+        return {**gradients, "0.weight": gradients["0.weight"] * 0.9}

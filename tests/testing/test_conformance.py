@@ -27,6 +27,7 @@ from metaplug.testing import (
     strategies,
 )
 from metaplug.testing.clauses import Subject
+from metaplug.testing.composing import declaring
 from metaplug.testing.suite import verdicts
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -294,6 +295,18 @@ def test_declared_refusals_are_no_fault():
 @pytest.mark.parametrize("name", ["first-order", "tasks-apart"])
 def test_figures_of_replaced_derivatives_may_differ_with_their_order(name):
     CLAUSES[name].hold(Subject("sharp-maml", {"level": "both"}, models=("mlp",)))
+
+
+def test_all_partners_that_do_not_fit_are_declared_in_the_lines_to_paste():
+    faults = {
+        "lora": ["before lora: no", "after lora: no"],
+        "taml": ["before taml: no"],
+        "alfa": ["after alfa: no"],
+    }
+    assert declaring(faults) == (
+        "before lora: no; nor does it go with 'taml', 'alfa': fix it, or declare "
+        'conflicts_with = ("lora", "alfa") and runs_after = ("taml",)'
+    )
 
 
 # Its parts, alone.
