@@ -486,10 +486,10 @@ def _check_fit(learner: Learner, state: Mapping[str, Any], origin: str) -> None:
         has = f"belongs to the plugins {quoted(names)}, this learner has {quoted(own)}"
         raise RunError(f"{origin} {has}: make it with the same list")
     pairs = zip(plugins, saved_plugins, strict=True)
-    changed = [one.name for one, saved in pairs if _settings(one) != saved["settings"]]
-    if changed:
-        has = f"has other settings of plugin {quoted(changed)} than this learner"
-        raise RunError(f"{origin} {has}: make it with the same settings")
+    for one, saved in pairs:
+        if text := _differing(saved["settings"], _settings(one)):
+            has = f"has other settings of plugin '{one.name}' than this learner: {text}"
+            raise RunError(f"{origin} {has}; make it with the same settings")
     what, mend = f"{origin} belongs to another model", "build the model as it was"
     _check_tensors(state["model"], learner.model.state_dict(), what, mend)
     for one in plugins:
@@ -497,6 +497,23 @@ def _check_fit(learner: Learner, state: Mapping[str, Any], origin: str) -> None:
         _check_tensors(state["plugin_states"][one.name], one.state_dict(), what, mend)
     what = f"{origin} belongs to another optimizer"
     _check_optimizer(state["optimizer"], learner.engine.optimizer, what)
+
+
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Write the first fields that differ, with both values: "gate is 0.5 there and 0.1 here"."""
+    differing = [
+        name
+        for name in dict.fromkeys([*here, *there])
+        if name not in there or name not in here or there[name] != here[name]
+    ]
+
+    def value(settings: Mapping[str, Any], name: str) -> str:
+        return one_line(repr(settings[name])) if name in settings else "missing"
+
+    return ", ".join(
+        f"{one_line(name)} is {value(there, name)} there and {value(here, name)} here"
+        for name in differing[:3]
+    )
 
 
 def _check_tensors(saved: Mapping[str, Any], own: Mapping[str, Any], what: str, mend: str) -> None:

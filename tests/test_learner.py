@@ -452,8 +452,8 @@ def test_a_file_of_another_model_or_of_other_plugins_is_refused_and_nothing_is_l
     finer = problem(seed=2).learner(plugins=[GradientSharing(gate_function="clamp")])
     before = finer.state_dict()
     assert message(lambda: finer.load_state_dict(learner.state_dict())) == (
-        "the state has other settings of plugin 'gradient-sharing' than this learner: make it with "
-        "the same settings"
+        "the state has other settings of plugin 'gradient-sharing' than this learner: "
+        "gate_function is 'sigmoid' there and 'clamp' here; make it with the same settings"
     )
     longer = problem(steps=3).learner(plugins=[GradientSharing()])
     assert message(lambda: longer.load_state_dict(learner.state_dict())) == (

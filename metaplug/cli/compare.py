@@ -11,7 +11,7 @@ import typer
 from metaplug.cli.options import Set, examples, resolve_options, shared
 from metaplug.cli.ranks import world_size
 from metaplug.errors import RequestError
-from metaplug.report.console import CONSOLE, emit, line
+from metaplug.report.console import CONSOLE, emit, line, show
 
 if TYPE_CHECKING:
     from metaplug.evaluation.history import Record
@@ -98,7 +98,7 @@ def compare(
             on_start=begin,
             on_record=record,
         )
-    CONSOLE.print(report := comparison_report(comparison))
+    show(report := comparison_report(comparison))
     values = to_json(to_values(comparison), indent=2)
     files = [] if json_to in (None, "-") else [file]
     if out is not None:
@@ -110,7 +110,7 @@ def compare(
     if out is not None:
         comparison_figure(comparison, out / "curves.png")
         with (out / "report.txt").open("w", encoding="utf-8") as text:
-            Console(file=text, width=120).print(report)
+            show(report, Console(file=text, width=120))
         line(f"comparison.json, curves.png and report.txt are in {out}")
     if json_to == "-":
         emit(values)

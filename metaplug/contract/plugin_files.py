@@ -63,11 +63,16 @@ def source_of(path: str, sha256: str | None = None) -> tuple[bytes, str]:
     return source, digest
 
 
-def changed(path: str, then: str, now: str, since: str) -> RequestError:
-    """The error for a file that is no longer the one of a digest."""
+def changed(path: str, then: str, now: str, since: str, copy: Path | None = None) -> RequestError:
+    """The error for a file that is no longer the one of a digest.
+
+    Args:
+        copy: of the file as it was, where one is kept.
+    """
+    other = "or" if copy is None else f"give --with {copy}, the copy of it then, or"
     return RequestError(
         f"the plugin file {path} has changed since {since} (sha256 {then[:12]}… then, {now[:12]}… "
-        "now): bring it back as it was, or take it as it is for a new run"
+        f"now): bring it back as it was, {other} take it as it is for a new run"
     )
 
 

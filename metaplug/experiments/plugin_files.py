@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from metaplug.contract.plugin_files import changed, is_file, keep_name, name_in, source_of
 from metaplug.contract.presets import PluginUse, Preset
-from metaplug.errors import RequestError, one_line
+from metaplug.errors import MetaplugError, RequestError, one_line
 from metaplug.experiments.configuration import ExperimentConfig, flatten
 
 
@@ -78,7 +79,8 @@ def permitted(config: ExperimentConfig, given: Sequence[str], holder: object) ->
                 return use.model_copy(update={"plugin": path, "name": name, "sha256": digest})
         for path, digest in digests.items():
             if name_in(path) == name_in(use.plugin):
-                raise changed(path, str(use.sha256), digest, f"{holder} was trained with it")
+                since = f"{holder} was trained with it"
+                raise changed(path, str(use.sha256), digest, since, _copy_beside(holder, use))
         raise RequestError(names_code(holder, use.plugin))
 
     config = _with_files(config, let_run)
@@ -131,10 +133,20 @@ def copies(config: ExperimentConfig) -> dict[str, bytes]:
     Raises:
         RequestError: one was changed a moment ago.
     """
-    return {
-        f"{use.label.replace('-', '_')}.py": source_of(use.plugin, use.sha256)[0]
-        for use in file_uses(config)
-    }
+    return {_copy_name(use): source_of(use.plugin, use.sha256)[0] for use in file_uses(config)}
+
+
+def _copy_name(use: PluginUse) -> str:
+    return f"{use.label.replace('-', '_')}.py"
+
+
+def _copy_beside(holder: object, use: PluginUse) -> Path | None:
+    """The copy of a plugin file that a run keeps beside a file of its own, if it is there."""
+    copy = Path(str(holder)).parent / _copy_name(use)
+    try:
+        return copy if source_of(str(copy))[1] == use.sha256 else None
+    except MetaplugError:
+        return None
 
 
 def _with_files(

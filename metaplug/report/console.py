@@ -8,7 +8,8 @@ from contextlib import suppress
 from typing import IO, Any, cast
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 
 
@@ -40,6 +41,25 @@ def line(text: str, style: str | None = None, console: Console = CONSOLE) -> Non
 def warn(text: str) -> None:
     """Show a warning as one line."""
     line(f"metaplug: warning: {text}", style="yellow")
+
+
+def show(report: RenderableType, console: Console = CONSOLE) -> None:
+    """Print a report; where no terminal bounds its width, as wide as its tables need."""
+    before = console.width
+    if not console.is_terminal:
+        unbounded = console.options.update(width=10_000)
+        parts = report.renderables if isinstance(report, Group) else [report]
+        needed = [
+            Measurement.get(console, unbounded, part).maximum
+            for part in parts
+            if isinstance(part, Table)  # text wraps well
+        ]
+        console.width = max(before, *needed, 0)
+    try:
+        console.print(report)
+    finally:
+        if console.width != before:
+            console.width = before
 
 
 def emit(text: str) -> None:

@@ -180,7 +180,9 @@ def traced_equals_eager(subject: Subject) -> None:
 
 
 @clause(
-    "meta-parameters-learn", "every one of its meta-parameters receives a gradient that is not zero"
+    "meta-parameters-learn",
+    "every one of its meta-parameters receives a gradient that is not zero, and of those with a "
+    "slot for each inner step, every slot",
 )
 def meta_parameters_learn(subject: Subject) -> None:
     """One that receives none stays as it was made, in silence."""
@@ -189,17 +191,39 @@ def meta_parameters_learn(subject: Subject) -> None:
         example = subject.example(steps=3, seed=seed)
         learner = subject.learner(example)
         fit(learner, example, 2)
-        gradients, names = learner.meta_gradients(example.problem.batch), learner.chain
-        moved = {name for name, gradient in gradients.items() if bool(gradient.any())}
-        zero = names.named_parameters().keys() - moved
+        gradients, own = learner.meta_gradients(example.problem.batch), {}
+        for name, parameter in learner.chain.named_parameters().items():
+            own[name] = gradients.get(name, torch.zeros_like(parameter))
+        if seed == 0:
+            longer = subject.learner(subject.example(steps=4)).chain.named_parameters()
+        zero = {name for name, gradient in own.items() if not gradient.any()}
+        # By the length of a longer loop, since a layer may happen to be as wide as K.
+        zero |= {
+            f"{name}[{slot}]"
+            for name, gradient in own.items()
+            if name not in zero and _grows(gradient, longer[name])
+            for slot, row in enumerate(gradient)
+            if not row.any()
+        }
         idle = zero if seed == 0 else idle & zero
         if not idle:
             return
+    if not (whole := sorted(name for name in idle if not name.endswith("]"))):
+        raise BreachError(
+            f"{sorted(idle)[0]} never receives a gradient in a loop of 3 inner steps: a part that "
+            "is zero in a step needs no slot there, as a pull to the start in step 0; index by "
+            "step.slot, and make no slot that is not used"
+        )
     raise BreachError(
-        f"no meta-gradient reaches its meta-parameter {quoted(sorted(idle)[:3])}, which would then "
+        f"no meta-gradient reaches its meta-parameter {quoted(whole[:3])}, which would then "
         "never learn: use it without .detach(), .data, .item() or torch.no_grad(), or make it a "
         "buffer"
     )
+
+
+def _grows(short: Tensor, longer: Tensor) -> bool:
+    """Whether a meta-parameter has one entry more along axis 0 for one inner step more."""
+    return short.dim() > 0 and len(longer) == len(short) + 1
 
 
 @clause_on(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 from pydantic import ValidationError
+from torch import nn
 
 from metaplug.contract.chain import Chain, Link
 from metaplug.contract.plugin import PluginConfig
@@ -25,6 +27,7 @@ from metaplug.testing.clauses import (
     in_words,
 )
 from metaplug.testing.comparing import difference, evaluation, training
+from metaplug.testing.problems import Problem
 
 
 @clause(
@@ -166,6 +169,23 @@ def names_and_shapes(subject: Subject, example: Example) -> None:
                     f"the meta-parameter {name} is on {parameter.device}, away from the model: "
                     "create it on context.device"
                 )
+    _fits_an_unused_parameter(subject, case)
+
+
+def _fits_an_unused_parameter(subject: Subject, case: Problem) -> None:
+    """Try a model of which one trainable parameter reaches no loss, and so has no gradient."""
+    model, like = copy.deepcopy(case.model), next(case.model.parameters())
+    model.register_parameter("unused", nn.Parameter(like.new_ones(2)))
+    learner = subject.learner(Example(replace(case, model=model)))
+    for run in (training, evaluation):
+        try:
+            run(learner, case.batch)
+        except Exception as error:
+            raise BreachError(
+                f"{in_words(error)}, of a model whose trainable parameter 'unused' no loss "
+                "reaches: gradients lack its name, which parameters have; leave it as it is, as in "
+                "gradients.get(name)"
+            ) from error
 
 
 def _same_tasks(link: Link) -> Link:

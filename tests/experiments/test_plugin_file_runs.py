@@ -104,8 +104,8 @@ def test_a_changed_file_is_said_and_the_copy_goes_on(
     assert run(capfd, "evaluate", "runs/mine", "--with", "my_idea.py") == (
         2,
         "metaplug: the plugin file my_idea.py has changed since runs/mine/best.safetensors was "
-        f"trained with it (sha256 {then}… then, {now}… now): bring it back as it was, or take it "
-        "as it is for a new run\n",
+        f"trained with it (sha256 {then}… then, {now}… now): bring it back as it was, give --with "
+        "runs/mine/my_idea.py, the copy of it then, or take it as it is for a new run\n",
     )
     config = tiny(plugins=["./my_idea.py"], training__iterations=4)
     with pytest.raises(RequestError) as error:

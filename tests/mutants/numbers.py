@@ -117,6 +117,23 @@ class NeverLearns(Plugin):
         return {name: gradient * self.scale.data for name, gradient in gradients.items()}
 
 
+class NeverPullsInTheFirstStep(Plugin):
+    """A pull to the start for each inner step, of which the first is zero whatever it weighs."""
+
+    caught_by = "meta-parameters-learn"
+    says = "never-pulls-in-the-first-step.mu[0] never receives a gradient in a loop of 3 inner"
+
+    @hookimpl
+    def setup(self, context):
+        slots = max(context.inner_steps, 1)
+        self.mu = nn.Parameter(torch.full((slots,), 0.1, **context.factory_kwargs))
+
+    @hookimpl
+    def transform_gradients(self, gradients, step):
+        now, start, mu = step.parameters, step.initial_parameters, self.mu[step.slot]
+        return {name: each + mu * (now[name] - start[name]) for name, each in gradients.items()}
+
+
 class DetachesTheGradient(Plugin):
     """First order by accident."""
 

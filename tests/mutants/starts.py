@@ -162,6 +162,31 @@ class UpdatesSomeNames(Plugin):
         return {name: parameters[name] - 0.1 * gradients[name] for name in names}
 
 
+class UpdatesWhatHasAGradient(Plugin):
+    """Leaves out of its answer what no loss reaches."""
+
+    caught_by = "names-and-shapes"
+    says = (
+        "in update_parameters (link 1 of 1, iteration 1, inner step 0) returned other names than "
+        "it was given: missing 'unused', not known none"
+    )
+
+    @hookimpl
+    def update_parameters(self, parameters, gradients):
+        return {n: parameters[n] - 0.1 * gradients[n] for n in parameters if n in gradients}
+
+
+class CountsOnEveryGradient(Plugin):
+    """Looks up a gradient that is not there."""
+
+    caught_by = "names-and-shapes"
+    says = "of a model whose trainable parameter 'unused' no loss reaches: gradients lack its name"
+
+    @hookimpl
+    def update_parameters(self, parameters, gradients):
+        return {name: each - 0.1 * gradients[name] for name, each in parameters.items()}
+
+
 class RegistersAnotherName(Plugin):
     """Names a variable otherwise than its meta-parameter."""
 
@@ -282,7 +307,8 @@ class UpdatesByTheLargestTask(Plugin):
     @hookimpl
     def update_parameters(self, parameters, gradients):
         largest = max(gradient.abs().max() for gradient in gradients.values()) + 1
-        return {name: parameters[name] - 0.1 * gradients[name] / largest for name in parameters}
+        moved = {name: parameters[name] - 0.1 * each / largest for name, each in gradients.items()}
+        return {**parameters, **moved}
 
 
 class DetachesItsStart(Plugin):

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import BaseModel, Field
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.text import Text
 
 from metaplug import EvaluationResult, Record
 from metaplug.evaluation.results import Metric
@@ -23,7 +24,7 @@ from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.report import figures
 from metaplug.report.catalogue import Entry, SettingRow, rows
 from metaplug.report.comparison import comparison_report
-from metaplug.report.console import CONSOLE, line
+from metaplug.report.console import CONSOLE, line, new_table, show
 from metaplug.report.figures import _wrapped, comparison_figure, run_figure
 from metaplug.report.tables import catalogue_table
 from metaplug.report.terminal import TrainingProgress, result_line, value_text
@@ -292,3 +293,19 @@ def test_long_variants_are_broken_before_their_plugins() -> None:
         _wrapped("maml+per-step-learning-rates+multi-step-loss:floor=0.1+cosine-meta-lr", 40)
         == "maml+per-step-learning-rates\n  +multi-step-loss:floor=0.1\n  +cosine-meta-lr"
     )
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_table_is_as_wide_as_it_needs_where_no_terminal_bounds_it(terminal: bool) -> None:
+    label = f"maml + ./{'long_' * 20}idea.py"
+    table = new_table("", "variant", "acceleration", "test accuracy")
+    table.columns[0].no_wrap = True
+    table.add_row(label, "12.3 %", "76.70 ± 1.20 %")
+    file = io.StringIO()
+    console = Console(file=file, width=80, force_terminal=terminal, color_system=None)
+    show(Group(table, Text("notes " * 40)), console)
+    lines = [each.rstrip() for each in file.getvalue().splitlines()]
+    row = f"{label} 12.3 % 76.70 ± 1.20 %".split()
+    assert any(each.split() == row for each in lines) == (not terminal)
+    assert max(map(len, lines)) <= (80 if terminal else 160)
+    assert console.width == 80

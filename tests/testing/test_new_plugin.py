@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from metaplug.cli.main import main
 from metaplug.templates import SCAFFOLDS
+from metaplug.testing import PluginConformance, check
 
 NAMES = {kind: f"{kind}-of-mine" for kind in SCAFFOLDS}
 FILES = [
@@ -180,6 +182,31 @@ def test_it_is_listed_and_passes_its_own_tests(metaplug: Any, kind: str) -> None
     assert row["summary"]
     assert all(setting["description"] for setting in row["settings"])
     assert bool(row["settings"]) == (kind != "preset")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SCAFFOLDS if SCAFFOLDS[kind].part == "plugin"])
+def test_its_plugin_keeps_every_clause(
+    metaplug: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one model and one example: its own tests, which are slow, take three models and five."""
+    name = NAMES[kind]
+    assert metaplug("new-plugin", name, "--kind", kind)[0] == 0
+    for folder in (Path(name), Path(name) / "tests"):
+        monkeypatch.syspath_prepend(str(folder.resolve()))
+    tests = importlib.import_module(f"test_{name.replace('-', '_')}")
+    (suite,) = (
+        each
+        for each in vars(tests).values()
+        if isinstance(each, type) and issubclass(each, PluginConformance) and each.plugin
+    )
+    check(
+        suite.plugin,
+        settings=suite.settings,
+        off=suite.off,
+        models=("mlp",),
+        exceptions=suite.exceptions,
+        examples=1,
+    )
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ class TestMyIdea(PluginConformance):
 
 def test_every_task_pays_for_its_own_predictions() -> None:
     predictions = torch.tensor([[[1.0, 3.0]], [[0.0, 2.0]]])
-    step: Any = SimpleNamespace(predictions=predictions)
+    step: Any = SimpleNamespace(by_task=lambda function: function(predictions))
     plugin = MyIdea(strength=0.5)
     losses = plugin.transform_inner_losses(torch.tensor([1.0, 2.0]), step)
     assert losses is not None

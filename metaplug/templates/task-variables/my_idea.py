@@ -31,7 +31,7 @@ class MyIdea(Plugin):
 
     @hookimpl
     def setup(self, context: Context) -> None:
-        weights = [name for name, shape in context.shapes.items() if len(shape) > 1]
+        weights = [name for name in context.layers if len(context.shapes[name]) > 1]
         self.weight = weights[-1]
         start = torch.full((1,), self.config.start, dtype=context.dtype, device=context.device)
         self.log_scale = nn.Parameter(start)
