@@ -587,3 +587,19 @@ def test_a_task_parameter_under_a_name_of_the_models_is_refused():
         "plugin 'probe' in task_parameters (link 1 of 1) answered 'bias', but 'probe.bias' is a "
         "parameter of the model: rename one"
     )
+
+
+def test_third_order_through_batch_norm_is_said_with_the_way_out():
+    def transform_inner_losses(self, losses, step):
+        wanted = {"0.weight": step.parameters["0.weight"]}
+        (gradient,) = step.gradients(losses, wanted).values()
+        return losses + gradient.square().sum((1, 2))
+
+    steep = plugin(transform_inner_losses=transform_inner_losses)
+    text = refused([steep], kind=RunError, case=problem("batch-norm", tasks=2))
+    assert text == (
+        "the meta-gradient is of third order in the inner loss of plugin 'probe' (batch_norm does "
+        "not support 3rd+ order derivatives): a gradient in transform_inner_losses is not "
+        "detached; add that of the regulariser in transform_gradients, by step.gradients, as "
+        "docs/writing-a-plugin.md#a-regulariser-that-needs-a-gradient-or-a-second-pass shows"
+    )
