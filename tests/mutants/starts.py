@@ -96,7 +96,7 @@ class CountsPadding(Plugin):
     """Takes a mean over targets, of which some are of no example."""
 
     caught_by = "unequal-sizes"
-    says = "alone and beside a task of more support examples: count no target of -100"
+    says = "alone and beside a task of more examples: count no target of -100"
 
     @hookimpl
     def initialize_parameters(self, parameters, step):
