@@ -15,17 +15,20 @@ _CHAIN: Mapping[str, Mapping[str, Any]] = {
     "partial-adaptation": {"adapts": "body"},
     "mr-maml": {"weights": ["*.weight"], "beta": 1e-6},
     "meta-mix": {},
+    "l2f": {},
     "proto-maml": {},
     "label-smoothing": {},
     "weight-decay-to-init": {"strength": 1e-3},
     "gradient-clipping": {"max_norm": 10.0, "max_meta_norm": 10.0},
     "gradient-noise": {"scale": 1e-4},
     "drop-grad": {},
+    "sharp-maml": {"level": "lower"},
     "gradient-sharing": {},
     "meta-curvature": {},
     "meta-sgd": {},
     "per-step-learning-rates": {},
     "aruba": {},
+    "alfa": {},
     "taml": {"measure": "theil"},
     "multi-step-loss": {"annealing_epochs": 5, **_SCHEDULE},
     "derivative-order": {"switch": 5, **_SCHEDULE},
@@ -33,6 +36,12 @@ _CHAIN: Mapping[str, Mapping[str, Any]] = {
 }
 _REPTILE = "it replaces the outer loss, which multi-step-loss weighs: the two refuse each other"
 _ADAPTS = "it says itself what adapts, which partial-adaptation does here"
+_ORDER = "it goes together with no plugin that chooses the order, as derivative-order does here"
+_ALONE = {
+    **dict.fromkeys(("cavia", "lora"), _ADAPTS),
+    **dict.fromkeys(("imaml", "metal", "warp-grad"), _ORDER),
+    "reptile": _REPTILE,
+}
 
 
 @dataclass(frozen=True)
@@ -77,9 +86,7 @@ _SINUSOID = SoakWorkload(
         "per-step-batch-norm": "the network has no batch norm",
         "label-smoothing": "regression has no labels",
         "proto-maml": "regression has no classes",
-        "cavia": _ADAPTS,
-        "lora": _ADAPTS,
-        "reptile": _REPTILE,
+        **_ALONE,
     },
     {
         "model": {"name": "mlp"},
@@ -91,7 +98,7 @@ _SINUSOID = SoakWorkload(
 _CONV4 = SoakWorkload(
     "conv4",
     2_000,
-    {"cavia": _ADAPTS, "lora": _ADAPTS, "reptile": _REPTILE},
+    _ALONE,
     {
         "model": {"name": "conv4", "settings": {"filters": 32, "pooling": "stride"}},
         "tasks": {"source": "glyphs", "ways": 5, "shots": 1, "queries": 5},

@@ -24,7 +24,7 @@ from metaplug.contract.schedule import iteration_text
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.core.adaptation import NO_DERIVATIVE, adapt
 from metaplug.core.inner_loop import InnerLoop
-from metaplug.errors import RequestError, RunError, did_you_mean
+from metaplug.errors import RequestError, RunError, did_you_mean, quoted
 
 _NO_DERIVATIVE = (
     f"every loss on the way was finite: an operation of the model or of a plugin {NO_DERIVATIVE}"
@@ -190,7 +190,9 @@ class OuterLoop:
         try:
             taken = torch.autograd.grad(outer_loss, wanted, allow_unused=True)
         except RuntimeError as error:
-            raise _not_differentiable(error) from error
+            links = self.chain.links("transform_inner_losses")
+            owners = list(dict.fromkeys(link.plugin.name for link in links))
+            raise _not_differentiable(error, owners) from error
         return {
             name: gradient
             for name, gradient in zip(self.meta_parameters, taken, strict=True)
@@ -219,8 +221,19 @@ def _check_parameters(given: Mapping[str, Tensor], known: Mapping[str, Tensor]) 
             )
 
 
-def _not_differentiable(error: RuntimeError) -> RuntimeError:
-    """Return the error of differentiating through the loop, in words for the user."""
+def _not_differentiable(error: RuntimeError, owners: Sequence[str] = ()) -> RuntimeError:
+    """Return the error of differentiating through the loop, in words for the user.
+
+    Args:
+        owners: the plugins that add to the inner loss.
+    """
+    if "3rd+ order" in str(error) and owners:
+        return RunError(
+            f"the meta-gradient is of third order in the inner loss of plugin {quoted(owners)} "
+            f"({str(error).splitlines()[0].rstrip('.')}): a gradient in transform_inner_losses is "
+            "not detached; add that of the regulariser in transform_gradients, by step.gradients, "
+            "as docs/writing-a-plugin.md#a-regulariser-that-needs-a-gradient-or-a-second-pass shows"
+        )
     if "a second time" in str(error):
         return RunError(
             "a plugin uses the support losses of a first-order step in what is differentiated, but "
