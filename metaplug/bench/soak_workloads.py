@@ -28,7 +28,6 @@ _CHAIN: Mapping[str, Mapping[str, Any]] = {
     "meta-sgd": {},
     "per-step-learning-rates": {},
     "aruba": {},
-    "alfa": {},
     "taml": {"measure": "theil"},
     "multi-step-loss": {"annealing_epochs": 5, **_SCHEDULE},
     "derivative-order": {"switch": 5, **_SCHEDULE},
@@ -37,7 +36,9 @@ _CHAIN: Mapping[str, Mapping[str, Any]] = {
 _REPTILE = "it replaces the outer loss, which multi-step-loss weighs: the two refuse each other"
 _ADAPTS = "it says itself what adapts, which partial-adaptation does here"
 _ORDER = "it goes together with no plugin that chooses the order, as derivative-order does here"
+_RATES = "its rates times those of three plugins more diverge in long runs"
 _ALONE = {
+    "alfa": _RATES,
     **dict.fromkeys(("cavia", "lora"), _ADAPTS),
     **dict.fromkeys(("imaml", "metal", "warp-grad"), _ORDER),
     "reptile": _REPTILE,
@@ -86,6 +87,7 @@ _SINUSOID = SoakWorkload(
         "per-step-batch-norm": "the network has no batch norm",
         "label-smoothing": "regression has no labels",
         "proto-maml": "regression has no classes",
+        **dict.fromkeys(("l2f", "sharp-maml"), "with aruba's rates this run diverges"),
         **_ALONE,
     },
     {
