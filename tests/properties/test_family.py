@@ -73,8 +73,8 @@ OFF = {
     "mr-maml": {"beta": 0.0, "deviation": 0.0},
     "multi-step-loss": {"annealing_epochs": 0},
     "per-step-learning-rates": {},
-    "taml": {"strength": 0.0},
     "sharp-maml": {"lower_rho": 0.0, "upper_rho": 0.0},
+    "taml": {"strength": 0.0},
     "weight-decay-to-init": {"strength": 0.0},
 }
 ALWAYS_ON = {

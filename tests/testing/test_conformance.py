@@ -47,8 +47,8 @@ OFF = {
     "mr-maml": {"beta": 0.0, "deviation": 0.0},
     "multi-step-loss": {"annealing_epochs": 0},
     "partial-adaptation": {"head": ["*"]},
-    "taml": {"strength": 0.0},
     "sharp-maml": {"lower_rho": 0.0, "upper_rho": 0.0},
+    "taml": {"strength": 0.0},
     "weight-decay-to-init": {"strength": 0.0},
 }
 MODELS_OF = {"per-step-batch-norm": ("batch-norm", "conv4")}
