@@ -599,7 +599,7 @@ class Penalty(Plugin):
 
 
 def test_a_third_derivative_through_layer_norm_is_refused():
-    """torch's differs from central differences by tens of percent, without a word."""
+    """torch's is not that of central differences, and says nothing."""
     case = problem("layer-norm", steps=2)
     assert str(refusal(lambda: case.learner(plugins=[Penalty()]).meta_gradients(case.batch))) == (
         "plugin 'penalty' takes a gradient in transform_inner_losses, so that the meta-gradient is "
