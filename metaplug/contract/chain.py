@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
-import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -19,55 +16,15 @@ from torch import Tensor, nn
 from metaplug.contract import hookspecs
 from metaplug.contract.hookspecs import KINDS
 from metaplug.contract.inner_step import LOGGED
+from metaplug.contract.link import Link
 from metaplug.contract.plugin import Plugin
 from metaplug.contract.plugin_checks import check_plugin
 from metaplug.contract.return_checks import CHECKS
-from metaplug.contract.schedule import iteration_text, step_text
+from metaplug.contract.schedule import iteration_text
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Context
-from metaplug.errors import MetaplugError, RequestError, RunError, quoted
+from metaplug.errors import RequestError, RunError, quoted
 from metaplug.random_streams import mix, stream
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """One plugin's place in one hook, "link 2 of 3", and its function there."""
-
-    plugin: Plugin
-    hook: str
-    place: str
-    function: Callable[..., Any]
-    arguments: tuple[str, ...]
-
-    def call(self, given: Mapping[str, Any]) -> Any:
-        """Call the implementation with the arguments that it names; errors say where."""
-        values = [
-            given[name].seen_by(self.plugin) if name in ("step", "outcome") else given[name]
-            for name in self.arguments
-        ]
-        try:
-            return self.function(*values)
-        except MetaplugError:
-            raise
-        except Exception as error:
-            what = f"failed{self._line_of(error)}: {type(error).__name__}: {error}"
-            raise self.fault(what, given) from error
-
-    def _line_of(self, error: Exception) -> str:
-        """Find the line of the plugin's own file that raised, " at FILE:LINE"; "" if unknown."""
-        file = getattr(sys.modules.get(type(self.plugin).__module__), "__file__", None)
-        frames = traceback.walk_tb(error.__traceback__)
-        lines = [line for frame, line in frames if frame.f_code.co_filename == file]
-        return f" at {Path(file).name}:{lines[-1]}" if file and lines else ""
-
-    def fault(self, what: str, given: Mapping[str, Any]) -> RunError:
-        """Make the error for a fault of this link: `what` follows the plugin's name."""
-        step, iteration, when = given.get("step"), given.get("iteration"), ""
-        if step is not None:
-            when = f", {step_text(step.meta_iteration, step.index, training=step.training)}"
-        elif iteration is not None:
-            when = f", {iteration_text(iteration)}"
-        return RunError(f"plugin '{self.plugin.name}' in {self.hook} ({self.place}{when}) {what}")
 
 
 class Observer(Protocol):
@@ -221,7 +178,8 @@ class Chain:
         for name, value in found.items():
             if not math.isfinite(value) and name not in self._warned:
                 self._warned.add(name)
-                what = f"the figure '{name}' of a plugin's end_meta_step is NaN or Inf"
+                source = "log" if name in self._logged else "end_meta_step"
+                what = f"the figure '{name}' of a plugin's {source} is NaN or Inf"
                 warnings.warn(
                     f"{what} after {iteration_text(iteration)}: it is logged as null, and as "
                     "nothing is computed from it, training goes on; see what the plugin computes "
@@ -263,12 +221,9 @@ class Chain:
         def saying(verb: str) -> Callable[[str], str]:
             return lambda fault: str(link.fault(f"{verb} {fault}", given))
 
-        advice, by_task = (
-            f"see what '{name}' computes there, or leave it out",
-            link.hook in _BY_TASK,
-        )
+        advice = f"see what '{name}' computes there, or leave it out"
         self.watch.look(kept, saying("kept"), advice)
-        self.watch.look(result, saying("returned"), advice, by_task=by_task)
+        self.watch.look(result, saying("returned"), advice, by_task=link.hook in _BY_TASK)
 
     def reading(self, field: str, *, but_in: Collection[str]) -> tuple[str, ...]:
         """The plugins of which a hook, other than these, reads a field of what it is given."""

@@ -176,14 +176,8 @@ def _run(path: str, place: Path, source: bytes, digest: str) -> ModuleType:
 
 def _plugin_in(module: ModuleType, path: str) -> type[Plugin]:
     """The one plugin that a module defines."""
-    where, own = (
-        f"the plugin file {path}",
-        [
-            value
-            for value in vars(module).values()
-            if getattr(value, "__module__", None) == module.__name__
-        ],
-    )
+    where, named = f"the plugin file {path}", module.__name__
+    own = [each for each in vars(module).values() if getattr(each, "__module__", None) == named]
     classes = [each for each in own if isinstance(each, type) and issubclass(each, Plugin)]
     functions = [each for each in own if isinstance(each, FunctionType)]
     marked = [each.__name__ for each in functions if hasattr(each, "metaplug_impl")]

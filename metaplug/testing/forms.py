@@ -12,7 +12,8 @@ import yaml
 from pydantic import ValidationError
 from torch import nn
 
-from metaplug.contract.chain import Chain, Link
+from metaplug.contract.chain import Chain
+from metaplug.contract.link import Link
 from metaplug.contract.plugin import PluginConfig
 from metaplug.contract.return_checks import form
 from metaplug.contract.task_batch import TaskBatch

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from metaplug.contract.chain import Link
+from metaplug.contract.link import Link
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.learner import MetaLearner
 from metaplug.testing.clauses import BreachError, Example, Subject, clause_on

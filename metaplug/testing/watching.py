@@ -13,8 +13,8 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from metaplug.contract import hookspecs
-from metaplug.contract.chain import Link
 from metaplug.contract.inner_step import InnerStep
+from metaplug.contract.link import Link
 from metaplug.contract.outcome import Outcome
 from metaplug.contract.plugin import Plugin
 from metaplug.contract.schedule import iteration_text, step_text
