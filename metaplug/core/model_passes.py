@@ -86,12 +86,12 @@ class ModelPasses:
         made, such as a task parameter that no step has moved yet, it may be that tasks adapt it:
         its gradient would be the first task's alone.
         """
-        known, adapted = step.initial_parameters, self.loop.adapted
+        known, loop = step.initial_parameters, self.loop
         return [
             values[name]
-            if name in adapted or values[name] is known.get(name)
+            if adapted or values[name] is known.get(name)
             else values[name].contiguous()
-            for name in self.loop.parameters
+            for adapted, name in zip(loop.is_adapted, loop.parameters, strict=True)
         ]
 
     def knowing(self, step: InnerStep, losses: Tensor, predictions: Tensor) -> InnerStep:

@@ -44,6 +44,7 @@ class TaskModel:
         classes_last: whether classes are on the last axis of an output where shapes do not tell.
         features: keeps what no adapted weight reaches from pass to pass; None computes it anew.
         query_graph: whether forward itself differentiates, so that it needs autograd at evaluation.
+        is_adapted: of each parameter, whether its value differs from task to task.
         dtype, device: of the parameters that are trained.
 
     Example:
@@ -73,6 +74,7 @@ class TaskModel:
         self.functional = FunctionalModel(model, batch_norm, output)
         self.parameters: dict[str, Tensor] = dict(model.named_parameters())
         self.adapted = tuple(name for name in self.parameters if name in adapted)
+        self.is_adapted = list(map(set(self.adapted).__contains__, self.parameters))
         reference = next(each for each in self.parameters.values() if each.requires_grad)
         self.dtype, self.device = reference.dtype, reference.device
 
@@ -122,8 +124,8 @@ class TaskModel:
         for group in groups:
             own = None if seeds is None else [seeds[row] for row in group.rows]
             weights = [
-                rows_of(value, group.rows, shared=name not in self.adapted)
-                for name, value in zip(self.parameters, stacked, strict=True)
+                rows_of(value, group.rows, shared=not adapted)
+                for adapted, value in zip(self.is_adapted, stacked, strict=True)
             ]
             loss, prediction = self._alike(weights, group, own, keep)
             losses.append((group.rows, loss))
@@ -143,8 +145,8 @@ class TaskModel:
             # Weights that no task changed are one tensor, expanded: vmap need not batch them,
             # unless their gradient is asked for by task.
             shared = [
-                name not in self.adapted and value.stride(0) == 0
-                for name, value in zip(self.parameters, stacked, strict=True)
+                not adapted and value.stride(0) == 0
+                for adapted, value in zip(self.is_adapted, stacked, strict=True)
             ]
             with self._kept(keep, *group.rows):
                 return for_all_tasks(partial(self.task, ways=ways), stacked, shared, x, y)
