@@ -159,7 +159,7 @@ def _check_settings(subject: Subject) -> None:
     Raises:
         RequestError: there is no such plugin, or a setting is unknown or out of bounds.
     """
-    for given in (subject.settings, subject.off or {}):
+    for given in (subject.settings, *(() if subject.off is None else (subject.off,))):
         try:
             subject.make(given)
         except (RequestError, RunError):

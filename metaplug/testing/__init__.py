@@ -1,7 +1,7 @@
 """For authors of plugins: a suite that holds any plugin to the contract, and its parts.
 
 * `suite`: the clauses as a class of tests and as one call; `clauses`: what a clause is.
-* `forms`, `states`, `numbers`, `separation`, `derivations`, `composing`: the clauses themselves.
+* `forms`, `states`, `reading`, `numbers`, `separation`, `derivations`, `composing`: the clauses.
 * `comparing`, `watching`: what they look at; `first_party`: our plugins, with settings.
 * `problems`, `strategies`: small models and tasks; `reference`: the algorithms as plain loops.
 

@@ -32,6 +32,10 @@ PAGE = "docs/conformance.md"
 """The page that explains every clause."""
 
 
+FAULTS = (MetaplugError, RuntimeError, TypeError, ValueError, LookupError)
+"""What a wrong plugin raises where another clause says so."""
+
+
 class ConformanceError(MetaplugError, AssertionError):
     """A plugin breaks a clause of the contract.
 
@@ -103,10 +107,10 @@ class Subject:
         Args:
             name: of the instance, where it is not the usual; not in the shortest form.
         """
-        if not isinstance(self._part, type):
+        if self.shortest:
             return make_plugins(None, [self._part])[0]
-        usual = label_of(self.source) if isinstance(self.source, str) else None
-        named = {} if (called := name or usual) is None else {"name": called}
+        called = name or (label_of(self.source) if isinstance(self.source, str) else None)
+        named = {"name": called} if called else {}
         made = self._part(**named, **(self.settings if given is None else given))
         if not isinstance(made, Plugin):
             raise RequestError(
@@ -182,7 +186,7 @@ class Subject:
         """Make a learner; None where that fails, which "names-and-shapes" says."""
         try:
             return self.learner(example, moved=moved)
-        except (MetaplugError, RuntimeError, TypeError, ValueError, LookupError):
+        except FAULTS:
             return None
 
 

@@ -19,6 +19,7 @@ from metaplug.contract.return_checks import form
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import MetaplugError
 from metaplug.testing.clauses import (
+    FAULTS,
     BreachError,
     Example,
     Subject,
@@ -133,7 +134,7 @@ def another_name(subject: Subject) -> None:
         first = training(usual, example.problem.batch)
         if difference(training(subject.learner(example), example.problem.batch), first, exact=True):
             return  # which other clauses say
-    except (MetaplugError, RuntimeError, TypeError, ValueError, LookupError):
+    except FAULTS:
         return  # likewise
     own = usual.chain.plugins[0].name
     advice = 'find what is yours by self.name, as in f"{self.name}.shift"'

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.errors import MetaplugError
 from metaplug.learner import MetaLearner
-from metaplug.testing.clauses import BreachError, Example, Subject, clause, clause_on
+from metaplug.testing.clauses import FAULTS, BreachError, Example, Subject, clause, clause_on
 from metaplug.testing.comparing import Findings, difference, evaluation, training
 from metaplug.testing.problems import CLASSES, problem
 
@@ -56,7 +55,7 @@ def _inner(
     """Find what the inner loop alone makes of tasks; None where it fails."""
     try:
         found = run(learner, batch)
-    except (MetaplugError, RuntimeError, TypeError, ValueError, LookupError) as error:
+    except FAULTS as error:
         if _UNDECLARED in str(error):
             raise
         return None
@@ -125,15 +124,11 @@ def _unlike_mean(
     learner: MetaLearner, joined: Callable[..., TaskBatch], *examples: Example
 ) -> str | None:
     """Describe where the outer loss or a meta-gradient is not the mean of the tasks'."""
-    whole = _derived(learner, joined(*examples))
-    alone = [_derived(learner, joined(each)) for each in examples]
+    whole, *alone = (
+        training(learner, joined(*each)).without("the statistic").whole
+        for each in (examples, *((one,) for one in examples))
+    )
     if any(each.keys() != whole.keys() for each in alone):
         return None
     mean = {name: torch.stack([each[name] for each in alone]).mean(0) for name in whole}
     return difference(Findings({}, whole), Findings({}, mean))
-
-
-def _derived(learner: MetaLearner, batch: TaskBatch) -> dict[str, Tensor]:
-    """The outer loss and the meta-gradients, by what they are in words."""
-    whole = training(learner, batch).whole
-    return {name: each for name, each in whole.items() if not name.startswith("the statistic")}

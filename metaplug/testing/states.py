@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from metaplug.errors import MetaplugError
 from metaplug.learner import MetaLearner
-from metaplug.testing.clauses import BreachError, Example, Subject, clause_on, fit, stream
+from metaplug.testing.clauses import FAULTS, BreachError, Example, Subject, clause_on, fit, stream
 from metaplug.testing.comparing import difference, evaluation, training
 from metaplug.testing.watching import Watch, fingerprint, frozen
 
@@ -64,7 +63,7 @@ def _watched(learner: MetaLearner, example: Example) -> Watch:
         lambda: evaluation(learner, batch),
         lambda: fit(learner, example, 1),
     ):
-        with suppress(MetaplugError, RuntimeError, TypeError, ValueError, LookupError):
+        with suppress(*FAULTS):
             run()
     return watch
 

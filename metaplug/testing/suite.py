@@ -53,8 +53,6 @@ CLAUSES: dict[str, Clause] = {
 build on comes first."""
 
 
-Outcome = Literal["passed", "broken", "left out", "not tried"]
-
 _NO_OFF = "no settings at which it does nothing are given: off = None"
 
 
@@ -71,7 +69,7 @@ class Verdict:
     """
 
     clause: str
-    outcome: Outcome
+    outcome: Literal["passed", "broken", "left out", "not tried"]
     text: str = ""
     error: ConformanceError | None = None
 
@@ -162,16 +160,17 @@ def verdicts(
         only: the clauses to try, by default all.
 
     Raises:
-        RequestError: a clause is unknown, or left out without a reason.
+        RequestError: at the first step, a clause is unknown, or left out without a reason.
     """
-    broken: str | None = None
     for name in only:
         if name not in CLAUSES:
             raise unknown("clause", name, CLAUSES)
+    exceptions = _checked(exceptions)
+    broken: str | None = None
     for name, clause in CLAUSES.items():
         if only and name not in only:
             continue
-        if reason := _left_out(name, _checked(exceptions), subject.off):
+        if reason := _left_out(name, exceptions, subject.off):
             yield Verdict(name, "left out", reason)
         elif broken is not None:
             yield Verdict(name, "not tried", _not_tried(broken))

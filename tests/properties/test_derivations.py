@@ -14,8 +14,7 @@ from metaplug.execution.traced import MOST_TRACES, CompiledDerivation
 from metaplug.testing import Stream, assert_close, found, problem
 from metaplug.testing.strategies import problems
 
-COUPLING = ("gradient-sharing", "sharp-maml")
-APART = [name for name in plugins.NAMES if name not in (*COUPLING, *plugins.DRAWING)]
+APART = [name for name in plugins.NAMES if name not in (*plugins.COUPLING, *plugins.DRAWING)]
 """Plugins that do not couple tasks, and draw no numbers that follow a task's place."""
 
 

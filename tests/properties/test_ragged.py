@@ -236,7 +236,7 @@ def test_targets_of_other_forms(name):
 
 # Every plugin and preset.
 
-COUPLED = [name for name in plugins.NAMES if registry.load("plugin", name).couples_tasks]
+COUPLED = plugins.COUPLING
 APART = [name for name in plugins.NAMES if name not in (*COUPLED, *plugins.DRAWING)]
 
 

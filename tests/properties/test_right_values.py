@@ -217,7 +217,7 @@ def test_reptile_trains_what_a_recomputed_loop_adapts():
 
 
 CHAINS = first_party.covering(5)
-COUPLED = {"gradient-sharing", "sharp-maml", *first_party.DRAWING}
+COUPLED = {*first_party.COUPLING, *first_party.DRAWING}
 APART = first_party.covering(5, [name for name in first_party.NAMES if name not in COUPLED])
 
 

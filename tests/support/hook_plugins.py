@@ -9,6 +9,10 @@ from torch.nn import functional as F
 
 from metaplug import Plugin, TaskBatch, hookimpl
 
+ALL = ("variables", "start", "ahead", "update", "outer")
+ZERO = ("variables", "start", "update", "order-zero")
+"""Parts that go together, in second order and in order 0."""
+
 RADIUS, RATE, SCALE, SHIFT = 0.2, 0.15, 1.5, 0.1
 
 

@@ -19,6 +19,9 @@ SETTINGS = {
 DRAWING = ("drop-grad", "gradient-noise", "meta-mix", "mr-maml")
 """Those that draw random numbers: others for another place in a batch, or for another chunk."""
 
+COUPLING = ("gradient-sharing", "sharp-maml")
+"""Those that couple tasks by their default settings."""
+
 NAMES = registry.names("plugin")
 
 

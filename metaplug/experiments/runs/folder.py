@@ -70,8 +70,8 @@ class RunFolder:
         taken = bool(self._entries())
         if not resume and taken and self._never_trained():
             self._acquire()
-            for entry in self._entries():  # of a run that was refused before its first iteration
-                entry.unlink()
+            for name in (CONFIG, RECORD, METRICS):  # of a run refused before its first iteration
+                (self.path / name).unlink()
             return False
         if not resume and taken:
             mend = f"{mend}, or --resume to go on with it"
