@@ -104,13 +104,12 @@ def _compositions() -> Compositions:
 
 def composition_matrix() -> str:
     """Mark every pair of plugins, rows and columns by number."""
-    found = _compositions()
-    numbers = [str(number) for number in range(1, len(found.plugins) + 1)]
+    rows = list(matrix(_compositions()))
     table = _table(
-        ("", "plugin", *numbers),
+        ("", "plugin", *(number for number, *_ in rows)),
         (
             (number, _linked(name), *("" if mark is None else MARKS[mark] for mark in marks))
-            for number, name, marks in matrix(found)
+            for number, name, marks in rows
         ),
     )
     return f'<div class="matrix" markdown>\n\n{table}\n\n</div>'

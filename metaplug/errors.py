@@ -71,3 +71,16 @@ def at_least_one(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise RequestError(f"{name} = {count}: give at least 1")
+
+
+def names_code(file: object, name: str, what: str = "model", option: str = "--model") -> str:
+    """Say that a file names one's own code for a part of a run, with how to let it run.
+
+    >>> names_code("a.yaml", "./my_idea.py", "plugin", "--with").partition(": ")[2]
+    'if it is your own, give --with ./my_idea.py'
+    """
+    name = one_line(name)
+    return (
+        f"{file} names code for its {what}, '{name}', which nobody lets run because a file says "
+        f"so: if it is your own, give {option} {name}"
+    )

@@ -83,8 +83,9 @@ class Aruba(Plugin):
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
         factors = torch.cat([self._factor(name).flatten() for name in self._adapted])
-        named = {"smallest": factors.min(), "mean": factors.mean(), "largest": factors.max()}
-        return {f"factor/{name}": float(value) for name, value in named.items()}
+        values = torch.stack([factors.min(), factors.mean(), factors.max()]).tolist()
+        names = ("factor/smallest", "factor/mean", "factor/largest")
+        return dict(zip(names, values, strict=True))
 
     def _factor(self, name: str) -> Tensor:
         b, squares = (self.get_buffer(f"{kind}/{key_of(name)}") for kind in "bG")

@@ -10,7 +10,7 @@ import typer
 
 from metaplug.cli import options
 from metaplug.errors import RequestError, unknown
-from metaplug.report.console import CONSOLE, emit, line
+from metaplug.report.console import CONSOLE, emit, line, show
 
 if TYPE_CHECKING:
     from metaplug.experiments.configuration import ExperimentConfig, TaskSettings
@@ -106,7 +106,7 @@ def _compose(name: str | None, *, as_json: bool) -> None:
     if as_json:
         emit(to_json(asdict(found), indent=2))
     else:
-        CONSOLE.print(composition_table(found, None if name is None else label_of(name)))
+        show(composition_table(found, None if name is None else label_of(name)))
 
 
 @options.examples(

@@ -147,15 +147,19 @@ def _files_of(source: Path, uses: list[str]) -> tuple[list[str], list[str]]:
     """
     from metaplug.cli.variants import parse_plugin
 
-    files = []
-    for use in map(parse_plugin, uses):
+    files, others = list[str](), list[str]()
+    for text in uses:
+        use = parse_plugin(text)
         if use.is_file and use.settings:
             raise RequestError(
                 f"--from {source}: the run has the settings of {use.plugin}: leave them out, and "
                 f"give --with {use.plugin} alone to let it run"
             )
-        files += [use.plugin] if use.is_file else []
-    return files, [text for text in uses if parse_plugin(text).plugin not in files]
+        if use.is_file:
+            files.append(use.plugin)
+        else:
+            others.append(text)
+    return files, others
 
 
 def _report_repetition(source: Path, folder: Path) -> None:

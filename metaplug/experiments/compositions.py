@@ -20,7 +20,6 @@ from metaplug.contract.hookspecs import KINDS
 from metaplug.contract.plugin import Plugin
 from metaplug.contract.plugin_checks import implementations
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.contract.values import Kind
 from metaplug.errors import MetaplugError, RunError, unknown
 from metaplug.learner import MetaLearner
 from metaplug.random_streams import stream
@@ -50,7 +49,6 @@ class Case:
     model: nn.Module
     batch: TaskBatch
     outputs: int | None
-    kind: Kind = "classification"
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,6 @@ def small_cases() -> tuple[Case, ...]:
                 regressor.double(),
                 TaskBatch(numbers(4), numbers(2), numbers(4), numbers(2)),
                 None,
-                "regression",
             ),
         )
 
@@ -233,7 +230,7 @@ def _learner(case: Case, plugins: Sequence[_Subject]) -> MetaLearner:
     learner = MetaLearner(
         case.model,
         plugins=[each.make() for each in plugins],
-        kind=case.kind,
+        kind="regression" if case.outputs is None else "classification",
         inner_steps=STEPS,
         inner_lr=0.1,
         meta_optimizer="sgd",

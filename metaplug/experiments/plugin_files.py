@@ -8,7 +8,7 @@ from typing import Any
 
 from metaplug.contract.plugin_files import changed, is_file, keep_name, name_in, source_of
 from metaplug.contract.presets import PluginUse, Preset
-from metaplug.errors import MetaplugError, RequestError, one_line
+from metaplug.errors import MetaplugError, RequestError, names_code, one_line
 from metaplug.experiments.configuration import ExperimentConfig, flatten
 
 
@@ -81,7 +81,7 @@ def permitted(config: ExperimentConfig, given: Sequence[str], holder: object) ->
             if name_in(path) == name_in(use.plugin):
                 since = f"{holder} was trained with it"
                 raise changed(path, str(use.sha256), digest, since, _copy_beside(holder, use))
-        raise RequestError(names_code(holder, use.plugin))
+        raise RequestError(names_code(holder, use.plugin, "plugin", "--with"))
 
     config = _with_files(config, let_run)
     if others := [path for path in given if path not in taken]:
@@ -89,15 +89,6 @@ def permitted(config: ExperimentConfig, given: Sequence[str], holder: object) ->
             f"{holder} has no plugin that is the file {others[0]}: leave out --with {others[0]}"
         )
     return config
-
-
-def names_code(file: object, path: str) -> str:
-    """The error for a file that names a plugin's file, with how to let it run."""
-    path = one_line(path)
-    return (
-        f"{file} names code for its plugin, '{path}', which nobody lets run because a file says "
-        f"so: if it is your own, give --with {path}"
-    )
 
 
 def comparable(config: ExperimentConfig) -> dict[str, Any]:

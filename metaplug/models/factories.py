@@ -76,14 +76,6 @@ def without_download(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key != "download"}
 
 
-def names_code(file: object, name: str) -> str:
-    """The error for a file that names a model of one's own, with how to let it run."""
-    return (
-        f"{file} names code for its model, '{one_line(name)}', which nobody lets run because a "
-        f"file says so: if it is your own, give --model {one_line(name)}"
-    )
-
-
 def _factory(name: str, module: str, attribute: str) -> Callable[..., Any]:
     if not all(part.isidentifier() for part in (*module.split("."), attribute)):
         raise RequestError(

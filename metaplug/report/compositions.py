@@ -22,11 +22,13 @@ def composition_table(found: Compositions, name: str | None = None) -> Renderabl
     """Show the matrix with the reasons below it; or, by name, what stands beside one plugin."""
     shown: list[RenderableType] = []
     if name is None:
-        table = new_table("Which plugins go together", "", "plugin", *_numbers(found))
+        rows = list(matrix(found))
+        numbers = (number for number, *_ in rows)
+        table = new_table("Which plugins go together", "", "plugin", *numbers)
         table.collapse_padding, table.padding = False, (0, 1, 0, 0)
         for column in table.columns:
             column.no_wrap = True
-        for number, plugin, marks in matrix(found):
+        for number, plugin, marks in rows:
             table.add_row(number, plugin, *(_marked(verdict) for verdict in marks))
         shown += [table, Text(f"{LEGEND}\n")]
         reasons = new_table("Why", "plugin", "beside", "verdict", "reason")
@@ -63,10 +65,6 @@ def why(pairs: Sequence[Pair]) -> list[Reason]:
             grouped.setdefault(key, []).append(pair.second)
     ordered = sorted(grouped.items(), key=lambda each: each[0][1] != "refused")
     return [(first, others, verdict, text) for (first, verdict, text), others in ordered]
-
-
-def _numbers(found: Compositions) -> list[str]:
-    return [str(number) for number in range(1, len(found.plugins) + 1)]
 
 
 def _marked(verdict: Verdict | None) -> Text:

@@ -15,6 +15,7 @@ from metaplug.contract import hookspecs
 from metaplug.contract.hookspecs import KINDS, WHEN
 from metaplug.report.catalogue import entries
 from metaplug.report.console import new_table
+from metaplug.report.tables import paragraph
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class HookEntry:
 
     @property
     def summary(self) -> str:
-        """The first sentence of the documentation."""
+        """The first paragraph of the documentation."""
         return self.documentation.split("\n\n")[0].replace("\n", " ")
 
     def values(self) -> dict[str, Any]:
@@ -90,11 +91,6 @@ def hook_page(entry: HookEntry) -> RenderableType:
     return Group(
         Text.assemble((entry.name, "bold"), f": {entry.kind}, {entry.when}"),
         Padding(Text(entry.signature), (1, 0, 1, 2)),
-        Text(_flowing(entry.documentation)),
+        *map(paragraph, entry.documentation.split("\n\n")),
         Text.assemble("\n", ("installed plugins that implement it: ", "bold"), plugins, "\n"),
     )
-
-
-def _flowing(text: str) -> str:
-    """The paragraphs of a docstring, each in one line that a terminal breaks where it ends."""
-    return "\n\n".join(" ".join(each.split()) for each in text.split("\n\n"))

@@ -146,7 +146,7 @@ def catalogue_page(entry: Entry) -> RenderableType:
     title = Text(f"{entry.name}: a {entry.kind} of {entry.origin}\n", style="bold")
     if entry.error:
         return Group(title, Text(entry.error, style="red"))
-    parts = [title, *map(_paragraph, entry.documentation.split("\n\n"))]
+    parts = [title, *map(paragraph, entry.documentation.split("\n\n"))]
     parts += [Text.assemble((f"{fact}: ", "bold"), value) for fact, value in entry.facts.items()]
     if entry.fields:
         parts.append(Text("\nSettings", style="bold"))
@@ -157,7 +157,7 @@ def catalogue_page(entry: Entry) -> RenderableType:
     return Group(*parts, Text(""))
 
 
-def _paragraph(block: str) -> RenderableType:
+def paragraph(block: str) -> RenderableType:
     """Wrap a paragraph of a docstring anew, but keep the lines of indented equations."""
     if block.startswith(" "):
         return Padding(Text(dedent(block) + "\n"), (0, 0, 0, 2))

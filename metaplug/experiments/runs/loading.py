@@ -11,7 +11,7 @@ import torch
 
 from metaplug import checkpoint
 from metaplug.contract.presets import YAML_ENDINGS
-from metaplug.errors import RequestError, RunError, one_line, quoted
+from metaplug.errors import RequestError, RunError, names_code, one_line, quoted
 from metaplug.execution.ranks import ALONE, World
 from metaplug.experiments.build import Experiment, build, build_tasks, make_learner
 from metaplug.experiments.configuration import (
@@ -22,7 +22,7 @@ from metaplug.experiments.configuration import (
 )
 from metaplug.experiments.plugin_files import permitted
 from metaplug.experiments.runs.layout import BEST, FORMER
-from metaplug.models.factories import is_own, names_code
+from metaplug.models.factories import is_own
 from metaplug.settings import validated
 
 

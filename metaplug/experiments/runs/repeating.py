@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metaplug.errors import RequestError
+from metaplug.errors import RequestError, names_code
 from metaplug.experiments.configuration import ExperimentConfig, flatten
 from metaplug.experiments.plugin_files import comparable
 from metaplug.experiments.runs.folder import begun_as, differing
 from metaplug.experiments.runs.layout import CONFIG, METRICS, RECORD, SUMMARY
 from metaplug.experiments.runs.reading import read_metrics, read_summary
 from metaplug.experiments.runs.sessions import read_sessions
-from metaplug.models.factories import is_own, names_code
+from metaplug.models.factories import is_own
 
 _SETTING = ("versions", "device", "threads", "precision", "deterministic", "ranks", "platform")
 """The fields of a session that may change the last digits of a run."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from metaplug import InnerStep, Parameters, Plugin, PluginConfig, hookimpl
+from metaplug import InnerStep, Parameters, Plugin, PluginConfig, hookimpl, per_task
 from pydantic import Field
 
 
@@ -33,6 +33,6 @@ class MyIdea(Plugin):
         losses, _ = step.forward(parameters)  # the meta-gradient flows through this pass too
         kept = 1 - self.config.strength * torch.tanh(losses)
         return {
-            name: start * kept.reshape(-1, *[1] * (start.dim() - 1))
+            name: start * per_task(kept, start)
             for name, start in parameters.items()
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from metaplug import Context, LearnedPluginConfig, Parameters, Plugin, hookimpl
+from metaplug import Context, LearnedPluginConfig, Parameters, Plugin, hookimpl, per_task
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -45,5 +45,4 @@ class MyIdea(Plugin):
     def transform_parameters(self, parameters: Parameters) -> Parameters:
         weight = parameters[self.weight]
         scale = parameters[f"{self.name}.log_scale"].exp()  # (T, 1): one for each task
-        scaled = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
-        return {**parameters, self.weight: scaled}
+        return {**parameters, self.weight: weight * per_task(scale, weight)}
