@@ -42,12 +42,15 @@ class Taml(Plugin):
         strength: float = Field(0.1, ge=0, le=1e6, description="Weight of the regulariser.")
 
     config: Config
-    couples_tasks = True
+
+    @property
+    def couples_tasks(self) -> bool:  # type: ignore[override]
+        """All measures but entropy compare tasks."""
+        return self.config.measure != "entropy" and self.config.strength > 0
 
     @hookimpl
     def setup(self, context: Context) -> None:
         measure, off = self.config.measure, self.config.strength == 0
-        self.couples_tasks = measure != "entropy" and not off
         if measure == "entropy" and context.kind != "classification":
             raise RequestError(
                 f"plugin '{self.name}' takes the entropy of class probabilities, and "

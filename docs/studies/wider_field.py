@@ -73,6 +73,7 @@ VARIANTS = {
     "proto-maml": Variant("proto-maml"),
     "cavia": Variant("cavia"),
     "warp-grad": Variant("warp-grad"),
+    "warp-grad-loop": Variant("maml+warp-grad:objective=through-loop"),
     "drop-grad": Variant("maml+drop-grad"),
     "lora": Variant("maml+lora"),
     # A regulariser of the inner loop together with those of the outer loop, and with others.
@@ -155,10 +156,13 @@ def compute(given: argparse.Namespace, data: str, seed: int, rate: float, name: 
     try:
         cell["start"] = figures(learner.evaluate(tasks.test, num_tasks=TEST_TASKS))
         started = time.process_time()
-        learner.fit(tasks.train, iterations=given.iterations, tasks_per_batch=TASKS_PER_BATCH)
+        history = learner.fit(
+            tasks.train, iterations=given.iterations, tasks_per_batch=TASKS_PER_BATCH
+        )
         cell["seconds"] = round(time.process_time() - started, 2)
         result = learner.evaluate(tasks.test, num_tasks=TEST_TASKS)
         cell["test"] = figures(result)
+        cell["logged"] = history.records[-1].step.figures
         cell["transductive"] = list(result.transductive)
         told = f"{100 * result.mean:.1f} % in {cell['seconds']:.0f} s"
     except RunError as error:

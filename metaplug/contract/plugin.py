@@ -77,7 +77,7 @@ class Plugin(nn.Module):
     """Plugins that cannot be used beside this one. A property, where the configuration decides."""
     couples_tasks: bool = False
     """Whether a task's result depends on other tasks of its batch; `task_mean` asks for it. Where
-    the configuration decides, the class says True, and `setup` sets it on the instance."""
+    the configuration decides, it is a property."""
 
     def __init__(self, *, name: str | None = None, **settings: Any) -> None:
         super().__init__()
