@@ -32,7 +32,4 @@ class MyIdea(Plugin):
             return None
         losses, _ = step.forward(parameters)  # the meta-gradient flows through this pass too
         kept = 1 - self.config.strength * torch.tanh(losses)
-        return {
-            name: start * per_task(kept, start)
-            for name, start in parameters.items()
-        }
+        return {name: start * per_task(kept, start) for name, start in parameters.items()}
