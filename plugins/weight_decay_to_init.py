@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from metaplug import Context, InnerStep, Plugin, PluginConfig, hookimpl
+from metaplug import Context, InnerStep, Plugin, PluginConfig, hookimpl, task_vectors
 
 
 class WeightDecayToInit(Plugin):
@@ -36,8 +35,7 @@ class WeightDecayToInit(Plugin):
     def transform_inner_losses(self, losses: Tensor, step: InnerStep) -> Tensor | None:
         if self.config.strength == 0:
             return None
-        moved = [step.parameters[name] - step.initial_parameters[name] for name in self._adapted]
-        squares = [each.reshape(len(losses), -1).square().sum(1) for each in moved]
-        squared = torch.stack(squares).sum(0)
+        now, start = step.parameters, step.initial_parameters
+        squared = task_vectors(now[name] - start[name] for name in self._adapted).square().sum(1)
         step.log("distance", squared.detach().sqrt())
         return losses + self.config.strength / 2 * squared

@@ -29,7 +29,6 @@ import torch
 
 from metaplug import EvaluationResult, MetaLearner, RequestError, RunError
 from metaplug.cli.variants import parse_variant
-from metaplug.contract import registry
 from metaplug.experiments.json_values import environment, to_json
 from metaplug.files import replacing
 from metaplug.models.conv4 import Conv4
@@ -44,12 +43,10 @@ class Variant:
     Attributes:
         text: preset and plugins, as `metaplug compare --variant` takes them.
         learner: arguments of MetaLearner that this variant has other than the rest.
-        model: fields of Conv4Config that it has other than the rest.
     """
 
     text: str
     learner: dict[str, Any] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
 
 
 VARIANTS = {
@@ -95,7 +92,6 @@ FORM = {"ways": 5, "shots": 1, "queries": 5}
 QUERIES = FORM["ways"] * FORM["queries"]
 MODEL = {"filters": 16, "pooling": "stride"}
 LEARNER = {"inner_steps": 3, "meta_optimizer": "adam", "meta_lr": 1e-3}
-"""The meta-optimizer and its rate give way to those of a preset and of a variant."""
 TASKS_PER_BATCH = 4
 ITERATIONS = 400
 
@@ -116,22 +112,10 @@ def source(data: str, seed: int) -> Glyphs | Folder:
 def make_learner(variant: Variant, rate: float, seed: int, tasks: Glyphs | Folder) -> MetaLearner:
     """Make the learner of a cell, its first weights decided by the seed alone."""
     preset, plugins = parse_variant(variant.text)
-    defaults = registry.load("preset", preset).defaults.get("learner", {})
-    own = {key: defaults[key] for key in ("meta_optimizer", "meta_lr") if key in defaults}
     with stream(mix(seed, -1), torch.device("cpu")):
-        model = Conv4(tasks.input_shape, tasks.outputs, **{**MODEL, **variant.model})
-    settings = {**LEARNER, **own, "inner_lr": rate, **variant.learner}
+        model = Conv4(tasks.input_shape, tasks.outputs, **MODEL)
+    settings = {**LEARNER, "inner_lr": rate, **variant.learner}
     return MetaLearner(model, preset=preset, plugins=plugins, seed=seed, **settings)
-
-
-def missing(variant: Variant) -> str | None:
-    """Name the preset or plugin of a variant that is not installed."""
-    preset = variant.text.partition("+")[0]
-    if preset not in registry.names("preset"):
-        return f"the preset '{preset}'"
-    known = registry.names("plugin")
-    absent = [use.plugin for use in parse_variant(variant.text)[1] if use.plugin not in known]
-    return f"the plugin '{absent[0]}'" if absent else None
 
 
 def compute(given: argparse.Namespace, data: str, seed: int, rate: float, name: str) -> None:
@@ -142,7 +126,7 @@ def compute(given: argparse.Namespace, data: str, seed: int, rate: float, name: 
     settings = {
         "data": data,
         "tasks": FORM,
-        "model": {**MODEL, **variant.model},
+        "model": MODEL,
         "variant": variant.text,
         "learner": learner.settings.model_dump(),
         "tasks_per_batch": TASKS_PER_BATCH,
@@ -163,7 +147,6 @@ def compute(given: argparse.Namespace, data: str, seed: int, rate: float, name: 
         result = learner.evaluate(tasks.test, num_tasks=TEST_TASKS)
         cell["test"] = figures(result)
         cell["logged"] = history.records[-1].step.figures
-        cell["transductive"] = list(result.transductive)
         told = f"{100 * result.mean:.1f} % in {cell['seconds']:.0f} s"
     except RunError as error:
         cell["failed"] = told = str(error)
@@ -250,15 +233,11 @@ def pooled(by_seed: list[torch.Tensor], sign: str = "+") -> str:
 
 
 def compute_all(given: argparse.Namespace) -> None:
-    """Compute the missing cells, and say which cannot be had here."""
+    """Compute the missing cells, and say what cannot be had here."""
     if "omniglot" in given.data and not OMNIGLOT.is_dir():
         say(f"omniglot is skipped: {OMNIGLOT} is no folder here")
         given.data.remove("omniglot")
-    absent = {name: what for name in given.variants if (what := missing(VARIANTS[name]))}
-    for name, what in absent.items():
-        say(f"{name} is skipped: {what} is not installed")
-    present = [name for name in given.variants if name not in absent]
-    for cell in product(given.data, given.seeds, given.rates, present):
+    for cell in product(given.data, given.seeds, given.rates, given.variants):
         try:
             compute(given, *cell)
         except RequestError as error:
