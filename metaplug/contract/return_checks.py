@@ -158,11 +158,15 @@ def _check_meta_gradients(before: Any, after: Any, arguments: Mapping[str, Any])
         return f"answered {type(after).__name__}, not a mapping from names to tensors"
     wrong = [name for name in after if name not in known]
     left_out = [name for name in learned if name not in after]
-    if wrong or left_out:
+    if wrong:
         return (
-            f"answered names that are not meta-learned ({quoted(wrong)}) or left out a plugin's "
-            f"parameters ({quoted(left_out)}), which would then never learn: "
+            f"answered names that are not meta-learned ({quoted(wrong)}): "
             "answer by the names of MetaLearner.meta_gradients"
+        )
+    if left_out:
+        return (
+            f"left out a plugin's parameters ({quoted(left_out)}), which would then never learn: "
+            "answer for them too or, where nothing leads to them, leave their plugin out"
         )
     for name, gradient in after.items():
         if fault := _check_tensor(known[name], gradient, arguments):

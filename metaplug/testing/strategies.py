@@ -67,7 +67,9 @@ def chains(draw: st.DrawFn, *, least: int = 2, most: int = 6) -> tuple[list[Plug
         uses += [use] if compatible([each.make() for each in (*uses, use)]) else []
     needs_batch_norm = any(use.plugin == "per-step-batch-norm" for use in uses)
     names = WITH_BATCH_NORM if needs_batch_norm else ("mlp", "layer-norm", "max-pool", "conv4")
-    return uses, draw(problems(names, tasks=(1, 4), steps=(1, 3), lrs=(0.01, 0.3)))
+    # The implicit meta-gradient reaches what steers steps through the last of two or more alone.
+    least_steps = 2 if any(use.plugin == "imaml" for use in uses) else 1
+    return uses, draw(problems(names, tasks=(1, 4), steps=(least_steps, 3), lrs=(0.01, 0.3)))
 
 
 def compatible(plugins: Sequence[Plugin]) -> bool:

@@ -86,10 +86,10 @@ def test_what_order_0_would_never_teach_is_refused_by_name():
     case = problem()
     given_up = reptile(0, plugins.make("meta-sgd"))
     assert refused(lambda: case.learner(plugins=given_up).meta_gradients(case.batch), RunError) == (
-        "plugin 'reptile' in compute_meta_gradients (link 1 of 1, iteration 1) answered names that "
-        "are not meta-learned (none) or left out a plugin's parameters ('meta-sgd.rates.0/bias', "
-        "'meta-sgd.rates.0/weight', 'meta-sgd.rates.2/bias', 'meta-sgd.rates.2/weight'), which "
-        "would then never learn: answer by the names of MetaLearner.meta_gradients"
+        "plugin 'reptile' in compute_meta_gradients (link 1 of 1, iteration 1) left out a plugin's "
+        "parameters ('meta-sgd.rates.0/bias', 'meta-sgd.rates.0/weight', 'meta-sgd.rates.2/bias', "
+        "'meta-sgd.rates.2/weight'), which would then never learn: answer for them too or, where "
+        "nothing leads to them, leave their plugin out"
     )
     alone = [plugins.make("derivative-order", order=0)]
     assert refused(lambda: case.learner(plugins=alone).meta_gradients(case.batch), RunError) == (
@@ -351,10 +351,9 @@ def test_imaml_of_one_step_refuses_by_name_what_it_would_never_teach():
     case = problem(steps=1)
     learner = case.learner(plugins=["gradient-sharing", "imaml"])
     assert refused(lambda: learner.meta_gradients(case.batch), RunError) == (
-        "plugin 'imaml' in compute_meta_gradients (link 1 of 1, iteration 1) answered names that "
-        "are not meta-learned (none) or left out a plugin's parameters ('gradient-sharing.gate', "
-        "'gradient-sharing.momentum'), which would then never learn: answer by the names of "
-        "MetaLearner.meta_gradients"
+        "plugin 'imaml' in compute_meta_gradients (link 1 of 1, iteration 1) left out a plugin's "
+        "parameters ('gradient-sharing.gate', 'gradient-sharing.momentum'), which would then never "
+        "learn: answer for them too or, where nothing leads to them, leave their plugin out"
     )
 
 
