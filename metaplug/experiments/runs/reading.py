@@ -57,6 +57,10 @@ class _Summary(_Values):
     test: _Result
     best_validation: _Best
     iterations: Count
+    per_task: list[Figure] | None = None  # of runs before this was kept
+    per_class: list[list[Figure]] | None = None
+    clock: list[Figure] | None = None
+    seconds: Figure = None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

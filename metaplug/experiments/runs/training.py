@@ -86,25 +86,32 @@ def _begin(folder: RunFolder, experiment: Experiment) -> _Run:
     # A state that no file can hold is refused now, not after hours.
     learner.world.from_main(lambda: checkpoint.check_writable(path / LAST, learner.state_dict()))
     found = learner.world.from_main(lambda: folder.begin(experiment.config))
-    best, seconds = None, 0.0
+    best, seconds, clock = None, 0.0, list[float]()
     if found is not None:
         file, state = found
         learner.load_state_dict(state, str(file))
         learner.world.from_main(lambda: folder.cut(learner.iteration))
         learner.world.from_main(lambda: read_metrics(path))  # damaged lines are said now too
-        best, seconds = state["best"], state["seconds"]
+        best, seconds, clock = state["best"], state["seconds"], [*state.get("clock", ())]
     learner.world.from_main(lambda: folder.record(session(experiment)))
-    return _Run(experiment, folder, best, seconds)
+    return _Run(experiment, folder, best, seconds, clock)
 
 
 @dataclass
 class _Run:
-    """A run under way, its best validation so far, and the seconds spent before this process."""
+    """A run under way.
+
+    Attributes:
+        best: its best validation so far.
+        seconds: spent before this process.
+        clock: the seconds that were spent before each validation ended.
+    """
 
     experiment: Experiment
     folder: RunFolder
     best: dict[str, Any] | None
     seconds: float
+    clock: list[float]
 
     def __post_init__(self) -> None:
         self._begun = time.monotonic() - self.seconds
@@ -153,12 +160,15 @@ class _Run:
             return None
         summary = {
             "test": result_values(test),
+            "per_task": test.per_task.tolist(),
+            **({} if test.per_class is None else {"per_class": test.per_class.tolist()}),
             "best_validation": self.best,
             "iterations": config.training.iterations,
             "skipped": skipped,
             "seed": config.seed,
             "plugins": {hook: list(names) for hook, names in learner.chain.order().items()},
             "seconds": round(seconds, 3),
+            "clock": [round(each, 3) for each in self.clock],
             **environment(learner),
         }
         if self._world.is_main:
@@ -184,6 +194,8 @@ class _Run:
     def _save(self, record: Record, stopped: bool) -> None:
         """Write the best checkpoint first: killed between the two, a run writes it again."""
         validation = record.validation
+        if validation is not None:
+            self.clock.append(time.monotonic() - self._begun)
         if validation is not None and math.isfinite(validation.mean):
             mean, interval = validation.mean, validation.interval
             if self.best is None or validation.better_than(self.best["mean"]):
@@ -199,6 +211,7 @@ class _Run:
                 "best": self.best,
                 "config": to_yaml(self.experiment.config),
                 "seconds": time.monotonic() - self._begun,
+                "clock": self.clock,
             }
             self.folder.save(name, {**self.experiment.learner.state_dict(), **own})
 
