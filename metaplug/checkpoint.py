@@ -340,7 +340,7 @@ class State(Settings):
     best: Best | None = None
     config: StrictStr | None = None
     seconds: float = Field(0.0, ge=0)
-    clock: list[Annotated[float, Field(ge=0)]] = []
+    clock: list[Annotated[float, Field(ge=0)]] = Field([])
 
     @model_validator(mode="after")
     def _check_plugins(self) -> State:
