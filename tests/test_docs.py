@@ -15,9 +15,9 @@ from support.tiny_tokenizer import write_texts
 
 from metaplug.cli.main import app, main
 from metaplug.cli.options import SHARED, resolve_options
-from metaplug.cli.variants import parse_plugin, parse_variant
 from metaplug.contract import hookspecs, registry
 from metaplug.contract.presets import PluginUse, find_preset
+from metaplug.experiments.variant_texts import parse_plugin, parse_variant
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 from metaplug import EvaluationResult, MetaLearner, RequestError, RunError
-from metaplug.cli.variants import parse_variant
 from metaplug.experiments.json_values import environment, to_json
+from metaplug.experiments.variant_texts import parse_variant
 from metaplug.files import replacing
 from metaplug.models.conv4 import Conv4
 from metaplug.random_streams import mix, stream

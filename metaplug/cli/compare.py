@@ -118,8 +118,8 @@ def compare(
 
 def _variants(texts: list[str], given: dict[str, Any], sets: list[str] | None) -> list[Variant]:
     """Resolve each variant with the shared options."""
-    from metaplug.cli.variants import parse_variant
     from metaplug.experiments.comparison import Variant
+    from metaplug.experiments.variant_texts import parse_variant
 
     for text in sets or ():
         if text.partition("=")[0].split(".")[0] in ("preset", "plugins"):

@@ -146,9 +146,9 @@ def resolve_options(
     Args:
         files: where `config` is a run's record, the plugin files that the caller lets run.
     """
-    from metaplug.cli.variants import parse_plugin
     from metaplug.experiments.configuration import ExperimentConfig, assign, resolve
     from metaplug.experiments.plugin_files import permitted, recorded
+    from metaplug.experiments.variant_texts import parse_plugin
     from metaplug.settings import validated
     from metaplug.yaml_text import read_yaml
 
@@ -190,7 +190,7 @@ def _check_not_of_preset(path: str, preset: Any) -> None:
 
 def parse_setting(text: str, option: str = "--set") -> tuple[str, Any]:
     """Split "path.to.field=value" into the path and the value, read as YAML."""
-    from metaplug.cli.variants import read_scalar
+    from metaplug.experiments.variant_texts import read_scalar
 
     path, equals, value = text.partition("=")
     if not equals or not path.strip():

@@ -145,7 +145,7 @@ def _files_of(source: Path, uses: list[str]) -> tuple[list[str], list[str]]:
     Raises:
         RequestError: a file has settings, which are the run's.
     """
-    from metaplug.cli.variants import parse_plugin
+    from metaplug.experiments.variant_texts import parse_plugin
 
     files, others = list[str](), list[str]()
     for text in uses:

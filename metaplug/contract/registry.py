@@ -146,6 +146,14 @@ def origin_of(kind: str, name: str) -> str:
     return ", ".join(sorted({_origin(entry) for entry in _found(kind, name)}))
 
 
+def module_of(kind: str, name: str) -> str:
+    """Name the module that offers an installed part, without importing it."""
+    found = _found(kind, name)
+    if not found:
+        raise unknown(kind, name, names(kind))
+    return found[0].module
+
+
 def versions_of(kind: str, name: str) -> dict[str, str]:
     """Map the distributions that offer a part to their versions, without importing it."""
     packages = map(_package, _found(kind, name))

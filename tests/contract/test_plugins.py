@@ -13,10 +13,10 @@ from metaplug_plugins.gradient_sharing import GradientSharing
 from torch import nn
 
 from metaplug import Context, InnerStep, MetaLearner, PluginUse, Preset, RequestError, TaskBatch
-from metaplug.cli.variants import parse_plugin, parse_variant
 from metaplug.contract import registry
 from metaplug.contract.chain import Chain
 from metaplug.contract.presets import find_preset
+from metaplug.experiments.variant_texts import parse_plugin, parse_variant
 from metaplug.testing import Stream, adapted, assert_close, problem
 from metaplug.testing.strategies import seeds
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from metaplug import PluginUse, Preset, RequestError
-from metaplug.cli.variants import parse_plugin, parse_variant
 from metaplug.contract import registry
 from metaplug.contract.presets import find_preset
 from metaplug.experiments.build import build
 from metaplug.experiments.configuration import ExperimentConfig, resolve, to_yaml
 from metaplug.experiments.runs import load, train
+from metaplug.experiments.variant_texts import parse_plugin, parse_variant
 from metaplug.settings import validated
 from metaplug.testing import Stream, problem
 from metaplug.yaml_text import read_yaml

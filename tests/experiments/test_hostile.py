@@ -32,11 +32,11 @@ from torch import nn
 
 from metaplug import MetaLearner, Plugin, checkpoint, hookimpl
 from metaplug.cli.main import main
-from metaplug.cli.variants import parse_plugin, read_scalar
 from metaplug.contract.presets import find_preset
 from metaplug.errors import RequestError, RunError
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.runs import load, read_metrics, read_summary, train
+from metaplug.experiments.variant_texts import parse_plugin, read_scalar
 from metaplug.models import Mlp
 from metaplug.models.factories import make_model
 from metaplug.settings import validated

@@ -1,0 +1,220 @@
+"""What a study found: its finished runs in rows, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from metaplug.evaluation.curves import Curve, best_point, mean_curve
+from metaplug.evaluation.results import EvaluationResult, Metric
+from metaplug.evaluation.scores import better
+from metaplug.experiments.runs.result import RunResult, is_finished, read_result
+from metaplug.experiments.study.acceleration import Acceleration, accelerate
+from metaplug.experiments.study.cells import Cell, is_own, setting_text
+from metaplug.experiments.study.schema import Study
+
+CELLS = "cells"
+"""The folder of a study's cells, in its own."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant at one setting, with its finished runs in the order of seeds; at least one.
+
+    Attributes:
+        variant: its label.
+        setting: the values of the axes that concern it, by path.
+    """
+
+    variant: str
+    setting: Mapping[str, Any]
+    runs: tuple[RunResult, ...]
+
+    @property
+    def label(self) -> str:
+        """The variant and the setting, in words."""
+        return ", ".join(filter(None, (self.variant, setting_text(self.setting))))
+
+    @cached_property
+    def seeds(self) -> tuple[int, ...]:
+        """Of the runs."""
+        return tuple(run.seed for run in self.runs)
+
+    @cached_property
+    def mean_curve(self) -> Curve:
+        """The mean over seeds at every validation; its interval is over all tasks of all seeds."""
+        return mean_curve([run.curve for run in self.runs])
+
+    @cached_property
+    def test(self) -> EvaluationResult:
+        """The test tasks of all seeds together; its 95 % interval is over tasks."""
+        results = [run.test for run in self.runs]
+        tables = [result.per_class for result in results if result.per_class is not None]
+        return replace(
+            results[0],
+            per_task=torch.cat([result.per_task for result in results]),
+            per_class=torch.cat(tables) if tables else None,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Of meta-training and its validations, the mean over seeds."""
+        return fmean(run.seconds for run in self.runs)
+
+    @property
+    def best_validation(self) -> float:
+        """The best validation of every seed, their mean."""
+        metric = self.runs[0].test.metric
+        return fmean(best_point(metric, run.curve).mean for run in self.runs)
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """The finished runs of a study.
+
+    Attributes:
+        metric: of every curve and test.
+        study: what was asked.
+        rows: in the order of variants and settings; those without a finished run are left out.
+        missing: the cells that are not finished.
+    """
+
+    metric: Metric
+    study: Study
+    rows: tuple[Row, ...]
+    missing: tuple[Cell, ...] = ()
+
+    @property
+    def baseline(self) -> str:
+        """The label of the baseline."""
+        return self.study.reference
+
+    def is_baseline(self, row: Row) -> bool:
+        """Whether a row is of the baseline itself."""
+        return row.variant == self.baseline
+
+    def baseline_of(self, row: Row) -> Row | None:
+        """The baseline's row at the same setting, as far as the axes concern it; None for none."""
+        return next((one for one in self.rows if self.is_baseline(one) and _is_at(one, row)), None)
+
+    def base_of(self, row: Row) -> Row | None:
+        """The row of the longest variant that this one extends by plugins, at the same setting."""
+        variants = {variant.label: variant for variant in self.study.variants}
+        own = variants[row.variant]
+        bases = [
+            one
+            for one in self.rows
+            if (other := variants[one.variant]).preset == own.preset
+            and len(other.plugins) < len(own.plugins)
+            and other.plugins == own.plugins[: len(other.plugins)]
+            and other.set == own.set
+            and _is_at(one, row)
+        ]
+        return max(bases, key=lambda one: len(variants[one.variant].plugins), default=None)
+
+    def acceleration(self, row: Row, over: Row) -> Acceleration:
+        """Of a row over another, in the seeds that both have.
+
+        A target counts as reached at the first validation that is as good.
+        """
+        pairs = [(one.curve, other.curve) for one, other in paired(over, row)]
+        return accelerate(self.metric, pairs, self.study.target)
+
+    def acceleration_of_means(self, row: Row, over: Row) -> Acceleration:
+        """Of a row's mean curve over another's, as if it were one seed."""
+        return accelerate(self.metric, [(over.mean_curve, row.mean_curve)], self.study.target)
+
+    def difference(self, row: Row, over: Row) -> EvaluationResult | None:
+        """A row's test value minus another's, task by task on the same tasks, seed by seed.
+
+        None where the tasks are not the same, as at other values of an axis of tasks.
+        """
+        pairs = paired(over, row)
+        if not pairs or any(not _same_tests(one, other) for one, other in pairs):
+            return None
+        values = [other.test.per_task - one.test.per_task for one, other in pairs]
+        return replace(row.test, per_task=torch.cat(values), per_class=None)
+
+    @property
+    def tuned(self) -> tuple[str, ...]:
+        """The axes over which a variant's best setting may be chosen: those that change no task."""
+        return tuple(path for path in self.study.axes if is_tuned(path))
+
+    def best_rows(self) -> tuple[tuple[Row, ...], ...]:
+        """Of every variant the row that validated best, for each value of the other axes.
+
+        Tests have no part in the choice. Empty where no axis is to choose from.
+        """
+        groups: dict[str, dict[str, list[Row]]] = {}
+        for row in self.rows:
+            apart = {path: each for path, each in row.setting.items() if not is_tuned(path)}
+            groups.setdefault(repr(apart), {}).setdefault(row.variant, []).append(row)
+        if not self.tuned:
+            return ()
+        return tuple(
+            tuple(self._best(rows) for rows in group.values()) for group in groups.values()
+        )
+
+    def _best(self, rows: Sequence[Row]) -> Row:
+        best = rows[0]
+        for row in rows[1:]:
+            if better(self.metric, row.best_validation, best.best_validation):
+                best = row
+        return best
+
+
+def paired(over: Row, row: Row) -> list[tuple[RunResult, RunResult]]:
+    """The runs of two rows with the same seed."""
+    others = {run.seed: run for run in over.runs}
+    return [(others[run.seed], run) for run in row.runs if run.seed in others]
+
+
+def is_tuned(path: str) -> bool:
+    """Whether a field may be chosen by validation: it changes neither the tasks nor the budget."""
+    return path.partition(".")[0] not in ("tasks", "training") or path == "training.non_finite"
+
+
+def read_results(study: Study, cells: Sequence[Cell], folder: Path) -> StudyResult | None:
+    """The finished runs of a study's cells in its folder; None where no cell is finished.
+
+    Raises:
+        RunError: a file of a run is damaged.
+    """
+    done = {cell: folder / CELLS / cell.digest for cell in cells}
+    found = {cell: read_result(path) for cell, path in done.items() if is_finished(path)}
+    rows: dict[tuple[str, str], list[Cell]] = {}
+    order = {variant.label: place for place, variant in enumerate(study.variants)}
+    for cell in sorted(found, key=lambda cell: order[cell.variant]):
+        rows.setdefault((cell.variant, repr(cell.setting)), []).append(cell)
+    if not found:
+        return None
+    return StudyResult(
+        next(iter(found.values())).test.metric,
+        study,
+        tuple(
+            Row(of[0].variant, of[0].setting, tuple(found[cell] for cell in of))
+            for of in rows.values()
+        ),
+        tuple(cell for cell in cells if cell not in found),
+    )
+
+
+def _is_at(one: Row, row: Row) -> bool:
+    """Whether a row has the other's values on the axes that concern both."""
+    common = one.setting.keys() & row.setting.keys()
+    tasks = [path for path in one.setting.keys() ^ row.setting.keys() if not is_own(path)]
+    return not tasks and all(one.setting[path] == row.setting[path] for path in common)
+
+
+def _same_tests(one: RunResult, other: RunResult) -> bool:
+    """Whether two runs were tested on the same tasks."""
+    tests = [
+        (run.config.tasks, run.config.training.test_tasks, run.test.metric) for run in (one, other)
+    ]
+    return tests[0] == tests[1]
