@@ -1,29 +1,31 @@
-"""metaplug compare."""
+"""metaplug compare: a study of one axis, the variants."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metaplug.cli.options import Set, examples, resolve_options, shared
-from metaplug.cli.ranks import world_size
+from metaplug.cli.options import Set, examples, parse_setting, shared
+from metaplug.cli.study import Address, BackendOption, Jobs, refuse_ranks, run, workers_of
 from metaplug.errors import RequestError
-from metaplug.report.console import CONSOLE, emit, line, show
 
 if TYPE_CHECKING:
-    from metaplug.evaluation.history import Record
-    from metaplug.experiments.build import Experiment
-    from metaplug.experiments.comparison import Variant
+    from collections.abc import Sequence
+
+    from metaplug.experiments.study.cells import Cell
+    from metaplug.experiments.study.schema import Study
 
 _option = partial(typer.Option, rich_help_panel="Comparison")
 
 
 @shared
 @examples(
-    "metaplug compare --variant maml --variant maml+gradient-sharing --seeds 3 --json out.json",
+    "metaplug compare --variant maml --variant maml+gradient-sharing --seeds 3 --jobs 2",
     'metaplug compare --variant maml --variant "fomaml + gradient-sharing:gate=0.3" '
     "--tasks sinusoid --model mlp --inner-lr 0.01",
 )
@@ -46,30 +48,22 @@ def compare(
         ),
     ] = None,
     out: Annotated[
-        Path | None, _option(help="A new folder for comparison.json, curves.png and report.txt.")
+        Path | None,
+        _option(help="The study's folder.", show_default="runs/ and the variants' names"),
     ] = None,
+    jobs: Jobs = 1,
+    backend: BackendOption = "processes",
+    address: Address = None,
 ) -> None:
     """Meta-train several algorithms at an equal budget, and say how much faster each is.
 
     Acceleration: the target is the best validation value that the first variant reaches;
     (iterations that it needs / iterations that the other needs - 1) x 100 %, for each seed.
+    A study of one axis: the same command goes on after any end, and computes no run twice.
     """
-    if (ranks := world_size()) != "1":
-        raise RequestError(
-            f"metaplug compare on {ranks} ranks: it runs in one process; start it without "
-            "torchrun, or train each variant with torchrun -m metaplug train"
-        )
-    from rich.console import Console
+    from metaplug.experiments.study.cells import cells_of
 
-    from metaplug.experiments.comparison import compare as compare_variants
-    from metaplug.experiments.comparison import to_values
-    from metaplug.experiments.json_values import to_json
-    from metaplug.files import replacing
-    from metaplug.report.comparison import comparison_report
-    from metaplug.report.figures import comparison_figure
-    from metaplug.report.terminal import TrainingProgress, show_own_code
-
-    variants = _variants(variant or [], given, sets)
+    refuse_ranks("compare", "or train each variant with torchrun -m metaplug train")
     # Refuse before the training what could not be written after it.
     file = Path(json_to or "-")
     if file.is_dir() or not file.parent.is_dir():
@@ -78,58 +72,38 @@ def compare(
             f"--json {file}: it {'is a folder' if file.is_dir() else fault}; "
             "give a file in a folder that exists, or - for standard output"
         )
-    if out is not None and out.exists():
-        raise RequestError(f"the folder {out} already exists: give another --out")
-    first = variants[0].config.seed if variants else 0
-    iterations = sum(one.config.training.iterations for one in variants)
-
-    def begin(one: Variant, experiment: Experiment) -> None:
-        if experiment.config.seed == first:
-            progress.measure_memory(experiment, f"{one.label}: ")
-            show_own_code(experiment, f"{one.label}: ")
-
-    def record(one: Variant, seed: int, made: Record) -> None:
-        progress.record(made, f"{one.label}, seed {seed}")
-
-    with TrainingProgress(CONSOLE, iterations * seeds) as progress:
-        comparison = compare_variants(
-            variants,
-            range(first, first + seeds),
-            on_start=begin,
-            on_record=record,
-        )
-    show(report := comparison_report(comparison))
-    values = to_json(to_values(comparison), indent=2)
-    files = [] if json_to in (None, "-") else [file]
-    if out is not None:
-        out.mkdir(parents=True)
-        files.append(out / "comparison.json")
-    for path in files:
-        with replacing(path) as target:
-            target.write(f"{values}\n".encode())
-    if out is not None:
-        comparison_figure(comparison, out / "curves.png")
-        with (out / "report.txt").open("w", encoding="utf-8") as text:
-            show(report, Console(file=text, width=120))
-        line(f"comparison.json, curves.png and report.txt are in {out}")
-    if json_to == "-":
-        emit(values)
+    asked = _study(variant or [], seeds, given, sets)
+    cells = cells_of(asked, "")
+    folder = Path("runs") / _name(cells) if out is None else out
+    run(asked, cells, folder, workers_of(jobs, backend, address), json_to)
 
 
-def _variants(texts: list[str], given: dict[str, Any], sets: list[str] | None) -> list[Variant]:
-    """Resolve each variant with the shared options."""
-    from metaplug.experiments.comparison import Variant
-    from metaplug.experiments.variant_texts import parse_variant
+def _study(texts: list[str], seeds: int, given: dict[str, Any], sets: list[str] | None) -> Study:
+    """The study of variants with the shared options."""
+    from metaplug.experiments.configuration import assign
+    from metaplug.experiments.study.schema import Study
+    from metaplug.settings import validated
 
-    for text in sets or ():
-        if text.partition("=")[0].split(".")[0] in ("preset", "plugins"):
+    if len(texts) < 2:
+        fault = f"a comparison needs at least two variants, not {len(texts)}"
+        raise RequestError(f"{fault}: give the baseline first, then another, by --variant")
+    base: dict[str, Any] = {}
+    first = given.pop("seed", 0)
+    pairs = [parse_setting(text) for text in sets or ()]
+    for path, value in [*given.items(), *pairs]:
+        if path.split(".")[0] in ("preset", "plugins"):
             raise RequestError(
-                f"--set {text}: in a comparison every variant has its own; write it into "
+                f"--set {path}: in a comparison every variant has its own; write it into "
                 "--variant, as PRESET+PLUGIN:FIELD=VALUE"
             )
-    variants = []
-    for text in texts:
-        preset, uses = parse_variant(text)
-        resolved = resolve_options(given, sets, preset=preset, uses=uses)
-        variants.append(Variant(text.replace(" ", ""), resolved.config))
-    return variants
+        base = assign(base, path, value)
+    values = {"base": base, "variants": texts, "seeds": list(range(first, first + seeds))}
+    return validated(Study, values, "metaplug compare")
+
+
+def _name(cells: Sequence[Cell]) -> str:
+    """Name a comparison after its variants; another with other options has another name."""
+    labels = list(dict.fromkeys(cell.variant for cell in cells))
+    text = re.sub(r"[^\w.+-]+", "-", "-vs-".join(labels))[:80]
+    digests = "".join(sorted({cell.digest for cell in cells if cell.seed == cells[0].seed}))
+    return f"{text}-{hashlib.sha256(digests.encode()).hexdigest()[:8]}"

@@ -20,11 +20,17 @@ _HANDLED = [
 
 
 class StoppedError(MetaplugError):
-    """A signal ended a command after its current step."""
+    """A signal ended a command after its current step.
 
-    def __init__(self, text: str, number: int) -> None:
-        super().__init__(f"{text}: the same command with --resume goes on")
-        self.exit_status = 128 + (number or signal.SIGINT)  # 0: another rank got the signal
+    Args:
+        text: where it stands.
+        number: of the signal; 0 where another rank got it.
+        again: how to go on.
+    """
+
+    def __init__(self, text: str, number: int, again: str = "with --resume ") -> None:
+        super().__init__(f"{text}: the same command {again}goes on")
+        self.exit_status = 128 + (number or signal.SIGINT)
 
 
 class Stop:

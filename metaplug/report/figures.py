@@ -11,9 +11,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from metaplug.evaluation.curves import Curve, Point
 from metaplug.evaluation.results import Metric
 from metaplug.evaluation.scores import better
-from metaplug.experiments.comparison import Comparison, Curve, Point
+from metaplug.experiments.study.results import StudyResult
 from metaplug.files import replacing
 from metaplug.report.terminal import scale_of
 
@@ -28,22 +29,22 @@ MOST_GROUPS = 6
 """Kinds of plugins' figures that one picture shows."""
 
 
-def comparison_figure(comparison: Comparison, path: Path) -> None:
-    """Draw every variant's validation curve, and the acceleration of the fastest.
+def study_figure(result: StudyResult, path: Path) -> None:
+    """Draw every row's validation curve, and the acceleration of the fastest.
 
     A curve is the mean over seeds with its 95 % band; thin lines are the single seeds.
     """
-    metric, seeds = comparison.metric, len(comparison.seeds)
+    metric, seeds = result.metric, len(result.study.seeds)
     figure = Figure(figsize=(WIDTH, 4.6), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     style(axes, "meta-iterations", f"validation {_with_unit(metric)}")
-    for index, variant in enumerate(comparison.variants):
-        colour, label = COLOURS[index % len(COLOURS)], variant.label
-        for run in comparison.runs[label] if seeds > 1 else ():
+    for index, row in enumerate(result.rows):
+        colour = COLOURS[index % len(COLOURS)]
+        for run in row.runs if seeds > 1 else ():
             _draw(axes, run.curve, metric, color=colour, linewidth=0.7, alpha=0.45)
-        curve, name = comparison.mean_curve(label), _wrapped(label)
+        curve, name = row.mean_curve, _wrapped(row.label)
         _draw(axes, curve, metric, band=True, color=colour, linewidth=2.2, label=name, zorder=3)
-    _draw_acceleration(axes, comparison)
+    _draw_acceleration(axes, result)
     title = f"mean over {seeds} seeds (thin: each seed), its 95 % interval over tasks, "
     title = f"{title}and its acceleration" if seeds > 1 else "band: 95 % interval over tasks"
     axes.set_title(title, loc="left", fontsize=9, color=GREY)
@@ -132,28 +133,34 @@ def _wrapped(label: str, width: int = 40) -> str:
     return "\n".join(lines)
 
 
-def _draw_acceleration(axes: Axes, comparison: Comparison) -> None:
-    """Draw the baseline's best value, and an arrow to where the fastest variant reaches it."""
-    labels = [variant.label for variant in comparison.variants]
-    means = {label: comparison.acceleration_of_means(label) for label in labels}
-    base = means[comparison.baseline]
-    target, begin = scale_of(comparison.metric)[0] * base.targets[0], base.baseline_iterations[0]
-    axes.axhline(target, color="#888888", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    near, metric = partial(axes.annotate, textcoords="offset points"), comparison.metric
-    place, text = axes.get_yaxis_transform(), f"best of {comparison.baseline}"
-    near(text, (0, target), (4, 4), xycoords=place, fontsize=8, color=GREY)
-    faster = [label for label in labels if (means[label].percent[0] or 0) > 0]
-    if not faster:
+def _draw_acceleration(axes: Axes, result: StudyResult) -> None:
+    """Draw the baseline's best value, and an arrow to where the fastest row reaches it."""
+    baselines = [row for row in result.rows if result.is_baseline(row)]
+    if len(baselines) != 1:
+        return  # each setting has a target of its own
+    over, metric = baselines[0], result.metric
+    means = [result.acceleration_of_means(row, over) for row in result.rows]
+    [target], [start] = means[0].targets, result.acceleration_of_means(over, over).baseline
+    level = scale_of(metric)[0] * target
+    axes.axhline(level, color="#888888", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    near = partial(axes.annotate, textcoords="offset points")
+    place, text = axes.get_yaxis_transform(), f"best of {over.label}"
+    near(text, (0, level), (4, 4), xycoords=place, fontsize=8, color=GREY)
+    faster = {
+        index: point.iteration
+        for index, found in enumerate(means)
+        if (point := found.reached[0]) is not None and (found.percent[0] or 0) > 0
+    }
+    if not faster or start is None:
         return
-    label = min(faster, key=lambda name: means[name].iterations[0] or 0)
-    end, percent = means[label].iterations[0] or 0, means[label].percent[0]
-    colour = COLOURS[labels.index(label) % len(COLOURS)]
+    index = min(faster, key=lambda each: faster[each])
+    end, percent, colour = faster[index], means[index].percent[0], COLOURS[index % len(COLOURS)]
     arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.6}
-    axes.annotate("", xy=(end, target), xytext=(begin, target), arrowprops=arrow, zorder=4)
-    axes.plot([begin, end], [target] * 2, "o", markersize=4.5, color=colour, zorder=5)
+    axes.annotate("", xy=(end, level), xytext=(start.iteration, level), arrowprops=arrow, zorder=4)
+    axes.plot([start.iteration, end], [level] * 2, "o", markersize=4.5, color=colour, zorder=5)
     text, shift = f"{percent:+.0f} % faster", (6, -12 if _rises(metric) else 12)
     bold = partial(near, va="center", fontsize=9, fontweight="bold", color=colour, zorder=6)
-    bold(text, (end, target), shift)
+    bold(text, (end, level), shift)
 
 
 def _draw(axes: Axes, curve: Curve, metric: Metric, *, band: bool = False, **drawn: Any) -> None:

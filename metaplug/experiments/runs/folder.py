@@ -38,6 +38,10 @@ from metaplug.settings import validated
 from metaplug.yaml_text import read_yaml
 
 
+class BusyError(RequestError):
+    """Another process trains in the folder of a run."""
+
+
 class RunFolder:
     """The folder at `path`, as one process of a run has it; a context that releases its lock."""
 
@@ -184,7 +188,7 @@ class RunFolder:
             lock.acquire(blocking=False)
         except Timeout:
             who = f"the run folder {self.path} is in the hands of another process{self._holder()}"
-            raise RequestError(f"{who}: wait for it, or give another --name") from None
+            raise BusyError(f"{who}: wait for it, or give another --name") from None
         except OSError as error:
             said = f"cannot write into the run folder {self.path}: {error.strerror}"
             raise RunError(f"{said}; give another --out") from error

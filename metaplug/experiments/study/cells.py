@@ -47,12 +47,12 @@ class Cell:
     @property
     def label(self) -> str:
         """The variant, the setting and the seed, in words."""
-        return ", ".join(filter(None, (self.variant, setting_text(self.setting), self.seed_text)))
+        return f"{row_text(self.variant, self.setting)}, seed {self.seed}"
 
-    @property
-    def seed_text(self) -> str:
-        """The seed, in words."""
-        return f"seed {self.seed}"
+
+def row_text(variant: str, setting: Mapping[str, Any]) -> str:
+    """Write a variant and a setting in words."""
+    return ", ".join(filter(None, (variant, setting_text(setting))))
 
 
 def setting_text(setting: Mapping[str, Any]) -> str:
@@ -87,7 +87,7 @@ def cells_of(study: Study, origin: str) -> tuple[Cell, ...]:
     _check_exclude(study, rows, origin)
     made: list[Cell] = []
     for variant, setting in rows:
-        with naming(f"{origin}, {_row_text(variant.label, setting)}"):
+        with naming(f"variant '{row_text(variant.label, setting)}'"):
             config = _configuration(study, variant, setting, origin)
         made += [
             Cell(variant.label, setting, config.model_copy(update={"seed": seed}))
@@ -150,7 +150,7 @@ def _check_base(study: Study, origin: str) -> None:
             )
     for path in study.axes:
         if path.partition(".")[0] in ("seed", "runtime") or path in ("preset", "plugins"):
-            instead = {"seed": "give seeds", "runtime": "it changes no result; give it in base"}
+            instead = {"seed": "give seeds", "runtime": "it changes no result, so give it in base"}
             mend = instead.get(path.partition(".")[0], "write a variant for each")
             raise RequestError(f"{origin}, axes: {path} is no axis: {mend}")
         if not any(concerns(path, variant) for variant in study.variants):
@@ -158,10 +158,6 @@ def _check_base(study: Study, origin: str) -> None:
                 f"{origin}, axes: {path} is of a plugin that no variant has: add it to one, or "
                 "leave the axis out"
             )
-
-
-def _row_text(label: str, setting: Mapping[str, Any]) -> str:
-    return ", ".join(filter(None, (f"variant '{label}'", setting_text(setting))))
 
 
 def _is_excluded(study: Study, label: str, setting: Mapping[str, Any], seed: int) -> bool:

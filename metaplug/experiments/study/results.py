@@ -14,13 +14,11 @@ import torch
 from metaplug.evaluation.curves import Curve, best_point, mean_curve
 from metaplug.evaluation.results import EvaluationResult, Metric
 from metaplug.evaluation.scores import better
-from metaplug.experiments.runs.result import RunResult, is_finished, read_result
+from metaplug.experiments.runs.result import RunResult, read_result
 from metaplug.experiments.study.acceleration import Acceleration, accelerate
-from metaplug.experiments.study.cells import Cell, is_own, setting_text
+from metaplug.experiments.study.cells import Cell, is_own, row_text
+from metaplug.experiments.study.folder import cell_folder, finished
 from metaplug.experiments.study.schema import Study
-
-CELLS = "cells"
-"""The folder of a study's cells, in its own."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Row:
     @property
     def label(self) -> str:
         """The variant and the setting, in words."""
-        return ", ".join(filter(None, (self.variant, setting_text(self.setting))))
+        return row_text(self.variant, self.setting)
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
@@ -186,8 +184,9 @@ def read_results(study: Study, cells: Sequence[Cell], folder: Path) -> StudyResu
     Raises:
         RunError: a file of a run is damaged.
     """
-    done = {cell: folder / CELLS / cell.digest for cell in cells}
-    found = {cell: read_result(path) for cell, path in done.items() if is_finished(path)}
+    found = {
+        cell: read_result(cell_folder(cell, folder)) for cell in cells if finished(cell, folder)
+    }
     rows: dict[tuple[str, str], list[Cell]] = {}
     order = {variant.label: place for place, variant in enumerate(study.variants)}
     for cell in sorted(found, key=lambda cell: order[cell.variant]):

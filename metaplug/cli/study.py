@@ -1,0 +1,222 @@
+"""metaplug study: a grid of runs; and what it shares with metaplug compare, a study of one axis."""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from metaplug.cli.options import Json, Set, examples
+from metaplug.cli.ranks import world_size
+from metaplug.cli.stopping import StoppedError, stop_on_signals
+from metaplug.errors import RequestError, RunError
+from metaplug.report.console import CONSOLE, emit, line, show
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from metaplug.experiments.build import Experiment
+    from metaplug.experiments.study.cells import Cell
+    from metaplug.experiments.study.results import StudyResult
+    from metaplug.experiments.study.running import Workers
+    from metaplug.experiments.study.schema import Study
+
+_place = partial(typer.Option, rich_help_panel="Where it runs")
+
+Jobs = Annotated[
+    int, _place("--jobs", "-j", min=1, max=1024, help="Runs at once, each in a process of its own.")
+]
+BackendOption = Annotated[
+    Literal["processes", "dask", "ray"],
+    _place("--backend", help="Processes of this machine, or a cluster that is there."),
+]
+Address = Annotated[
+    str | None, _place(metavar="HOST:PORT", help="Of the cluster's scheduler, as tcp://host:8786.")
+]
+
+
+@examples(
+    "metaplug study rates.yaml --jobs 2",
+    "metaplug study rates.yaml --dry-run",
+    "metaplug study rates.yaml --backend dask --address tcp://host:8786",
+)
+def study(
+    file: Annotated[
+        Path, typer.Argument(metavar="STUDY.yaml", help="Variants, axes, seeds: see the guide.")
+    ],
+    *,
+    name: Annotated[
+        str | None, typer.Option(help="The study's name.", show_default="the file's")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder that holds runs and studies.")] = Path(
+        "runs"
+    ),
+    sets: Set = None,
+    jobs: Jobs = 1,
+    backend: BackendOption = "processes",
+    address: Address = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the runs and which are there; train none.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a grid of runs: variants, values of fields, seeds; and compare them.
+
+    Each run is kept in OUT/NAME/cells, in a folder named by the digest of its configuration and
+    code: the same command goes on after any end, and a study that has grown computes what is new.
+    """
+    from metaplug.experiments.study.cells import cells_of
+    from metaplug.experiments.study.schema import read_study
+
+    refuse_ranks("study", "give --jobs, or a cluster by --backend")
+    asked = _with_sets(read_study(file), sets)
+    if name is not None and (Path(name).name != name or name == ".."):
+        instead = "give the folder that holds studies by --out, and a plain name"
+        raise RequestError(f"--name {name}: a name is no path; {instead}")
+    folder = out / (name or file.stem)
+    cells = cells_of(asked, str(file))
+    if dry_run:
+        show(_listing(cells, folder))
+        return
+    run(asked, cells, folder, workers_of(jobs, backend, address), json_to="-" if as_json else None)
+
+
+def refuse_ranks(command: str, mend: str) -> None:
+    if (ranks := world_size()) != "1":
+        raise RequestError(
+            f"metaplug {command} on {ranks} ranks: it runs in one process; start it without "
+            f"torchrun; {mend}"
+        )
+
+
+def workers_of(
+    jobs: int, backend: Literal["processes", "dask", "ray"], address: str | None
+) -> Workers:
+    from metaplug.experiments.study.running import Workers
+
+    return Workers(jobs, backend, address)
+
+
+def _with_sets(asked: Study, sets: list[str] | None) -> Study:
+    """The study with other fields in its base."""
+    from metaplug.cli.options import parse_setting
+    from metaplug.experiments.configuration import assign
+
+    base = asked.base
+    for text in sets or ():
+        path, value = parse_setting(text)
+        if path in asked.axes:
+            raise RequestError(f"--set {path}: it is an axis of the study; change it there")
+        base = assign(base, path, value)
+    return asked.model_copy(update={"base": base})
+
+
+def run(
+    asked: Study, cells: Sequence[Cell], folder: Path, workers: Workers, json_to: str | None
+) -> None:
+    """Compute what is not there of a study's cells in its folder; show and write the results.
+
+    Args:
+        json_to: the file of all values, besides the folder's; "-": standard output, alone.
+
+    Raises:
+        RequestError: the folder holds something else than a study, or a cell cannot be built.
+        RunError: a cell failed; the others were computed, and shown.
+        StoppedError: a signal came; what was computed is kept.
+    """
+    from metaplug.experiments.study.folder import begin, check_folder, finished
+    from metaplug.experiments.study.results import read_results
+    from metaplug.experiments.study.running import check
+
+    check_folder(folder)
+    left = [cell for cell in cells if not finished(cell, folder)]
+    if left:
+        check(left, _show_code)
+    begin(asked, folder)
+    line(f"{len(cells)} runs in {folder}, {len(cells) - len(left)} of them finished already")
+    failed = _compute(cells, folder, workers) if left else []
+    if (found := read_results(asked, cells, folder)) is not None:
+        _publish(found, folder, json_to)
+    if failed:
+        cell, text = failed[0]
+        count = f"{len(failed)} of {len(cells)} runs failed" if len(cells) > 1 else "it failed"
+        raise RunError(f"{count}, first {cell.label}: {text}")
+
+
+def _show_code(cell: Cell, experiment: Experiment) -> None:
+    from metaplug.report.terminal import show_own_code
+
+    show_own_code(experiment, f"{cell.variant}: ")
+
+
+def _compute(cells: Sequence[Cell], folder: Path, workers: Workers) -> list[tuple[Cell, str]]:
+    """Compute what is not there, with progress; return what failed, and by what."""
+    from metaplug.experiments.study.folder import finished
+    from metaplug.experiments.study.running import compute
+    from metaplug.experiments.study.watching import Watch
+    from metaplug.report.study_progress import StudyProgress
+
+    done = sum(finished(cell, folder) for cell in cells)
+    failed: list[tuple[Cell, str]] = []
+    progress = StudyProgress(CONSOLE, Watch(cells, folder), len(cells), done)
+    with stop_on_signals() as stop, progress:
+        for cell, failure in compute(cells, folder, workers, stop):
+            if failure is None:
+                progress.end(cell)
+            else:
+                failed.append((cell, failure.text))
+                line(f"metaplug: {cell.label}: {failure.text}", style="red")
+    if stop():
+        ended = sum(finished(cell, folder) for cell in cells)
+        raise StoppedError(
+            f"stopped: {ended} of {len(cells)} runs in {folder} are finished, and those that were "
+            "under way have a checkpoint",
+            stop.signal,
+            again="",
+        )
+    return failed
+
+
+def _publish(found: StudyResult, folder: Path, json_to: str | None) -> None:
+    """Show the tables, and write what the folder keeps of the results."""
+    from rich.console import Console
+
+    from metaplug.experiments.json_values import to_json
+    from metaplug.experiments.study.folder import CURVES, RESULTS, TABLE
+    from metaplug.experiments.study.values import to_values
+    from metaplug.files import replacing
+    from metaplug.report.figures import study_figure
+    from metaplug.report.study import study_tables
+
+    values, tables = to_json(to_values(found), indent=2), study_tables(found)
+    if json_to != "-":
+        show(tables)
+    text = io.StringIO()
+    show(tables, Console(file=text, width=120))
+    files = {folder / RESULTS: f"{values}\n", folder / TABLE: text.getvalue()}
+    if json_to not in (None, "-"):
+        files[Path(json_to)] = f"{values}\n"
+    for path, content in files.items():
+        with replacing(path) as target:
+            target.write(content.encode())
+    study_figure(found, folder / CURVES)
+    line(f"{RESULTS}, {TABLE} and {CURVES} are in {folder}; metaplug report {folder} draws a page")
+    if json_to == "-":
+        emit(values)
+
+
+def _listing(cells: Sequence[Cell], folder: Path) -> Table:
+    """Lay out the cells, each with its folder and whether it is there."""
+    from metaplug.experiments.study.folder import cell_folder, finished
+    from metaplug.report.console import new_table
+
+    table = new_table(f"{len(cells)} runs in {folder}", "run", "cell", "state")
+    for cell in cells:
+        begun = "begun" if cell_folder(cell, folder).exists() else "to compute"
+        table.add_row(cell.label, cell.digest, "finished" if finished(cell, folder) else begun)
+    return table

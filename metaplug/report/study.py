@@ -1,0 +1,153 @@
+"""The tables of a study, with their columns in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from metaplug.evaluation.results import EvaluationResult, transductive_text
+from metaplug.experiments.study.acceleration import Acceleration
+from metaplug.experiments.study.results import Row, StudyResult
+from metaplug.report.console import new_table
+from metaplug.report.terminal import scale_of, value_text
+
+
+def study_tables(result: StudyResult) -> RenderableType:
+    """Lay out each row with its seeds below it, the best settings, and what the columns say."""
+    bases = {row.label: result.base_of(row) for row in result.rows}
+    # A column of its own only where a base is not the baseline: else it would repeat the other.
+    several = any(base is not None and not result.is_baseline(base) for base in bases.values())
+    columns, metric = ["acceleration", *["over its base"][:several]], result.metric
+    table = new_table("", "variant", *columns, f"test {metric}", _minus(result), "seconds")
+    table.columns[0].no_wrap = True
+    for row in result.rows:
+        _add_row(table, result, row, bases[row.label], several)
+    best = [_best_table(result, rows) for rows in result.best_rows() if len(rows) > 1]
+    return Group(table, *best, *(Text(note, style="dim") for note in _notes(result, several)))
+
+
+def _add_row(table: Table, result: StudyResult, row: Row, base: Row | None, several: bool) -> None:
+    over, metric = result.baseline_of(row), result.metric
+    whole = None if over is None else result.acceleration(row, over)
+    own = None if base is None else result.acceleration(row, base)
+    found = [whole, own] if several else [whole]
+    first, *others = [mean_text(each) for each in found]
+    is_baseline, test = result.is_baseline(row), row.test
+    table.add_row(
+        Text(row.label, style="bold"),
+        "baseline" if is_baseline else first,
+        *others,
+        value_text(metric, test.mean, test.interval),
+        "" if is_baseline or over is None else difference_text(result.difference(row, over)),
+        f"{row.seconds:.0f}",
+    )
+    shared = [] if over is None else [seed for seed in row.seeds if seed in over.seeds]
+    for run in row.runs:
+        place = shared.index(run.seed) if run.seed in shared else None
+        first, *others = [_seed_text(each, place) for each in found]
+        best = None if whole is None or place is None else whole.baseline[place]
+        table.add_row(
+            f"  seed {run.seed}",
+            ("" if best is None else f"best after {best.iteration}") if is_baseline else first,
+            *others,
+            value_text(metric, run.test.mean),
+            "",
+            f"{run.seconds:.0f}",
+            style="dim",
+        )
+    table.add_section()
+
+
+def _best_table(result: StudyResult, rows: Sequence[Row]) -> Table:
+    """Lay out the variants, each at the setting that validated best."""
+    metric, over = result.metric, next((row for row in rows if result.is_baseline(row)), None)
+    title = "Each variant at its best setting, chosen on validation tasks"
+    table = new_table(title, "variant", f"validation {metric}", f"test {metric}", _minus(result))
+    table.columns[0].no_wrap = True
+    for row in rows:
+        table.add_row(
+            Text(row.label, style="bold"),
+            value_text(metric, row.best_validation),
+            value_text(metric, row.test.mean, row.test.interval),
+            "" if over in (None, row) else difference_text(result.difference(row, over)),
+        )
+    return table
+
+
+def _minus(result: StudyResult) -> str:
+    return f"minus {result.baseline}"
+
+
+def _notes(result: StudyResult, several: bool) -> list[str]:
+    """Explain the columns, and name what makes a test transductive."""
+    notes = [
+        f"{_target_text(result)}",
+        "Acceleration: (iterations that it needs / iterations that the other needs − 1) · 100 %, "
+        "mean over the seeds that get there.",
+        "Test: unseen tasks, by the weights that validated best; 95 % intervals over the tasks of "
+        "all seeds, differences task by task.",
+        "Seconds: of meta-training and its validations, for one seed.",
+    ]
+    if several:
+        notes.insert(
+            2,
+            "Over its base: the same against the variant that this one extends by plugins, with "
+            "that variant's best as the target.",
+        )
+    if result.missing:
+        count = f"{len(result.missing)} run{'s' * (len(result.missing) != 1)}"
+        notes.append(f"Not finished: {count}, first {result.missing[0].label}.")
+    texts = {row.variant: transductive_text(row.test.transductive) for row in result.rows}
+    if len(set(texts.values())) == 1:
+        text = next(iter(texts.values()))
+        return [*notes, f"{text[0].upper()}{text[1:]}."]
+    return [*notes, *(f"{label}: {text}." for label, text in texts.items())]
+
+
+def _target_text(result: StudyResult) -> str:
+    """Say what the target of the acceleration is, with its values where there are few."""
+    if result.study.target is not None:
+        return (
+            f"Target: validation {result.metric} {value_text(result.metric, result.study.target)}."
+        )
+    text = f"Target: the best validation {result.metric} that {result.baseline} reaches"
+    rows = [row for row in result.rows if result.is_baseline(row)]
+    if len(rows) != 1:
+        return f"{text} at the same setting, seed by seed."
+    best = result.acceleration(rows[0], rows[0]).targets
+    targets = ", ".join(value_text(result.metric, target) for target in best)
+    return f"{text}; {targets} for seed {', '.join(map(str, rows[0].seeds))}."
+
+
+def difference_text(difference: EvaluationResult | None) -> str:
+    """Write a difference of means with its sign: "+7.40 ± 0.90 pp", in percentage points."""
+    if difference is None:
+        return "other tasks"
+    scale, digits, unit = scale_of(difference.metric)
+    unit = " pp" if unit else ""
+    return f"{difference.mean * scale:+.{digits}f} ± {difference.interval * scale:.{digits}f}{unit}"
+
+
+def mean_text(acceleration: Acceleration | None) -> str:
+    """Write the mean acceleration over seeds: "+140 % (2 of 3 seeds)"."""
+    if acceleration is None:
+        return ""
+    if acceleration.mean_percent is None:
+        return "not reached"
+    count, reached = len(acceleration.reached), acceleration.seeds_reached
+    missed = f" ({reached} of {count} seeds)" if reached < count else ""
+    return f"{acceleration.mean_percent:+.0f} %{missed}"
+
+
+def _seed_text(acceleration: Acceleration | None, place: int | None) -> str:
+    if acceleration is None or place is None or place >= len(acceleration.reached):
+        return ""
+    before, needed = acceleration.baseline[place], acceleration.reached[place]
+    if needed is None:
+        return "not reached"
+    if before is None:
+        return f"{needed.iteration}; the baseline never"
+    return f"{acceleration.percent[place]:+.0f} % ({before.iteration} → {needed.iteration})"
