@@ -11,7 +11,7 @@ import typer
 from metaplug.cli.options import Set, examples, resolve_options, shared
 from metaplug.cli.ranks import world_size
 from metaplug.errors import RequestError
-from metaplug.report.console import CONSOLE, emit, line, show
+from metaplug.report.console import CONSOLE, RESULTS, emit, line, show
 
 if TYPE_CHECKING:
     from metaplug.evaluation.history import Record
@@ -98,7 +98,7 @@ def compare(
             on_start=begin,
             on_record=record,
         )
-    show(report := comparison_report(comparison))
+    show(report := comparison_report(comparison), CONSOLE if json_to == "-" else RESULTS)
     values = to_json(to_values(comparison), indent=2)
     files = [] if json_to in (None, "-") else [file]
     if out is not None:
