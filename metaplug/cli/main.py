@@ -20,8 +20,8 @@ from metaplug.cli.listing import explain, plugins, tasks
 from metaplug.cli.new_plugin import new_plugin
 from metaplug.cli.study import study
 from metaplug.cli.train import train
-from metaplug.errors import MetaplugError
-from metaplug.report.console import line, warn
+from metaplug.errors import MetaplugError, reason
+from metaplug.report.console import line, lost_output, warn
 
 INTERRUPTED = 130  # the exit status after Ctrl-C
 
@@ -92,17 +92,32 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         )
         if status == INTERRUPTED:  # some versions of typer return this after Ctrl-C, others raise
             raise KeyboardInterrupt
-    except BrokenPipeError:
-        # Or Python complains again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except BrokenPipeError as error:  # of typer's own texts
+        _close_output(error)
+        status = 1
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in words:
             traceback.print_exc()
         text, status = _failure(error)
         if text:  # typer has none after showing the help for a line without a command
             line(f"metaplug: {text}", style="red")
+    if (fault := lost_output()) is not None:
+        _close_output(fault)
+        status = status or 1
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _close_output(fault: OSError) -> None:
+    """Write no more to a standard output that failed; say so, unless its reader has just left."""
+    if sys.stdout is not None:  # or Python complains when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not isinstance(fault, BrokenPipeError):
+        text = f"standard output cannot be written ({reason(fault)}), and is not whole"
+        line(
+            f"metaplug: {text}: send it where there is room; a run that was trained is whole in "
+            "its folder",
+            style="red",
+        )
 
 
 def _failure(error: BaseException) -> tuple[str, int]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from metaplug.report.console import CONSOLE
+from metaplug.report.console import quiet
 
 if TYPE_CHECKING:
     from metaplug.execution.ranks import World
@@ -21,7 +21,7 @@ def world_size() -> str:
 
 def quiet_other_ranks() -> None:
     """Let rank 0 alone print."""
-    CONSOLE.quiet = world_size() != "1" and os.environ.get("RANK") != "0"
+    quiet(world_size() != "1" and os.environ.get("RANK") != "0")
     if world_size() != "1":
         # Or torch repeats over many lines what a rank's last line says: that another rank was lost.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -47,7 +47,7 @@ def ranks() -> Iterator[World]:
         except BaseException as error:
             if previous is not None:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already, and says why
-            CONSOLE.quiet = not world.tell(error)
+            quiet(not world.tell(error))
             raise
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)

@@ -1,10 +1,17 @@
-"""Standard error for people, standard output for programs. Imports no torch: `--help` is quick."""
+"""Results on standard output; all else that people read on standard error.
+
+Imports no torch: `--help` is quick.
+"""
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import re
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any, cast
 
 from rich import box
@@ -13,23 +20,53 @@ from rich.measure import Measurement
 from rich.table import Table
 
 
-class _Errors:
-    """Standard error of the moment; a log whose disk is full, or that nobody reads, ends no run."""
+class _Stream:
+    """A standard stream of the moment; a full disk, or a reader that has left, ends no command.
+
+    Attributes:
+        fault: the first failure to write, until somebody takes note of it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.fault: OSError | None = None
 
     def write(self, text: str) -> int:
-        with suppress(OSError):
-            sys.stderr.write(text)
+        with self._noting_faults():
+            try:
+                self._stream().write(text)
+            except UnicodeEncodeError:  # as JSON escapes, since the text may be JSON
+                plain = re.sub(r"[^\x00-\x7f]", lambda one: json.dumps(one[0])[1:-1], text)
+                self._stream().write(plain)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError):
-            sys.stderr.flush()
+        with self._noting_faults():
+            self._stream().flush()
+
+    def _stream(self) -> IO[str]:
+        stream: IO[str] | None = getattr(sys, self._name)
+        if stream is None:  # closed by the shell: >&-
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return stream
+
+    @contextmanager
+    def _noting_faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.fault = self.fault or error
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
+        return getattr(getattr(sys, self._name), name)
 
 
-CONSOLE = Console(file=cast("IO[str]", _Errors()), highlight=False, emoji=False)
+_output = _Stream("stdout")
+
+CONSOLE = Console(file=cast("IO[str]", _Stream("stderr")), highlight=False, emoji=False)
+"""Progress, warnings and errors."""
+RESULTS = Console(file=cast("IO[str]", _output), highlight=False, emoji=False)
+"""What a command was asked for. Not while a progress bar is shown, which redirects it to itself."""
 
 
 def line(text: str, style: str | None = None, console: Console = CONSOLE) -> None:
@@ -38,12 +75,17 @@ def line(text: str, style: str | None = None, console: Console = CONSOLE) -> Non
     console.print(one, style=style, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
+def result(text: str, style: str | None = None) -> None:
+    """Print one line of a result on standard output."""
+    line(text, style, RESULTS)
+
+
 def warn(text: str) -> None:
     """Show a warning as one line."""
     line(f"metaplug: warning: {text}", style="yellow")
 
 
-def show(report: RenderableType, console: Console = CONSOLE) -> None:
+def show(report: RenderableType, console: Console = RESULTS) -> None:
     """Print a report; where no terminal bounds its width, as wide as its tables need."""
     before = console.width
     if not console.is_terminal:
@@ -64,9 +106,20 @@ def show(report: RenderableType, console: Console = CONSOLE) -> None:
 
 def emit(text: str) -> None:
     """Print text for a program on standard output, unless the console is quiet."""
-    if not CONSOLE.quiet:
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+    if not RESULTS.quiet:
+        _output.write(text + "\n")
+        _output.flush()
+
+
+def quiet(silent: bool = True) -> None:
+    """Let both consoles print nothing more, or print again."""
+    CONSOLE.quiet = RESULTS.quiet = silent
+
+
+def lost_output() -> OSError | None:
+    """Return, once, why standard output does not have all that was printed; None if it has."""
+    fault, _output.fault = _output.fault, None
+    return fault
 
 
 def new_table(title: str, *columns: str) -> Table:
