@@ -51,7 +51,7 @@ def compare(
         Path | None,
         _option(help="The study's folder.", show_default="runs/ and the variants' names"),
     ] = None,
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
     backend: BackendOption = "processes",
     address: Address = None,
 ) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from metaplug.experiments.build import Experiment
+    from metaplug.experiments.parallel import Backend
     from metaplug.experiments.study.cells import Cell
     from metaplug.experiments.study.results import StudyResult
     from metaplug.experiments.study.running import Workers
@@ -29,7 +30,15 @@ if TYPE_CHECKING:
 _place = partial(typer.Option, rich_help_panel="Where it runs")
 
 Jobs = Annotated[
-    int, _place("--jobs", "-j", min=1, max=1024, help="Runs at once, each in a process of its own.")
+    int | None,
+    _place(
+        "--jobs",
+        "-j",
+        min=1,
+        max=1024,
+        help="Runs at once, each in a process of its own.",
+        show_default="1, or all workers of a cluster",
+    ),
 ]
 BackendOption = Annotated[
     Literal["processes", "dask", "ray"],
@@ -57,7 +66,7 @@ def study(
         "runs"
     ),
     sets: Set = None,
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
     backend: BackendOption = "processes",
     address: Address = None,
     dry_run: Annotated[
@@ -87,6 +96,7 @@ def study(
 
 
 def refuse_ranks(command: str, mend: str) -> None:
+    """Refuse torchrun, which would start the same study several times."""
     if (ranks := world_size()) != "1":
         raise RequestError(
             f"metaplug {command} on {ranks} ranks: it runs in one process; start it without "
@@ -94,9 +104,8 @@ def refuse_ranks(command: str, mend: str) -> None:
         )
 
 
-def workers_of(
-    jobs: int, backend: Literal["processes", "dask", "ray"], address: str | None
-) -> Workers:
+def workers_of(jobs: int | None, backend: Backend, address: str | None) -> Workers:
+    """Where runs are computed, by the options."""
     from metaplug.experiments.study.running import Workers
 
     return Workers(jobs, backend, address)

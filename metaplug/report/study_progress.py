@@ -88,8 +88,8 @@ class StudyProgress:
                 if (validation := values.get("validation")) is not None:
                     self._show(cell, values["iteration"], values["outer_loss"], validation)
             if self._task is not None:
-                fields = {"description": self._last, "cells": self._cells_text()}
-                self._bar.update(self._task, completed=self.watch.done, **fields)
+                cells, done = self._cells_text(), self.watch.done
+                self._bar.update(self._task, description=self._last, completed=done, cells=cells)
 
     def _show(
         self, cell: Cell, iteration: int, loss: float | None, validation: dict[str, Any]

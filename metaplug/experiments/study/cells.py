@@ -148,10 +148,11 @@ def _check_base(study: Study, origin: str) -> None:
             raise RequestError(
                 f"{origin}, base.{field}: it would be the same for all runs; give it in {instead}"
             )
+    elsewhere = {"seed": "give seeds", "runtime": "it changes no result, so give it in base"}
     for path in study.axes:
-        if path.partition(".")[0] in ("seed", "runtime") or path in ("preset", "plugins"):
-            instead = {"seed": "give seeds", "runtime": "it changes no result, so give it in base"}
-            mend = instead.get(path.partition(".")[0], "write a variant for each")
+        head = path.partition(".")[0]
+        if head in elsewhere or path in ("preset", "plugins"):
+            mend = elsewhere.get(head, "write a variant for each")
             raise RequestError(f"{origin}, axes: {path} is no axis: {mend}")
         if not any(concerns(path, variant) for variant in study.variants):
             raise RequestError(

@@ -30,11 +30,11 @@ class Workers:
     """Where cells are computed.
 
     Attributes:
-        jobs: how many at once, in processes of this machine.
+        jobs: how many at once; None is 1, or all workers of a cluster.
         backend, address: of a cluster that takes their place.
     """
 
-    jobs: int = 1
+    jobs: int | None = None
     backend: Backend = "processes"
     address: str | None = None
 

@@ -1,0 +1,195 @@
+"""The arithmetic of a study, on curves made by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from support.studies import curve, result, row
+
+from metaplug.evaluation.curves import Point, best_point, first_reaching
+from metaplug.evaluation.results import Metric
+from metaplug.experiments.study.acceleration import Acceleration, accelerate
+from metaplug.experiments.study.values import to_values
+
+
+def iterations(found: Acceleration) -> tuple[tuple[float, ...], list[int | None], list[int | None]]:
+    """The targets, and the iterations that baseline and variant need."""
+    needed = [
+        [None if point is None else point.iteration for point in points]
+        for points in (found.baseline, found.reached)
+    ]
+    return found.targets, needed[0], needed[1]
+
+
+def test_acceleration_is_the_ratio_of_iterations_minus_one() -> None:
+    baseline = curve(0.30, 0.42, 0.55, 0.60, 0.63, 0.66, 0.68, 0.693)
+    faster = curve(0.40, 0.60, 0.70, 0.72, 0.74, 0.75, 0.76, 0.767)
+    found = accelerate("accuracy", [(baseline, faster)])
+    assert iterations(found) == ((0.693,), [400], [150])
+    assert found.percent == (pytest.approx(100 * (400 / 150 - 1)),)
+    assert found.mean_percent == pytest.approx(166.6667, abs=1e-4)
+
+
+def test_acceleration_in_seconds_counts_what_an_iteration_costs() -> None:
+    baseline = curve(0.5, 0.6, 0.7)
+    slow = tuple(Point(p.iteration, 0.7, 0.01, 2.0 * p.iteration) for p in baseline)
+    found = accelerate("accuracy", [(baseline, slow)])
+    assert (found.percent, found.percent_of_seconds) == ((200.0,), (50.0,))
+    unknown = tuple(Point(p.iteration, p.mean, p.interval) for p in slow)
+    assert accelerate("accuracy", [(baseline, unknown)]).percent_of_seconds == (None,)
+
+
+def test_the_target_is_the_best_value_and_its_first_iteration() -> None:
+    found = accelerate("accuracy", [(curve(0.5, 0.7, 0.7, 0.6), curve(0.6, 0.65, 0.7, 0.9))])
+    assert iterations(found) == ((0.7,), [100], [150])
+    assert found.percent == (pytest.approx(-100 / 3),)
+
+
+def test_a_given_target_may_be_out_of_the_baselines_reach() -> None:
+    found = accelerate("accuracy", [(curve(0.5, 0.7), curve(0.8, 0.9))], 0.75)
+    assert iterations(found) == ((0.75,), [None], [50])
+    assert (found.percent, found.seeds_reached, found.mean_percent) == ((None,), 1, None)
+
+
+@pytest.mark.parametrize("metric", ["mean squared error", "perplexity"])
+def test_for_an_error_less_is_better(metric: Metric) -> None:
+    found = accelerate(metric, [(curve(4.0, 2.0, 1.0, 1.5), curve(1.0, 3.0, 0.5, 0.4))])
+    assert iterations(found) == ((1.0,), [150], [50])
+    assert found.percent == (200.0,)
+
+
+def test_a_baseline_is_as_fast_as_itself() -> None:
+    line = curve(0.5, 0.7, 0.6)
+    assert accelerate("accuracy", [(line, line)]).percent == (0.0,)
+
+
+def test_a_seed_that_never_reaches_the_target_has_no_acceleration_and_is_counted() -> None:
+    baseline = curve(0.5, 0.6, 0.7, 0.8)
+    found = accelerate(
+        "accuracy", [(baseline, curve(0.8, 0.8, 0.8, 0.8)), (baseline, curve(0.1, 0.2, 0.3, 0.4))]
+    )
+    assert found.percent == (300.0, None)
+    assert (found.seeds_reached, found.mean_percent) == (1, 300.0)
+    never = accelerate("accuracy", [(baseline, curve(0.1, 0.2, 0.3, 0.4))])
+    assert (never.percent, never.seeds_reached, never.mean_percent) == ((None,), 0, None)
+
+
+def test_values_that_are_not_finite_are_never_the_best_and_reach_nothing() -> None:
+    line = curve(math.nan, 3.0, math.nan, 2.0)
+    assert best_point("mean squared error", line).iteration == 200
+    assert best_point("accuracy", curve(math.nan, 0.1)).iteration == 100
+    found = first_reaching("mean squared error", curve(math.nan, math.inf, 2.0), 2.0)
+    assert found is not None
+    assert found.iteration == 150
+
+
+def test_mean_curves_and_their_interval() -> None:
+    both = result(
+        "accuracy",
+        {
+            "maml": [curve(0.4, 0.6), curve(0.6, 0.8)],
+            "anil": [curve(0.7, 0.7), curve(0.7, 0.9)],
+        },
+    )
+    maml, anil = both.rows
+    assert maml.mean_curve == (
+        Point(50, 0.5, pytest.approx(math.sqrt(2 * 0.01**2) / 2), 50.0),
+        Point(100, pytest.approx(0.7), pytest.approx(math.sqrt(2 * 0.01**2) / 2), 100.0),
+    )
+    assert both.acceleration_of_means(anil, maml).percent == (100.0,)
+    assert both.acceleration(anil, maml).percent == (100.0, 0.0)
+    assert both.acceleration(anil, maml).mean_percent == 50.0
+
+
+def test_tests_are_pooled_over_seeds_and_differences_taken_task_by_task() -> None:
+    tests = {"maml": [[0.2, 0.4], [0.6, 0.8]], "anil": [[0.3, 0.5], [0.7, 0.9]]}
+    both = result("accuracy", {"maml": [curve(0.5)] * 2, "anil": [curve(0.5)] * 2}, tests)
+    maml, anil = both.rows
+    assert (anil.test.num_tasks, anil.test.mean) == (4, pytest.approx(0.6))
+    difference = both.difference(anil, maml)
+    assert difference is not None
+    assert difference.mean == pytest.approx(0.1)
+    assert difference.interval == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_variant_extends_the_longest_list_of_plugins_that_it_begins_with() -> None:
+    bases = {
+        "maml": None,
+        "maml++": None,
+        "maml+gradient-sharing": "maml",
+        "maml+gradient-sharing+meta-sgd": "maml+gradient-sharing",
+        "maml+meta-sgd+gradient-sharing": "maml",
+        "maml+++gradient-sharing": "maml++",
+    }
+    curves = {label: [curve(0.2, 0.4, 0.6), curve(0.3, 0.6, 0.5)] for label in bases}
+    curves["maml++"] = [curve(0.3, 0.5, 0.7), curve(0.4, 0.7, 0.7)]
+    curves["maml+++gradient-sharing"] = [curve(0.7, 0.7, 0.7), curve(0.4, 0.5, 0.6)]
+    made = result("accuracy", curves)
+    found = {each.label: made.base_of(each) for each in made.rows}
+    assert {label: base and base.label for label, base in found.items()} == bases
+    both, own, base = (row(made, each) for each in ("maml+++gradient-sharing", "maml", "maml++"))
+    assert made.acceleration(both, own).percent == (200.0, pytest.approx(-100 / 3))
+    assert made.acceleration(both, base).percent == (200.0, None)
+    values = {each["label"]: each for each in to_values(made)["rows"]}
+    assert values["maml"]["base"] is None
+    assert values["maml"]["acceleration_over_base_percent"] is None
+
+
+RATES = {"slow": {"learner.inner_lr": 0.1}, "fast": {"learner.inner_lr": 0.4}}
+
+
+def test_rows_are_compared_at_the_same_setting() -> None:
+    curves = {
+        "maml@slow": [curve(0.5, 0.8)],
+        "maml@fast": [curve(0.4, 0.5)],
+        "anil@slow": [curve(0.5, 0.6)],
+        "anil@fast": [curve(0.5, 0.7)],
+    }
+    axes = {"learner.inner_lr": [0.1, 0.4]}
+    made = result("accuracy", curves, settings=RATES, axes=axes)
+    found = {each.label: made.baseline_of(each) for each in made.rows}
+    assert {label: base and base.label for label, base in found.items()} == {
+        "maml, inner_lr 0.1": "maml, inner_lr 0.1",
+        "maml, inner_lr 0.4": "maml, inner_lr 0.4",
+        "anil, inner_lr 0.1": "maml, inner_lr 0.1",
+        "anil, inner_lr 0.4": "maml, inner_lr 0.4",
+    }
+    assert made.tuned == ("learner.inner_lr",)
+    [best] = made.best_rows()
+    assert [each.label for each in best] == ["maml, inner_lr 0.1", "anil, inner_lr 0.4"]
+
+
+def test_an_axis_of_one_variants_plugin_leaves_the_others_to_compare_with() -> None:
+    gates = {"low": {"plugins.gradient-sharing.gate": 0.2}}
+    curves = {"maml": [curve(0.5)], "maml+gradient-sharing@low": [curve(0.6)]}
+    axes = {"plugins.gradient-sharing.gate": [0.2, 0.5]}
+    made = result("accuracy", curves, settings=gates, axes=axes)
+    base = made.baseline_of(made.rows[1])
+    assert base is made.rows[0]
+
+
+def test_no_best_is_chosen_over_other_tasks() -> None:
+    shots = {"one": {"tasks.shots": 1}, "five": {"tasks.shots": 5}}
+    curves = {f"{each}@{shot}": [curve(0.5)] for each in ("maml", "anil") for shot in shots}
+    made = result("accuracy", curves, settings=shots, axes={"tasks.shots": [1, 5]})
+    assert made.best_rows() == ()
+    both = result(
+        "accuracy",
+        {
+            "maml@slow1": [curve(0.5)],
+            "maml@slow5": [curve(0.6)],
+            "maml@fast1": [curve(0.7)],
+            "maml@fast5": [curve(0.1)],
+        },
+        settings={
+            f"{rate}{shot}": {**RATES[rate], "tasks.shots": shot}
+            for rate in RATES
+            for shot in (1, 5)
+        },
+        axes={"learner.inner_lr": [0.1, 0.4], "tasks.shots": [1, 5]},
+    )
+    assert [[each.label for each in rows] for rows in both.best_rows()] == [
+        ["maml, inner_lr 0.4, shots 1"],
+        ["maml, inner_lr 0.1, shots 5"],
+    ]
