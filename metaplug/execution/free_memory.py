@@ -30,6 +30,18 @@ def available(device: torch.device) -> int | None:
     return min(left, default=None)
 
 
+def resident(pid: int | None = None, *, peak: bool = False) -> int:
+    """Return the bytes of memory that a process holds, or has held at most; 0 where not known.
+
+    Args:
+        pid: of the process; None is this one.
+        peak: return the most it has held.
+    """
+    name = "VmHWM" if peak else "VmRSS"
+    status = _PROC / ("self" if pid is None else str(pid)) / "status"
+    return 1024 * sum(_numbers(status, rf"^{name}:\s*(\d+)"))
+
+
 def size_text(count: float) -> str:
     """Return bytes in words: "640 KiB", "1.3 GiB"."""
     power = min(int(math.log2(max(count, 1))) // 10, 4)
