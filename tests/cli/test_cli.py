@@ -216,20 +216,28 @@ ERRORS: list[tuple[str, str]] = [
     ),
     (
         "compare",
-        "a comparison needs at least two variants, not 0: give the baseline first, then another",
+        "a comparison needs at least two variants, not 0: give the baseline first, then another, "
+        "by --variant",
     ),
     (
         "compare --variant maml",
-        "a comparison needs at least two variants, not 1: give the baseline first, then another",
+        "a comparison needs at least two variants, not 1: give the baseline first, then another, "
+        "by --variant",
     ),
     (
         "compare --variant maml --variant maml",
-        "the variant 'maml' stands twice, and would be compared with itself: leave one out",
+        "metaplug compare: the variant 'maml' stands twice, and would be compared with itself: "
+        "leave one out",
     ),
-    ("compare --variant mamll", "unknown preset at the start of 'mamll': did you mean 'maml'?"),
+    (
+        "compare --variant maml --variant mamll",
+        "metaplug compare: variants.1 = 'mamll': unknown preset at the start of 'mamll': did you "
+        "mean 'maml'?",
+    ),
     (
         "compare --variant maml --variant maml+",
-        "'' names no plugin: write plugin or plugin:field=value,field=value",
+        "metaplug compare: variants.1 = 'maml+': '' names no plugin: write plugin or "
+        "plugin:field=value,field=value",
     ),
     (
         "compare --variant maml --variant fomaml --set preset=maml",
@@ -247,7 +255,7 @@ ERRORS: list[tuple[str, str]] = [
     ),
     (
         "compare --variant maml --variant fomaml --out .",
-        "the folder . already exists: give another --out",
+        ". is not empty, and holds no study: give another --name or --out",
     ),
     (
         "compare --variant maml --variant fomaml --set training.validation_tasks=100",
@@ -599,19 +607,23 @@ def test_compare(metaplug: Any) -> None:
     seeds = ("--seeds", "2", "--seed", "5")
     written = ("--json", "out.json", "--out", "compared")
     answer = metaplug("compare", *TINY, *variants, *seeds, *written)
-    assert (answer.status, answer.out) == (0, "")
+    assert answer.status == 0
+    assert answer.out.split()[:2] == ["variant", "acceleration"]
     found = json.loads(Path("out.json").read_text())
     assert (found["baseline"], found["seeds"]) == ("maml", [5, 6])
     assert found["metric"] == "mean squared error"
-    labels = [variant["label"] for variant in found["variants"]]
+    labels = [row["label"] for row in found["rows"]]
     assert labels == ["maml", "maml+gradient-sharing:gate=0.25"]
-    assert found["variants"][1]["config"]["plugins"][0]["settings"] == {"gate": 0.25}
-    assert [point[0] for point in found["variants"][1]["runs"][1]["curve"]] == [2, 4]
+    assert found["rows"][1]["config"]["plugins"][0]["settings"] == {"gate": 0.25}
+    assert [point[0] for point in found["rows"][1]["runs"][1]["curve"]] == [2, 4]
     names = sorted(path.name for path in Path("compared").iterdir())
-    assert names == ["comparison.json", "curves.png", "report.txt"]
-    assert json.loads(Path("compared/comparison.json").read_text()) == found
-    assert Path("compared/report.txt").read_text().split()[:2] == ["variant", "acceleration"]
+    assert names == ["cells", "curves.png", "results.json", "study.yaml", "table.txt"]
+    assert json.loads(Path("compared/results.json").read_text()) == found
+    assert Path("compared/table.txt").read_text().split()[:2] == ["variant", "acceleration"]
     assert "maml, seed 6: iteration 4  loss " in answer.err
+    again = metaplug("compare", *TINY, *variants, *seeds, *written)
+    assert again.out == answer.out
+    assert again.err.startswith("4 runs in compared, 4 of them finished already\n")
 
 
 def test_plugins_lists_parts(metaplug: Any) -> None:
@@ -969,11 +981,11 @@ def test_a_preset_of_ones_own_on_the_command_line(metaplug: Any) -> None:
         "compare", *TINY, "--variant", "maml", "--variant", "own.yaml + meta-sgd", "--json", "-"
     )
     assert compared.status == 0, compared.err
-    assert [variant["label"] for variant in compared.json["variants"]] == [
+    assert [row["label"] for row in compared.json["rows"]] == [
         "maml",
         "own.yaml+meta-sgd",
     ]
-    assert compared.json["variants"][1]["config"]["preset"]["name"] == "own"
+    assert compared.json["rows"][1]["config"]["preset"]["name"] == "own"
     missing = metaplug("train", "--preset", "none.yaml")
     assert (missing.status, missing.err) == (
         2,

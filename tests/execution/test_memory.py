@@ -357,15 +357,6 @@ class TestOnTheCommandLine:
         assert [bool(re.fullmatch(said, line)) for line in lines[:4]] == [False] * 2 + [True, False]
         assert sum("memory" in line for line in lines) == 1
 
-    def test_a_comparison_says_it_of_each_variant_and_not_of_each_seed(self, capfd):
-        settings = ("--set", "training.validation_tasks=200", "--seeds", "2")
-        status, lines = self.run(
-            capfd, "compare", "--variant", "maml", "--variant", "fomaml", *settings
-        )
-        assert status == 0
-        told = [line.split(":")[:2] for line in lines if "memory" in line]
-        assert told == [["maml", " memory"], ["fomaml", " memory"]]
-
     def test_nothing_is_said_where_the_peak_is_not_known(self, capfd, monkeypatch):
         monkeypatch.setattr("metaplug.report.terminal.peak_memory", lambda device: None)
         status, lines = self.run(capfd, "train", "--name", "mine")

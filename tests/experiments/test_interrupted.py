@@ -622,13 +622,8 @@ def test_asked_twice_a_run_stops_at_once_with_its_last_checkpoint(
         (["evaluate", "{run}"], ("metaplug.learner.MetaLearner.evaluate", 1)),
         (
             ["compare", "--variant", "maml", "--variant", "fomaml", "--out", "{new}"],
-            ("metaplug.experiments.comparison.build", 2),
+            ("metaplug.experiments.study.running.build", 2),
         ),
-        (
-            ["compare", "--variant", "maml", "--variant", "fomaml", "--out", "{new}"],
-            ("metaplug.execution.engine.Engine.meta_step", 15),
-        ),
-        (["compare", "--variant", "maml", "--variant", "fomaml", "--out", "{new}"], VALIDATION),
     ],
 )
 def test_ctrl_c_stops_evaluate_and_compare_at_once(

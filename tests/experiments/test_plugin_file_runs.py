@@ -231,10 +231,12 @@ def test_no_file_runs_because_a_checkpoint_names_it(folder: Path, place: str) ->
 
 
 def test_variants_of_a_comparison_take_files(folder: Path) -> None:
-    from metaplug.cli.compare import _variants
+    from metaplug.cli.compare import _study
+    from metaplug.experiments.study.cells import cells_of
 
     sets = ["model.settings={hidden: [4]}"]
-    one, other = _variants(["maml", "maml + ./my_idea.py"], {"model.name": "mlp"}, sets)
-    assert (one.label, other.label) == ("maml", "maml+./my_idea.py")
+    study = _study(["maml", "maml + ./my_idea.py"], 1, {"model.name": "mlp"}, sets)
+    one, other = cells_of(study, "")
+    assert (one.variant, other.variant) == ("maml", "maml+./my_idea.py")
     (use,) = other.config.plugins
     assert (use.plugin, use.sha256) == ("./my_idea.py", plugin_files.source_of("my_idea.py")[1])

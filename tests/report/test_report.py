@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,17 +14,17 @@ from PIL import Image
 from pydantic import BaseModel, Field
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
+from support.studies import curve, result
 
 from metaplug import EvaluationResult, Record
 from metaplug.evaluation.results import Metric
 from metaplug.execution.engine import MetaStep
-from metaplug.experiments.comparison import Comparison, Curve, Point, SeedRun, Variant
-from metaplug.experiments.configuration import ExperimentConfig
+from metaplug.experiments.study.results import StudyResult
 from metaplug.report import figures
 from metaplug.report.catalogue import Entry, SettingRow, rows
-from metaplug.report.comparison import comparison_report
 from metaplug.report.console import CONSOLE, line, new_table, show
-from metaplug.report.figures import _wrapped, comparison_figure, run_figure
+from metaplug.report.figures import _wrapped, run_figure, study_figure
+from metaplug.report.study import study_tables
 from metaplug.report.tables import catalogue_table
 from metaplug.report.terminal import TrainingProgress, result_line, value_text
 
@@ -36,37 +35,21 @@ def shown(what: RenderableType, width: int = 80) -> str:
     return "\n".join(text.rstrip() for text in file.getvalue().splitlines()).strip("\n")
 
 
-def curve(*means: float) -> Curve:
-    return tuple(Point(100 * (index + 1), mean, 0.02) for index, mean in enumerate(means))
+LINES = {
+    "maml": [curve(0.3, 0.4, 0.5, 0.6, every=100), curve(0.3, 0.4, 0.6, 0.5, every=100)],
+    "maml+meta-sgd": [curve(0.5, 0.6, 0.7, 0.7, every=100), curve(0.5, 0.5, 0.5, 0.5, every=100)],
+    "anil": [curve(0.2, 0.2, 0.3, 0.3, every=100), curve(0.1, 0.1, 0.1, 0.1, every=100)],
+}
 
 
-def comparison(metric: Metric = "accuracy", seeds: int = 2) -> Comparison:
-    def run(seed: int, line: Curve, shift: float) -> SeedRun:
-        per_task = torch.tensor([0.4, 0.6]).double() + shift + seed / 10
-        return SeedRun(
-            seed,
-            line,
-            EvaluationResult(metric, per_task, 3, ("batch norm sees the batch",)),
-            {},
-            1.0,
-            {},
-        )
-
-    lines = {
-        "maml": [curve(0.3, 0.4, 0.5, 0.6), curve(0.3, 0.4, 0.6, 0.5)],
-        "maml+sharing": [curve(0.5, 0.6, 0.7, 0.7), curve(0.5, 0.5, 0.5, 0.5)],
-        "slow": [curve(0.2, 0.2, 0.3, 0.3), curve(0.1, 0.1, 0.1, 0.1)],
+def study(metric: Metric = "accuracy", seeds: int = 2, **given: Any) -> StudyResult:
+    lines = {label: found[:seeds] for label, found in given.pop("lines", LINES).items()}
+    tests = {
+        label: [[0.4 + shift + seed / 10, 0.6 + shift + seed / 10] for seed in range(seeds)]
+        for label, shift in zip(lines, (0.0, 0.1, 0.2), strict=True)
     }
-    runs = {
-        label: tuple(run(seed, line, 0.1 * index) for seed, line in enumerate(given[:seeds]))
-        for index, (label, given) in enumerate(lines.items())
-    }
-    return Comparison(
-        metric,
-        tuple(Variant(label, ExperimentConfig()) for label in lines),
-        tuple(range(seeds)),
-        runs,
-    )
+    seen = dict.fromkeys(lines, ("batch norm sees the batch",))
+    return result(metric, lines, tests, **{"transductive": seen, **given})
 
 
 def test_values_in_words() -> None:
@@ -89,26 +72,26 @@ def test_values_in_words() -> None:
     )
 
 
-def test_the_comparison_table() -> None:
+def test_the_table_of_a_study() -> None:
     # The pooled tests of both seeds are 0.4, 0.6, 0.5, 0.7:
     # t(0.975; 3) s / √4 = 3.1824 · 0.12910 / 2 = 0.2054
     assert (
-        shown(comparison_report(comparison()))
+        shown(study_tables(study()))
         == """\
- variant       acceleration          test accuracy    minus maml        seconds
+ variant        acceleration         test accuracy    minus maml        seconds
  ──────────────────────────────────────────────────────────────────────────────
- maml          baseline              55.00 ± 20.54 %                    1
-   seed 0      best after 400        50.00 %                            1
-   seed 1      best after 300        60.00 %                            1
+ maml           baseline             55.00 ± 20.54 %                    1
+   seed 0       best after 400       50.00 %                            1
+   seed 1       best after 300       60.00 %                            1
 
- maml+sharing  +100 % (1 of 2        65.00 ± 20.54 %  +10.00 ± 0.00 pp  1
-               seeds)
-   seed 0      +100 % (400 → 200)    60.00 %                            1
-   seed 1      not reached           70.00 %                            1
+ maml+meta-sgd  +100 % (1 of 2       65.00 ± 20.54 %  +10.00 ± 0.00 pp  1
+                seeds)
+   seed 0       +100 % (400 → 200)   60.00 %                            1
+   seed 1       not reached          70.00 %                            1
 
- slow          not reached           75.00 ± 20.54 %  +20.00 ± 0.00 pp  1
-   seed 0      not reached           70.00 %                            1
-   seed 1      not reached           80.00 %                            1
+ anil           not reached          75.00 ± 20.54 %  +20.00 ± 0.00 pp  1
+   seed 0       not reached          70.00 %                            1
+   seed 1       not reached          80.00 %                            1
 
 Target: the best validation accuracy that maml reaches; 60.00 %, 60.00 % for
 seed 0, 1.
@@ -121,24 +104,19 @@ Transductive: batch norm sees the batch."""
     )
 
 
-def test_the_comparison_says_of_each_variant_whether_it_is_transductive() -> None:
-    made = comparison()
-    apart = {
-        label: tuple(replace(run, test=replace(run.test, transductive=())) for run in own)
-        for label, own in made.runs.items()
-    }
-    assert shown(comparison_report(replace(made, runs=apart))).endswith("\nTransductive: no.")
-    mixed = replace(made, runs={**apart, "slow": made.runs["slow"]})
-    assert shown(comparison_report(mixed)).endswith(
-        "\nmaml: transductive: no.\nmaml+sharing: transductive: no.\nslow: transductive: batch norm"
-        " sees the batch."
+def test_a_table_says_of_each_variant_whether_it_is_transductive() -> None:
+    assert shown(study_tables(study(transductive={}))).endswith("\nTransductive: no.")
+    mixed = study(transductive={"anil": ("batch norm sees the batch",)})
+    assert shown(study_tables(mixed)).endswith(
+        "\nmaml: transductive: no.\nmaml+meta-sgd: transductive: no.\nanil: transductive: "
+        "batch norm sees the batch."
     )
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "mean squared error"])
 @pytest.mark.parametrize("seeds", [1, 2])
-def test_the_comparison_figure(tmp_path: Path, metric: Metric, seeds: int) -> None:
-    comparison_figure(comparison(metric, seeds), tmp_path / "curves.png")
+def test_the_figure_of_a_study(tmp_path: Path, metric: Metric, seeds: int) -> None:
+    study_figure(study(metric, seeds), tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert (picture.format, picture.size) == ("PNG", (1200, 736))
 
@@ -256,30 +234,38 @@ def test_settings_in_words() -> None:
     )
 
 
-def test_the_comparison_table_has_a_column_over_the_base_where_it_says_something_else() -> None:
-    two_bases = comparison()
-    configs = (
-        ExperimentConfig(),
-        ExperimentConfig(preset="meta-sgd"),
-        ExperimentConfig(preset="meta-sgd", plugins=("gradient-sharing",)),
-    )
-    variants = tuple(
-        Variant(variant.label, config)
-        for variant, config in zip(two_bases.variants, configs, strict=True)
-    )
-    lines = shown(comparison_report(replace(two_bases, variants=variants)), width=140).splitlines()
-    assert lines[0].split("  ")[0].strip() == "variant"
-    assert "over its base" in lines[0]
-    assert [line.split("  ") for line in lines if line.startswith("   seed 0")][2].count(
-        "not reached"
-    ) == 2
+def test_a_table_has_a_column_over_the_base_where_it_says_something_else() -> None:
+    renamed = ("maml", "meta-sgd", "meta-sgd+gradient-sharing")
+    lines = dict(zip(renamed, LINES.values(), strict=True))
+    shown_lines = shown(study_tables(study(lines=lines)), width=160).splitlines()
+    assert shown_lines[0].split("  ")[0].strip() == "variant"
+    assert "over its base" in shown_lines[0]
+    seeds = [line for line in shown_lines if line.startswith("   seed 0")]
+    assert seeds[2].count("not reached") == 2
     assert any(
         line.startswith(
             "Over its base: the same against the variant that this one extends by plugins"
         )
-        for line in lines
+        for line in shown_lines
     )
-    assert "over its base" not in shown(comparison_report(two_bases))
+    assert "over its base" not in shown(study_tables(study()))
+
+
+def test_a_table_of_several_settings_has_another_of_the_best() -> None:
+    settings = {"slow": {"learner.inner_lr": 0.1}, "fast": {"learner.inner_lr": 0.4}}
+    lines = {
+        "maml@slow": [curve(0.5, 0.8)],
+        "maml@fast": [curve(0.4, 0.5)],
+        "anil@fast": [curve(0.5, 0.7)],
+    }
+    made = result("accuracy", lines, settings=settings, axes={"learner.inner_lr": [0.1, 0.4]})
+    text = shown(study_tables(made), width=100)
+    assert "Each variant at its best setting, chosen on validation tasks" in text
+    best = text.partition("validation tasks\n\n")[2].partition("\n\n")[0].splitlines()
+    assert [line.split("  ")[0].strip() for line in best[2:]] == [
+        "maml, inner_lr 0.1",
+        "anil, inner_lr 0.4",
+    ]
 
 
 def test_names_of_parts_are_never_broken() -> None:
