@@ -1,0 +1,514 @@
+"""Studies: their files, their cells, and runs that are computed once whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from support.studies import TINY, tiny_study
+
+from metaplug import RequestError
+from metaplug.cli.main import main
+from metaplug.evaluation.curves import best_point
+from metaplug.experiments.build import build
+from metaplug.experiments.json_values import to_json
+from metaplug.experiments.study.cells import Cell, cells_of
+from metaplug.experiments.study.folder import begin, cell_folder, finished, to_yaml
+from metaplug.experiments.study.identity import digest_of
+from metaplug.experiments.study.results import StudyResult, read_results
+from metaplug.experiments.study.running import Workers, check, compute
+from metaplug.experiments.study.schema import Study, read_study
+from metaplug.experiments.study.values import to_values
+
+GRID: dict[str, Any] = {
+    "base": TINY,
+    "variants": ["maml", "maml+gradient-sharing"],
+    "axes": {"learner.inner_lr": [0.01, 0.02], "plugins.gradient-sharing.gate": [0.1, 0.9]},
+    "seeds": 2,
+}
+
+
+def computed(study: Study, folder: Path, **workers: Any) -> StudyResult:
+    """The result of a study, computed where it is not there."""
+    cells = cells_of(study, "")
+    begin(study, folder)
+    failures = [failed for _, failed in compute(cells, folder, Workers(**workers)) if failed]
+    assert failures == []
+    found = read_results(study, cells, folder)
+    assert found is not None
+    assert not found.missing
+    return found
+
+
+def labels(study: Study) -> list[str]:
+    return [cell.label for cell in cells_of(study, "")]
+
+
+# Cells.
+
+
+def test_the_grid_is_every_variant_at_every_value_that_concerns_it_with_every_seed() -> None:
+    assert labels(Study.model_validate(GRID)) == [
+        f"{row}, seed {seed}"
+        for seed in (0, 1)
+        for row in (
+            "maml, inner_lr 0.01",
+            "maml, inner_lr 0.02",
+            "maml+gradient-sharing, inner_lr 0.01, gate 0.1",
+            "maml+gradient-sharing, inner_lr 0.01, gate 0.9",
+            "maml+gradient-sharing, inner_lr 0.02, gate 0.1",
+            "maml+gradient-sharing, inner_lr 0.02, gate 0.9",
+        )
+    ]
+
+
+def test_what_is_excluded_is_left_out() -> None:
+    exclude = [
+        {"variant": "maml", "learner.inner_lr": 0.02},
+        {"plugins.gradient-sharing.gate": [0.1, 0.9], "seed": 1},
+    ]
+    assert labels(Study.model_validate({**GRID, "exclude": exclude})) == [
+        "maml, inner_lr 0.01, seed 0",
+        "maml+gradient-sharing, inner_lr 0.01, gate 0.1, seed 0",
+        "maml+gradient-sharing, inner_lr 0.01, gate 0.9, seed 0",
+        "maml+gradient-sharing, inner_lr 0.02, gate 0.1, seed 0",
+        "maml+gradient-sharing, inner_lr 0.02, gate 0.9, seed 0",
+        "maml, inner_lr 0.01, seed 1",
+    ]
+
+
+def test_a_variant_may_set_fields_that_others_have_from_the_base() -> None:
+    hot = {"label": "hot", "preset": "maml", "set": {"learner.inner_steps": 2}}
+    plain, other = cells_of(tiny_study("maml", hot), "")
+    assert (plain.config.learner.inner_steps, other.config.learner.inner_steps) == (1, 2)
+    assert (plain.config.runtime.threads, other.variant) == (1, "hot")
+
+
+def test_a_cell_is_named_by_what_its_figures_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = cells_of(tiny_study(), "")[0]
+    config = cell.config
+    assert len(cell.digest) == 16
+    assert digest_of(config.model_copy(update={"seed": 1})) != cell.digest
+    moved = config.runtime.model_copy(update={"threads": 2, "task_batching": "sequential"})
+    assert digest_of(config.model_copy(update={"runtime": moved})) == cell.digest
+    coarse = config.runtime.model_copy(update={"precision": "bfloat16"})
+    assert digest_of(config.model_copy(update={"runtime": coarse})) != cell.digest
+    monkeypatch.setattr(torch, "__version__", "0.0.0")
+    assert digest_of(config) != cell.digest
+
+
+def test_a_study_is_read_back_from_what_it_writes(tmp_path: Path) -> None:
+    study = Study.model_validate({**GRID, "exclude": [{"seed": 1, "variant": "maml"}]})
+    (tmp_path / "study.yaml").write_text(to_yaml(study))
+    assert read_study(tmp_path / "study.yaml") == study
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(TINY))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**GRID, "base": "base.yaml"}))
+    assert read_study(tmp_path / "mine.yaml") == Study.model_validate(GRID)
+
+
+# Wrong files.
+
+WRONG: list[tuple[str, str]] = [
+    ("", "mine.yaml: 'variants' is required: give it a value"),
+    ("- maml", "mine.yaml holds a list, not a mapping of settings: begin with a line such as"),
+    ("variants: [maml", "mine.yaml, line 1 is not valid YAML"),
+    ("variants: []", "mine.yaml: variants = []: "),
+    ("variants: [mamll]", "unknown preset at the start of 'mamll': did you mean 'maml'?"),
+    ("variants: [maml+sharing]", "unknown plugin 'sharing': did you mean"),
+    (
+        "variants: [maml, maml]",
+        "mine.yaml: the variant 'maml' stands twice, and would be compared with itself: leave one "
+        "out",
+    ),
+    ("variants: [maml]\nbaseline: anil", "the baseline 'anil' is no variant: give one of 'maml'"),
+    ("variants: [maml]\nseeds: 0", "mine.yaml: seeds = 0: "),
+    (
+        "variants: [maml]\nseeds: [1, 1]",
+        "mine.yaml: seeds = [1, 1]: a seed stands twice, and would be counted twice: leave one out",
+    ),
+    ("variants: [maml]\naxis: {a: [1]}", "mine.yaml: unknown field 'axis': did you mean 'axes'?"),
+    ("variants: [maml]\naxes: {learner.inner_lr: []}", "mine.yaml: axes.learner.inner_lr = []: "),
+    (
+        "variants: [maml]\naxes: {learner.inner_lr: 0.1}",
+        "axes.learner.inner_lr = 0.1: input should",
+    ),
+    (
+        "variants: [maml]\naxes: {learner.inner_lr: [0.1, 0.1]}",
+        "a value of learner.inner_lr stands twice: leave one out",
+    ),
+    (
+        "variants: [maml]\naxes: {learner.inner_rl: [0.1]}",
+        "variant 'maml, inner_rl 0.1': maml: unknown field 'learner.inner_rl': did you mean "
+        "'inner_lr'?",
+    ),
+    (
+        "variants: [maml]\naxes: {learner.inner_lr: [fast]}",
+        "variant 'maml, inner_lr fast': maml: learner.inner_lr = 'fast': ",
+    ),
+    (
+        "variants: [maml]\naxes: {plugins.gradient-sharing.gate: [0.1]}",
+        "mine.yaml, axes: plugins.gradient-sharing.gate is of a plugin that no variant has: add it "
+        "to one, or leave the axis out",
+    ),
+    ("variants: [maml]\naxes: {seed: [0, 1]}", "mine.yaml, axes: seed is no axis: give seeds"),
+    (
+        "variants: [maml]\naxes: {runtime.threads: [1, 2]}",
+        "mine.yaml, axes: runtime.threads is no axis: it changes no result, so give it in base",
+    ),
+    (
+        "variants: [maml]\nbase: {seed: 3}",
+        "mine.yaml, base.seed: it would be the same for all runs; give it in seeds",
+    ),
+    (
+        "variants: [maml]\nbase: {preset: maml}",
+        "mine.yaml, base.preset: it would be the same for all runs; give it in variants",
+    ),
+    ("variants: [maml]\nbase: none.yaml", "cannot read none.yaml: No such file"),
+    (
+        "variants: [maml]\nexclude: [{variant: anil}]",
+        "mine.yaml, exclude, entry 1: variant is never 'anil'; it is one of maml",
+    ),
+    (
+        "variants: [maml]\nexclude: [{sed: 0}]",
+        "mine.yaml, exclude, entry 1: unknown axis 'sed': did you mean 'seed'?",
+    ),
+    (
+        "variants: [maml]\nexclude: [{}]",
+        "mine.yaml, exclude, entry 1: it names nothing, and would leave no cell; give values",
+    ),
+    (
+        "variants: [maml]\nexclude: [{variant: maml}]",
+        "mine.yaml, exclude: no cell is left; exclude less",
+    ),
+    (
+        "variants: [maml]\nbase: {training: {validation_tasks: 50}}",
+        "training.validation_tasks = 50: too few to compare by, as the target would be mostly "
+        "noise; use at least 200",
+    ),
+    (
+        "variants: [maml, {label: short, set: {training.iterations: 5}}]",
+        "variants 'maml' and 'short' differ in training.iterations (400 and 5), so a comparison "
+        "would not be fair: set training.iterations for both",
+    ),
+    (
+        "variants: [maml]\nseeds: 1000\n"
+        f"axes: {{learner.inner_lr: [{', '.join(str(each / 100) for each in range(1, 12))}]}}",
+        "mine.yaml: 11000 cells, more than the 10000 that a study may have: take fewer values",
+    ),
+    ("variants: [maml]\ntarget: .nan", "mine.yaml: target = nan: "),
+    ("variants: [maml]\nseeds: yes", "mine.yaml: seeds = True: "),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), WRONG)
+def test_a_wrong_file_is_one_line(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        main(["study", "mine.yaml"])
+    shown = capfd.readouterr()
+    assert (stopped.value.code, shown.out) == (2, "")
+    assert shown.err.count("\n") == 1
+    assert shown.err.startswith("metaplug: ")
+    assert said in shown.err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(to_yaml(tiny_study()))
+    mend = "give another --name or --out"
+    for name, content, said in (
+        ("one", "config.yaml", "one holds a run, not a study"),
+        ("two", "thesis.tex", "two is not empty, and holds no study"),
+    ):
+        Path(name).mkdir()
+        Path(name, content).write_text("mine")
+        with pytest.raises(SystemExit):
+            main(["study", "mine.yaml", "--out", ".", "--name", name])
+        assert capfd.readouterr().err == f"metaplug: {said}: {mend}\n"
+        assert [path.name for path in Path(name).iterdir()] == [content]
+    Path("three").write_text("")
+    with pytest.raises(SystemExit):
+        main(["study", "mine.yaml", "--out", ".", "--name", "three"])
+    said = f"three is a file, not a folder for a study: {mend}"
+    assert capfd.readouterr().err == f"metaplug: {said}\n"
+
+
+# Runs.
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyResult]:
+    folder = tmp_path_factory.mktemp("studies") / "whole"
+    return folder, computed(Study.model_validate(GRID), folder)
+
+
+def without_times(found: StudyResult) -> str:
+    """All values of a study but the seconds."""
+
+    def strip(values: Any) -> Any:
+        if isinstance(values, dict):
+            apart = {"seconds", "of_seconds", "acceleration_percent_of_seconds"}
+            kept = {key: strip(each) for key, each in values.items() if key not in apart}
+            for key in {"curve", "mean_curve"} & kept.keys():
+                kept[key] = [point[:3] for point in kept[key]]
+            return kept
+        return [strip(each) for each in values] if isinstance(values, list) else values
+
+    return to_json(strip(json.loads(to_json(to_values(found)))))
+
+
+def test_variants_see_the_same_tasks_and_begin_with_the_same_weights(tmp_path: Path) -> None:
+    same = {"label": "same", "preset": "maml"}
+    found = computed(tiny_study("maml", same, "maml+gradient-sharing", seeds=[3, 4]), tmp_path)
+    maml, other, shared = found.rows
+    assert maml.seeds == (3, 4)
+    for one, two, three in zip(maml.runs, other.runs, shared.runs, strict=True):
+        assert one.curve == two.curve  # the same run
+        assert torch.equal(one.test.per_task, two.test.per_task)
+        assert [point.iteration for point in three.curve] == [2, 4]
+        assert [point.mean for point in three.curve] != [point.mean for point in one.curve]
+    assert found.acceleration(other, maml).percent == (0.0, 0.0)
+    values = json.loads(to_json(to_values(found)))
+    assert values["baseline"] == "maml"
+    assert values["rows"][1]["acceleration_percent"]["mean_over_seeds_that_reached"] == 0.0
+    assert values["rows"][2]["plugins"]["transform_gradients"] == ["gradient-sharing"]
+    assert values["rows"][0]["runs"][1]["versions"]["torch"] == torch.__version__
+    # Two variants of one configuration are one cell.
+    assert len(list((tmp_path / "cells").iterdir())) == 4
+
+
+def test_the_test_is_by_the_weights_that_validated_best(tmp_path: Path) -> None:
+    # So high a meta learning rate that the last validation is not the best.
+    base = {**TINY, "training": {**TINY["training"], "iterations": 8}}
+    study = tiny_study("maml", base=base, axes={"learner.meta_lr": [1.0]})
+    [run] = computed(study, tmp_path).rows[0].runs
+    best = best_point("mean squared error", run.curve).iteration
+    assert best < 8
+    short = build(run.config)
+    short.learner.fit(short.tasks.train, iterations=best, tasks_per_batch=2)
+    again = short.learner.evaluate(short.tasks.test, num_tasks=5)
+    assert torch.equal(again.per_task, run.test.per_task)
+
+
+def test_nothing_is_computed_twice_and_a_grown_study_computes_what_is_new(
+    whole: tuple[Path, StudyResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, found = whole
+    seen: list[Cell] = []
+    real = build
+
+    def spied(config: Any, **given: Any) -> Any:
+        seen.append(config)
+        return real(config, **given)
+
+    monkeypatch.setattr("metaplug.experiments.runs.training.build", spied)
+    assert without_times(computed(Study.model_validate(GRID), folder)) == without_times(found)
+    assert seen == []
+    grown = {**GRID, "seeds": 3, "axes": {**GRID["axes"], "learner.inner_lr": [0.01, 0.02, 0.03]}}
+    fewer = {"exclude": [{"learner.inner_lr": 0.03, "seed": [0, 1]}]}
+    more = computed(Study.model_validate({**grown, **fewer}), folder)
+    assert {config.seed for config in seen} == {2}
+    assert len(seen) == 9
+    assert len(more.rows) == 9
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_same_bit_for_bit_however_many_run_at_once(
+    whole: tuple[Path, StudyResult], tmp_path: Path, jobs: int
+) -> None:
+    found = computed(Study.model_validate(GRID), tmp_path / "again", jobs=jobs)
+    assert without_times(found) == without_times(whole[1])
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wild = {"label": "wild", "set": {"learner.inner_lr": 1000.0, "learner.inner_steps": 8}}
+    Path("mine.yaml").write_text(to_yaml(tiny_study(wild, "maml", "anil")))
+    with pytest.raises(SystemExit) as stopped:
+        main(["study", "mine.yaml"])
+    shown = capfd.readouterr()
+    assert stopped.value.code == 1
+    assert "metaplug: 1 of 3 runs failed, first wild, seed 0: iteration 1 stopped, " in shown.err
+    rows = json.loads(Path("runs/mine/results.json").read_text())["rows"]
+    assert [row["label"] for row in rows] == ["maml", "anil"]
+    assert "Not finished: 1 run, first wild, seed 0." in shown.out
+
+
+def test_every_value_is_tried_before_the_first_run(tmp_path: Path) -> None:
+    cells = cells_of(tiny_study("maml", "maml++"), "")
+    with pytest.raises(RequestError) as error:
+        check(cells, lambda cell, experiment: None)
+    assert str(error.value).startswith("variant 'maml++': plugin 'per-step-batch-norm' needs")
+    built: list[str] = []
+    grid = cells_of(Study.model_validate(GRID), "")
+    check(grid, lambda cell, experiment: built.append(cell.label))
+    assert built == [
+        "maml, inner_lr 0.01, seed 0",
+        "maml+gradient-sharing, inner_lr 0.01, gate 0.1, seed 0",
+    ]
+
+
+def test_the_command_lists_computes_and_lists_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(to_yaml(tiny_study(seeds=[0])))
+
+    def lines(*words: str) -> tuple[str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main(["study", "mine.yaml", *words])
+        assert not stopped.value.code
+        shown = capfd.readouterr()
+        return shown.out, shown.err
+
+    assert lines("--dry-run")[0].count("to compute") == 2
+    assert not Path("runs").exists()
+    out, err = lines("--json")
+    assert [row["label"] for row in json.loads(out)["rows"]] == ["maml", "maml+gradient-sharing"]
+    assert "maml, seed 0: iteration 2  loss " in err
+    assert "2 of 2 runs: maml+gradient-sharing, seed 0 is finished" in err
+    assert lines("--dry-run")[0].count("finished") == 2
+    out, err = lines("--set", "training.iterations=6")
+    assert err.startswith("2 runs in runs/mine, 0 of them finished already\n")
+    with pytest.raises(SystemExit):
+        main(["study", "mine.yaml", "--name", "../up"])
+    assert capfd.readouterr().err == (
+        "metaplug: --name ../up: a name is no path; give the folder that holds studies by --out, "
+        "and a plain name\n"
+    )
+
+
+# Ends of all kinds.
+
+
+def command(folder: Path, *words: str) -> subprocess.Popen[str]:
+    """A study in a process of its own."""
+    arguments = [sys.executable, "-m", "metaplug", "study", str(folder / "mine.yaml")]
+    return subprocess.Popen(
+        [*arguments, "--out", str(folder / "runs"), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def longer(**fields: Any) -> Study:
+    """A study whose runs take a while."""
+    training = {**TINY["training"], "iterations": 60, "validate_every": 10}
+    return tiny_study(base={**TINY, "training": training}, seeds=2, **fields)
+
+
+def some_iterations(folder: Path, many: int = 1) -> None:
+    """Wait until cells have made some iterations."""
+    while (
+        sum(
+            file.read_bytes().count(b"\n")
+            for file in folder.glob("runs/mine/cells/*/metrics.jsonl")
+        )
+        < many
+    ):
+        time.sleep(0.02)
+
+
+def test_ctrl_c_stops_after_a_step_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    study = longer()
+    (tmp_path / "mine.yaml").write_text(to_yaml(study))
+    first = command(tmp_path, "--jobs", "2")
+    some_iterations(tmp_path)
+    os.killpg(first.pid, signal.SIGINT)  # as a terminal does, workers included
+    out, err = first.communicate(timeout=60)
+    assert (first.returncode, out) == (130, "")
+    assert "stopping after this step; Ctrl-C again stops at once" in err
+    assert err.endswith(
+        f"of 4 runs in {tmp_path}/runs/mine are finished, and those that were under way have a "
+        "checkpoint: the same command goes on\n"
+    )
+    assert "Traceback" not in err
+    assert not list((tmp_path / "runs/mine").glob(".stop*"))
+    second = command(tmp_path, "--json")
+    out, err = second.communicate(timeout=60)
+    assert second.returncode == 0, err
+    found = read_results(study, cells_of(study, ""), tmp_path / "runs/mine")
+    assert found is not None
+    assert without_times(found) == without_times(computed(study, tmp_path / "alone"))
+
+
+@pytest.mark.slow
+def test_killed_at_ten_moments_the_table_is_the_same(tmp_path: Path) -> None:
+    study, chance = longer(), random.Random(3)
+    expected = without_times(computed(study, tmp_path / "alone"))
+    for kill in range(10):
+        folder = tmp_path / f"kill{kill}"
+        folder.mkdir()
+        (folder / "mine.yaml").write_text(to_yaml(study))
+        process = command(folder, "--jobs", str(1 + kill % 2))
+        some_iterations(folder, chance.randrange(1, 200))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        again = command(folder, "--jobs", "2")
+        _, err = again.communicate(timeout=120)
+        assert again.returncode == 0, err
+        found = read_results(study, cells_of(study, ""), folder / "runs/mine")
+        assert found is not None
+        assert without_times(found) == expected
+
+
+def test_two_studies_in_one_folder_share_the_work(tmp_path: Path) -> None:
+    study = longer()
+    (tmp_path / "mine.yaml").write_text(to_yaml(study))
+    both = [command(tmp_path), command(tmp_path)]
+    shown = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], shown
+    found = read_results(study, cells_of(study, ""), tmp_path / "runs/mine")
+    assert found is not None
+    assert without_times(found) == without_times(computed(study, tmp_path / "alone"))
+    # Each run was trained once, by one of the two.
+    sessions = [
+        json.loads((cell_folder(cell, tmp_path / "runs/mine") / "run.json").read_text())["sessions"]
+        for cell in cells_of(study, "")
+    ]
+    assert [len(each) for each in sessions] == [1] * 4
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, folder = tiny_study(seeds=[0]), tmp_path / "full"
+    cells = cells_of(study, "")
+    begin(study, folder)
+    real, written = os.fsync, [0]
+
+    def fsync(descriptor: int) -> None:
+        written[0] += 1
+        if written[0] > 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fsync)
+        failures = [failed for _, failed in compute(cells, folder, Workers())]
+    texts = [failed.text for failed in failures if failed]
+    assert texts
+    assert all("No space left on device" in text for text in texts)
+    assert without_times(computed(study, folder)) == without_times(
+        computed(study, tmp_path / "alone")
+    )
+    assert all(finished(cell, folder) for cell in cells)
