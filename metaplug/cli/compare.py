@@ -89,13 +89,13 @@ def _study(texts: list[str], seeds: int, given: dict[str, Any], sets: list[str] 
         raise RequestError(f"{fault}: give the baseline first, then another, by --variant")
     base: dict[str, Any] = {}
     first = given.pop("seed", 0)
-    pairs = [parse_setting(text) for text in sets or ()]
-    for path, value in [*given.items(), *pairs]:
-        if path.split(".")[0] in ("preset", "plugins"):
+    for text in sets or ():
+        if text.partition("=")[0].split(".")[0] in ("preset", "plugins"):
             raise RequestError(
-                f"--set {path}: in a comparison every variant has its own; write it into "
+                f"--set {text}: in a comparison every variant has its own; write it into "
                 "--variant, as PRESET+PLUGIN:FIELD=VALUE"
             )
+    for path, value in [*given.items(), *map(parse_setting, sets or ())]:
         base = assign(base, path, value)
     values = {"base": base, "variants": texts, "seeds": list(range(first, first + seeds))}
     return validated(Study, values, "metaplug compare")
