@@ -13,7 +13,7 @@ from metaplug.cli.options import Json, examples, parse_setting
 from metaplug.cli.ranks import ranks
 from metaplug.errors import RequestError
 from metaplug.evaluation.score_names import ScoreName
-from metaplug.report.console import emit, line
+from metaplug.report.console import emit, result
 
 _of_run = partial(typer.Option, show_default="as the run was configured")
 
@@ -82,7 +82,7 @@ def evaluate(
         experiment = load(run, device, world, model=model, tasks=given, plugins=plugins or ())
         show_own_code(experiment)
         learner, training = experiment.learner, experiment.config.training
-        result = learner.evaluate(
+        found = learner.evaluate(
             getattr(experiment.tasks, split),
             num_tasks=training.test_tasks if num_tasks is None else num_tasks,
             inner_steps=inner_steps,
@@ -91,19 +91,19 @@ def evaluate(
         )
     tasks_of = experiment.config.tasks.model_dump(mode="json")
     values = {"run": str(run), "tasks": tasks_of, "split": split, "iteration": learner.iteration}
-    values |= {**result_values(result, interval), **environment(learner)}
+    values |= {**result_values(found, interval), **environment(learner)}
     if as_json:
         emit(to_json(values, indent=2))
         return
     for text in (f"{split} {result_line(values)}", *class_lines(values)):
-        line(text)
+        result(text)
     if run.is_dir() and not (run / SUMMARY).exists():
-        line(
+        result(
             "the run is unfinished: these are its best weights so far, "
             f"after iteration {learner.iteration} of {training.iterations}"
         )
     for text in statements(values):
-        line(text)
+        result(text)
 
 
 def task_settings(source: str | None, sets: Sequence[str] | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import typer
 
 from metaplug.cli import options
 from metaplug.errors import RequestError, unknown
-from metaplug.report.console import CONSOLE, emit, line, show
+from metaplug.report.console import RESULTS, emit, line, result, show
 
 if TYPE_CHECKING:
     from metaplug.experiments.configuration import ExperimentConfig, TaskSettings
@@ -42,7 +42,7 @@ def explain(
     resolved = options.resolve_options(given, sets, config=config, preset=preset, uses=use)
     algorithm = find_preset(resolved.config.preset)
     chain = Chain(make_plugins(algorithm, resolved.config.plugins))
-    CONSOLE.print(explanation(resolved, chain, algorithm.summary))
+    RESULTS.print(explanation(resolved, chain, algorithm.summary))
 
 
 @options.examples(
@@ -86,10 +86,10 @@ def plugins(
     if as_json:
         emit(to_json([entry.values(whole=name is not None) for entry in chosen], indent=2))
     elif name is None:
-        CONSOLE.print(catalogue_table(chosen, "Installed"))
+        RESULTS.print(catalogue_table(chosen, "Installed"))
         line("metaplug plugins NAME shows one with its settings; metaplug tasks lists task sources")
     else:
-        CONSOLE.print(*map(catalogue_page, chosen), sep="\n")
+        RESULTS.print(*map(catalogue_page, chosen), sep="\n")
 
 
 def _compose(name: str | None, *, as_json: bool) -> None:
@@ -154,7 +154,7 @@ def tasks(
         if as_json:
             emit(to_json([entry.values(whole=False) for entry in found], indent=2))
         else:
-            CONSOLE.print(catalogue_table(found, "Task sources"))
+            RESULTS.print(catalogue_table(found, "Task sources"))
         return
     source, _, rest = name.partition(":")
     chosen = next((entry for entry in found if entry.name == source), None)
@@ -172,11 +172,11 @@ def tasks(
     if as_json:
         emit(to_json({**chosen.values(whole=True), "data": data}, indent=2))
         return
-    CONSOLE.print(catalogue_page(chosen))
+    RESULTS.print(catalogue_page(chosen))
     if data is not None:
-        CONSOLE.print(values_table("Data", data))
+        RESULTS.print(values_table("Data", data))
     if draw is not None:
-        line(f"one {split} task is drawn in {draw}")
+        result(f"one {split} task is drawn in {draw}")
 
 
 def _describe(source: str, task: TaskSettings) -> dict[str, Any] | None:

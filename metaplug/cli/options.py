@@ -93,7 +93,9 @@ With = Annotated[
         rich_help_panel=LEARNING,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON instead, which standard output then has alone.")
+]
 
 
 def examples(*commands: str) -> Callable[[Any], Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +26,17 @@ from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.report import figures
 from metaplug.report.catalogue import Entry, SettingRow, rows
 from metaplug.report.comparison import comparison_report
-from metaplug.report.console import CONSOLE, line, new_table, show
+from metaplug.report.console import (
+    CONSOLE,
+    RESULTS,
+    emit,
+    line,
+    lost_output,
+    new_table,
+    quiet,
+    result,
+    show,
+)
 from metaplug.report.figures import _wrapped, comparison_figure, run_figure
 from metaplug.report.tables import catalogue_table
 from metaplug.report.terminal import TrainingProgress, result_line, value_text
@@ -230,6 +242,62 @@ def test_a_word_between_colons_is_no_emoji() -> None:
     with CONSOLE.capture() as captured:
         CONSOLE.print("a:b:c")
     assert captured.get() == "a:b:c\n"
+
+
+def test_results_go_to_standard_output_and_all_else_to_standard_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line("training")
+    result("[test] 50.00 ± 1.00 %")
+    show(Text("a table"))
+    emit("{}")
+    assert capsys.readouterr() == ("[test] 50.00 ± 1.00 %\na table\n{}\n", "training\n")
+    quiet()
+    result("of another rank")
+    emit("of another rank")
+    quiet(False)
+    assert capsys.readouterr() == ("", "")
+
+
+class _Stream(io.StringIO):
+    """A standard output that can write ASCII alone, or nothing at all."""
+
+    def __init__(self, fault: OSError | None = None) -> None:
+        super().__init__()
+        self._fault = fault
+
+    @property
+    def encoding(self) -> str:
+        return "ascii"
+
+    def write(self, text: str) -> int:
+        if self._fault is not None:
+            raise self._fault
+        text.encode("ascii")
+        return super().write(text)
+
+
+def test_a_result_that_cannot_be_written_is_remembered_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    full = OSError(28, "No space left on device")
+    for stream in (_Stream(full), None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        result("one")
+        emit("two")
+        fault = lost_output()
+        assert fault is not None
+        assert fault.strerror == ("No space left on device" if stream else os.strerror(9))
+        assert lost_output() is None
+
+
+def test_an_output_without_utf_8_has_escapes_that_json_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdout", output := _Stream())
+    emit('{"±": "𝛂"}')
+    RESULTS.print("→", end="")
+    assert output.getvalue() == '{"\\u00b1": "\\ud835\\udec2"}\n\\u2192'
 
 
 class Example(BaseModel):
