@@ -288,6 +288,30 @@ ERRORS: list[tuple[str, str]] = [
             " noise; use at least 200"
         ),
     ),
+    (
+        "tasks glyphs --set within=true",
+        "--set within=true: a field is given by its whole path in the configuration; write --set "
+        "tasks.settings.within=true",
+    ),
+    (
+        "tasks glyphs --set training.iterations=3",
+        "--set training.iterations: what is shown are tasks alone: give tasks.FIELD=VALUE",
+    ),
+    (
+        "tasks glyphs --set tasks.source=sinusoid",
+        "--set tasks.source: the source is named already, glyphs: leave it out",
+    ),
+    ("tasks glyphs --ways 1", "option: tasks.ways = 1: input should be greater than or equal to 2"),
+    (
+        "train --set shots=3",
+        "--set shots=3: a field is given by its whole path in the configuration; write --set "
+        "tasks.shots=3",
+    ),
+    (
+        "evaluate nope --set training.test_tasks=3",
+        "--set training.test_tasks: an evaluation changes the tasks alone, as the rest is what was "
+        "trained: give --num-tasks",
+    ),
     ("tasks glyph", "unknown task source 'glyph': did you mean 'glyphs'?"),
     (
         "plugins gradient-shering",
@@ -523,6 +547,7 @@ def test_evaluate(metaplug: Any, trained: Path) -> None:
     tasks = answer.json["tasks"]
     more = metaplug("evaluate", str(trained), "--json", "--set", "tasks.shots=7")
     assert more.json["tasks"] == tasks | {"shots": 7}
+    assert metaplug("evaluate", str(trained), "--json", "--shots", "7").json == more.json
     same = metaplug("evaluate", str(trained), "--json", "--set", f"tasks.shots={tasks['shots']}")
     assert same.json["mean"] == answer.json["mean"]
     other = metaplug("evaluate", str(trained), "--set", "training.iterations=3")
@@ -921,7 +946,7 @@ def test_tasks_keeps_decoded_images_in_the_chosen_cache(
     page = []
     for place in ("one", "one", "two"):
         monkeypatch.setenv("METAPLUG_CACHE", place)
-        arguments = ("--set", "fractions=[0.4,0.3,0.3]", "--set", "cache_mib=1")
+        arguments = ("--set", "tasks.settings={fractions: [0.4,0.3,0.3], cache_mib: 1}")
         page.append(metaplug("tasks", "folder", "data", *arguments, "--json").json)
     assert page[0] == page[1] == page[2]
     kept = [sorted(Path(place).rglob("*.bin")) for place in ("one", "two")]
@@ -1064,9 +1089,9 @@ def test_a_task_is_drawn(metaplug: Any) -> None:
         "--ways",
         "3",
         "--set",
-        "within=true",
+        "tasks.settings.within=true",
         "--set",
-        "rotate=true",
+        "tasks.settings.rotate=true",
         "--seed",
         "4",
     )
@@ -1079,7 +1104,7 @@ def test_a_task_is_drawn(metaplug: Any) -> None:
         " glyphs --draw task.png\n"
     )
     assert (
-        metaplug("tasks", "glyphs", "--set", "turn=true").err
+        metaplug("tasks", "glyphs", "--set", "tasks.settings.turn=true").err
         == "metaplug: glyphs: unknown field 'turn': known: 'within', 'train_ways',"
         " 'train_shots', 'vary', 'varied_evaluation', 'rotate', 'flip', 'shift', 'memory_mib',"
         " 'accents'\n"
