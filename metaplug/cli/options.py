@@ -185,6 +185,7 @@ def resolve_options(
     if files is not None:
         record = validated(ExperimentConfig, file, str(config))
         file = permitted(record, files, config).model_dump(mode="json")
+    layers = [] if config is None else [(str(config), file)]
     pairs = [parse_setting(text) for text in sets or ()]
     values: dict[str, Any] = {}
     for path, value in given.items():
@@ -198,22 +199,26 @@ def resolve_options(
         values["plugins"] += [use.model_dump() for use in added]
     for path, value in pairs:
         if path.startswith("plugins."):
-            _check_not_of_preset(path, values.get("preset") or file.get("preset") or "maml")
+            _check_not_of_preset(path, [*layers, ("option", values)])
         values = assign(values, path, value)
-    resolved = resolve([*([] if config is None else [(str(config), file)]), ("option", values)])
+    resolved = resolve([*layers, ("option", values)])
     return replace(resolved, config=recorded(resolved.config))
 
 
-def _check_not_of_preset(path: str, preset: Any) -> None:
-    """Refuse to change a plugin of the preset, whose settings are what its name stands for."""
+def _check_not_of_preset(path: str, layers: Sequence[tuple[str, Any]]) -> None:
+    """Refuse to change a plugin of the preset as if it were one of the plugins after it."""
     from metaplug.contract.presets import find_preset
+    from metaplug.experiments.configuration import resolve
 
-    found, name = find_preset(preset) if isinstance(preset, str) else None, path.split(".")[1]
-    if found is not None and name in [use.label for use in found.plugins]:
+    of_preset = [
+        (origin, {"preset": layer["preset"]}) for origin, layer in layers if "preset" in layer
+    ]
+    preset = find_preset(resolve(of_preset).config.preset)
+    name, _, field = path.removeprefix("plugins.").partition(".")
+    if name in [use.label for use in preset.plugins]:
         raise RequestError(
-            f"--set {path}: '{name}' is part of the preset {found.name}, with its settings: write "
-            f"your own preset (metaplug plugins {found.name} shows this one), and give its file by "
-            "--preset"
+            f"--set {path}: '{name}' is a plugin of the preset {preset.name}, and none after it: "
+            f"write --set preset.{name}.{field or 'FIELD'}=VALUE"
         )
 
 

@@ -1118,9 +1118,9 @@ def test_a_plugin_of_the_preset_is_not_changed_in_passing(metaplug: Any) -> None
     assert (answer.status, answer.err) == (
         2,
         (
-            "metaplug: --set plugins.derivative-order.switch: 'derivative-order' is part of the"
-            " preset maml++, with its settings: write your own preset (metaplug plugins maml++"
-            " shows this one), and give its file by --preset\n"
+            "metaplug: --set plugins.derivative-order.switch: 'derivative-order' is a plugin of "
+            "the preset maml++, and none after it: write --set "
+            "preset.derivative-order.switch=VALUE\n"
         ),
     )
 
