@@ -79,7 +79,9 @@ def test_pages_run_as_they_are_read(
         assert capfd.readouterr().err.splitlines()[-1] == f"metaplug: {message}"
     for given, message in _errors(text, "the row"):
         (tmp_path / "rows.csv").write_text(f"text,intent,domain\n{given}\n")
-        assert _run("tasks", "text:rows.csv", "--set", "tokenizer=path/to/model") == 2
+        assert (
+            _run("tasks", "text:rows.csv", "--set", "tasks.settings.tokenizer=path/to/model") == 2
+        )
         assert capfd.readouterr().err == f"metaplug: {message}\n"
 
 

@@ -12,7 +12,7 @@ import typer
 
 from metaplug.cli.options import Json
 from metaplug.errors import RequestError, RunError
-from metaplug.report.console import CONSOLE, emit, line
+from metaplug.report.console import CONSOLE, RESULTS, emit, line, result
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -191,8 +191,8 @@ def _show(
     if as_json:
         emit(to_json(values, indent=2))
     else:
-        line(header)
-        CONSOLE.print(table())
+        result(header)
+        RESULTS.print(table())
 
 
 def _bench_steps(

@@ -10,9 +10,11 @@ import typer
 
 from metaplug.cli.options import Json, examples, parse_setting
 from metaplug.errors import RequestError, RunError
-from metaplug.report.console import emit, line
+from metaplug.report.console import CONSOLE, RESULTS, emit, line
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from metaplug.testing.clauses import Subject
     from metaplug.testing.suite import Verdict
 
@@ -92,10 +94,11 @@ def test_plugin(
     )
     _check_settings(subject)
     exceptions = dict(_exception(text) for text in left_out or ())
+    console = CONSOLE if as_json else RESULTS
     begun, found = time.monotonic(), list[Any]()
     for verdict in verdicts(subject, exceptions, only or ()):
         found.append(verdict)
-        _show(verdict)
+        _show(verdict, console)
     seconds = time.monotonic() - begun
     broken = next((verdict for verdict in found if verdict.outcome == "broken"), None)
     if as_json:
@@ -127,17 +130,17 @@ def test_plugin(
     counts = f"{passed} clause{'s' * (passed != 1)} passed{also}, {seconds:.0f} seconds"
     if only:
         counts = f"{len(found)} of {len(CLAUSES)} clauses were asked: {counts}"
-        line(f"plugin '{subject.name}' breaks none of these; {counts}")
+        line(f"plugin '{subject.name}' breaks none of these; {counts}", console=console)
     else:
-        line(f"plugin '{subject.name}' keeps the contract: {counts}")
+        line(f"plugin '{subject.name}' keeps the contract: {counts}", console=console)
 
 
-def _show(verdict: Verdict) -> None:
+def _show(verdict: Verdict, console: Console) -> None:
     text = verdict.text.removeprefix("not tried: ")
     if verdict.outcome == "broken":  # the plugin and the clause stand in the line already
         text = text.partition(f" breaks {verdict.clause}: ")[2].replace("\n", "; ")
     said = ": ".join(filter(None, (verdict.clause, text)))
-    line(f"{verdict.outcome:9}  {said}", style=_STYLES[verdict.outcome])
+    line(f"{verdict.outcome:9}  {said}", style=_STYLES[verdict.outcome], console=console)
 
 
 def _settings(option: str, texts: Sequence[str] | None) -> dict[str, Any]:

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from metaplug.cli.options import Json, examples, parse_setting
+from metaplug.cli.options import Json, TaskSet, examples, sharing, task_settings
 from metaplug.cli.ranks import ranks
-from metaplug.errors import RequestError
 from metaplug.evaluation.score_names import ScoreName
-from metaplug.report.console import emit, line
+from metaplug.report.console import emit, result
 
-_of_run = partial(typer.Option, show_default="as the run was configured")
+_AS_THE_RUN = "as the run was configured"
+_of_run = partial(typer.Option, show_default=_AS_THE_RUN)
+
+_INSTEAD = {
+    "learner.inner_steps": "--inner-steps",
+    "model.name": "--model",
+    "runtime.device": "--device",
+    "training.score": "--score",
+    "training.test_tasks": "--num-tasks",
+}
 
 
+@sharing("tasks.source", "tasks.ways", "tasks.shots", "tasks.queries", default=_AS_THE_RUN)
 @examples(
     "metaplug evaluate runs/mine",
     "metaplug evaluate runs/mine --num-tasks 2000 --inner-steps 10 --interval bootstrap --json",
-    "metaplug evaluate runs/own --model my_models:make --with ./my_idea.py --tasks folder:other",
+    "metaplug evaluate runs/own --model my_models:make --with ./my_idea.py --tasks folder:other "
+    "--shots 5",
 )
 def evaluate(
     *,
@@ -59,30 +68,27 @@ def evaluate(
             "Repeatable.",
         ),
     ] = None,
-    tasks: Annotated[
-        str | None, _of_run(metavar="SOURCE", help="Other tasks, such as those of another domain.")
-    ] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="tasks.FIELD=VALUE", help="A field of the tasks' form. Repeatable."
-        ),
-    ] = None,
+    given: dict[str, Any],
+    sets: TaskSet = None,
     device: Annotated[str | None, _of_run(help="auto, cpu, cuda or cuda:N.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a trained run on tasks that it has not seen, by the weights that validated best."""
+    from metaplug.experiments.configuration import assign
     from metaplug.experiments.json_values import environment, result_values, to_json
     from metaplug.experiments.runs import load
     from metaplug.experiments.runs.layout import SUMMARY
     from metaplug.report.terminal import class_lines, result_line, show_own_code, statements
 
-    given = task_settings(tasks, sets)
+    why = "an evaluation changes the tasks alone, as the rest is what was trained"
+    others: dict[str, Any] = {}
+    for path, value in task_settings(given, sets, why, instead=_INSTEAD).items():
+        others = assign(others, path.removeprefix("tasks."), value)
     with ranks() as world:
-        experiment = load(run, device, world, model=model, tasks=given, plugins=plugins or ())
+        experiment = load(run, device, world, model=model, tasks=others, plugins=plugins or ())
         show_own_code(experiment)
         learner, training = experiment.learner, experiment.config.training
-        result = learner.evaluate(
+        found = learner.evaluate(
             getattr(experiment.tasks, split),
             num_tasks=training.test_tasks if num_tasks is None else num_tasks,
             inner_steps=inner_steps,
@@ -91,37 +97,16 @@ def evaluate(
         )
     tasks_of = experiment.config.tasks.model_dump(mode="json")
     values = {"run": str(run), "tasks": tasks_of, "split": split, "iteration": learner.iteration}
-    values |= {**result_values(result, interval), **environment(learner)}
+    values |= {**result_values(found, interval), **environment(learner)}
     if as_json:
         emit(to_json(values, indent=2))
         return
     for text in (f"{split} {result_line(values)}", *class_lines(values)):
-        line(text)
+        result(text)
     if run.is_dir() and not (run / SUMMARY).exists():
-        line(
+        result(
             "the run is unfinished: these are its best weights so far, "
             f"after iteration {learner.iteration} of {training.iterations}"
         )
     for text in statements(values):
-        line(text)
-
-
-def task_settings(source: str | None, sets: Sequence[str] | None) -> dict[str, Any]:
-    """Return the fields of the tasks that options change.
-
-    Raises:
-        RequestError: an option changes something else.
-    """
-    from metaplug.experiments.configuration import assign
-
-    values: dict[str, Any] = {} if source is None else {"source": source}
-    for text in sets or ():
-        path, value = parse_setting(text)
-        head, _, field = path.partition(".")
-        if head != "tasks" or not field:
-            raise RequestError(
-                f"--set {path}: an evaluation changes the tasks alone, as the rest is what was "
-                "trained: give tasks.FIELD=VALUE"
-            )
-        values = assign(values, field, value)
-    return values
+        result(text)

@@ -8,7 +8,7 @@ import typer
 
 from metaplug.cli.options import Json, examples
 from metaplug.errors import unknown
-from metaplug.report.console import CONSOLE, emit, line
+from metaplug.report.console import RESULTS, emit, line
 
 
 @examples(
@@ -37,7 +37,7 @@ def hooks(
     if as_json:
         emit(to_json([entry.values() for entry in chosen], indent=2))
     elif not names:
-        CONSOLE.print(hook_table(chosen))
+        RESULTS.print(hook_table(chosen))
         line("metaplug hooks HOOK shows one with its arguments and the plugins that implement it")
     else:
-        CONSOLE.print(*map(hook_page, chosen), sep="\n")
+        RESULTS.print(*map(hook_page, chosen), sep="\n")

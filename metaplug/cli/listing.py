@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,12 +9,10 @@ import typer
 
 from metaplug.cli import options
 from metaplug.errors import RequestError, unknown
-from metaplug.report.console import CONSOLE, emit, line, show
+from metaplug.report.console import RESULTS, emit, line, result, show
 
 if TYPE_CHECKING:
     from metaplug.experiments.configuration import ExperimentConfig, TaskSettings
-
-_count = partial(typer.Option, min=1, max=1000)
 
 
 @options.shared
@@ -42,7 +39,7 @@ def explain(
     resolved = options.resolve_options(given, sets, config=config, preset=preset, uses=use)
     algorithm = find_preset(resolved.config.preset)
     chain = Chain(make_plugins(algorithm, resolved.config.plugins))
-    CONSOLE.print(explanation(resolved, chain, algorithm.summary))
+    RESULTS.print(explanation(resolved, chain, algorithm.summary))
 
 
 @options.examples(
@@ -86,10 +83,10 @@ def plugins(
     if as_json:
         emit(to_json([entry.values(whole=name is not None) for entry in chosen], indent=2))
     elif name is None:
-        CONSOLE.print(catalogue_table(chosen, "Installed"))
+        RESULTS.print(catalogue_table(chosen, "Installed"))
         line("metaplug plugins NAME shows one with its settings; metaplug tasks lists task sources")
     else:
-        CONSOLE.print(*map(catalogue_page, chosen), sep="\n")
+        RESULTS.print(*map(catalogue_page, chosen), sep="\n")
 
 
 def _compose(name: str | None, *, as_json: bool) -> None:
@@ -109,10 +106,12 @@ def _compose(name: str | None, *, as_json: bool) -> None:
         show(composition_table(found, None if name is None else label_of(name)))
 
 
+@options.sharing("tasks.ways", "tasks.shots", "tasks.queries", "seed")
 @options.examples(
     "metaplug tasks",
     "metaplug tasks glyphs",
-    "metaplug tasks folder path/to/images --draw task.png --ways 5 --shots 1",
+    "metaplug tasks folder path/to/images --draw task.png --shots 1 "
+    "--set tasks.settings.mode=colour",
 )
 def tasks(
     name: Annotated[
@@ -128,20 +127,11 @@ def tasks(
     split: Annotated[
         Literal["train", "val", "test"], typer.Option(help="The split of the drawn task.")
     ] = "train",
-    ways: Annotated[int, _count(min=2, help="Its classes (classification).")] = 5,
-    shots: Annotated[int, _count(help="Its support examples, of each class or in all.")] = 1,
-    queries: Annotated[int, _count(help="Its query examples, of each class or in all.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed draws another task.")] = 0,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="FIELD=VALUE", help="A setting of the source, as YAML. Repeatable."
-        ),
-    ] = None,
+    given: dict[str, Any],
+    sets: options.TaskSet = None,
     as_json: options.Json = False,
 ) -> None:
     """List the task sources; or show one, with the classes of its splits, and draw a task."""
-    from metaplug.experiments.configuration import ExperimentConfig, TaskSettings
     from metaplug.experiments.json_values import to_json
     from metaplug.report.catalogue import entries
     from metaplug.report.tables import catalogue_page, catalogue_table, values_table
@@ -154,40 +144,46 @@ def tasks(
         if as_json:
             emit(to_json([entry.values(whole=False) for entry in found], indent=2))
         else:
-            CONSOLE.print(catalogue_table(found, "Task sources"))
+            RESULTS.print(catalogue_table(found, "Task sources"))
         return
     source, _, rest = name.partition(":")
     chosen = next((entry for entry in found if entry.name == source), None)
     if chosen is None:
         raise unknown("task source", source, [entry.name for entry in found])
     whole = f"{source}:{argument or rest}" if argument or rest else source
-    task = partial(
-        TaskSettings, source=whole, settings=dict(map(options.parse_setting, sets or ()))
-    )
-    # The smallest tasks there are, since no data set is too small for them.
-    data = None if chosen.error else _describe(source, task(ways=2, shots=1, queries=1))
+    why = "what is shown are tasks alone"
+    paths = options.task_settings(given, sets, why, also=["seed"])
+    if "tasks.source" in paths:
+        raise RequestError(
+            f"--set tasks.source: the source is named already, {whole}: leave it out"
+        )
+    config = options.resolve_options({**paths, "tasks.source": whole}, ()).config
+    data = None if chosen.error else _describe(config.tasks)
     if draw is not None:
-        drawn = task(ways=ways, shots=shots, queries=queries)
-        _draw(ExperimentConfig(tasks=drawn, seed=seed), split, draw)
+        _draw(config, split, draw)
     if as_json:
         emit(to_json({**chosen.values(whole=True), "data": data}, indent=2))
         return
-    CONSOLE.print(catalogue_page(chosen))
+    RESULTS.print(catalogue_page(chosen))
     if data is not None:
-        CONSOLE.print(values_table("Data", data))
+        RESULTS.print(values_table("Data", data))
     if draw is not None:
-        line(f"one {split} task is drawn in {draw}")
+        result(f"one {split} task is drawn in {draw}")
 
 
-def _describe(source: str, task: TaskSettings) -> dict[str, Any] | None:
+def _describe(tasks: TaskSettings) -> dict[str, Any] | None:
     """Describe the data of a source; None for one that needs an argument and has none."""
     from metaplug.contract import registry
     from metaplug.experiments.build import build_tasks
     from metaplug.experiments.configuration import ExperimentConfig
 
-    if registry.load("task source", source).argument is not None and task.source == source:
+    if registry.load("task source", tasks.source.partition(":")[0]).argument and (
+        ":" not in tasks.source
+    ):
         return None
-    found = dict(build_tasks(ExperimentConfig(tasks=task)).describe())
+    # The smallest tasks there are, since no data set is too small for them.
+    smallest = tasks.model_copy(update={"ways": 2, "shots": 1, "queries": 1})
+    found = dict(build_tasks(ExperimentConfig(tasks=smallest)).describe())
     if found["kind"] != "regression":
         found.pop("outputs", None)  # the ways of these tasks, not the data's
     return found

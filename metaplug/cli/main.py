@@ -101,10 +101,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         text, status = _failure(error)
         if text:  # typer has none after showing the help for a line without a command
             line(f"metaplug: {text}", style="red")
+    code = status if isinstance(status, int) else 0
     if (fault := lost_output()) is not None:
         _close_output(fault)
-        status = status or 1
-    sys.exit(status if isinstance(status, int) else 0)
+        code = code or 1
+    sys.exit(code)
 
 
 def _close_output(fault: OSError) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from metaplug.cli.options import examples
 from metaplug.errors import RequestError
-from metaplug.report.console import line
+from metaplug.report.console import result
 
 Kind = Literal[
     "gradient",
@@ -65,14 +65,14 @@ def new_plugin(
     kind = kind or "gradient"
     folder, scaffold = Path(name) if out is None else out, SCAFFOLDS[kind]
     written = write_package(name, kind, folder, of_file)
-    line(
+    result(
         f"{folder} has a {scaffold.words}, as a package:"
         if source is None
         else f"{folder} has the plugin of {source}, as a package:"
     )
     for path in written:
-        line(f"- {path}")
-    line("next:")
-    line(f"- cd {shlex.quote(str(folder))} && pip install -e '.[test]'")
-    line("- pytest")
-    line(f"- {scaffold.listed} {name}")
+        result(f"- {path}")
+    result("next:")
+    result(f"- cd {shlex.quote(str(folder))} && pip install -e '.[test]'")
+    result("- pytest")
+    result(f"- {scaffold.listed} {name}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,7 +57,7 @@ SHARED: dict[str, Any] = {
     for panel, fields in _SHARED.items()
     for path, flag, default, text in fields
 }
-"""The options of train, compare and explain, by the path of the field that each overrides.
+"""Options by the path of the field that each overrides: they mean the same in every command.
 
 Their defaults are only shown: a default stays with its field.
 """
@@ -68,6 +69,16 @@ Set = Annotated[
         metavar="PATH=VALUE",
         help="Any other field of the configuration, as YAML. Repeatable.",
         rich_help_panel=RUN,
+    ),
+]
+TaskSet = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="tasks.FIELD=VALUE",
+        help="Any other field of the tasks, as YAML; tasks.settings.FIELD is one of the source's "
+        "own. Repeatable.",
+        rich_help_panel=TASKS,
     ),
 ]
 Config = Annotated[
@@ -93,7 +104,9 @@ With = Annotated[
         rich_help_panel=LEARNING,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON instead, which standard output then has alone.")
+]
 
 
 def examples(*commands: str) -> Callable[[Any], Any]:
@@ -106,30 +119,46 @@ def examples(*commands: str) -> Callable[[Any], Any]:
     return decorate
 
 
-def shared(command: Callable[..., None]) -> Any:
-    """Replace a command's parameter `given` by the options of SHARED.
+def sharing(*paths: str, default: str | None = None) -> Callable[[Callable[..., None]], Any]:
+    """Replace a command's parameter `given` by these options of SHARED.
 
     The command receives those that were set, by path, as `given`.
+
+    Args:
+        default: what the help says of each; None says the default of its field.
     """
-    paths = {path.replace(".", "_"): path for path in SHARED}
-    parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        if parameter.name != "given":
-            parameters.append(parameter)
-            continue
-        for name, path in paths.items():
-            parameters.append(parameter.replace(name=name, annotation=SHARED[path], default=None))
+    names = {path.replace(".", "_"): path for path in paths}
 
-    @functools.wraps(command)
-    def wrapper(**values: Any) -> None:
-        options = {path: values.pop(name) for name, path in paths.items()}
-        given = {path: value for path, value in options.items() if value is not None}
-        command(given=given, **values)
+    def decorate(command: Callable[..., None]) -> Any:
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            if parameter.name != "given":
+                parameters.append(parameter)
+                continue
+            for name, path in names.items():
+                annotation = SHARED[path]
+                if default is not None:
+                    option = copy.copy(annotation.__metadata__[0])
+                    option.show_default = default
+                    annotation = _annotated[annotation.__origin__, option]
+                parameters.append(parameter.replace(name=name, annotation=annotation, default=None))
 
-    # typer reads both: the signature for the order of parameters, the annotations for their types.
-    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return wrapper
+        @functools.wraps(command)
+        def wrapper(**values: Any) -> None:
+            options = {path: values.pop(name) for name, path in names.items()}
+            given = {path: value for path, value in options.items() if value is not None}
+            command(given=given, **values)
+
+        # typer reads both: the signature for the order of parameters, the annotations for types.
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {each.name: each.annotation for each in parameters}
+        return wrapper
+
+    return decorate
+
+
+shared = sharing(*SHARED)
+"""For a command with all of them."""
 
 
 def resolve_options(
@@ -156,6 +185,7 @@ def resolve_options(
     if files is not None:
         record = validated(ExperimentConfig, file, str(config))
         file = permitted(record, files, config).model_dump(mode="json")
+    layers = [] if config is None else [(str(config), file)]
     pairs = [parse_setting(text) for text in sets or ()]
     values: dict[str, Any] = {}
     for path, value in given.items():
@@ -169,22 +199,26 @@ def resolve_options(
         values["plugins"] += [use.model_dump() for use in added]
     for path, value in pairs:
         if path.startswith("plugins."):
-            _check_not_of_preset(path, values.get("preset") or file.get("preset") or "maml")
+            _check_not_of_preset(path, [*layers, ("option", values)])
         values = assign(values, path, value)
-    resolved = resolve([*([] if config is None else [(str(config), file)]), ("option", values)])
+    resolved = resolve([*layers, ("option", values)])
     return replace(resolved, config=recorded(resolved.config))
 
 
-def _check_not_of_preset(path: str, preset: Any) -> None:
-    """Refuse to change a plugin of the preset, whose settings are what its name stands for."""
+def _check_not_of_preset(path: str, layers: Sequence[tuple[str, Any]]) -> None:
+    """Refuse to change a plugin of the preset as if it were one of the plugins after it."""
     from metaplug.contract.presets import find_preset
+    from metaplug.experiments.configuration import resolve
 
-    found, name = find_preset(preset) if isinstance(preset, str) else None, path.split(".")[1]
-    if found is not None and name in [use.label for use in found.plugins]:
+    of_preset = [
+        (origin, {"preset": layer["preset"]}) for origin, layer in layers if "preset" in layer
+    ]
+    preset = find_preset(resolve(of_preset).config.preset)
+    name, _, field = path.removeprefix("plugins.").partition(".")
+    if name in [use.label for use in preset.plugins]:
         raise RequestError(
-            f"--set {path}: '{name}' is part of the preset {found.name}, with its settings: write "
-            f"your own preset (metaplug plugins {found.name} shows this one), and give its file by "
-            "--preset"
+            f"--set {path}: '{name}' is a plugin of the preset {preset.name}, and none after it: "
+            f"write --set preset.{name}.{field or 'FIELD'}=VALUE"
         )
 
 
@@ -196,4 +230,56 @@ def parse_setting(text: str, option: str = "--set") -> tuple[str, Any]:
     if not equals or not path.strip():
         form = "path.to.field=value" if option == "--set" else "FIELD=VALUE"
         raise RequestError(f"{option} {text}: no value is given; write {option} {form}")
+    if option == "--set" and (whole := _whole_path(path.strip())) is not None:
+        raise _short(text, whole)
     return path.strip(), read_scalar(value)
+
+
+def _whole_path(name: str) -> str | None:
+    """Return the path of the field of this name, if that is not the name itself."""
+    from metaplug.experiments.configuration import ExperimentConfig, flatten
+
+    if name in ExperimentConfig.model_fields:
+        return None
+    paths = flatten(ExperimentConfig().model_dump())
+    return next((path for path in paths if path.endswith(f".{name}")), None)
+
+
+def _short(text: str, path: str) -> RequestError:
+    value = text.partition("=")[2]
+    return RequestError(
+        f"--set {text}: a field is given by its whole path in the configuration; write --set "
+        f"{path}={value}"
+    )
+
+
+def task_settings(
+    given: Mapping[str, Any],
+    sets: Sequence[str] | None,
+    why: str,
+    *,
+    also: Sequence[str] = (),
+    instead: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Return by path what options set, in a command that takes fields of the tasks alone.
+
+    Args:
+        why: the other fields are refused.
+        also: paths of fields that are taken too.
+        instead: by the path of a field that is refused, the option to give.
+
+    Raises:
+        RequestError: an option sets another field.
+    """
+    from metaplug.experiments.configuration import ExperimentConfig
+
+    values = dict(given)
+    for text in sets or ():
+        path, value = parse_setting(text)
+        if not path.startswith("tasks.") and path not in also:
+            if "." not in path and path not in ExperimentConfig.model_fields:
+                raise _short(text, f"tasks.settings.{path}")
+            form = (instead or {}).get(path, "tasks.FIELD=VALUE")
+            raise RequestError(f"--set {path}: {why}: give {form}")
+        values[path] = value
+    return values

@@ -14,7 +14,7 @@ from metaplug.cli import options
 from metaplug.cli.ranks import ranks
 from metaplug.cli.stopping import StoppedError, stop_on_signals
 from metaplug.errors import RequestError, RunError
-from metaplug.report.console import CONSOLE, line, warn
+from metaplug.report.console import CONSOLE, line, result, warn
 
 if TYPE_CHECKING:
     from metaplug.experiments.build import Experiment
@@ -117,13 +117,13 @@ def train(
         world.from_main(lambda: None if trained or curves.exists() else draw())
         if summary is None:
             raise StoppedError(f"stopped, with a checkpoint in {folder}", stop.signal)
-        line(f"test {terminal.result_line(summary['test'])}")
+        result(f"test {terminal.result_line(summary['test'])}")
         best = f"by the weights after iteration {summary['best_validation']['iteration']}"
-        line(f"{best}, which validated best; all of it is in {folder}")
+        result(f"{best}, which validated best; all of it is in {folder}")
         for text in terminal.statements(summary["test"]):
-            line(text)
+            result(text)
         if skipped := summary.get("skipped"):
-            line(terminal.skipped_line(skipped, summary["iterations"]))
+            result(terminal.skipped_line(skipped, summary["iterations"]))
         if source is not None:
             world.from_main(lambda: _report_repetition(source, folder))
 
@@ -177,7 +177,7 @@ def _report_repetition(source: Path, folder: Path) -> None:
             "or judge by the size of the difference"
         )
     short = "" if found.tested else ", as it came no further"
-    line(f"matches {source} bit for bit: {compared}{short}")
+    result(f"matches {source} bit for bit: {compared}{short}")
 
 
 def _default_name(config: ExperimentConfig) -> str:

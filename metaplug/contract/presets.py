@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -100,6 +101,37 @@ class Preset(Settings):
     source: str = Field("", description="The paper, with its identifier.")
     plugins: tuple[PluginUse, ...] = Field((), description="The plugins, in order of application.")
     defaults: dict[str, Any] = Field({}, description="Training defaults of the paper.")
+    changed: tuple[str, ...] = Field(
+        (), description="As PLUGIN.FIELD, the settings that a run has otherwise than its preset."
+    )
+
+    @property
+    def label(self) -> str:
+        """The name, with what was changed: "maml++ with derivative-order.switch=0"."""
+        texts = [f"{path}={_plain(value)}" for path, value in self._changes()]
+        return f"{self.name} with {', '.join(texts)}" if texts else self.name
+
+    def _changes(self) -> list[tuple[str, Any]]:
+        paths = (
+            (use, f"{use.label}.{field}", field) for use in self.plugins for field in use.settings
+        )
+        return [(path, use.settings[field]) for use, path, field in paths if path in self.changed]
+
+    @model_validator(mode="after")
+    def _has_what_was_changed(self) -> Preset:
+        if unknown := {*self.changed} - {path for path, _ in self._changes()}:
+            raise ValueError(
+                f"changed names '{one_line(min(unknown))}', which is no setting of its plugins: "
+                "leave it out"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_no_changes(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if not values.get("changed"):
+            values.pop("changed", None)
+        return values
 
     @field_validator("defaults")
     @classmethod
@@ -117,6 +149,10 @@ class Preset(Settings):
                 "give that by --model, or in a configuration"
             )
         return value
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def find_preset(preset: str | Preset) -> Preset:

@@ -15,6 +15,14 @@ from metaplug.contract.presets import YAML_ENDINGS, PluginUse, Preset, find_pres
 from metaplug.errors import RequestError, did_you_mean
 from metaplug.evaluation.score_names import ScoreName
 from metaplug.execution.settings import LearnerSettings, NonFinite
+from metaplug.experiments.preset_changes import (
+    BASE,
+    assign_change,
+    changes_of,
+    is_change,
+    over,
+    preset_of,
+)
 from metaplug.settings import Settings, validated
 from metaplug.yaml_text import parse_yaml
 
@@ -157,8 +165,8 @@ class ExperimentConfig(Settings):
 
     @property
     def algorithm(self) -> str:
-        """The preset's name."""
-        return self.preset if isinstance(self.preset, str) else self.preset.name
+        """The preset's name, with what was changed of it."""
+        return self.preset if isinstance(self.preset, str) else self.preset.label
 
 
 @dataclass(frozen=True)
@@ -183,10 +191,15 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Resolved:
     """
     values: dict[str, Any] = {}
     layers = [(origin, _with_whole_preset(layer, origin)) for origin, layer in layers]
+    chosen: Any = ExperimentConfig.model_fields["preset"].default
     for origin, layer in layers:
-        validated(ExperimentConfig, layer, origin)
+        without = {key: layer[key] for key in layer.keys() - {"preset"}}
+        validated(ExperimentConfig, without if is_change(layer.get("preset")) else layer, origin)
         values = merge(values, layer)
-    preset = find_preset(values.get("preset", ExperimentConfig.model_fields["preset"].default))
+        if "preset" in layer:
+            chosen = over(chosen, layer["preset"])
+            values["preset"] = preset_of(chosen, origin)
+    preset = find_preset(values.get("preset", chosen))
     validated(ExperimentConfig, preset.defaults, f"the defaults of preset {preset.name}")
     config = validated(ExperimentConfig, merge(preset.defaults, values), "configuration")
     origins = dict.fromkeys(flatten(config.model_dump(mode="json")), "default")
@@ -196,17 +209,25 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Resolved:
             for path in origins:
                 if path == given or path.startswith(f"{given}."):
                     origins[path] = origin
+    changes: dict[str, str] = {}
     for origin, layer in layers:
         if "preset" in layer:
             origins["preset"] = origin
+            changed = changes_of(layer["preset"]) & {*preset.changed}
+            changes |= {f"plugins.{path}": origin for path in changed}
         if "plugins" in layer:
-            listed.append((origin, ExperimentConfig.model_validate(layer).plugins))
-    return Resolved(config, {**origins, **_plugin_origins(listed)})
+            own = ExperimentConfig.model_validate({"plugins": layer["plugins"]})
+            listed.append((origin, own.plugins))
+    return Resolved(config, {**origins, **_plugin_origins(listed), **changes})
 
 
 def _with_whole_preset(layer: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
     """The layer with a preset of one's own as a Preset, so the configuration is whole in itself."""
     preset = layer.get("preset")
+    if is_change(preset):
+        assert isinstance(preset, Mapping)
+        based = _with_whole_preset({"preset": preset.get(BASE)}, origin)["preset"]
+        return {**layer, "preset": {**preset, BASE: based}}
     if isinstance(preset, Mapping):
         named = {"name": Path(origin).stem, **preset}
         return {**layer, "preset": validated(Preset, named, f"{origin}, preset")}
@@ -250,9 +271,14 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def assign(values: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """`values` with `value` at a dotted path; an entry of plugins is found by its name."""
+    """`values` with `value` at a dotted path; an entry of plugins is found by its name.
+
+    At preset.PLUGIN.FIELD it becomes a change of the preset.
+    """
     head, _, rest = path.partition(".")
-    if head == "plugins" and rest:
+    if head == "preset" and rest:
+        value = assign_change(values.get(head), rest, value)
+    elif head == "plugins" and rest:
         value = _assign_plugin(list(values.get("plugins", ())), rest, value, path)
     elif rest:
         inside = values.get(head, {})

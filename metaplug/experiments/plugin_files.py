@@ -93,7 +93,7 @@ def permitted(config: ExperimentConfig, given: Sequence[str], holder: object) ->
 
 def comparable(config: ExperimentConfig) -> dict[str, Any]:
     """The configuration, flat, with plugin files told apart by digest and not by where they lie."""
-    flat = flatten(config.model_dump(mode="json"))
+    flat = {"preset": config.algorithm, **flatten(config.model_dump(mode="json"))}
     for key in ("plugins", "preset.plugins"):
         entries = [*flat.get(key, ())]
         for place, entry in enumerate(entries):

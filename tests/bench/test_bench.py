@@ -590,7 +590,7 @@ def test_the_command_line_gives_json_and_a_picture(capfd, tmp_path, monkeypatch)
         status, _, error = answer(*arguments)
         assert status == 2
         assert text in error
-    status, _, error = answer(
+    status, out, error = answer(
         "--workload",
         "sinusoid-25x1",
         "--only",
@@ -601,7 +601,8 @@ def test_the_command_line_gives_json_and_a_picture(capfd, tmp_path, monkeypatch)
         "cpu",
     )
     assert status == 0
-    assert f"cpu ({Meter().name}), 1 CPU thread, torch {torch.__version__}, median of 1\n" in error
+    assert f"cpu ({Meter().name}), 1 CPU thread, torch {torch.__version__}, median of 1\n" in out
+    assert error == "measuring sinusoid-25x1\n"
     monkeypatch.setattr(devices, "resolve_device", torch.device)
     status, _, error = answer("--drawing", "--device", "cuda")
     assert status == 2

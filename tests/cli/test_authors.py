@@ -54,8 +54,8 @@ def test_a_file_is_held_to_the_contract_a_line_for_each_clause(answer, monkeypat
     monkeypatch.setattr(suite, "CLAUSES", {name: CLAUSES[name] for name in quick})
     Path("my_idea.py").write_text(GOOD)
     status, out, err = answer("test-plugin", "./my_idea.py", "--off", "factor=1", *QUICK)
-    assert (status, out) == (0, "")
-    *lines, last = err.splitlines()
+    assert (status, err) == (0, "")
+    *lines, last = out.splitlines()
     assert lines == [f"passed     {clause}" for clause in quick]
     assert last.startswith("plugin 'my-idea' keeps the contract: 4 clauses passed, ")
 
@@ -105,7 +105,8 @@ def test_some_clauses_alone(answer):
     assert values["conforms"] is None
     assert [each["clause"] for each in values["clauses"]] == ["strict-config", "off-is-baseline"]
     status, out, err = answer("test-plugin", "./my_idea.py", "--only", "no-mutation", *QUICK)
-    assert (status, err.splitlines()[0].partition(":")[0]) == (1, "broken     no-mutation")
+    assert (status, out.partition(":")[0]) == (1, "broken     no-mutation")
+    assert err.startswith("metaplug: plugin 'my-idea' breaks no-mutation")
 
 
 WRONG = {
@@ -158,8 +159,8 @@ def test_the_plugin_in_a_file_is_described_as_an_installed_one(answer):
     assert page["facts"]["hooks"] == "transform_gradients (fold)"
     assert page["settings"][0]["description"] == "The factor; 1 is off."
     status, out, err = answer("plugins", "./my_idea.py")
-    assert (status, out) == (0, "")
-    assert err.splitlines()[0] == "my-idea: a plugin of ./my_idea.py"
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0] == "my-idea: a plugin of ./my_idea.py"
     for more in ([], ["--compose"]):
         *_, last = answer("plugins", "./your_idea.py", *more)[2].splitlines()
         assert last == (
@@ -189,14 +190,18 @@ def test_every_hook_is_in_the_reference(answer):
 
 def test_hooks_are_listed_and_one_is_shown(answer):
     _, out, err = answer("hooks")
-    assert out == ""
-    assert all(name in err for name in KINDS)
-    _, _, err = answer("hooks", "setup")
-    lines = [line.strip() for line in err.splitlines()]
+    assert (
+        err
+        == "metaplug hooks HOOK shows one with its arguments and the plugins that implement it\n"
+    )
+    assert all(name in out for name in KINDS)
+    _, out, err = answer("hooks", "setup")
+    assert err == ""
+    lines = [line.strip() for line in out.splitlines()]
     assert lines[0] == "setup: notify, once, when a learner is made"
     assert "context: Context," in lines
-    _, _, err = answer("hooks", "transform_gradients", "setup")
-    heads = [line for line in err.splitlines() if ": notify, " in line or ": fold, " in line]
+    _, out, _ = answer("hooks", "transform_gradients", "setup")
+    heads = [line for line in out.splitlines() if ": notify, " in line or ": fold, " in line]
     assert [head.partition(":")[0] for head in heads] == ["transform_gradients", "setup"]
     assert answer("hooks", "setup", "transform_gradient") == (
         2,

@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from support.tiny_runs import exit_status, in_child
 
 from metaplug import MetaLearner, checkpoint
 from metaplug.cli.main import main
@@ -138,6 +139,37 @@ def test_no_command_shows_the_help(metaplug: Any) -> None:
 def test_version(metaplug: Any) -> None:
     answer = metaplug("--version")
     assert (answer.status, answer.out, answer.err) == (0, "metaplug 0.1.0\n", "")
+
+
+NOT_WHOLE = (
+    "metaplug: standard output cannot be written (No space left on device), and is not whole: send "
+    "it where there is room; a run that was trained is whole in its folder\n"
+)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_full_output_loses_no_run() -> None:
+    def train() -> None:
+        sys.stdout = Path("/dev/full").open("w")  # noqa: SIM115
+        main(["train", *TINY, "--name", "mine"])
+
+    assert exit_status(in_child(train, Path("words"))) == 1
+    assert Path("words").read_text().endswith(NOT_WHOLE)
+    assert {"summary.json", "curves.png"} <= {path.name for path in Path("runs/mine").iterdir()}
+
+
+def test_a_reader_that_leaves_is_worth_no_word() -> None:
+    code = (
+        "import metaplug.cli.main as cli\nfrom metaplug.report.console import result\n"
+        "cli.app = lambda **_: [result('one line') for _ in range(20_000)]\ncli.main([])"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 ERRORS: list[tuple[str, str]] = [
@@ -264,6 +296,30 @@ ERRORS: list[tuple[str, str]] = [
             " noise; use at least 200"
         ),
     ),
+    (
+        "tasks glyphs --set within=true",
+        "--set within=true: a field is given by its whole path in the configuration; write --set "
+        "tasks.settings.within=true",
+    ),
+    (
+        "tasks glyphs --set training.iterations=3",
+        "--set training.iterations: what is shown are tasks alone: give tasks.FIELD=VALUE",
+    ),
+    (
+        "tasks glyphs --set tasks.source=sinusoid",
+        "--set tasks.source: the source is named already, glyphs: leave it out",
+    ),
+    ("tasks glyphs --ways 1", "option: tasks.ways = 1: input should be greater than or equal to 2"),
+    (
+        "train --set shots=3",
+        "--set shots=3: a field is given by its whole path in the configuration; write --set "
+        "tasks.shots=3",
+    ),
+    (
+        "evaluate nope --set training.test_tasks=3",
+        "--set training.test_tasks: an evaluation changes the tasks alone, as the rest is what was "
+        "trained: give --num-tasks",
+    ),
     ("tasks glyph", "unknown task source 'glyph': did you mean 'glyphs'?"),
     (
         "plugins gradient-shering",
@@ -367,12 +423,12 @@ def test_what_nobody_foresaw_is_one_line_too(
 def test_train_writes_a_run(metaplug: Any) -> None:
     answer = metaplug("train", *TINY, "--with", "gradient-sharing")
     folder = Path("runs/maml+gradient-sharing-sinusoid-3shot-seed0")
-    lines = answer.err.splitlines()
-    assert (answer.status, answer.out) == (0, "")
+    lines, results = answer.err.splitlines(), answer.out.splitlines()
+    assert answer.status == 0
     assert lines[0] == "maml (gradient-sharing) on sinusoid, 3-shot, mlp, seed 0, cpu"
     assert lines.pop(2).startswith("memory: ")
     assert lines[1] == f"a new run in {folder}"
-    for iteration, line in zip((2, 4), lines[2:4], strict=True):
+    for iteration, line in zip((2, 4), lines[2:], strict=True):
         assert re.fullmatch(
             rf"training: iteration {iteration}  loss \d+\.\d{{4}}  validation \d+\.\d{{4}} ±"
             r" \d+\.\d{4}",
@@ -381,9 +437,10 @@ def test_train_writes_a_run(metaplug: Any) -> None:
     assert re.fullmatch(
         r"test mean squared error \d+\.\d{4} ± \d+\.\d{4} \(95 % interval over 5 tasks, 1 inner"
         r" step\)",
-        lines[4],
+        results[0],
     )
-    assert lines[5].endswith(f"which validated best; all of it is in {folder}")
+    assert results[1].endswith(f"which validated best; all of it is in {folder}")
+    assert results[2:] == ["transductive: no"]
     assert sorted(path.name for path in folder.iterdir()) == [
         *(
             ".lock",
@@ -406,10 +463,8 @@ def test_train_writes_a_run(metaplug: Any) -> None:
     assert (again.status, again.err) == (2, refusal)
     (folder / "curves.png").write_bytes(b"mine")
     finished = metaplug("train", *TINY, "--with", "gradient-sharing", "--resume")
-    assert (finished.status, finished.err.splitlines()) == (
-        0,
-        [f"{folder} is finished already", *lines[4:]],
-    )
+    assert (finished.status, finished.err) == (0, f"{folder} is finished already\n")
+    assert finished.out.splitlines() == results
     assert (folder / "curves.png").read_bytes() == b"mine"
     (folder / "curves.png").unlink()
     assert metaplug("train", *TINY, "--with", "gradient-sharing", "--resume").status == 0
@@ -465,8 +520,8 @@ def test_explain_shows_the_order_the_settings_and_every_origin(metaplug: Any) ->
     answer = metaplug(
         "explain", "mine.yaml", "--with", "gradient-sharing:gate=0.25", "--inner-lr", "1"
     )
-    assert (answer.status, answer.out) == (0, "")
-    squeezed = [" ".join(line.split()) for line in answer.err.splitlines()]
+    assert (answer.status, answer.err) == (0, "")
+    squeezed = [" ".join(line.split()) for line in answer.out.splitlines()]
     assert "derivative_order choose derivative-order" in squeezed
     assert "transform_gradients fold gradient-sharing" in squeezed
     assert "gradient-sharing gate 0.25 option" in squeezed
@@ -478,7 +533,7 @@ def test_explain_shows_the_order_the_settings_and_every_origin(metaplug: Any) ->
         "explain", "--with", "gradient-clipping:max_norm=1", "--with", "gradient-sharing"
     )
     assert "transform_gradients fold gradient-clipping → gradient-sharing" in " ".join(
-        order.err.split()
+        order.out.split()
     )
 
 
@@ -500,6 +555,7 @@ def test_evaluate(metaplug: Any, trained: Path) -> None:
     tasks = answer.json["tasks"]
     more = metaplug("evaluate", str(trained), "--json", "--set", "tasks.shots=7")
     assert more.json["tasks"] == tasks | {"shots": 7}
+    assert metaplug("evaluate", str(trained), "--json", "--shots", "7").json == more.json
     same = metaplug("evaluate", str(trained), "--json", "--set", f"tasks.shots={tasks['shots']}")
     assert same.json["mean"] == answer.json["mean"]
     other = metaplug("evaluate", str(trained), "--set", "training.iterations=3")
@@ -524,12 +580,12 @@ def test_evaluate(metaplug: Any, trained: Path) -> None:
         "--inner-steps",
         "0",
     )
-    assert (other.status, other.out) == (0, "")
+    assert (other.status, other.err) == (0, "")
     value = (
         r"val mean squared error \d+\.\d{4} ± \d+\.\d{4} \(95 % interval over 7 tasks, 0 inner"
         r" steps\)\n"
     )
-    assert re.fullmatch(value + r"transductive: no\n", other.err)
+    assert re.fullmatch(value + r"transductive: no\n", other.out)
 
 
 def test_evaluate_by_a_bootstrap(metaplug: Any, trained: Path) -> None:
@@ -542,7 +598,7 @@ def test_evaluate_by_a_bootstrap(metaplug: Any, trained: Path) -> None:
     assert re.match(
         r"test mean squared error \d+\.\d{4} \(95 % bootstrap interval \d+\.\d{4} to \d+\.\d{4}"
         r" over 20 tasks, 1 inner step\)\n",
-        metaplug(*given).err,
+        metaplug(*given).out,
     )
 
 
@@ -561,11 +617,11 @@ def test_evaluate_by_another_score(metaplug: Any, trained: Path) -> None:
 def test_a_run_has_the_score_that_was_chosen(metaplug: Any) -> None:
     given = "--set training.validation_tasks=4 --set training.score=balanced-accuracy --name run"
     tiny = [*TINY[4:], *shlex.split(f"--tasks glyphs --model mlp --ways 3 --iterations 2 {given}")]
-    assert re.search(r"test balanced accuracy \d+\.\d\d ± ", metaplug("train", *tiny).err)
+    assert re.search(r"test balanced accuracy \d+\.\d\d ± ", metaplug("train", *tiny).out)
     for name in ("summary.json", "metrics.jsonl"):
         assert '"metric": "balanced accuracy"' in Path("runs/run", name).read_text()
     answer = metaplug("evaluate", "runs/run", "--score", "per-class-accuracy")
-    first, *lines = answer.err.splitlines()
+    first, *lines = answer.out.splitlines()
     assert first.startswith("test per-class accuracy ")
     for place, line in enumerate(lines[:3]):
         assert re.fullmatch(rf"class {place}: \d+\.\d\d ± \d+\.\d\d % \(5 tasks\)", line)
@@ -585,7 +641,7 @@ def test_evaluate_on_training_tasks_is_on_purpose(metaplug: Any, trained: Path) 
     assert (allowed.status, allowed.json["training_classes"]) == (0, 1)
     said = metaplug(
         "evaluate", str(trained), "--split", "train", "--allow-training-classes"
-    ).err.splitlines()
+    ).out.splitlines()
     assert said[1:] == ["transductive: no", "not of unseen classes: 1 of them was trained on"]
 
 
@@ -653,8 +709,9 @@ def test_plugins_lists_parts(metaplug: Any) -> None:
         ),
     }
     people = metaplug("plugins")
-    assert (people.status, people.out) == (0, "")
-    assert people.err.endswith(
+    assert people.status == 0
+    assert people.out.startswith("Installed")
+    assert people.err == (
         "metaplug plugins NAME shows one with its settings; metaplug tasks lists task sources\n"
     )
 
@@ -675,11 +732,11 @@ def test_plugins_shows_one_part(metaplug: Any) -> None:
         ),
     }
     people = metaplug("plugins", "gradient-sharing")
-    assert people.out == ""
-    assert people.err.startswith(
+    assert people.err == ""
+    assert people.out.startswith(
         "gradient-sharing: a plugin of metaplug 0.1.0\n\nBlend every task's gradient"
     )
-    assert "gate_function  sigmoid | hard-sigmoid | clamp, default sigmoid\n" in people.err
+    assert "gate_function  sigmoid | hard-sigmoid | clamp, default sigmoid\n" in people.out
 
 
 BROKEN: list[tuple[str, str, str, str]] = [
@@ -831,8 +888,8 @@ def test_a_broken_part_is_a_row_with_the_reason_and_no_crash(
     assert (answer.status, answer.err) == (0, "")
     assert {row["name"]: row["error"] for row in answer.json} == {**whole, name: error}
     people = metaplug(command, name)
-    assert (people.status, people.out) == (0, "")
-    assert " ".join(people.err.split()) == f"{name}: a {kind} of broken_part {error}"
+    assert (people.status, people.err) == (0, "")
+    assert " ".join(people.out.split()) == f"{name}: a {kind} of broken_part {error}"
 
 
 def test_only_a_run_that_names_a_broken_plugin_fails(metaplug: Any, broken: Any) -> None:
@@ -884,8 +941,8 @@ def test_tasks(metaplug: Any) -> None:
     assert [field["name"] for field in page["settings"]] == ["amplitude", "phase", "inputs"]
     assert metaplug("tasks", "folder", "--json").json["data"] is None
     people = metaplug("tasks", "sinusoid")
-    assert (people.status, people.out) == (0, "")
-    assert "y = A sin(x + φ)" in people.err
+    assert (people.status, people.err) == (0, "")
+    assert "y = A sin(x + φ)" in people.out
     assert metaplug("tasks").status == 0
 
 
@@ -900,7 +957,7 @@ def test_tasks_keeps_decoded_images_in_the_chosen_cache(
     page = []
     for place in ("one", "one", "two"):
         monkeypatch.setenv("METAPLUG_CACHE", place)
-        arguments = ("--set", "fractions=[0.4,0.3,0.3]", "--set", "cache_mib=1")
+        arguments = ("--set", "tasks.settings={fractions: [0.4,0.3,0.3], cache_mib: 1}")
         page.append(metaplug("tasks", "folder", "data", *arguments, "--json").json)
     assert page[0] == page[1] == page[2]
     kept = [sorted(Path(place).rglob("*.bin")) for place in ("one", "two")]
@@ -972,7 +1029,7 @@ def test_a_preset_of_ones_own_on_the_command_line(metaplug: Any) -> None:
         " nothing else\n"
     )
     answer = metaplug("explain", "--preset", "own.yaml", "--with", "meta-sgd:meta_lr=0.01")
-    squeezed = [" ".join(line.split()) for line in answer.err.splitlines()]
+    squeezed = [" ".join(line.split()) for line in answer.out.splitlines()]
     assert squeezed[0] == "own: sharing, and nothing else"
     assert "gradient-sharing gate 0.25 preset own" in squeezed
     assert "meta-sgd meta_lr 0.01 option" in squeezed
@@ -1010,9 +1067,9 @@ def test_a_preset_of_ones_own_on_the_command_line(metaplug: Any) -> None:
 )
 def test_explain_shows_every_preset(metaplug: Any, preset: str) -> None:
     answer = metaplug("explain", "--preset", preset)
-    assert (answer.status, answer.out) == (0, "")
-    assert answer.err.startswith(f"{preset}: ")
-    assert f"preset {preset} option" in [" ".join(line.split()) for line in answer.err.splitlines()]
+    assert (answer.status, answer.err) == (0, "")
+    assert answer.out.startswith(f"{preset}: ")
+    assert f"preset {preset} option" in [" ".join(line.split()) for line in answer.out.splitlines()]
 
 
 def test_plugins_that_conflict_are_refused_before_training(metaplug: Any) -> None:
@@ -1043,14 +1100,14 @@ def test_a_task_is_drawn(metaplug: Any) -> None:
         "--ways",
         "3",
         "--set",
-        "within=true",
+        "tasks.settings.within=true",
         "--set",
-        "rotate=true",
+        "tasks.settings.rotate=true",
         "--seed",
         "4",
     )
     assert answer.status == 0
-    assert answer.err.endswith("one train task is drawn in task.png\n")
+    assert answer.out.endswith("one train task is drawn in task.png\n")
     assert Path("task.png").read_bytes().startswith(b"\x89PNG")
     assert (
         metaplug("tasks", "--draw", "task.png").err
@@ -1058,7 +1115,7 @@ def test_a_task_is_drawn(metaplug: Any) -> None:
         " glyphs --draw task.png\n"
     )
     assert (
-        metaplug("tasks", "glyphs", "--set", "turn=true").err
+        metaplug("tasks", "glyphs", "--set", "tasks.settings.turn=true").err
         == "metaplug: glyphs: unknown field 'turn': known: 'within', 'train_ways',"
         " 'train_shots', 'vary', 'varied_evaluation', 'rotate', 'flip', 'shift', 'memory_mib',"
         " 'accents'\n"
@@ -1072,9 +1129,9 @@ def test_a_plugin_of_the_preset_is_not_changed_in_passing(metaplug: Any) -> None
     assert (answer.status, answer.err) == (
         2,
         (
-            "metaplug: --set plugins.derivative-order.switch: 'derivative-order' is part of the"
-            " preset maml++, with its settings: write your own preset (metaplug plugins maml++"
-            " shows this one), and give its file by --preset\n"
+            "metaplug: --set plugins.derivative-order.switch: 'derivative-order' is a plugin of "
+            "the preset maml++, and none after it: write --set "
+            "preset.derivative-order.switch=VALUE\n"
         ),
     )
 

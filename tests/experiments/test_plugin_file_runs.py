@@ -31,10 +31,12 @@ CHANGED = SOURCE.replace("0.5", "0.25")
 
 
 def run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """The exit status of a command, and what it printed: standard error, then standard output."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main(list(arguments))
-    return int(stopped.value.code or 0), capfd.readouterr().err
+    out, err = capfd.readouterr()
+    return int(stopped.value.code or 0), err + out
 
 
 @pytest.fixture(scope="module")

@@ -61,10 +61,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """The exit status of a command, and what it said."""
+    """The exit status of a command, and what it printed: standard output, then standard error."""
     with pytest.raises(SystemExit) as end:
         main(list(arguments))
-    return int(end.value.code or 0), capsys.readouterr().err
+    return int(end.value.code or 0), "".join(capsys.readouterr())
 
 
 # What a run records.

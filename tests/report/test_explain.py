@@ -49,6 +49,6 @@ def test_explain_says_what_adapts_and_how(
     with pytest.raises(SystemExit) as stopped:
         main(["explain", *options.split()])
     assert stopped.value.code == 0
-    words = " ".join(capfd.readouterr().err.split())
+    words = " ".join(capfd.readouterr().out.split())
     for line in lines:
         assert line in words, words

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +16,8 @@ from PIL import Image
 from pydantic import BaseModel, Field
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
-from support.studies import curve, result
+from support import studies
+from support.studies import curve
 
 from metaplug import EvaluationResult, Record
 from metaplug.evaluation.results import Metric
@@ -22,7 +25,17 @@ from metaplug.execution.engine import MetaStep
 from metaplug.experiments.study.results import StudyResult
 from metaplug.report import figures
 from metaplug.report.catalogue import Entry, SettingRow, rows
-from metaplug.report.console import CONSOLE, line, new_table, show
+from metaplug.report.console import (
+    CONSOLE,
+    RESULTS,
+    emit,
+    line,
+    lost_output,
+    new_table,
+    quiet,
+    result,
+    show,
+)
 from metaplug.report.figures import _wrapped, run_figure, study_figure
 from metaplug.report.study import study_tables
 from metaplug.report.tables import catalogue_table
@@ -49,7 +62,7 @@ def study(metric: Metric = "accuracy", seeds: int = 2, **given: Any) -> StudyRes
         for label, shift in zip(lines, (0.0, 0.1, 0.2), strict=True)
     }
     seen = dict.fromkeys(lines, ("batch norm sees the batch",))
-    return result(metric, lines, tests, **{"transductive": seen, **given})
+    return studies.result(metric, lines, tests, **{"transductive": seen, **given})
 
 
 def test_values_in_words() -> None:
@@ -210,6 +223,62 @@ def test_a_word_between_colons_is_no_emoji() -> None:
     assert captured.get() == "a:b:c\n"
 
 
+def test_results_go_to_standard_output_and_all_else_to_standard_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line("training")
+    result("[test] 50.00 ± 1.00 %")
+    show(Text("a table"))
+    emit("{}")
+    assert capsys.readouterr() == ("[test] 50.00 ± 1.00 %\na table\n{}\n", "training\n")
+    quiet()
+    result("of another rank")
+    emit("of another rank")
+    quiet(False)
+    assert capsys.readouterr() == ("", "")
+
+
+class _Stream(io.StringIO):
+    """A standard output that can write ASCII alone, or nothing at all."""
+
+    def __init__(self, fault: OSError | None = None) -> None:
+        super().__init__()
+        self._fault = fault
+
+    @property
+    def encoding(self) -> str:
+        return "ascii"
+
+    def write(self, text: str) -> int:
+        if self._fault is not None:
+            raise self._fault
+        text.encode("ascii")
+        return super().write(text)
+
+
+def test_a_result_that_cannot_be_written_is_remembered_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    full = OSError(28, "No space left on device")
+    for stream in (_Stream(full), None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        result("one")
+        emit("two")
+        fault = lost_output()
+        assert fault is not None
+        assert fault.strerror == ("No space left on device" if stream else os.strerror(9))
+        assert lost_output() is None
+
+
+def test_an_output_without_utf_8_has_escapes_that_json_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdout", output := _Stream())
+    emit('{"±": "𝛂"}')
+    RESULTS.print("→", end="")
+    assert output.getvalue() == '{"\\u00b1": "\\ud835\\udec2"}\n\\u2192'
+
+
 class Example(BaseModel):
     rate: float = Field(0.5, gt=0, le=1, description="A rate.")
     mode: Literal["a", "b"] = Field("a", description="A mode.")
@@ -258,7 +327,9 @@ def test_a_table_of_several_settings_has_another_of_the_best() -> None:
         "maml@fast": [curve(0.4, 0.5)],
         "anil@fast": [curve(0.5, 0.7)],
     }
-    made = result("accuracy", lines, settings=settings, axes={"learner.inner_lr": [0.1, 0.4]})
+    made = studies.result(
+        "accuracy", lines, settings=settings, axes={"learner.inner_lr": [0.1, 0.4]}
+    )
     text = shown(study_tables(made), width=100)
     assert "Each variant at its best setting, chosen on validation tasks" in text
     best = text.partition("validation tasks\n\n")[2].partition("\n\n")[0].splitlines()

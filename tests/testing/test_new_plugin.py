@@ -78,8 +78,8 @@ def test_it_says_what_it_wrote_and_how_to_go_on(metaplug: Any, kind: str) -> Non
     module = name.replace("-", "_")
     status, out, err = metaplug("new-plugin", name, "--kind", kind)
     expected = sorted(file.format(module) for file in FILES)
-    assert (status, out) == (0, "")
-    assert err.splitlines() == [
+    assert (status, err) == (0, "")
+    assert out.splitlines() == [
         f"{name} has a {SCAFFOLDS[kind].words}, as a package:",
         *(f"- {file}" for file in expected),
         "next:",
@@ -365,9 +365,9 @@ class MyIdea(Plugin):
 def test_a_file_becomes_a_package(metaplug: Any) -> None:
     Path("my_idea.py").write_text(POWER)
     status, out, err = metaplug("new-plugin", "power-of-two", "--from", "./my_idea.py")
-    assert (status, out) == (0, "")
+    assert (status, err) == (0, "")
     files = sorted(file.format("power_of_two") for file in FILES)
-    assert err.splitlines() == [
+    assert out.splitlines() == [
         "power-of-two has the plugin of ./my_idea.py, as a package:",
         *(f"- {file}" for file in files),
         "next:",

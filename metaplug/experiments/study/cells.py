@@ -89,6 +89,7 @@ def cells_of(study: Study, origin: str) -> tuple[Cell, ...]:
     for variant, setting in rows:
         with naming(f"variant '{row_text(variant.label, setting)}'"):
             config = _configuration(study, variant, setting, origin)
+            digest_of(config)  # names what is not installed
         made += [
             Cell(variant.label, setting, config.model_copy(update={"seed": seed}))
             for seed in study.seeds
