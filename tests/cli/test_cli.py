@@ -286,10 +286,6 @@ ERRORS: list[tuple[str, str]] = [
         ),
     ),
     (
-        "compare --variant maml --variant fomaml --out .",
-        ". is not empty, and holds no study: give another --name or --out",
-    ),
-    (
         "compare --variant maml --variant fomaml --set training.validation_tasks=100",
         (
             "training.validation_tasks = 100: too few to compare by, as the target would be mostly"
