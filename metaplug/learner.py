@@ -212,6 +212,7 @@ class MetaLearner:
         validate_every: int = 50,
         validation_tasks: int | None = None,
         non_finite: NonFinite = "stop",
+        profile_tasks: int = 16,
     ) -> Iterator[Record]:
         """Meta-train, one iteration at each step of the iterator: stop whenever you like.
 
@@ -231,6 +232,8 @@ class MetaLearner:
             non_finite: "stop" training at a batch in which something is NaN or Inf, or "skip" it:
                 it counts as an iteration and updates nothing, and its record says why. The tenth in
                 a row stops training all the same. Of a validation, such a task makes the mean NaN.
+            profile_tasks: how many validation tasks, of the first, the `inner` of a validation is
+                of: losses, gradients and rates by inner step. 0 for none.
 
         Raises:
             RequestError: an argument out of bounds, or validation tasks trained on or unscorable.
@@ -241,6 +244,8 @@ class MetaLearner:
         at_least_one(validation_tasks=validation_tasks)
         if iterations < 0:
             raise RequestError(f"iterations = {iterations}: give at least 0")
+        if profile_tasks < 0:
+            raise RequestError(f"profile_tasks = {profile_tasks}: give at least 0")
         if non_finite not in get_args(NonFinite):
             raise unknown("non_finite", non_finite, get_args(NonFinite))
         ranks, done = self.world.size, self.iteration
@@ -253,7 +258,9 @@ class MetaLearner:
                 validation, self.seed, validation_tasks, "validation_tasks", ranks=ranks
             )
             self.evaluator.refuse_trained_on(stream, VALIDATE_UNSEEN, trained_on)
-            validate = partial(self.evaluator.validate, stream, count, skip=skip)
+            validate = partial(
+                self.evaluator.validate, stream, count, skip=skip, profiled=profile_tasks
+            )
         loop = Loop(
             self.engine,
             self.prepare_batch,

@@ -11,7 +11,7 @@ through batch and layer norm are wrong without a word.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,10 +30,14 @@ from metaplug.core.model_passes import ModelPasses, Pass, Weights
 from metaplug.core.recording import recording
 from metaplug.core.rematerialize import rematerialize
 from metaplug.errors import RequestError, RunError, quoted
+from metaplug.random_streams import mix, stream
 
 _Walked = tuple[Weights, Any, list[Tensor], dict[int, Pass]]
 """Fast weights and optimizer state after some steps, their support losses, and query passes by the
 number of updates before them."""
+
+StepObserver = Callable[[int, Weights, Weights], None]
+"""(k, gradients before any plugin changes them, learning rates after all have), by name."""
 
 NO_DERIVATIVE = (
     "has no finite derivative there, such as a root or norm of 0: add a small number inside it"
@@ -56,6 +60,7 @@ def adapt(
     orders: Sequence[int] | None = None,
     seeds: Sequence[int] | None = None,
     parameters: Mapping[str, Tensor] | None = None,
+    observe: StepObserver | None = None,
 ) -> Outcome:
     """Adapt the tasks of a batch in lock-step, and take query losses on the way.
 
@@ -71,6 +76,8 @@ def adapt(
         seeds: one for each task, where each draws random numbers of its own: a task's numbers then
             do not depend on its batch.
         parameters: what takes the place of the model's own, by name, without a task axis.
+        observe: called at every step of an evaluation. Then query passes before the last draw
+            random numbers of their own, and the others draw what they draw without it.
 
     Example:
         >>> from metaplug.contract.chain import Chain
@@ -106,7 +113,7 @@ def adapt(
             shared = {**loop.parameters, **loop.variables, **(parameters or {})}
             passes = ModelPasses(loop, batch, seeds)
             known = first, query_after, tuple(orders), shared
-            return _Adaptation(loop, passes, *known).outcome()
+            return _Adaptation(loop, passes, *known, observe).outcome()
         finally:
             loop.optimizer.reset()
 
@@ -119,6 +126,7 @@ class _Adaptation:
         first: the step before the first update.
         query_after, orders: as `adapt` takes them.
         shared: what every task has before it is initialized, by name, without a task axis.
+        observe: as `adapt` takes it.
     """
 
     loop: InnerLoop
@@ -127,6 +135,7 @@ class _Adaptation:
     query_after: Collection[int]
     orders: tuple[int, ...]
     shared: Weights
+    observe: StepObserver | None = None
 
     def outcome(self) -> Outcome:
         """Take all steps, and the query losses on the way."""
@@ -135,7 +144,7 @@ class _Adaptation:
         support_losses: list[Tensor] = []
         queries: dict[int, Pass] = {}
         if 0 in self.query_after:
-            queries[0] = self.query(fast, self.step(0, fast, initial))
+            queries[0] = self.query_between(fast, self.step(0, fast, initial))
         if (watch := loop.chain.watch) is not None:
             watch.begin({name: initial[name] for name in loop.adapted})
         loop.optimizer.reset()  # a backward pass that failed may have left something
@@ -246,7 +255,7 @@ class _Adaptation:
             fast = self.update(fast, objective, known, linked=linked)
             if index + 1 in self.query_after and index + 1 < self.first.count:
                 after = replace(step, parameters=MappingProxyType(fast))
-                queries[index + 1] = self.query(fast, after)
+                queries[index + 1] = self.query_between(fast, after)
         state = loop.optimizer.snapshot()
         # The backward pass may take these steps again, when nobody else is there to forget them.
         loop.optimizer.reset()
@@ -262,6 +271,8 @@ class _Adaptation:
         full = torch.full((len(names),), loop.inner_lr, dtype=loop.dtype, device=loop.device)
         rates = dict(zip(names, full.unbind(), strict=True))
         rates = loop.chain.fold("transform_learning_rates", rates, step=step)
+        if self.observe is not None:
+            self.observe(step.index, gradients, rates)
         if not linked:
             folded = {name: value.detach() for name, value in folded.items()}
             rates = {name: value.detach() for name, value in rates.items()}
@@ -321,6 +332,13 @@ class _Adaptation:
                 "the loss does not depend on them; adapt others"
             )
         return gradients
+
+    def query_between(self, fast: Weights, step: InnerStep) -> Pass:
+        """Take the query loss of every task where more may follow."""
+        if self.observe is None or not step.count:
+            return self.query(fast, step)
+        with stream(mix(step.index), self.loop.device):
+            return self.query(fast, step)
 
     def query(self, fast: Weights, step: InnerStep) -> Pass:
         """Take the query loss of every task."""

@@ -108,6 +108,7 @@ class Evaluator:
         *,
         losses: bool = False,
         skip: bool = False,
+        profiled: int = 0,
     ) -> tuple[EvaluationResult, str | None]:
         """Return a result, and the fault that made it NaN where that is to be skipped.
 
@@ -115,6 +116,7 @@ class Evaluator:
             score: default: the evaluator's own.
             losses: measure support losses, too.
             skip: go on after a task whose query loss is NaN or Inf.
+            profiled: profile the inner loop of this many tasks, of the first; with `losses` alone.
 
         Raises:
             RequestError: fewer than one task in a batch, or than no step; or a score that is not
@@ -137,6 +139,7 @@ class Evaluator:
             scorer=Scorer(chosen, self.kind),
             losses=losses,
             skip=skip,
+            profiled=min(profiled, num_tasks),
         )
         about = (steps, self.transductive, self.trained_on.shared(tasks), self.seed)
         raised, support_losses = found.growth or (None, None)
@@ -148,17 +151,20 @@ class Evaluator:
             support_losses=support_losses,
             more_is_better=chosen.more_is_better,
             per_class=found.per_class,
+            inner=found.inner,
         )
         return result, found.fault
 
-    def validate(self, tasks: TaskStream, num_tasks: int, *, skip: bool) -> EvaluationResult:
-        """Return the result on validation tasks.
+    def validate(
+        self, tasks: TaskStream, num_tasks: int, *, skip: bool, profiled: int = 0
+    ) -> EvaluationResult:
+        """Return the result on validation tasks, with the inner loop's profile of the first.
 
         A validation that counts for nothing is a warning; so is, once, adaptation that raises the
         support loss of most tasks.
         """
         engine = self.engine
-        result, fault = self.evaluate(tasks, num_tasks, losses=True, skip=skip)
+        result, fault = self.evaluate(tasks, num_tasks, losses=True, skip=skip, profiled=profiled)
         raised, (before, after) = result.raised or 0, result.support_losses or (0.0, 0.0)
         if fault is not None:
             when = f"the validation after iteration {engine.iteration}"

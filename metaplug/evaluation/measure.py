@@ -15,6 +15,7 @@ from metaplug.contract.outcome import Outcome
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_sizes import IGNORED, TaskSize
 from metaplug.errors import RunError
+from metaplug.evaluation.inner_profile import InnerProfile, InnerProfiler
 from metaplug.evaluation.results import larger
 from metaplug.evaluation.score_tasks import Scorer
 from metaplug.execution.engine import FAILURES, Engine
@@ -35,12 +36,14 @@ class Measured:
             where that was not asked for.
         per_class: (num_tasks, classes) float64 where the score has such a table.
         fault: the first task with a non-finite query loss, and why; None for none.
+        inner: the profile of the inner loop, where one was asked for.
     """
 
     scores: Tensor
     growth: tuple[int, tuple[float, float]] | tuple[()]
     per_class: Tensor | None
     fault: str | None
+    inner: InnerProfile | None
 
 
 def measure(
@@ -53,6 +56,7 @@ def measure(
     scorer: Scorer,
     losses: bool = False,
     skip: bool = False,
+    profiled: int = 0,
 ) -> Measured:
     """Adapt to tasks that do not see each other. The device is waited for once a batch.
 
@@ -64,6 +68,7 @@ def measure(
         scorer: of the tasks' predictions.
         losses: measure support losses too, which costs one more forward pass.
         skip: go on after a task whose query loss, or data, hold NaN or Inf.
+        profiled: profile the inner loop of this many tasks, of the first; with `losses` alone.
 
     Raises:
         RequestError: the score is not for such targets.
@@ -72,14 +77,17 @@ def measure(
     """
     values, found = torch.zeros(4 if losses else 2, batches[-1].stop, dtype=torch.float64), None
     tables: dict[int, list[list[float]]] = {}
+    profiler = InnerProfiler(engine, profiled, steps, together=profiled <= len(batches[0]))
     for own in batches[engine.world.rank :: engine.world.size]:
         place, text = slice(own.start, own.stop), None
+        seen = profiler.seen(own)
         with memory_explained(engine, len(own), evaluated_steps=steps):
             batch = prepare(tasks.batch(0, own), numbers=own, skip=skip)
             scorer.outputs, scorer.classes_last = engine.outputs, engine.inner.classes_last
             try:
-                outcome = engine.evaluate(batch, steps, own)
+                outcome = engine.evaluate(batch, steps, own, seen)
                 values[:, place] = _values(engine, outcome, own, steps, scorer, losses=losses)
+                profiler.add(own, seen, outcome, values[-1, place])
                 if (table := scorer.by_class(*_scored(outcome))) is not None:
                     tables[own.start] = table.tolist()
             except FAILURES:
@@ -87,6 +95,7 @@ def measure(
                 if cause is None:
                     raise
                 which = f"task {own.start}" if len(own) == 1 else f"tasks {own.start} to {own[-1]}"
+                profiler.lose(own)
                 values[1, place], text = LOST, f"evaluation {which} cannot be computed: {cause}"
             if values[1, place].any():
                 if found is None:
@@ -110,7 +119,8 @@ def measure(
         before, after = values[2], values[3]
         growth = int(larger(before, after).sum()), (float(before.mean()), float(after.mean()))
     per_class = _joined(engine.world.gather(tables), batches) if scorer.has_table else None
-    return Measured(scores.masked_fill(missing, torch.nan), growth, per_class, fault)
+    own_scores = scores.masked_fill(missing, torch.nan)
+    return Measured(own_scores, growth, per_class, fault, profiler.profile())
 
 
 def _scored(outcome: Outcome) -> tuple[Tensor, Tensor, tuple[TaskSize, ...] | None]:

@@ -12,6 +12,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from metaplug.errors import RequestError, unknown
+from metaplug.evaluation.inner_profile import InnerProfile
 from metaplug.evaluation.scores import named
 
 Metric: TypeAlias = str
@@ -49,6 +50,8 @@ class EvaluationResult:
         more_is_better: of the metric; metaplug's own scores know it themselves.
         per_class: (num_tasks, classes) float64: the accuracy of each class, NaN where a task has
             none of its targets; with "per-class accuracy" alone.
+        inner: the inner loop step by step, on the first of the tasks; None except at the
+            validations of training.
     """
 
     metric: Metric
@@ -61,6 +64,7 @@ class EvaluationResult:
     support_losses: tuple[float, float] | None = None
     more_is_better: bool = True
     per_class: Tensor | None = None
+    inner: InnerProfile | None = None
 
     def __post_init__(self) -> None:
         if (score := named(self.metric)) is not None:
@@ -143,7 +147,7 @@ class EvaluationResult:
         columns = enumerate(self.per_class.unbind(1))
         found = {each: column[~column.isnan()] for each, column in columns}
         return {
-            each: replace(self, metric="accuracy", per_task=values, per_class=None)
+            each: replace(self, metric="accuracy", per_task=values, per_class=None, inner=None)
             for each, values in found.items()
             if len(values)
         }

@@ -19,7 +19,7 @@ from metaplug.contract.inner_step import LOGGED
 from metaplug.contract.outcome import Outcome
 from metaplug.contract.schedule import iteration_text
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.core.adaptation import adapt
+from metaplug.core.adaptation import StepObserver, adapt
 from metaplug.core.inner_loop import InnerLoop
 from metaplug.core.outer_loop import MetaGradients, OuterLoop
 from metaplug.core.recording import recording
@@ -233,23 +233,29 @@ class Engine:
         )
 
     def evaluate(
-        self, batch: TaskBatch, steps: int, numbers: Sequence[int] | None = None
+        self,
+        batch: TaskBatch,
+        steps: int,
+        numbers: Sequence[int] | None = None,
+        observe: StepObserver | None = None,
     ) -> Outcome:
         """Adapt test tasks. Touches no graph, state or random stream of the caller's.
 
         Args:
             numbers: of the tasks; default: their places. A model that draws random numbers at
                 evaluation draws by these, so a task's result does not depend on its batch.
+            observe: sees every inner step, perhaps twice; then query losses are taken before the
+                first step and after each, and all else is the same.
         """
         numbers = range(batch.num_tasks) if numbers is None else numbers
         with self._computing(mix(self.seed)):
             if not self.draws_at_evaluation:
                 before = random_state(self.device)
-                outcome = self._adapt(batch, steps, None)
+                outcome = self._adapt(batch, steps, None, observe)
                 if torch.equal(before, random_state(self.device)):
                     return outcome
                 self.draws_at_evaluation = True  # from now on, tasks run one after the other
-            return self._adapt(batch, steps, self._task_seeds(numbers))
+            return self._adapt(batch, steps, self._task_seeds(numbers), observe)
 
     def adapted_losses(self, outcome: Outcome, numbers: Sequence[int]) -> Tensor:
         """Return the (T,) support losses of test tasks after their last update."""
@@ -282,7 +288,13 @@ class Engine:
             finite = self.world.sum((~finite).to(norm.dtype)) == 0
         return torch.stack([found.outer_loss.to(norm), norm, finite.to(norm.dtype)])
 
-    def _adapt(self, batch: TaskBatch, steps: int, seeds: Sequence[int] | None) -> Outcome:
+    def _adapt(
+        self,
+        batch: TaskBatch,
+        steps: int,
+        seeds: Sequence[int] | None,
+        observe: StepObserver | None,
+    ) -> Outcome:
         return adapt(
             self.inner,
             batch,
@@ -290,8 +302,9 @@ class Engine:
             training=False,
             iteration=self.iteration,
             total=self.total,
-            query_after={steps},
+            query_after={steps} if observe is None else range(steps + 1),
             seeds=seeds,
+            observe=observe,
         )
 
     def _task_seeds(self, numbers: Sequence[int], *salt: int) -> list[int]:

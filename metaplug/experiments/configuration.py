@@ -71,6 +71,12 @@ class TrainingSettings(Settings):
     validation_tasks: int = Field(
         200, ge=2, description="Validation tasks, the same at every validation."
     )
+    profile_tasks: int = Field(
+        16,
+        ge=0,
+        description="Validation tasks, of the first, whose inner loop is recorded step by step; "
+        "0 for none.",
+    )
     test_tasks: int = Field(600, ge=2, description="Test tasks at the end.")
     score: ScoreName | None = Field(
         None,

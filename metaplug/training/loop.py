@@ -29,6 +29,7 @@ class LoopSettings(TypedDict, total=False):
     validate_every: int
     validation_tasks: int | None
     non_finite: NonFinite
+    profile_tasks: int
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,18 @@ class _Values(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
 
+class _Inner(_Values):
+    support_losses: list[Figure]
+    query_losses: list[Figure]
+    cosines: list[Figure]
+    learning_rates: list[Figure]
+
+
 class _Validation(_Values):
     metric: StrictStr
     mean: Figure
     interval: Figure
+    inner: _Inner | None = None  # of runs before this was kept, or with profile_tasks 0
 
 
 class _Result(_Validation):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,8 @@ class _Run:
             values["skipped"] = step.skipped
         if validation is not None:
             raised = (validation.raised or 0) / validation.num_tasks
-            values["validation"] = {**result_values(validation), "raised": raised}
+            inner = {} if validation.inner is None else {"inner": asdict(validation.inner)}
+            values["validation"] = {**result_values(validation), "raised": raised, **inner}
         self.folder.log(values, durable=durable)
 
     def _save(self, record: Record, stopped: bool) -> None:
