@@ -1,5 +1,23 @@
 """Studies: a grid of runs, each computed once, in a folder of its own.
 
-`schema` is the file of a study, `cells` its grid, `identity` what names a cell's folder, `running`
-computes cells, `results` reads them back as rows to compare, by `acceleration` among others.
+`schema` is the file of a study, `cells` its grid, `identity` what names a cell's folder, `folder`
+what lies in the study's; `running` computes cells, `watching` sees what they write; `results` reads
+them back as rows to compare, by `acceleration` among others, and `values` writes these as JSON.
 """
+
+from metaplug.experiments.study.cells import Cell, cells_of
+from metaplug.experiments.study.results import Row, StudyResult, read_results
+from metaplug.experiments.study.running import Workers, compute
+from metaplug.experiments.study.schema import Study, read_study
+
+__all__ = [
+    "Cell",
+    "Row",
+    "Study",
+    "StudyResult",
+    "Workers",
+    "cells_of",
+    "compute",
+    "read_results",
+    "read_study",
+]
