@@ -18,6 +18,7 @@ from metaplug.cli.evaluate import evaluate
 from metaplug.cli.hooks import hooks
 from metaplug.cli.listing import explain, plugins, tasks
 from metaplug.cli.new_plugin import new_plugin
+from metaplug.cli.report import report
 from metaplug.cli.train import train
 from metaplug.errors import MetaplugError
 from metaplug.report.console import line, warn
@@ -34,7 +35,19 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (train, evaluate, compare, explain, plugins, tasks, hooks, new_plugin, test_plugin):
+_COMMANDS = (
+    train,
+    evaluate,
+    compare,
+    report,
+    explain,
+    plugins,
+    tasks,
+    hooks,
+    new_plugin,
+    test_plugin,
+)
+for _command in _COMMANDS:
     app.command(epilog=_command.epilog)(_command)
 bench.register(app)
 
