@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from metaplug.evaluation.curves import Curve, Point
+from metaplug.evaluation.curves import Curve, Point, best_point
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.study.cells import setting_text
 from metaplug.experiments.study.results import Row
-from metaplug.report.page.chosen import compared, heading
+from metaplug.report.page.chosen import baseline_among, compared, heading
 from metaplug.report.page.gather import Material, Unfinished
 from metaplug.report.page.panels import Group, Key, Line, Panel, Points, Section, finite, thinned
 from metaplug.report.terminal import scale_of
@@ -44,37 +45,27 @@ _SECONDS = _Against("By seconds", "seconds", lambda point, config: point.seconds
 
 def curves(material: Material) -> Section | None:
     """The section of learning curves; None without a validation."""
+    names = keys(material)
     groups = [
-        Group(
-            heading(material.result, rows),
-            tuple(filter(None, (_panel(material, each, rows) for each in _ALL))),
-        )
-        for rows in compared(material.result)
+        Group(heading(material.result, rows) if rows else "", _panels(material, rows), names)
+        for rows in compared(material.result) or ((),)
     ]
-    if not material.result.rows:
-        groups = [Group("", tuple(filter(None, (_panel(material, each, ()) for each in _ALL))))]
     settings = _by_setting(material)
     if len(settings) > len(groups):
-        groups.append(
-            Group(
-                "Every setting",
-                tuple(
-                    panel
-                    for title, rows in settings[:_MOST_SETTINGS]
-                    if (panel := _panel(material, _Against(title, *_SHARED), rows))
-                ),
-            )
+        panels = (
+            _panel(material, replace(_ITERATIONS, title=title), rows)
+            for title, rows in settings[:_MOST_SETTINGS]
         )
+        groups.append(Group("Every setting", tuple(filter(None, panels)), names))
     groups = [group for group in groups if group.panels]
     if not groups:
         return None
-    return Section(
-        "curves", "Learning curves", _texts(material, settings), keys(material), (*groups,)
-    )
+    return Section("curves", "Learning curves", _texts(material, settings), tuple(groups))
 
 
-_ALL = (_ITERATIONS, _TASKS, _SECONDS)
-_SHARED = (_ITERATIONS.label, _ITERATIONS.place)
+def _panels(material: Material, rows: Sequence[Row]) -> tuple[Panel, ...]:
+    panels = (_panel(material, each, rows) for each in (_ITERATIONS, _TASKS, _SECONDS))
+    return tuple(filter(None, panels))
 
 
 def keys(material: Material) -> tuple[Key, ...]:
@@ -142,7 +133,20 @@ def _panel(material: Material, against: _Against, rows: Sequence[Row]) -> Panel 
         against.label,
         f"validation {metric}{' (%)' if unit else ''}",
         tuple(lines),
+        level=_level(material, rows, scale),
     )
+
+
+def _level(material: Material, rows: Sequence[Row], scale: float) -> tuple[float, str] | None:
+    """The target of accelerations: the study's, or the best that the baseline's mean reaches."""
+    result = material.result
+    if result.study.target is not None:
+        return scale * result.study.target, "target"
+    base = baseline_among(result, rows)
+    if base is None or len(rows) == 1:
+        return None
+    best = best_point(result.metric, base.mean_curve)
+    return (scale * best.mean, f"best of {base.variant}") if math.isfinite(best.mean) else None
 
 
 def _row_lines(material: Material, row: Row, against: _Against, scale: float) -> list[Line]:

@@ -59,7 +59,7 @@ def draw(panel: Panel, name: str) -> Markup:
     ordered = sorted(panel.lines, key=lambda line: not line.is_thin)  # thin ones lie below
     parts += [_band(line, frame) for line in ordered if line.low]
     parts += [_line(line, frame) for line in ordered]
-    parts += _ends(panel.lines, frame)
+    parts += [*_level(panel, frame), *_ends(panel.lines, frame)]
     return Markup(
         '<svg viewBox="0 0 {0} {1}" role="img" aria-labelledby="{2}-t {2}-d">{3}</svg>'
     ).format(WIDTH, HEIGHT, name, Markup("").join(parts))
@@ -70,7 +70,7 @@ def draw_key(key: Key) -> Markup:
     path = _path([(1.0, 6.0), (33.0, 6.0)], _dashes(key.look, key.style))
     return Markup(
         '<svg class="sample c{}" viewBox="0 0 34 12" aria-hidden="true">{}{}</svg>'
-    ).format(key.look % LOOKS, path, _marker(key.look, 17.0, 6.0))
+    ).format(key.look % LOOKS, path, _marker(key.look, 17.0, 6.0, hollow=key.style == "dashed"))
 
 
 def description(panel: Panel) -> str:
@@ -105,7 +105,7 @@ def _frame(panel: Panel) -> _Frame:
 
 
 def _axes(panel: Panel, frame: _Frame) -> list[Markup]:
-    """The labels, the ticks with their texts, the lines across, and the level."""
+    """The labels, and the ticks with their texts and the lines across."""
     bottom, right = HEIGHT - _BOTTOM, _n(frame.right)
     parts = [
         Markup('<text x="0" y="13" class="label">{}</text>').format(panel.y_label),
@@ -129,16 +129,18 @@ def _axes(panel: Panel, frame: _Frame) -> list[Markup]:
             ).format(place, bottom, bottom + 18, text)
         )
     parts.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(_LEFT, bottom, right))
-    if panel.level is not None:
-        value, text = panel.level
-        at = frame.up(value)
-        beside = at + 14 if at < _TOP + 16 else at - 5
-        parts.append(
-            Markup(
-                '<path class="level" d="M{} {}H{}"/><text x="{}" y="{}" class="tick">{}</text>'
-            ).format(_LEFT, _n(at), right, _LEFT + 4, _n(beside), text)
-        )
     return parts
+
+
+def _level(panel: Panel, frame: _Frame) -> list[Markup]:
+    """The line across, with its text above the lines of the picture."""
+    if panel.level is None:
+        return []
+    value, text = panel.level
+    at = frame.up(value)
+    beside = at + 15 if at < _TOP + 16 else at - 5
+    form = '<path class="level" d="M{} {}H{}"/><text x="{}" y="{}" class="over">{}</text>'
+    return [Markup(form).format(_LEFT, _n(at), _n(frame.right), _LEFT + 5, _n(beside), text)]
 
 
 def _band(line: Line, frame: _Frame) -> Markup:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from metaplug.errors import MetaplugError
 from metaplug.evaluation.results import EvaluationResult
 from metaplug.evaluation.scores import better
 from metaplug.experiments.build import task_form
 from metaplug.experiments.configuration import ExperimentConfig
+from metaplug.experiments.runs.result import RunResult
 from metaplug.experiments.study.cells import setting_text
 from metaplug.experiments.study.results import Row, StudyResult, paired
 from metaplug.report.comparison import difference_text
@@ -42,7 +45,7 @@ def asked(material: Material) -> str:
         counted(len({run.seed for run in runs}), "seed"),
     ]
     texts = [
-        " × ".join(parts) if len(runs) > 1 else f"One run with seed {runs[0].seed}",
+        _grid(material, parts),
         _named(material, _form),
         _named(material, lambda config: config.model.name),
         _named(material, lambda config: counted(config.learner.inner_steps, "inner step")),
@@ -55,6 +58,13 @@ def asked(material: Material) -> str:
         ),
     ]
     return f"{'; '.join(filter(None, texts))}."
+
+
+def _grid(material: Material, parts: Sequence[str]) -> str:
+    runs = material.runs
+    if material.is_study:
+        return " × ".join(parts)
+    return f"{len(runs)} runs of {listed(parts)}" if runs[1:] else f"One run, seed {runs[0].seed}"
 
 
 def facts(material: Material) -> list[tuple[str, str]]:
@@ -112,44 +122,68 @@ def _finding(result: StudyResult, rows: Sequence[Row]) -> str:
 
 def _pair(result: StudyResult, base: Row, row: Row, difference: EvaluationResult) -> str:
     """Say how one row differs from the baseline's."""
-    way, size = told(difference), difference_text(difference)
-    both = f"{_with_value(result, row)}, {_with_value(result, base)}"
+    way, pairs = told(difference), paired(base, row)
+    both = f"{_with_value(result, row)}; {_with_value(result, base)}"
     over = f"over {difference.num_tasks:,} paired test tasks"
-    pairs = paired(base, row)
     if not way:
         return (
-            f"No difference can be told between {row.variant} and {base.variant}: {size} {over} "
-            f"of {counted(len(pairs), 'seed')}. {both}."
+            f"No difference can be told between {row.variant} and {base.variant}: "
+            f"{signed(difference)} {over} of {counted(len(pairs), 'seed')}. {both}."
         )
     word = "better" if way > 0 else "worse"
-    same = sum(
-        better(result.metric, *((one, other) if way > 0 else (other, one)))
-        for one, other in ((own.test.mean, others.test.mean) for others, own in pairs)
+    size = signed(
+        replace(difference, per_task=difference.per_task * math.copysign(1, difference.mean))
     )
-    seeds = f"{same} of {len(pairs)} seeds" if len(pairs) > 1 else "the one seed that was run"
-    return f"{row.variant} is {word} than {base.variant} by {size} {over}, and in {seeds}. {both}."
+    return (
+        f"{row.variant} is {word} than {base.variant} by {size.removeprefix('+')} {over}"
+        f"{_in_seeds(result, pairs, way)}. {both}."
+    )
+
+
+def _in_seeds(result: StudyResult, pairs: Sequence[tuple[RunResult, RunResult]], way: int) -> str:
+    """Say in how many seeds the means differ the same way."""
+    if len(pairs) == 1:
+        return " of one seed, which says nothing about others"
+    ordered = [(own, over) if way > 0 else (over, own) for over, own in pairs]
+    same = sum(better(result.metric, one.test.mean, other.test.mean) for one, other in ordered)
+    if same == len(pairs):
+        return f", and in each of {len(pairs)} seeds"
+    return f", but only in {same} of {len(pairs)} seeds"
 
 
 def _many(result: StudyResult, base: Row, known: Sequence[tuple[Row, EvaluationResult]]) -> str:
     """Count the rows that are better than the baseline's, and name the best."""
     ways = [told(difference) for _, difference in known]
-    words = {1: "better", -1: "worse", 0: "not to be told apart"}
-    said = [f"{ways.count(way)} {word}" for way, word in words.items() if way in ways]
+    words = {1: "{} is better", -1: "{} is worse", 0: "{} cannot be told from it"}
+    said = [
+        word.format(count).replace(" is ", " is " if count == 1 else " are ")
+        for way, word in words.items()
+        if (count := ways.count(way))
+    ]
     best, difference = known[0]
     for row, each in known[1:]:
         if better(result.metric, row.test.mean, best.test.mean):
             best, difference = row, each
     return (
-        f"Against {base.variant}, {listed(said)} of {len(known)} variants. The best of them is "
-        f"{_with_value(result, best)}, {difference_text(difference)} from "
-        f"{_with_value(result, base)}, over {difference.num_tasks:,} paired test tasks of "
+        f"Of {len(known)} variants compared with {base.variant}, {listed(said)}. The best test of "
+        f"them is {_with_value(result, best)}; {_with_value(result, base)}; the difference is "
+        f"{signed(difference)} over {difference.num_tasks:,} paired test tasks of "
         f"{counted(len(paired(base, best)), 'seed')}."
     )
 
 
+def signed(difference: EvaluationResult) -> str:
+    """Write a difference with its sign: "+7.40 ± 0.90 pp", in percentage points."""
+    return difference_text(difference).replace("-", "−")
+
+
 def _with_value(result: StudyResult, row: Row) -> str:
     """Name a row by its variant, its chosen setting and its test."""
-    tuned = {path: value for path, value in row.setting.items() if path in result.tuned}
+    tuned = {
+        path: value
+        for path, value in row.setting.items()
+        if path in result.tuned and len(result.study.axes[path]) > 1
+    }
     at = f" at {setting_text(tuned)}" if tuned else ""
     return f"{row.variant}{at}: {value_text(result.metric, row.test.mean, row.test.interval)}"
 

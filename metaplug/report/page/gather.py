@@ -167,9 +167,9 @@ def _study(folder: Path) -> Material:
     if result is None:
         others = len(_runs_in(folder))
         raise RequestError(
-            f"{folder}: its {others} finished run{'s' * (others != 1)} are of another version of "
-            f"the code, or of another {STUDY}: run the study again, or report them as runs, with "
-            f"{folder / CELLS}/*"
+            f"{folder}: its {others} finished run{'s are' if others != 1 else ' is'} of another "
+            f"version of the code, or of another {STUDY}: run the study again, or report "
+            f"{'them' if others != 1 else 'it'} as runs, with {folder / CELLS}/*"
         )
     begun = [(cell, _begun(cell, folder)) for cell in result.missing]
     return Material(

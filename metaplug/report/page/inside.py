@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any, Literal
 
@@ -24,8 +25,8 @@ from metaplug.report.page.panels import (
 )
 
 _MOST_LINES, _MOST_PANELS = 7, 12
-_LOSS_POINTS = 60
-"""Of an outer loss, which is a mean over as many stretches: single batches are noise."""
+_LOSS_POINTS = 40
+"""At most, of an outer loss: means over stretches of ten iterations or more, as one is noise."""
 
 Lines = Sequence[Mapping[str, Any]]
 _Run = tuple[str, int, Lines]
@@ -36,61 +37,47 @@ def over_training(material: Material) -> Section | None:
     """The outer loss, and the figures that plugins log, over the iterations."""
     shown = _shown(material)
     loss = _loss_panel(shown)
-    groups = [Group("", (loss,))] if loss else []
+    groups = [Group("Outer loss", (loss,), keys(material))] if loss else []
     panels: list[Panel] = []
     for label, of_row in shown.items():
         panels += _figure_panels(label, [lines for _, _, lines in of_row])
-    texts = [f"{_whose(material)} The outer loss is of training batches, smoothed."]
     if panels:
-        texts.append(
-            "Figures that plugins log, the mean over seeds: a line for each inner step, whose "
-            "number stands at its end, or for each part of the model."
-        )
-        if len(panels) > _MOST_PANELS:
-            texts.append(f"{len(panels) - _MOST_PANELS} more kinds are in metrics.jsonl.")
         groups.append(Group("What plugins learn and log", tuple(panels[:_MOST_PANELS])))
     if not groups:
         return None
-    return Section("training", "Over training", (" ".join(texts),), keys(material), (*groups,))
+    texts = [_whose(material)]
+    if panels:
+        texts.append(
+            "Figures of plugins have a line for each inner step, whose number stands at its end, "
+            "or for each part of the model; the mean over seeds."
+        )
+    if len(panels) > _MOST_PANELS:
+        texts.append(f"{len(panels) - _MOST_PANELS} more kinds are in metrics.jsonl.")
+    return Section("training", "Over training", (" ".join(filter(None, texts)),), tuple(groups))
 
 
-def by_inner_step(material: Material) -> Section | None:
+def by_inner_step(material: Material) -> Section:
     """Losses, gradients and rates from inner step to inner step, early and late in training."""
-    shown = {
-        label: (of_row[0][1], [_inner(lines) for _, _, lines in of_row])
-        for label, of_row in _shown(material).items()
-    }
-    known = {
-        label: (look, [each for each in inner if each])
-        for label, (look, inner) in shown.items()
-        if any(inner)
-    }
+    known: dict[str, _Known] = {}
+    for label, of_row in _shown(material).items():
+        if inner := [each for _, _, lines in of_row if (each := _inner(lines))]:
+            known[label] = of_row[0][1], inner
     title = "From inner step to inner step"
     if not known:
-        missing = (
-            "These runs have not logged their validations step by step, as runs of older versions."
-        )
+        missing = "These runs did not log their validations by inner step."
         return Section("steps", title, (missing,))
-    losses = _loss_panels(known)
-    others = [
-        _cosine_panel(known),
-        _rates_panel(known),
-    ]
     text = (
         f"{_whose(material)} Means over validation tasks and seeds, at the first validation "
-        "(early, dashed) and at the last (late, solid). Where the support loss still falls and the "
-        "query loss rises, the inner loop over-fits its support examples."
+        "(early, dashed) and at the last (late, solid). Where the query loss rises while the "
+        "support loss falls, the inner loop over-fits its support examples."
     )
-    pair = (
-        Key("support", 1, "solid"),
-        Key("query", 2, "solid"),
-        Key("late", 0, "solid"),
-        Key("early", 0, "dashed"),
-    )
-    groups = [Group("Support and query loss", losses)]
-    if found := tuple(filter(None, others)):
-        groups.append(Group("Gradients and rates", found))
-    return Section("steps", title, (text,), pair, tuple(groups))
+    times = (Key("late", 0, "solid"), Key("early", 0, "dashed"))
+    kinds = (Key("support", 1, "solid"), Key("query", 2, "solid"))
+    groups = [Group("Support and query loss", _loss_panels(known), (*kinds, *times))]
+    if panels := tuple(filter(None, (_cosine_panel(known), _rates_panel(known)))):
+        variants = [replace(key, style="solid") for key in keys(material)]
+        groups.append(Group("Gradients and rates", panels, (*variants, *times)))
+    return Section("steps", title, (text.strip(),), tuple(groups))
 
 
 def _shown(material: Material) -> dict[str, list[_Run]]:
@@ -117,16 +104,18 @@ def _whose(material: Material) -> str:
 def _loss_panel(shown: Mapping[str, Sequence[_Run]]) -> Panel | None:
     lines = []
     for label, of_row in shown.items():
-        means = _mean_over_runs([_column(lines, "outer_loss") for _, _, lines in of_row])
-        if points := averaged(finite(means), _LOSS_POINTS):
+        means = finite(_mean_over_runs([_losses(metrics) for _, _, metrics in of_row]))
+        if points := averaged(means, min(_LOSS_POINTS, max(len(means) // 10, 8))):
             lines.append(Line(label, points, of_row[0][1]))
     if not lines:
         return None
-    return Panel("Outer loss", "", "meta-iterations", "outer loss", tuple(lines))
+    return Panel("Training batches", "Smoothed.", "meta-iterations", "outer loss", tuple(lines))
 
 
-def _column(lines: Lines, field: str) -> list[tuple[float, float]]:
-    return [(line["iteration"], line[field]) for line in lines if line[field] is not None]
+def _losses(lines: Lines) -> list[tuple[float, float]]:
+    """The outer losses, but for skipped batches."""
+    found = [(line["iteration"], line["outer_loss"]) for line in lines]
+    return [(iteration, loss) for iteration, loss in found if loss is not None]
 
 
 def _figure_panels(label: str, runs: Sequence[Lines]) -> list[Panel]:
@@ -150,12 +139,12 @@ def _figure_panels(label: str, runs: Sequence[Lines]) -> list[Panel]:
             points = thinned(finite(_mean_over_runs(columns)))
             end = name.partition("/")[2]
             if points:
-                short = end if len(end) <= 3 else ""
-                lines.append(Line(end or kind, points, look, end=short))
+                lines.append(Line(end or kind, points, look, end=end if len(end) <= 3 else ""))
         if lines:
+            short = kind.rpartition(".")[2]
             left = len(names) - len(chosen)
             caption = f"{label}.{f' {len(chosen)} of {len(names)} lines.' if left else ''}"
-            panels.append(Panel(kind, caption, "meta-iterations", kind, tuple(lines)))
+            panels.append(Panel(kind, caption, "meta-iterations", short, tuple(lines)))
     return panels
 
 

@@ -76,10 +76,17 @@ class Key:
 
 @dataclass(frozen=True)
 class Group:
-    """Pictures that stand together, below a heading if it is not empty."""
+    """Pictures that stand together.
+
+    Attributes:
+        heading: above them; empty for none.
+        panels: at least one.
+        keys: which line is which, in all of them.
+    """
 
     heading: str
     panels: tuple[Panel, ...]
+    keys: tuple[Key, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,14 +97,12 @@ class Section:
         anchor: of links to it.
         title: its heading.
         texts: paragraphs.
-        keys: which line is which, in all of its pictures.
         groups: of pictures; may be empty where the texts say why.
     """
 
     anchor: str
     title: str
     texts: tuple[str, ...] = ()
-    keys: tuple[Key, ...] = ()
     groups: tuple[Group, ...] = ()
 
 

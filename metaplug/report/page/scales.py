@@ -29,8 +29,8 @@ class Scale:
     def at(self, value: float) -> float:
         """The place of a value; outside [0, 1] where the scale does not reach it.
 
-        >>> Scale(0.1, 10, (), is_log=True).at(1)
-        0.5
+        >>> Scale(10, 20, ()).at(15), Scale(1, 4, (), is_log=True).at(2)
+        (0.5, 0.5)
         """
         low, high = self.low, self.high
         if self.is_log:

@@ -22,7 +22,8 @@ def sensitivity(material: Material) -> Section | None:
         for heading, rows in _at_other_tasks(result, path).items():
             if panels := _panels(material, path, rows):
                 name = path.rpartition(".")[2]
-                groups.append(Group(", ".join(filter(None, (name, heading))), panels))
+                title = ", ".join(filter(None, (name, heading)))
+                groups.append(Group(title, panels, keys(material)))
     if not groups:
         return None
     text = (
@@ -30,7 +31,7 @@ def sensitivity(material: Material) -> Section | None:
         "test tasks of all seeds; the validation is the mean over seeds of each one's best, and so "
         "a little too good."
     )
-    return Section("sensitivity", "Sensitivity", (text,), keys(material), tuple(groups))
+    return Section("sensitivity", "Sensitivity", (text,), tuple(groups))
 
 
 def _at_other_tasks(result: StudyResult, path: str) -> dict[str, list[Row]]:

@@ -9,9 +9,8 @@ from metaplug.evaluation.results import transductive_text
 from metaplug.experiments.study.acceleration import Acceleration
 from metaplug.experiments.study.cells import setting_text
 from metaplug.experiments.study.results import Row, StudyResult, paired
-from metaplug.report.comparison import difference_text
 from metaplug.report.page.chosen import baseline_among, compared, flat, reference_of
-from metaplug.report.page.findings import listed, told
+from metaplug.report.page.findings import listed, signed, told
 from metaplug.report.page.gather import Material
 from metaplug.report.page.panels import Key
 from metaplug.report.terminal import value_text
@@ -46,21 +45,22 @@ class Cells:
         key: how the variant looks in pictures.
         texts: by the name of a column; empty where there is nothing to say.
         is_told: whether the difference can be told from 0.
+        is_reference: whether others are compared with it.
     """
 
     key: Key
     texts: dict[str, str]
     is_told: bool
+    is_reference: bool
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows below their columns, with notes that say how to read them."""
+    """Rows below their columns."""
 
     caption: str
     columns: tuple[Column, ...]
     rows: tuple[Cells, ...]
-    notes: tuple[str, ...]
 
 
 def tables(material: Material) -> list[Table]:
@@ -68,18 +68,18 @@ def tables(material: Material) -> list[Table]:
     result = material.result
     if not result.rows:
         return []
-    found = [_table(material, "All variants and settings", result.rows, reference_of)]
+    whole = _table(material, "All variants and settings", result.rows, reference_of)
     chosen = compared(result)
-    if result.tuned and len(flat(chosen)) < len(result.rows):
-        bases = {row.label: baseline_among(result, rows) for rows in chosen for row in rows}
+    if not result.tuned or len(flat(chosen)) == len(result.rows):
+        return [whole]
+    bases = {row.label: baseline_among(result, rows) for rows in chosen for row in rows}
 
-        def base_of(result: StudyResult, row: Row) -> Row | None:
-            base = bases[row.label]
-            return None if base is row else base
+    def base_of(result: StudyResult, row: Row) -> Row | None:
+        base = bases[row.label]
+        return None if base is row else base
 
-        caption = "Each variant at its best setting, chosen on validation tasks alone"
-        found.append(_table(material, caption, flat(chosen), base_of))
-    return found
+    caption = "Each variant at its best setting, chosen on validation tasks alone"
+    return [_table(material, caption, flat(chosen), base_of), whole]
 
 
 def _table(
@@ -98,13 +98,14 @@ def _table(
             TEST: value_text(result.metric, row.test.mean, row.test.interval),
             SECONDS: f"{row.seconds:,.{1 if row.seconds < 100 else 0}f}",
         }
-        is_told = False
+        is_told = is_reference = False
         if over is None:
-            texts[DIFFERENCE] = "reference" if any(one is row for one in overs) else ""
+            is_reference = any(one is row for one in overs)
+            texts[DIFFERENCE] = "reference" if is_reference else ""
         elif (difference := result.difference(row, over)) is None:
             texts[DIFFERENCE] = "not compared: other tasks" if paired(over, row) else "other seeds"
         else:
-            texts[DIFFERENCE] = difference_text(difference).replace("-", "−")
+            texts[DIFFERENCE] = signed(difference)
             is_told = told(difference) != 0
         if over is not None and paired(over, row):
             faster = result.acceleration(row, over)
@@ -112,8 +113,8 @@ def _table(
             if any(point and point.seconds for point in (*faster.baseline, *faster.reached)):
                 texts[SOONER_SECONDS] = _sooner(faster.mean_percent_of_seconds, faster)
         key = Key(row.variant, material.look_of(row.variant))
-        cells.append(Cells(key, texts, is_told))
-    label = result.rows[0].label if len(result.study.variants) == 1 else result.baseline
+        cells.append(Cells(key, texts, is_told, is_reference))
+    label = _reference_label(result)
     titles = {
         VARIANT: "Variant",
         SETTING: "Setting",
@@ -128,8 +129,11 @@ def _table(
         caption,
         tuple(Column(name, titles[name]) for name in used),
         tuple(cells),
-        tuple(_notes(result, rows, label, used)),
     )
+
+
+def _reference_label(result: StudyResult) -> str:
+    return result.rows[0].label if len(result.study.variants) == 1 else result.baseline
 
 
 def _sooner(percent: float | None, faster: Acceleration) -> str:
@@ -140,19 +144,23 @@ def _sooner(percent: float | None, faster: Acceleration) -> str:
     return f"{percent:+.0f} %{part}".replace("-", "−")
 
 
-def _notes(result: StudyResult, rows: Sequence[Row], label: str, used: Sequence[str]) -> list[str]:
-    tasks = listed([f"{count:,}" for count in sorted({row.test.num_tasks for row in rows})])
-    notes = [
-        f"Test: unseen tasks, by the weights that validated best. 95 % intervals over the {tasks} "
-        "tasks of a row's seeds; they say nothing about other seeds."
+def notes(material: Material, shown: Sequence[Table]) -> list[str]:
+    """How to read the columns of the tables."""
+    if not shown:
+        return []
+    result = material.result
+    used = {column.name for table in shown for column in table.columns}
+    tasks = listed([f"{n:,}" for n in sorted({row.test.num_tasks for row in result.rows})])
+    said = [
+        f"Test: unseen tasks, by the weights that validated best. The 95 % intervals are over the "
+        f"{tasks} tasks of a row's seeds, and say nothing about other seeds."
     ]
     if DIFFERENCE in used:
-        notes.append(
-            f"Minus {label}: the mean difference, task by task on the same tasks. Where its "
-            "interval holds 0, no difference can be told; others stand in bold."
+        said.append(
+            f"Minus {_reference_label(result)}: the mean difference, task by task on the same "
+            "tasks. Where its interval holds 0, no difference can be told; others stand in bold. "
+            "One interval in twenty misses the true difference by chance."
         )
-    if sum(bool(one) for one in used) and len(rows) > 6 and DIFFERENCE in used:
-        notes.append("Of twenty such intervals about one misses by chance.")
     if SOONER in used:
         target = result.study.target
         goal = (
@@ -160,10 +168,10 @@ def _notes(result: StudyResult, rows: Sequence[Row], label: str, used: Sequence[
             if target is None
             else f"a validation {result.metric} of {value_text(result.metric, target)}"
         )
-        notes.append(
+        said.append(
             "Sooner: (what the reference needs / what the row needs − 1) · 100 % to reach "
             f"{goal}; +100 % is in half of it."
         )
-    notes.append("Seconds: of meta-training and its validations, the mean over seeds.")
-    texts = dict.fromkeys(transductive_text(row.test.transductive) for row in rows)
-    return [*notes, *(f"{text[:1].upper()}{text[1:]}." for text in texts)]
+    said.append("Seconds: of meta-training and its validations, the mean over seeds.")
+    texts = dict.fromkeys(transductive_text(row.test.transductive) for row in result.rows)
+    return [*said, *(f"{text[:1].upper()}{text[1:]}." for text in texts)]

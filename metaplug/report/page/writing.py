@@ -20,7 +20,7 @@ from metaplug.report.page.inside import by_inner_step, over_training
 from metaplug.report.page.panels import Panel
 from metaplug.report.page.repeating import repeating
 from metaplug.report.page.sensitivity import sensitivity
-from metaplug.report.page.tables import tables
+from metaplug.report.page.tables import notes, tables
 
 
 def write_page(folders: Sequence[Path], path: Path) -> None:
@@ -48,7 +48,7 @@ def page(material: Material) -> str:
         by_inner_step(material),
         sensitivity(material),
     )
-    names = count(1)
+    shown, names = tables(material), count(1)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -59,7 +59,8 @@ def page(material: Material) -> str:
         asked=findings.asked(material),
         findings=findings.findings(material),
         facts=findings.facts(material),
-        tables=tables(material),
+        tables=shown,
+        notes=notes(material, shown),
         sections=[section for section in sections if section is not None],
         repeating=repeating(material),
         draw=partial(_draw, names),
