@@ -18,6 +18,7 @@ from metaplug.cli.evaluate import evaluate
 from metaplug.cli.hooks import hooks
 from metaplug.cli.listing import explain, plugins, tasks
 from metaplug.cli.new_plugin import new_plugin
+from metaplug.cli.report import report
 from metaplug.cli.study import study
 from metaplug.cli.train import train
 from metaplug.errors import MetaplugError, reason
@@ -35,18 +36,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (
-    train,
-    evaluate,
-    compare,
-    study,
-    explain,
-    plugins,
-    tasks,
-    hooks,
-    new_plugin,
-    test_plugin,
-):
+_RUNS = (train, evaluate, compare, study, report)
+_PARTS = (explain, plugins, tasks, hooks, new_plugin, test_plugin)
+for _command in (*_RUNS, *_PARTS):
     app.command(epilog=_command.epilog)(_command)
 bench.register(app)
 

@@ -71,8 +71,12 @@ class _Summary(_Values):
     seconds: Figure = None
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path, *, finished: bool = True) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, one for each iteration.
+
+    Args:
+        folder: the run's.
+        finished: False leaves out the beginning of a line, as a run writes it or was killed there.
 
     Raises:
         RunError: the file cannot be read, or a line is not one that a run writes; names the line.
@@ -82,6 +86,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     mend = "take it from a backup, or train the run anew"
     with _naming(path), path.open("rb") as file:
         while line := file.readline(_MOST_BYTES):
+            if not finished and not line.endswith(b"\n"):
+                break
             where = f"{path}, line {len(lines) + 1}"
             lines.append(_read(line, _Line, f"{where},", mend))
             if (found := lines[-1]["iteration"]) != len(lines):

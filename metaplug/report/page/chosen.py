@@ -1,0 +1,61 @@
+"""Which rows of a study stand beside each other in tables and pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from metaplug.evaluation.scores import better
+from metaplug.experiments.study.cells import setting_text
+from metaplug.experiments.study.results import Row, StudyResult
+
+
+def compared(result: StudyResult) -> tuple[tuple[Row, ...], ...]:
+    """The rows that are held against each other, a group for each form of tasks and training.
+
+    Every variant stands at the setting that validated best; where no axis is to choose from, at
+    all of its settings.
+    """
+    if result.tuned:
+        return result.best_rows()
+    groups: dict[str, list[Row]] = {}
+    for row in result.rows:
+        groups.setdefault(repr(dict(row.setting)), []).append(row)
+    return tuple(map(tuple, groups.values()))
+
+
+def flat(groups: Sequence[Sequence[Row]]) -> list[Row]:
+    """The rows of all groups."""
+    return [row for rows in groups for row in rows]
+
+
+def heading(result: StudyResult, rows: Sequence[Row]) -> str:
+    """What a group of `compared` has apart: values of axes that validation cannot choose."""
+    apart = {path: each for path, each in rows[0].setting.items() if path not in result.tuned}
+    several = {path: each for path, each in apart.items() if len(result.study.axes[path]) > 1}
+    return setting_text(several)
+
+
+def baseline_among(result: StudyResult, rows: Sequence[Row]) -> Row | None:
+    """The baseline's row of a group, which has one of each variant."""
+    return next((row for row in rows if result.is_baseline(row)), None)
+
+
+def reference_of(result: StudyResult, row: Row) -> Row | None:
+    """The row that another one is compared with at its own setting.
+
+    The baseline's; of a single variant the first row. None for the reference itself.
+    """
+    if len(result.study.variants) == 1:
+        first = result.rows[0]
+        return None if row is first else first
+    return None if result.is_baseline(row) else result.baseline_of(row)
+
+
+def best_validated(result: StudyResult, rows: Sequence[Row]) -> Row:
+    """The row with the best validation, the earlier of equal ones."""
+    sign = 1 if better(result.metric, 1, 0) else -1
+    values = [sign * row.best_validation for row in rows]
+    return rows[
+        max(range(len(rows)), key=lambda k: values[k] if math.isfinite(values[k]) else -math.inf)
+    ]

@@ -1,0 +1,229 @@
+"""Pictures as SVG that a page holds: its colours are the page's, its text is text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from metaplug.report.page.panels import Key, Line, Panel, finite
+from metaplug.report.page.scales import Scale, at_values, linear
+
+WIDTH, HEIGHT = 400, 270
+"""Units of a picture, about a pixel each."""
+
+LOOKS = 7
+"""Colours, each with dashes and a marker of its own; they begin again after that."""
+
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 26, 40
+_DASHES = ("", "9 4", "2 3", "9 3 2 3", "15 4", "5 2 1 2", "1 5")
+_STYLES = {"solid": "", "dashed": "6 4", "dotted": "1.5 3"}
+_MOST_MARKERS = 11
+_APART = 13.0
+"""The least distance of two names at the ends of lines."""
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where values stand in a picture, whose right end leaves room for names."""
+
+    x: Scale
+    y: Scale
+    right: float
+
+    def across(self, value: float) -> float:
+        """The place of an x."""
+        return _LEFT + (self.right - _LEFT) * self.x.at(value)
+
+    def up(self, value: float) -> float:
+        """The place of a y."""
+        return HEIGHT - _BOTTOM + (_TOP + _BOTTOM - HEIGHT) * self.y.at(value)
+
+
+def draw(panel: Panel, name: str) -> Markup:
+    """A picture as an SVG element.
+
+    Args:
+        panel: with at least one finite point.
+        name: of the element, unlike any other of the page.
+    """
+    frame = _frame(panel)
+    parts = [
+        Markup('<title id="{0}-t">{1}</title><desc id="{0}-d">{2}</desc>').format(
+            name, panel.title, description(panel)
+        ),
+        *_axes(panel, frame),
+    ]
+    ordered = sorted(panel.lines, key=lambda line: not line.is_thin)  # thin ones lie below
+    parts += [_band(line, frame) for line in ordered if line.low]
+    parts += [_line(line, frame) for line in ordered]
+    parts += [*_level(panel, frame), *_ends(panel.lines, frame)]
+    return Markup(
+        '<svg viewBox="0 0 {0} {1}" role="img" aria-labelledby="{2}-t {2}-d">{3}</svg>'
+    ).format(WIDTH, HEIGHT, name, Markup("").join(parts))
+
+
+def draw_key(key: Key) -> Markup:
+    """A short piece of a line as it looks in pictures."""
+    path = _path([(1.0, 6.0), (33.0, 6.0)], _dashes(key.look, key.style))
+    return Markup(
+        '<svg class="sample c{}" viewBox="0 0 34 12" aria-hidden="true">{}{}</svg>'
+    ).format(key.look % LOOKS, path, _marker(key.look, 17.0, 6.0, hollow=key.style == "dashed"))
+
+
+def description(panel: Panel) -> str:
+    """What the lines do, for those who cannot see them: where each begins and ends."""
+    said = []
+    for line in panel.lines:
+        points = finite(line.points)
+        if points and not line.is_thin:
+            (first, begin), (last, end) = points[0], points[-1]
+            texts = dict(panel.x_ticks)
+            first_text, last_text = (texts.get(each, f"{each:g}") for each in (first, last))
+            way = f"{begin:.4g} at {first_text}"
+            said.append(f"{line.label}: {way}{f', {end:.4g} at {last_text}' * (len(points) > 1)}")
+    return f"{panel.y_label} against {panel.x_label}. {'; '.join(said)}."
+
+
+def _frame(panel: Panel) -> _Frame:
+    points = [point for line in panel.lines for point in finite(line.points)]
+    edges = [
+        point for line in panel.lines for side in (line.low, line.high) for point in finite(side)
+    ]
+    heights = [y for _, y in (*points, *edges)] + list(panel.y_range)
+    if panel.level is not None:
+        heights.append(panel.level[0])
+    if panel.x_ticks:
+        values, texts = zip(*panel.x_ticks, strict=True)
+        x = at_values(values, texts)
+    else:
+        x = linear((x for x, _ in points), tight=True)
+    names = max(len(line.end) for line in panel.lines)
+    return _Frame(x, linear(heights), WIDTH - _RIGHT - 7.0 * names)
+
+
+def _axes(panel: Panel, frame: _Frame) -> list[Markup]:
+    """The labels, and the ticks with their texts and the lines across."""
+    bottom, right = HEIGHT - _BOTTOM, _n(frame.right)
+    parts = [
+        Markup('<text x="0" y="13" class="label">{}</text>').format(panel.y_label),
+        Markup('<text x="{}" y="{}" class="label middle">{}</text>').format(
+            _n((_LEFT + frame.right) / 2), HEIGHT - 4, panel.x_label
+        ),
+    ]
+    for value, text in frame.y.ticks:
+        at = frame.up(value)
+        parts.append(
+            Markup(
+                '<path class="grid" d="M{} {}H{}"/><text x="{}" y="{}" class="tick end">{}</text>'
+            ).format(_LEFT, _n(at), right, _LEFT - 7, _n(at + 4), text)
+        )
+    for value, text in frame.x.ticks:
+        place = _n(frame.across(value))
+        parts.append(
+            Markup(
+                '<path class="axis" d="M{0} {1}v4"/>'
+                '<text x="{0}" y="{2}" class="tick middle">{3}</text>'
+            ).format(place, bottom, bottom + 18, text)
+        )
+    parts.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(_LEFT, bottom, right))
+    return parts
+
+
+def _level(panel: Panel, frame: _Frame) -> list[Markup]:
+    """The line across, with its text above the lines of the picture."""
+    if panel.level is None:
+        return []
+    value, text = panel.level
+    at = frame.up(value)
+    beside = at + 15 if at < _TOP + 16 else at - 5
+    form = '<path class="level" d="M{} {}H{}"/><text x="{}" y="{}" class="over">{}</text>'
+    return [Markup(form).format(_LEFT, _n(at), _n(frame.right), _LEFT + 5, _n(beside), text)]
+
+
+def _band(line: Line, frame: _Frame) -> Markup:
+    edge = [*finite(line.low), *reversed(finite(line.high))]
+    places = " ".join(f"{_n(frame.across(x))} {_n(frame.up(y))}" for x, y in edge)
+    if not places:
+        return Markup("")
+    return Markup('<path class="band c{}" d="M{}Z"/>').format(line.look % LOOKS, places)
+
+
+def _line(line: Line, frame: _Frame) -> Markup:
+    dashes = _dashes(line.look, line.style)
+    pieces = [[(frame.across(x), frame.up(y)) for x, y in piece] for piece in _pieces(line.points)]
+    drawn = [_path(piece, dashes) for piece in pieces if len(piece) > 1]
+    places = [place for piece in pieces for place in piece]
+    if not line.is_thin:
+        every = max(1, math.ceil(len(places) / _MOST_MARKERS))
+        # From the last point back, so every line has a marker where it ends.
+        marked = places[::-1][::every][::-1]
+        drawn += [_marker(line.look, *place, hollow=line.style == "dashed") for place in marked]
+    kind = " thin" if line.is_thin else ""
+    return Markup('<g class="c{}{}"><title>{}</title>{}</g>').format(
+        line.look % LOOKS, kind, line.label, Markup("").join(drawn)
+    )
+
+
+def _pieces(points: Iterable[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    """The stretches between gaps."""
+    pieces: list[list[tuple[float, float]]] = [[]]
+    for x, y in points:
+        if math.isfinite(y):
+            pieces[-1].append((x, y))
+        elif pieces[-1]:
+            pieces.append([])
+    return [piece for piece in pieces if piece]
+
+
+def _path(places: Sequence[tuple[float, float]], dashes: str) -> Markup:
+    way = "L".join(f"{_n(x)} {_n(y)}" for x, y in places)
+    dashed = Markup(' stroke-dasharray="{}"').format(dashes) if dashes else ""
+    return Markup('<path class="line" d="M{}"{}/>').format(way, dashed)
+
+
+def _dashes(look: int, style: str | None) -> str:
+    return _DASHES[look % LOOKS] if style is None else _STYLES[style]
+
+
+def _marker(look: int, x: float, y: float, *, hollow: bool = False) -> Markup:
+    """Circle, square, triangle, diamond, cross, triangle on its top, and plus."""
+    shapes = (
+        "m-3.4 0a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0-6.8 0Z",
+        "m-3-3h6v6h-6Z",
+        "m0-4 3.9 6.8h-7.8Z",
+        "m0-4.2 4.2 4.2-4.2 4.2-4.2-4.2Z",
+        "m-3-3 6 6m0-6-6 6",
+        "m0 4-3.9-6.8h7.8Z",
+        "m-4 0h8m-4-4v8",
+    )
+    kind = "mark hollow" if hollow else "mark"
+    return Markup('<path class="{}" d="M{} {}{}"/>').format(
+        kind, _n(x), _n(y), shapes[look % LOOKS]
+    )
+
+
+def _ends(lines: Sequence[Line], frame: _Frame) -> list[Markup]:
+    """The names at the ends of lines, moved apart where they would meet."""
+    named = [(frame.up(points[-1][1]), line) for line in lines if (points := finite(line.points))]
+    named = sorted(((at, line) for at, line in named if line.end), key=lambda each: each[0])
+    places = [at for at, _ in named]
+    for index in range(1, len(places)):
+        places[index] = max(places[index], places[index - 1] + _APART)
+    room = float(HEIGHT - _BOTTOM)
+    for index in reversed(range(len(places))):
+        places[index] = min(places[index], room)
+        room = places[index] - _APART
+    return [
+        Markup('<text x="{}" y="{}" class="name">{}</text>').format(
+            _n(frame.right + 8), _n(place + 4), line.end
+        )
+        for place, (_, line) in zip(places, named, strict=True)
+    ]
+
+
+def _n(value: float) -> str:
+    """A coordinate, to a tenth of a unit."""
+    return f"{value:.1f}".removesuffix(".0")

@@ -1,0 +1,189 @@
+"""What a page is about: a study read from its folder, or runs as a small study."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from metaplug.errors import RequestError
+from metaplug.evaluation.curves import Curve
+from metaplug.experiments.configuration import ExperimentConfig
+from metaplug.experiments.runs.layout import CONFIG, METRICS
+from metaplug.experiments.runs.reading import read_metrics
+from metaplug.experiments.runs.result import RunResult, curve_of, is_finished, read_result
+from metaplug.experiments.study.cells import Cell, cells_of, setting_text
+from metaplug.experiments.study.results import CELLS, StudyResult, read_results
+from metaplug.experiments.study.schema import read_study
+from metaplug.settings import validated
+from metaplug.yaml_text import read_yaml
+
+STUDY = "study.yaml"
+"""The file of a study, in its folder."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that has begun and not ended, as far as it came.
+
+    Attributes:
+        folder: the run's.
+        config: its configuration.
+        metrics: the lines of metrics.jsonl, at least one.
+    """
+
+    folder: Path
+    config: ExperimentConfig
+    metrics: Sequence[Mapping[str, Any]]
+
+    @property
+    def seed(self) -> int:
+        """The configuration's."""
+        return self.config.seed
+
+    @cached_property
+    def curve(self) -> Curve:
+        """Its validations, without seconds; may be empty."""
+        return curve_of(self.metrics, ())
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """An unfinished run and its place in a study."""
+
+    variant: str
+    setting: Mapping[str, Any]
+    run: Begun
+
+    @property
+    def label(self) -> str:
+        """The variant, the setting and the seed, in words."""
+        seed = f"seed {self.run.seed}"
+        return ", ".join(filter(None, (self.variant, setting_text(self.setting), seed)))
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that a page is made of.
+
+    Attributes:
+        name: of the study or the runs.
+        result: of the finished runs; has no rows where only unfinished ones were given.
+        unfinished: the runs that have begun and not ended.
+        study_text: the file of the study; empty for runs.
+    """
+
+    name: str
+    result: StudyResult
+    unfinished: tuple[Unfinished, ...] = ()
+    study_text: str = ""
+
+    @property
+    def is_study(self) -> bool:
+        """Whether it was read from the folder of a study."""
+        return bool(self.study_text)
+
+    @property
+    def runs(self) -> list[RunResult | Begun]:
+        """All runs, the finished ones first."""
+        finished = [run for row in self.result.rows for run in row.runs]
+        return [*finished, *(each.run for each in self.unfinished)]
+
+    def look_of(self, variant: str) -> int:
+        """The place of a variant, by which it looks the same in all pictures."""
+        return [each.label for each in self.result.study.variants].index(variant)
+
+
+def gather(folders: Sequence[Path]) -> Material:
+    """Read the folder of a study, or folders of runs, which then are a small study.
+
+    A study beside others stands for all its runs.
+
+    Raises:
+        RequestError: a folder is neither, a study has no finished cell, or the runs cannot stand
+            in one report.
+        RunError: a file of a run is damaged.
+    """
+    from metaplug.report.page.small_study import small_study  # noqa: PLC0415 -- it needs Material
+
+    for folder in folders:
+        if not folder.is_dir():
+            raise RequestError(f"there is no folder {folder}: give the folder of a run or a study")
+        if not any((folder / name).exists() for name in (STUDY, CONFIG)):
+            raise RequestError(
+                f"{folder} is neither a study (it has no {STUDY}) nor a run (no {CONFIG}): give a "
+                "folder that `metaplug train` or `metaplug study` wrote"
+            )
+    if len(folders) == 1 and _is_study(folders[0]):
+        return _study(folders[0])
+    runs = [run for folder in folders for run in _runs_in(folder)]
+    return small_study([read_run(run) for run in runs])
+
+
+def read_run(folder: Path) -> RunResult | Begun:
+    """The finished run in a folder, or one that has begun.
+
+    Raises:
+        RequestError: it has no iteration yet.
+        RunError: a file is damaged.
+    """
+    if is_finished(folder):
+        return read_result(folder)
+    lines = read_metrics(folder, finished=False) if (folder / METRICS).exists() else []
+    if not lines:
+        raise RequestError(
+            f"{folder} has no iteration yet, so there is nothing to report: go on with --resume"
+        )
+    path = folder / CONFIG
+    return Begun(folder, validated(ExperimentConfig, read_yaml(path), str(path)), lines)
+
+
+def _is_study(folder: Path) -> bool:
+    return (folder / STUDY).exists()
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The folder itself, or the runs of the study in it."""
+    if not _is_study(folder):
+        return [folder]
+    runs = sorted(path.parent for path in (folder / CELLS).glob(f"*/{CONFIG}"))
+    finished = [run for run in runs if is_finished(run)]
+    if not finished:
+        raise RequestError(
+            f"{folder}: no cell of this study is finished, so there is nothing to report: let "
+            "`metaplug study` finish one"
+        )
+    return finished
+
+
+def _study(folder: Path) -> Material:
+    """The study in a folder, by its file."""
+    file = folder / STUDY
+    study = read_study(file)
+    cells = cells_of(study, str(file))
+    result = read_results(study, cells, folder)
+    if result is None:
+        others = len(_runs_in(folder))
+        raise RequestError(
+            f"{folder}: its {others} finished run{'s are' if others != 1 else ' is'} of another "
+            f"version of the code, or of another {STUDY}: run the study again, or report "
+            f"{'them' if others != 1 else 'it'} as runs, with {folder / CELLS}/*"
+        )
+    begun = [(cell, _begun(cell, folder)) for cell in result.missing]
+    return Material(
+        folder.resolve().name,
+        result,
+        tuple(Unfinished(cell.variant, cell.setting, run) for cell, run in begun if run),
+        file.read_text(encoding="utf-8"),
+    )
+
+
+def _begun(cell: Cell, folder: Path) -> Begun | None:
+    """The unfinished run of a cell; None where it has no iteration yet."""
+    place = folder / CELLS / cell.digest
+    if not (place / METRICS).exists():
+        return None
+    lines = read_metrics(place, finished=False)
+    return Begun(place, cell.config, lines) if lines else None

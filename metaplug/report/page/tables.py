@@ -1,0 +1,177 @@
+"""The tables of a page, with their columns in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from metaplug.evaluation.results import transductive_text
+from metaplug.experiments.study.acceleration import Acceleration
+from metaplug.experiments.study.cells import setting_text
+from metaplug.experiments.study.results import Row, StudyResult, paired
+from metaplug.report.page.chosen import baseline_among, compared, flat, reference_of
+from metaplug.report.page.findings import listed, signed, told
+from metaplug.report.page.gather import Material
+from metaplug.report.page.panels import Key
+from metaplug.report.terminal import value_text
+
+VARIANT, SETTING, TEST, SECONDS = "variant", "setting", "test", "seconds"
+DIFFERENCE, SOONER, SOONER_SECONDS = "difference", "sooner", "sooner in seconds"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column.
+
+    Attributes:
+        name: of what stands in it.
+        title: its heading.
+    """
+
+    name: str
+    title: str
+
+    @property
+    def is_number(self) -> bool:
+        """Whether figures stand in it, at the right."""
+        return self.name not in (VARIANT, SETTING)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """One row, in words.
+
+    Attributes:
+        key: how the variant looks in pictures.
+        texts: by the name of a column; empty where there is nothing to say.
+        is_told: whether the difference can be told from 0.
+        is_reference: whether others are compared with it.
+    """
+
+    key: Key
+    texts: dict[str, str]
+    is_told: bool
+    is_reference: bool
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows below their columns."""
+
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[Cells, ...]
+
+
+def tables(material: Material) -> list[Table]:
+    """All rows; and each variant at its best setting, where there was one to choose."""
+    result = material.result
+    if not result.rows:
+        return []
+    whole = _table(material, "All variants and settings", result.rows, reference_of)
+    chosen = compared(result)
+    if not result.tuned or len(flat(chosen)) == len(result.rows):
+        return [whole]
+    bases = {row.label: baseline_among(result, rows) for rows in chosen for row in rows}
+
+    def base_of(result: StudyResult, row: Row) -> Row | None:
+        base = bases[row.label]
+        return None if base is row else base
+
+    caption = "Each variant at its best setting, chosen on validation tasks alone"
+    return [_table(material, caption, flat(chosen), base_of), whole]
+
+
+def _table(
+    material: Material,
+    caption: str,
+    rows: Sequence[Row],
+    reference: Callable[[StudyResult, Row], Row | None],
+) -> Table:
+    result = material.result
+    overs = [reference(result, row) for row in rows]
+    cells = []
+    for row, over in zip(rows, overs, strict=True):
+        texts = {
+            VARIANT: row.variant,
+            SETTING: setting_text(row.setting),
+            TEST: value_text(result.metric, row.test.mean, row.test.interval),
+            SECONDS: f"{row.seconds:,.{1 if row.seconds < 100 else 0}f}",
+        }
+        is_told = is_reference = False
+        if over is None:
+            is_reference = any(one is row for one in overs)
+            texts[DIFFERENCE] = "reference" if is_reference else ""
+        elif (difference := result.difference(row, over)) is None:
+            texts[DIFFERENCE] = "not compared: other tasks" if paired(over, row) else "other seeds"
+        else:
+            texts[DIFFERENCE] = signed(difference)
+            is_told = told(difference) != 0
+        if over is not None and paired(over, row):
+            faster = result.acceleration(row, over)
+            texts[SOONER] = _sooner(faster.mean_percent, faster)
+            if any(point and point.seconds for point in (*faster.baseline, *faster.reached)):
+                texts[SOONER_SECONDS] = _sooner(faster.mean_percent_of_seconds, faster)
+        key = Key(row.variant, material.look_of(row.variant))
+        cells.append(Cells(key, texts, is_told, is_reference))
+    label = _reference_label(result)
+    titles = {
+        VARIANT: "Variant",
+        SETTING: "Setting",
+        TEST: f"Test {result.metric}",
+        DIFFERENCE: f"Minus {label}",
+        SOONER: "Sooner, by iterations",
+        SOONER_SECONDS: "Sooner, by seconds",
+        SECONDS: "Seconds",
+    }
+    used = [name for name in titles if any(row.texts.get(name) for row in cells)]
+    return Table(
+        caption,
+        tuple(Column(name, titles[name]) for name in used),
+        tuple(cells),
+    )
+
+
+def _reference_label(result: StudyResult) -> str:
+    return result.rows[0].label if len(result.study.variants) == 1 else result.baseline
+
+
+def _sooner(percent: float | None, faster: Acceleration) -> str:
+    if percent is None:
+        return "not reached"
+    count, reached = len(faster.targets), faster.seeds_reached
+    part = f" ({reached} of {count} seeds)" if reached < count else ""
+    return f"{percent:+.0f} %{part}".replace("-", "−")
+
+
+def notes(material: Material, shown: Sequence[Table]) -> list[str]:
+    """How to read the columns of the tables."""
+    if not shown:
+        return []
+    result = material.result
+    used = {column.name for table in shown for column in table.columns}
+    tasks = listed([f"{n:,}" for n in sorted({row.test.num_tasks for row in result.rows})])
+    said = [
+        f"Test: unseen tasks, by the weights that validated best. The 95 % intervals are over the "
+        f"{tasks} tasks of a row's seeds, and say nothing about other seeds."
+    ]
+    if DIFFERENCE in used:
+        said.append(
+            f"Minus {_reference_label(result)}: the mean difference, task by task on the same "
+            "tasks. Where its interval holds 0, no difference can be told; others stand in bold. "
+            "One interval in twenty misses the true difference by chance."
+        )
+    if SOONER in used:
+        target = result.study.target
+        goal = (
+            f"the best validation {result.metric} of the reference, seed by seed"
+            if target is None
+            else f"a validation {result.metric} of {value_text(result.metric, target)}"
+        )
+        said.append(
+            "Sooner: (what the reference needs / what the row needs − 1) · 100 % to reach "
+            f"{goal}; +100 % is in half of it."
+        )
+    said.append("Seconds: of meta-training and its validations, the mean over seeds.")
+    texts = dict.fromkeys(transductive_text(row.test.transductive) for row in result.rows)
+    return [*said, *(f"{text[:1].upper()}{text[1:]}." for text in texts)]
