@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from metaplug.contract.inner_step import InnerStep
+    from metaplug.contract.logger import LoggedRun, LoggedStep, Logger, LoggerConfig, LoggerUse
     from metaplug.contract.outcome import Outcome
     from metaplug.contract.plugin import LearnedPluginConfig, Plugin, PluginConfig, hookimpl, key_of
     from metaplug.contract.presets import PluginUse, Preset
@@ -46,6 +47,11 @@ __all__ = [
     "InnerStep",
     "LearnedPluginConfig",
     "LearningRates",
+    "LoggedRun",
+    "LoggedStep",
+    "Logger",
+    "LoggerConfig",
+    "LoggerUse",
     "MetaLearner",
     "MetaplugError",
     "Outcome",
@@ -72,6 +78,7 @@ if not TYPE_CHECKING:
     # Names are imported on first use: torch takes seconds, and `metaplug --help` needs none of it.
     _HOMES = {
         "contract.plugin": ("LearnedPluginConfig", "Plugin", "PluginConfig", "hookimpl", "key_of"),
+        "contract.logger": ("LoggedRun", "LoggedStep", "Logger", "LoggerConfig", "LoggerUse"),
         "contract.presets": ("PluginUse", "Preset"),
         "contract.schedule": ("epoch_of",),
         "contract.task_batch": ("TaskBatch",),

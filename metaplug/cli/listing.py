@@ -63,7 +63,7 @@ def plugins(
     ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """List what is installed: plugins, presets and models; or show one of them in full."""
+    """List what is installed: plugins, presets, models and loggers; or show one of them in full."""
     if compose:
         _compose(name, as_json=as_json)
         return
@@ -75,11 +75,11 @@ def plugins(
     if name is not None and is_file(name):
         found = chosen = [file_entry(name)]
     else:
-        found = entries("plugin", "preset", "model")
+        found = entries("plugin", "preset", "model", "logger")
         chosen = [entry for entry in found if name in (None, entry.name)]
     if not chosen:
         known = dict.fromkeys(entry.name for entry in found)
-        raise unknown("plugin, preset or model", str(name), known)
+        raise unknown("plugin, preset, model or logger", str(name), known)
     if as_json:
         emit(to_json([entry.values(whole=name is not None) for entry in chosen], indent=2))
     elif name is None:

@@ -104,6 +104,16 @@ With = Annotated[
         rich_help_panel=LEARNING,
     ),
 ]
+Log = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--log",
+        metavar="LOGGER[:FIELD=VALUE,...]",
+        help="Show the run's figures there too: tensorboard, wandb, mlflow or a logger of yours. "
+        "Repeatable.",
+        rich_help_panel=RUN,
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print JSON instead, which standard output then has alone.")
 ]
@@ -169,22 +179,25 @@ def resolve_options(
     preset: str | None = None,
     uses: Sequence[str | PluginUse] | None = None,
     files: Sequence[str] | None = None,
+    logs: Sequence[str] | None = None,
 ) -> Resolved:
     """Resolve a file, the shared options, a preset, plugins and `--set`, each over the former.
 
     Args:
-        files: where `config` is a run's record, the plugin files that the caller lets run.
+        files: where `config` is a run's record, the plugin files that the caller lets run. Its
+            loggers are left out: only a caller sends figures anywhere.
+        logs: loggers after those of the file; one that it lists too takes its place.
     """
     from metaplug.experiments.configuration import ExperimentConfig, assign, resolve
     from metaplug.experiments.plugin_files import permitted, recorded
-    from metaplug.experiments.variant_texts import parse_plugin
+    from metaplug.experiments.variant_texts import parse_logger, parse_plugin
     from metaplug.settings import validated
     from metaplug.yaml_text import read_yaml
 
     file = {} if config is None else read_yaml(config)
     if files is not None:
         record = validated(ExperimentConfig, file, str(config))
-        file = permitted(record, files, config).model_dump(mode="json")
+        file = permitted(record, files, config).model_dump(mode="json", exclude={"loggers"})
     layers = [] if config is None else [(str(config), file)]
     pairs = [parse_setting(text) for text in sets or ()]
     values: dict[str, Any] = {}
@@ -197,12 +210,24 @@ def resolve_options(
         added = [parse_plugin(use) if isinstance(use, str) else use for use in uses or ()]
         values["plugins"] = [*listed] if isinstance(listed, list) else []
         values["plugins"] += [use.model_dump() for use in added]
+    if logs:
+        given_now = [parse_logger(text).model_dump() for text in logs]
+        names = [use["logger"] for use in given_now]
+        values["loggers"] = [*_without(file.get("loggers"), names), *given_now]
     for path, value in pairs:
         if path.startswith("plugins."):
             _check_not_of_preset(path, [*layers, ("option", values)])
         values = assign(values, path, value)
     resolved = resolve([*layers, ("option", values)])
     return replace(resolved, config=recorded(resolved.config))
+
+
+def _without(loggers: Any, names: Sequence[str]) -> list[Any]:
+    """The loggers of a file but for some; what is no list of them is refused later."""
+    listed = loggers if isinstance(loggers, list) else []
+    return [
+        use for use in listed if (use.get("logger") if isinstance(use, dict) else use) not in names
+    ]
 
 
 def _check_not_of_preset(path: str, layers: Sequence[tuple[str, Any]]) -> None:

@@ -29,6 +29,7 @@ _option = partial(typer.Option, rich_help_panel=options.RUN)
     "--tasks glyphs --ways 5 --shots 1 --name mine",
     "metaplug train experiment.yaml --iterations 2000 --set training.validate_every=50 --resume",
     "metaplug train --from runs/mine",
+    "metaplug train --preset maml --log tensorboard --log wandb:project=letters",
     "torchrun --nproc-per-node 2 -m metaplug train --preset maml",
 )
 def train(
@@ -38,6 +39,7 @@ def train(
     preset: options.PresetName = None,
     use: options.With = None,
     sets: options.Set = None,
+    log: options.Log = None,
     name: Annotated[
         str | None,
         _option(help="The run's name.", show_default="CONFIG's name, or made of the options"),
@@ -71,7 +73,7 @@ def train(
         raise RequestError(f"--name {name}: a name is no path; {instead}")
     with ranks() as world:
         settings = options.resolve_options(
-            given, sets, config=config, preset=preset, uses=use, files=files
+            given, sets, config=config, preset=preset, uses=use, files=files, logs=log
         ).config
         folder = out / (name or (config.stem if config is not None else _default_name(settings)))
         if source is not None:

@@ -7,4 +7,5 @@
 * `chain`: the plugins of one run, folded and asked; `schedule`, `naming`: epochs and names.
 * `plugin_checks`, `return_checks`: what a class must keep to, and what a hook may return.
 * `registry`, `presets`: what is installed; algorithms as lists of plugins.
+* `logger`: what shows a run's figures elsewhere.
 """

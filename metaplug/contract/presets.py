@@ -136,6 +136,8 @@ class Preset(Settings):
     @field_validator("defaults")
     @classmethod
     def _only_settings(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if "loggers" in value:
+            raise ValueError("a preset sets no loggers by default: give them by --log")
         if wrong := {"preset", "plugins", "tasks"} & value.keys():
             raise ValueError(
                 f"a preset sets no {sorted(wrong)[0]} by default: list plugins in its own field"

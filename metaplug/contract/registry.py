@@ -1,4 +1,4 @@
-"""Installed plugins, presets, task sources and models, found by entry point.
+"""Installed plugins, presets, task sources, models and loggers, found by entry point.
 
 Listing names imports nothing; `load` imports the one part that is asked for, and checks its kind.
 
@@ -23,6 +23,7 @@ GROUPS = {
     "preset": "metaplug.presets",
     "task source": "metaplug.tasks",
     "model": "metaplug.models",
+    "logger": "metaplug.loggers",
 }
 """The entry-point group of every kind of part."""
 ZOOS = ("torchvision", "transformers", "timm")
@@ -33,6 +34,7 @@ _EXPECTED = {
     "preset": "a metaplug.Preset",
     "task source": "a subclass of metaplug.tasks.TaskSource",
     "model": "a class or function that makes a model",
+    "logger": "a subclass of metaplug.Logger",
 }
 
 
@@ -111,6 +113,7 @@ def _checked(kind: str, name: str, value: Any) -> Any:
     """The part, a plugin held to the contract; None for something else than its kind asks for."""
     # torch takes seconds to import, and names need none of it.
     from metaplug.contract.function_plugins import is_shortest, plugin_of  # noqa: PLC0415
+    from metaplug.contract.logger import Logger  # noqa: PLC0415
     from metaplug.contract.plugin import Plugin  # noqa: PLC0415
     from metaplug.contract.plugin_checks import check_plugin  # noqa: PLC0415
     from metaplug.contract.presets import Preset  # noqa: PLC0415
@@ -123,6 +126,8 @@ def _checked(kind: str, name: str, value: Any) -> Any:
     elif kind == "task source":
         # TaskSource stands above the contract, so it is known by its mark.
         fits = isinstance(value, type) and getattr(value, "part_kind", None) == kind
+    elif kind == "logger":
+        fits = isinstance(value, type) and issubclass(value, Logger) and value is not Logger
     else:
         fits = isinstance(value, Preset) if kind == "preset" else callable(value)
     return value if fits else None

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from metaplug.contract.logger import LoggerUse
 from metaplug.contract.presets import YAML_ENDINGS, PluginUse, Preset, find_preset, label_of
-from metaplug.errors import RequestError, did_you_mean
+from metaplug.errors import RequestError, did_you_mean, one_line
 from metaplug.evaluation.score_names import ScoreName
 from metaplug.execution.settings import LearnerSettings, NonFinite
 from metaplug.experiments.preset_changes import (
@@ -168,6 +169,21 @@ class ExperimentConfig(Settings):
         lt=2**31,
         description="Of the model's first weights, the tasks and every other random number.",
     )
+    loggers: tuple[LoggerUse, ...] = Field(
+        (),
+        description="Where a run's figures are shown besides its folder; no result depends on it.",
+    )
+
+    @field_validator("loggers")
+    @classmethod
+    def _each_once(cls, value: tuple[LoggerUse, ...]) -> tuple[LoggerUse, ...]:
+        names = [use.logger for use in value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(
+                f"the logger '{one_line(twice[0])}' stands twice, and would log every figure "
+                "twice: leave one of them out"
+            )
+        return value
 
     @property
     def algorithm(self) -> str:

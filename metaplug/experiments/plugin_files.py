@@ -92,8 +92,12 @@ def permitted(config: ExperimentConfig, given: Sequence[str], holder: object) ->
 
 
 def comparable(config: ExperimentConfig) -> dict[str, Any]:
-    """The configuration, flat, with plugin files told apart by digest and not by where they lie."""
-    flat = {"preset": config.algorithm, **flatten(config.model_dump(mode="json"))}
+    """What results depend on, flat: without loggers, and with plugin files told apart by digest.
+
+    Where such a file lies is not part of it.
+    """
+    values = config.model_dump(mode="json", exclude={"loggers"})
+    flat = {"preset": config.algorithm, **flatten(values)}
     for key in ("plugins", "preset.plugins"):
         entries = [*flat.get(key, ())]
         for place, entry in enumerate(entries):

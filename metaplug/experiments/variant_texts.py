@@ -1,4 +1,4 @@
-"""Presets and plugins as they stand on a command line: "maml+gradient-sharing:gate=0.3"."""
+"""Parts as they stand on a command line: "maml+gradient-sharing:gate=0.3", "wandb:project=x"."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from metaplug.contract import registry
+from metaplug.contract.logger import LoggerUse
 from metaplug.contract.presets import PluginUse
 from metaplug.errors import RequestError, did_you_mean, one_line
 from metaplug.yaml_text import StrictLoader
@@ -49,19 +50,34 @@ def parse_plugin(text: str) -> PluginUse:
     """
     file = re.match(r".+?\.py(?=:|$)", text.strip())  # a path may hold a colon
     name = file[0] if file else text.strip().partition(":")[0]
-    settings = text.strip()[len(name) + 1 :]
+    return PluginUse(plugin=name, settings=_settings("plugin", name, text))
+
+
+def parse_logger(text: str) -> LoggerUse:
+    """Read a logger from "logger" or "logger:field=value,field=value", values as YAML.
+
+    >>> parse_logger("wandb:project=letters").settings
+    {'project': 'letters'}
+    """
+    name = text.strip().partition(":")[0]
+    return LoggerUse(logger=name, settings=_settings("logger", name, text))
+
+
+def _settings(kind: str, name: str, text: str) -> dict[str, Any]:
+    """The settings behind the name of a plugin or logger."""
     if not name:
         raise RequestError(
-            f"'{text}' names no plugin: write plugin or plugin:field=value,field=value"
+            f"'{text}' names no {kind}: write {kind} or {kind}:field=value,field=value"
         )
+    settings = text.strip()[len(name) + 1 :]
     pairs = re.split(_COMMA, settings) if settings else []
-    return PluginUse(plugin=name, settings=dict(_setting(name, pair) for pair in pairs))
+    return dict(_setting(kind, name, pair) for pair in pairs)
 
 
-def _setting(plugin: str, pair: str) -> tuple[str, Any]:
+def _setting(kind: str, name: str, pair: str) -> tuple[str, Any]:
     field, equals, value = pair.partition("=")
     if not equals or not field:
-        raise RequestError(f"'{pair}' is no setting of plugin '{plugin}': write field=value")
+        raise RequestError(f"'{pair}' is no setting of {kind} '{name}': write field=value")
     return field, read_scalar(value)
 
 

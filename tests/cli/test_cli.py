@@ -319,7 +319,7 @@ ERRORS: list[tuple[str, str]] = [
     ("tasks glyph", "unknown task source 'glyph': did you mean 'glyphs'?"),
     (
         "plugins gradient-shering",
-        "unknown plugin, preset or model 'gradient-shering': did you mean 'gradient-sharing'?",
+        "unknown plugin, preset, model or logger 'gradient-shering': did you mean 'gradient-sharing'?",
     ),
 ]
 
@@ -877,7 +877,7 @@ def test_a_broken_part_is_a_row_with_the_reason_and_no_crash(
 ) -> None:
     kind, name, source, error = part
     command = "tasks" if kind == "task source" else "plugins"
-    kinds = ("task source",) if kind == "task source" else ("plugin", "preset", "model")
+    kinds = ("task source",) if kind == "task source" else ("plugin", "preset", "model", "logger")
     whole = dict.fromkeys(other for each in kinds for other in registry.names(each))
     broken(kind, name, source)
     answer = metaplug(command, "--json")

@@ -13,7 +13,7 @@ from metaplug.contract import hookspecs, registry
 from metaplug.contract.hookspecs import KINDS
 
 FILE = Path(__file__).parents[1] / "contract.json"
-VALUES = ("Context", "InnerStep", "Outcome", "TaskBatch")
+VALUES = ("Context", "InnerStep", "LoggedRun", "LoggedStep", "Outcome", "TaskBatch")
 MODULES = {
     "metaplug": metaplug.__all__,
     "metaplug.settings": ("Settings", "validated"),
@@ -54,7 +54,9 @@ def as_it_is():
             for name in sorted(KINDS)
         },
         "fields": {name: fields(getattr(metaplug, name)) for name in VALUES},
-        "members": {name: members(getattr(metaplug, name)) for name in (*VALUES, "Plugin")},
+        "members": {
+            name: members(getattr(metaplug, name)) for name in (*VALUES, "Logger", "Plugin")
+        },
         "names": {module: sorted(names) for module, names in MODULES.items()},
         "entry points": dict(registry.GROUPS),
     }

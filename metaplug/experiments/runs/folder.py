@@ -33,7 +33,7 @@ from metaplug.experiments.runs.layout import (
     SUMMARY,
 )
 from metaplug.experiments.runs.sessions import read_sessions
-from metaplug.files import append, make_folder, replacing
+from metaplug.files import make_folder, replacing
 from metaplug.settings import validated
 from metaplug.yaml_text import read_yaml
 
@@ -122,7 +122,6 @@ class RunFolder:
         files = [self.path / name for name in (LAST, BEST, *FORMER)]
         file = next((file for file in files if file.exists()), None)
         if file is None:
-            self._write(METRICS, "")
             return None
         try:
             state = checkpoint.read(file)
@@ -138,38 +137,33 @@ class RunFolder:
         self._check_same(trained, config, f"{file} was trained with")
         return file, state
 
-    def cut(self, iterations: int) -> None:
-        """Leave exactly the lines of the first `iterations` iterations.
-
-        Raises:
-            RunError: some of them are not there.
-        """
-        path = self.path / METRICS
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        if len(lines) < iterations:
-            what = f"lacks lines of the {iterations} iterations that its checkpoint has done"
-            mend = "bring them back, or train the run anew; its weights are whole"
-            raise RunError(f"{path} {what}: {mend}")
-        self._write(METRICS, b"".join(line + b"\n" for line in lines[:iterations]))
-
     def record(self, session: Mapping[str, Any]) -> None:
         """Add the session that begins to run.json."""
         sessions = [*read_sessions(self.path), session]
         self._write(RECORD, to_json({"sessions": sessions}, indent=2) + "\n")
 
-    def log(self, values: Mapping[str, Any], *, durable: bool) -> None:
-        """Add a line of metrics; `durable` where a checkpoint that counts on it follows."""
-        self._check_lock()
-        append(self.path / METRICS, to_json(values) + "\n", durable=durable)
+    def check_lock(self) -> None:
+        """Write no more after somebody removed the lock, as another process may hold a new one.
+
+        Raises:
+            RunError: somebody did.
+        """
+        is_own = _identity(self.path / LOCK) == self._held
+        if self._held is not None and (self.path / METRICS).exists() and not is_own:
+            raise RunError(
+                f"somebody removed {self.path / LOCK} while this process was training there, and "
+                "another may have begun: stopped, and nothing more was written; "
+                "let the lock be, and go on with --resume"
+            )
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Write a checkpoint."""
-        self._check_lock()
+        self.check_lock()
         checkpoint.write(self.path / name, state)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary."""
-        self._check_lock()
+        self.check_lock()
         self._write(SUMMARY, to_json(summary, indent=2) + "\n")
 
     def _entries(self) -> list[Path]:
@@ -193,16 +187,6 @@ class RunFolder:
             said = f"cannot write into the run folder {self.path}: {error.strerror}"
             raise RunError(f"{said}; give another --out") from error
         self._lock, self._held = lock, _identity(self.path / LOCK)
-
-    def _check_lock(self) -> None:
-        """Write no more after somebody removed the lock, as another process may hold a new one."""
-        is_own = _identity(self.path / LOCK) == self._held
-        if self._held is not None and (self.path / METRICS).exists() and not is_own:
-            raise RunError(
-                f"somebody removed {self.path / LOCK} while this process was training there, and "
-                "another may have begun: stopped, and nothing more was written; "
-                "let the lock be, and go on with --resume"
-            )
 
     def _holder(self) -> str:
         try:

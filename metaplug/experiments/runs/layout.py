@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-CONFIG, RECORD, METRICS, SUMMARY = "config.yaml", "run.json", "metrics.jsonl", "summary.json"
+from metaplug.experiments.loggers import jsonl
+
+CONFIG, RECORD, SUMMARY, CURVES = "config.yaml", "run.json", "summary.json", "curves.png"
+METRICS = jsonl.METRICS
 """SUMMARY is written last: a run that has it is finished."""
 
 LAST, BEST = "last.safetensors", "best.safetensors"

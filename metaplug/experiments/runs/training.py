@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -10,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from metaplug import checkpoint
+from metaplug.contract.logger import LoggedRun, LoggedStep, Logger
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.errors import RunError
 from metaplug.evaluation.history import Record
 from metaplug.execution.ranks import ALONE, World
 from metaplug.experiments.build import Experiment, build
-from metaplug.experiments.configuration import ExperimentConfig, to_yaml
-from metaplug.experiments.json_values import environment, result_values
+from metaplug.experiments.configuration import ExperimentConfig, flatten, to_yaml
+from metaplug.experiments.json_values import environment, result_values, to_json
+from metaplug.experiments.loggers.asking import RunLoggers, make_loggers
+from metaplug.experiments.loggers.jsonl import Jsonl, step_of
 from metaplug.experiments.plugin_files import keep_names, recorded
 from metaplug.experiments.runs.folder import RunFolder
-from metaplug.experiments.runs.layout import BEST, CONFIG, LAST
+from metaplug.experiments.runs.layout import BEST, CONFIG, CURVES, LAST
 from metaplug.experiments.runs.reading import read_metrics, read_summary
-from metaplug.experiments.runs.sessions import session
+from metaplug.experiments.runs.sessions import read_sessions, session
 
 
 def train(
@@ -33,6 +37,7 @@ def train(
     on_record: Callable[[Record], None] = lambda record: None,
     on_trained: Callable[[], None] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
+    loggers: Sequence[Logger] = (),
     world: World = ALONE,
 ) -> dict[str, Any] | None:
     """Run an experiment in a folder: meta-train, then test the best validation on unseen tasks.
@@ -54,7 +59,8 @@ def train(
         on_record: called after every iteration.
         on_trained: called once, before the test or at a stop, while the folder is still locked.
         stop: asked after every iteration; True on any rank stops the run.
-        world: the processes that train together; rank 0 calls the three functions.
+        loggers: of the caller's own, beside those of the configuration.
+        world: the processes that train together; rank 0 calls the three functions and the loggers.
 
     Returns:
         The content of summary.json; None for a run that was stopped.
@@ -65,24 +71,26 @@ def train(
         RunError: a loss or gradient is NaN or Inf, memory runs out, or a file cannot be written;
             the last checkpoint is kept.
     """
-    config = recorded(config)
+    config, asked = recorded(config), [*loggers]
+    world.from_main(lambda: asked.extend(make_loggers(config.loggers)))
     with RunFolder(folder) as place:
         if world.from_main(lambda: place.check(config, resume=resume)):
             return world.from_main(lambda: read_summary(folder))
         if resume and world.from_main((folder / CONFIG).exists):
             keep_names(config)  # the digests are those of the run, as checked
         experiment = build(config, world=world)
-        run = _begin(place, experiment)
-        if world.is_main:
-            on_start(experiment)
-        ended = run.iterate(on_record, stop)
-        world.from_main(on_trained)
-        return run.finish(stop) if ended else None
+        run = _begin(place, experiment, asked if world.is_main else [])
+        with run.loggers:
+            if world.is_main:
+                on_start(experiment)
+            ended = run.iterate(on_record, stop)
+            world.from_main(on_trained)
+            return run.finish(stop) if ended else None
 
 
-def _begin(folder: RunFolder, experiment: Experiment) -> _Run:
+def _begin(folder: RunFolder, experiment: Experiment, asked: Sequence[Logger]) -> _Run:
     """A new run, or the one in the folder from its last checkpoint on, without what came after."""
-    learner, path = experiment.learner, folder.path
+    learner, path, record = experiment.learner, folder.path, Jsonl()
     # A state that no file can hold is refused now, not after hours.
     learner.world.from_main(lambda: checkpoint.check_writable(path / LAST, learner.state_dict()))
     found = learner.world.from_main(lambda: folder.begin(experiment.config))
@@ -90,11 +98,28 @@ def _begin(folder: RunFolder, experiment: Experiment) -> _Run:
     if found is not None:
         file, state = found
         learner.load_state_dict(state, str(file))
-        learner.world.from_main(lambda: folder.cut(learner.iteration))
-        learner.world.from_main(lambda: read_metrics(path))  # damaged lines are said now too
         best, seconds, clock = state["best"], state["seconds"], [*state.get("clock", ())]
-    learner.world.from_main(lambda: folder.record(session(experiment)))
-    return _Run(experiment, folder, best, seconds, clock)
+    run = learner.world.from_main(lambda: _take_up(folder, experiment, record))
+    loggers = RunLoggers(asked, run, lambda: [step_of(line) for line in read_metrics(path)])
+    return _Run(experiment, folder, record, loggers, best, seconds, clock)
+
+
+def _take_up(folder: RunFolder, experiment: Experiment, record: Jsonl) -> LoggedRun:
+    """Cut the record to where the run is, add this session, and say what loggers may know."""
+    path, begun = folder.path, session(experiment)
+    first = [*read_sessions(path), begun][0]
+    run = LoggedRun(
+        id=hashlib.sha256(to_json(first).encode()).hexdigest()[:16],
+        name=path.resolve().name,
+        folder=path,
+        settings=flatten(experiment.config.model_dump(mode="json", exclude={"loggers"})),
+        iteration=experiment.learner.iteration,
+    )
+    record.start(run)
+    if run.iteration:
+        read_metrics(path)  # damaged lines are said now too
+    folder.record(begun)
+    return run
 
 
 @dataclass
@@ -102,6 +127,8 @@ class _Run:
     """A run under way.
 
     Attributes:
+        record: its own record of figures.
+        loggers: the others.
         best: its best validation so far.
         seconds: spent before this process.
         clock: the seconds that were spent before each validation ended.
@@ -109,6 +136,8 @@ class _Run:
 
     experiment: Experiment
     folder: RunFolder
+    record: Jsonl
+    loggers: RunLoggers
     best: dict[str, Any] | None
     seconds: float
     clock: list[float]
@@ -173,24 +202,28 @@ class _Run:
         }
         if self._world.is_main:
             self.folder.finish(summary)
+            self.loggers.finish(summary, self.folder.path / CURVES)
         return summary
 
     def _log(self, record: Record, *, durable: bool) -> None:
-        step, validation = record.step, record.validation
-        values: dict[str, Any] = {
-            "iteration": step.iteration,
-            "outer_loss": step.outer_loss,
-            "meta_gradient_norm": step.meta_gradient_norm,
-            "meta_lr": step.meta_lr,
-            "figures": dict(step.figures),
-        }
-        if step.skipped is not None:
-            values["skipped"] = step.skipped
+        """Log in the run's own record first: no logger counts for as much."""
+        step, validation, values = record.step, record.validation, None
         if validation is not None:
             raised = (validation.raised or 0) / validation.num_tasks
             inner = {} if validation.inner is None else {"inner": asdict(validation.inner)}
-            values["validation"] = {**result_values(validation), "raised": raised, **inner}
-        self.folder.log(values, durable=durable)
+            values = {**result_values(validation), "raised": raised, **inner}
+        logged = LoggedStep(
+            step.iteration,
+            step.outer_loss,
+            step.meta_gradient_norm,
+            step.meta_lr,
+            step.figures,
+            values,
+            step.skipped,
+        )
+        self.folder.check_lock()
+        self.record.log(logged, durable=durable)
+        self.loggers.log(logged, durable=durable)
 
     def _save(self, record: Record, stopped: bool) -> None:
         """Write the best checkpoint first: killed between the two, a run writes it again."""
