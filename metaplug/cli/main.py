@@ -20,6 +20,7 @@ from metaplug.cli.listing import explain, plugins, tasks
 from metaplug.cli.new_plugin import new_plugin
 from metaplug.cli.study import study
 from metaplug.cli.train import train
+from metaplug.cli.tune import tune
 from metaplug.errors import MetaplugError, reason
 from metaplug.report.console import line, lost_output, warn
 
@@ -40,6 +41,7 @@ for _command in (
     evaluate,
     compare,
     study,
+    tune,
     explain,
     plugins,
     tasks,
