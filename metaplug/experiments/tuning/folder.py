@@ -75,28 +75,14 @@ class TuningFolder:
         """The folder of a trial's run."""
         return self.path / TRIALS / f"{number:04d}"
 
-    def check(self, config: ExperimentConfig, search: Mapping[str, str]) -> None:
-        """Refuse a folder in which another search has begun.
+    def begin(self, config: ExperimentConfig, search: Mapping[str, str]) -> None:
+        """Write what is searched, and make the journal whole after a process that was killed.
 
         Raises:
-            RequestError: its configuration or its ranges are others.
+            RequestError: another configuration or other ranges are searched there.
         """
-        where = self.path / BEGUN
-        if not where.exists():
-            return
-        begun = validated(_Begun, read_yaml(where), str(where))
-        then, asked = _flat(begun.config, begun.search), _flat(config, search)
-        for field in differing(then, asked):
-            one, other = (
-                repr(values[field]) if field in values else "not set" for values in (then, asked)
-            )
-            raise RequestError(
-                f"{self.path} was begun with {field} = {one}, which cannot become {other}: go on "
-                f"with it as it was begun ({where}), or {_OTHER}"
-            )
-
-    def begin(self, config: ExperimentConfig, search: Mapping[str, str]) -> None:
-        """Write what is searched, and make the journal whole after a process that was killed."""
+        if (self.path / BEGUN).exists():
+            self._check_same(config, search)
         begun = {"search": dict(search), "config": config.model_dump(mode="json")}
         self._write(BEGUN, yaml.safe_dump(begun, sort_keys=False, allow_unicode=True, width=10_000))
         for left in self.path.glob(f"{LOG}.lock*"):  # Optuna's own lock, which a kill leaves behind
@@ -124,6 +110,19 @@ class TuningFolder:
         self._write(VALUES, to_json(to_values(outcome), indent=2) + "\n")
         if best is not None:
             self._write(BEST, to_yaml(best))
+
+    def _check_same(self, config: ExperimentConfig, search: Mapping[str, str]) -> None:
+        where = self.path / BEGUN
+        begun = validated(_Begun, read_yaml(where), str(where))
+        then, asked = _flat(begun.config, begun.search), _flat(config, search)
+        for field in differing(then, asked):
+            one, other = (
+                repr(values[field]) if field in values else "not set" for values in (then, asked)
+            )
+            raise RequestError(
+                f"{self.path} was begun with {field} = {one}, which cannot become {other}: go on "
+                f"with it as it was begun ({where}), or {_OTHER}"
+            )
 
     def _entries(self) -> list[Path]:
         return [entry for entry in self.path.iterdir() if not entry.name.startswith(".")]

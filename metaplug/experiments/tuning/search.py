@@ -13,7 +13,7 @@ from metaplug.evaluation.scores import as_score
 from metaplug.experiments.build import build_tasks
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.plugin_files import recorded
-from metaplug.experiments.tuning.folder import TuningFolder
+from metaplug.experiments.tuning.folder import BEGUN, TuningFolder
 from metaplug.experiments.tuning.outcome import Outcome
 from metaplug.experiments.tuning.proposals import Proposals, import_optuna
 from metaplug.experiments.tuning.space import Asked, changed, check_space, read_space
@@ -62,11 +62,11 @@ def tune(
     config = recorded(config)
     space = read_space(config, asked)
     search = {path: str(values) for path, values in space.items()}
-    with TuningFolder(folder) as place:
-        place.check(config, search)
-        tasks = build_tasks(config)
-        score = as_score(config.training.score, tasks.kind)
+    tasks = build_tasks(config)
+    score = as_score(config.training.score, tasks.kind)
+    if not (folder / BEGUN).exists():  # or it was checked when it began
         check_space(config, space, asked, tasks)
+    with TuningFolder(folder) as place:
         place.begin(config, search)
         proposals = Proposals(
             place.log,
