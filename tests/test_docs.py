@@ -124,7 +124,7 @@ def test_metaplug_commands_parse(page: Path) -> None:
     for words in _commands(page.read_text(encoding="utf-8")):
         name, *arguments = words
         given = commands[name].make_context(name, arguments).params
-        if name not in ("train", "explain", "compare") or given.get("config") is not None:
+        if name not in ("train", "tune", "explain", "compare") or given.get("config") is not None:
             continue
         options = {
             path: value

@@ -21,6 +21,7 @@ from metaplug.cli.new_plugin import new_plugin
 from metaplug.cli.report import report
 from metaplug.cli.study import study
 from metaplug.cli.train import train
+from metaplug.cli.tune import tune
 from metaplug.errors import MetaplugError, reason
 from metaplug.report.console import line, lost_output, warn
 
@@ -36,7 +37,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_RUNS = (train, evaluate, compare, study, report)
+_RUNS = (train, evaluate, compare, study, tune, report)
 _PARTS = (explain, plugins, tasks, hooks, new_plugin, test_plugin)
 for _command in (*_RUNS, *_PARTS):
     app.command(epilog=_command.epilog)(_command)

@@ -62,6 +62,12 @@ SHARED: dict[str, Any] = {
 Their defaults are only shown: a default stays with its field.
 """
 
+
+def flag(path: str) -> str:
+    """Return the option that sets the field of this path."""
+    return next(flag for fields in _SHARED.values() for own, flag, *_ in fields if own == path)
+
+
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -180,6 +186,7 @@ def resolve_options(
     uses: Sequence[str | PluginUse] | None = None,
     files: Sequence[str] | None = None,
     logs: Sequence[str] | None = None,
+    content: dict[str, Any] | None = None,
 ) -> Resolved:
     """Resolve a file, the shared options, a preset, plugins and `--set`, each over the former.
 
@@ -187,6 +194,7 @@ def resolve_options(
         files: where `config` is a run's record, the plugin files that the caller lets run. Its
             loggers are left out: only a caller sends figures anywhere.
         logs: loggers after those of the file; one that it lists too takes its place.
+        content: of `config`, where the caller has read it and taken out what is its own.
     """
     from metaplug.experiments.configuration import ExperimentConfig, assign, resolve
     from metaplug.experiments.plugin_files import permitted, recorded
@@ -194,7 +202,7 @@ def resolve_options(
     from metaplug.settings import validated
     from metaplug.yaml_text import read_yaml
 
-    file = {} if config is None else read_yaml(config)
+    file = content if content is not None else {} if config is None else read_yaml(config)
     if files is not None:
         record = validated(ExperimentConfig, file, str(config))
         file = permitted(record, files, config).model_dump(mode="json", exclude={"loggers"})

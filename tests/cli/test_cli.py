@@ -100,6 +100,11 @@ def test_help_is_quick_as_it_imports_no_torch() -> None:
             "Meta-train several algorithms at an equal budget",
             "--variant --seeds --json --out --set",
         ),
+        (
+            "tune",
+            "Search for the values of some fields that validate best",
+            "--search --trials --name --out --json --preset --with --set",
+        ),
         ("explain", "Show what a configuration resolves to", "--preset --with --set"),
         ("plugins", "List what is installed", "--json"),
         ("tasks", "List the task sources", "--json"),
@@ -118,7 +123,7 @@ def test_help_teaches_a_command(metaplug: Any, command: str, purpose: str, optio
     assert purpose in answer.out
     for option in [
         *options.split(),
-        *(shared.split() if command in ("train", "compare", "explain") else []),
+        *(shared.split() if command in ("train", "compare", "tune", "explain") else []),
     ]:
         assert re.search(rf"│ {option}\s", answer.out), option
     assert len(re.findall(rf"• metaplug {command}", answer.out)) in (2, 3)

@@ -39,6 +39,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     loggers: Sequence[Logger] = (),
     world: World = ALONE,
+    test: bool = True,
 ) -> dict[str, Any] | None:
     """Run an experiment in a folder: meta-train, then test the best validation on unseen tasks.
 
@@ -61,9 +62,11 @@ def train(
         stop: asked after every iteration; True on any rank stops the run.
         loggers: of the caller's own, beside those of the configuration.
         world: the processes that train together; rank 0 calls the three functions and the loggers.
+        test: whether the test follows; without it the run stays unfinished, to be resumed with it.
 
     Returns:
-        The content of summary.json; None for a run that was stopped.
+        The content of summary.json, or without a test its best validation alone, None where none
+        was finite; None for a run that was stopped.
 
     Raises:
         RequestError: a part is unknown or refuses its settings; the folder holds another run than
@@ -85,6 +88,8 @@ def train(
                 on_start(experiment)
             ended = run.iterate(on_record, stop)
             world.from_main(on_trained)
+            if ended and not test:
+                return {"best_validation": run.best}
             return run.finish(stop) if ended else None
 
 

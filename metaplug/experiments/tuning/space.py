@@ -1,0 +1,166 @@
+"""The fields that are searched, each with its range, checked before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from metaplug.contract.presets import make_plugins
+from metaplug.errors import MetaplugError, RequestError, did_you_mean, one_line
+from metaplug.experiments.build import build
+from metaplug.experiments.configuration import ExperimentConfig, assign
+from metaplug.experiments.tuning.ranges import Range, choice_text, read_range
+from metaplug.settings import validated
+from metaplug.tasks.sources import TaskSource
+
+Space = Mapping[str, Range]
+"""Ranges by the dotted path of the field."""
+
+_APART = {
+    "preset": "two algorithms are two searches: tune each under its own --preset",
+    "plugins": "a list of plugins has no range: search a field of one, as plugins.NAME.FIELD",
+    "tasks": "values on other tasks cannot be compared: search a field of the learner instead",
+    "seed": "the best of several seeds is luck: search a field of the learner instead",
+    "runtime": "it changes how a step is computed, not what is learned: leave it out",
+    "training.iterations": "trials of other lengths cannot be compared: leave it out",
+    "training.validate_every": "all trials are measured alike: leave it out",
+    "training.validation_tasks": "all trials are measured alike: leave it out",
+    "training.test_tasks": "a search does not touch test tasks: leave it out",
+    "training.score": "all trials are measured alike: leave it out",
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A field to search as it was asked for: by which option or file, and the text of its range."""
+
+    origin: str
+    path: str
+    value: Any
+
+    def __str__(self) -> str:
+        text = one_line(choice_text(self.value))
+        return f"{self.origin} {self.path}={text}"
+
+
+def read_space(config: ExperimentConfig, asked: Sequence[Asked]) -> dict[str, Range]:
+    """The ranges of the fields that are asked for, in their order.
+
+    Raises:
+        RequestError: no field, one that is unknown, that no search may change or that stands
+            twice, or a range that is none for it.
+    """
+    if not asked:
+        raise RequestError(
+            "there is no field to search: give one, as --search learner.inner_lr=log:0.01..1"
+        )
+    space: dict[str, Range] = {}
+    for one in asked:
+        _check_searched(one)
+        for other in space:
+            if one.path == other or f"{one.path}.".startswith(f"{other}."):
+                raise RequestError(f"{one}: {other} is searched already: leave one out")
+            if other.startswith(f"{one.path}."):
+                raise RequestError(f"{one}: {other} in it is searched already: leave one out")
+        space[one.path] = read_range(one.value, _kinds(config, one), str(one))
+    return space
+
+
+def check_space(
+    config: ExperimentConfig, space: Space, asked: Sequence[Asked], tasks: TaskSource
+) -> None:
+    """Build the experiment at both ends of every range, and with every value of a list.
+
+    Raises:
+        RequestError: a value is out of the bounds of its field, or does not fit the other parts.
+    """
+    for one in asked:
+        for value in space[one.path].ends:
+            at_end = changed(config, {one.path: value}, str(one))
+            try:
+                build(at_end, tasks)
+            except MetaplugError as error:
+                raise RequestError(f"{one}: with {choice_text(value)}, {error}") from error
+
+
+def changed(
+    config: ExperimentConfig, values: Mapping[str, Any], owner: str = "trial"
+) -> ExperimentConfig:
+    """The configuration with values in the fields of these paths.
+
+    Args:
+        owner: who has these values, for errors.
+
+    Raises:
+        RequestError: a field is unknown, or a value is out of its bounds.
+    """
+    nested = config.model_dump(mode="json")
+    for path, value in values.items():
+        nested = assign(nested, path, value)
+    return validated(ExperimentConfig, nested, owner)
+
+
+def value_at(config: ExperimentConfig, path: str) -> Any:
+    """The value of a field that `changed` has set."""
+    head, _, rest = path.partition(".")
+    if head == "plugins":
+        name, _, field = rest.partition(".")
+        return next(use for use in config.plugins if use.label == name).settings[field]
+    value: Any = config.model_dump(mode="json")
+    for part in path.split("."):
+        value = value[part]
+    return value
+
+
+def _check_searched(one: Asked) -> None:
+    for apart, why in _APART.items():
+        is_plugin_field = apart == "plugins" and one.path.count(".") >= 2
+        if f"{one.path}.".startswith(f"{apart}.") and not is_plugin_field:
+            raise RequestError(f"{one}: {why}")
+
+
+def _kinds(config: ExperimentConfig, one: Asked) -> frozenset[type] | None:
+    """The types that a field takes; None where it stands in settings of a form that is not known.
+
+    Raises:
+        RequestError: it is unknown, a section, or of a plugin that is not used.
+    """
+    head, _, rest = one.path.partition(".")
+    model: type[BaseModel] = ExperimentConfig
+    parts = one.path.split(".")
+    if head == "plugins":
+        name, _, field = rest.partition(".")
+        try:
+            changed(config, {one.path: None})  # says which plugins are listed
+        except RequestError as error:
+            raise RequestError(f"{one}: {error}") from None
+        used = {plugin.name: plugin for plugin in make_plugins(config.preset, config.plugins)}
+        model, parts = type(used[name].config), [field]
+    for place, part in enumerate(parts):
+        if part not in model.model_fields:
+            if model.model_config.get("extra") == "allow":
+                return None
+            hint = did_you_mean(part, model.model_fields)
+            raise RequestError(f"{one}: unknown field '{one_line(one.path)}': {hint}")
+        annotation = model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return _types_in(annotation) if place == len(parts) - 1 else None
+        model = annotation
+    fields = ", ".join(f"{one.path}.{name}" for name in [*model.model_fields][:3])
+    raise RequestError(f"{one}: {one.path} is a section, not a field: search one of {fields}, …")
+
+
+def _types_in(annotation: Any) -> frozenset[type]:
+    """The plain types of an annotation: int and NoneType of `int | None`."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return frozenset(type(value) for value in get_args(annotation))
+    if origin in (Union, UnionType):
+        return frozenset().union(*map(_types_in, get_args(annotation)))
+    if origin is Annotated:
+        return _types_in(get_args(annotation)[0])
+    return frozenset({origin or annotation})
