@@ -14,9 +14,9 @@ from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.runs.result import RunResult
 from metaplug.experiments.study.cells import setting_text
 from metaplug.experiments.study.results import Row, StudyResult, paired
-from metaplug.report.comparison import difference_text
 from metaplug.report.page.chosen import baseline_among, compared, heading
 from metaplug.report.page.gather import Material
+from metaplug.report.study import difference_text
 from metaplug.report.terminal import value_text
 
 _MOST_NAMED = 3

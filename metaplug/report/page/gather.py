@@ -15,7 +15,8 @@ from metaplug.experiments.runs.layout import CONFIG, METRICS
 from metaplug.experiments.runs.reading import read_metrics
 from metaplug.experiments.runs.result import RunResult, curve_of, is_finished, read_result
 from metaplug.experiments.study.cells import Cell, cells_of, setting_text
-from metaplug.experiments.study.results import CELLS, StudyResult, read_results
+from metaplug.experiments.study.folder import CELLS
+from metaplug.experiments.study.results import StudyResult, read_results
 from metaplug.experiments.study.schema import read_study
 from metaplug.settings import validated
 from metaplug.yaml_text import read_yaml
