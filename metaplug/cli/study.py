@@ -146,7 +146,7 @@ def run(
     left = [cell for cell in cells if not finished(cell, folder)]
     if left:
         check(left, _show_code)
-    begin(asked, folder)
+    begin(asked, cells, folder)
     line(f"{len(cells)} runs in {folder}, {len(cells) - len(left)} of them finished already")
     failed = _compute(cells, folder, workers) if left else []
     if (found := read_results(asked, cells, folder)) is not None:

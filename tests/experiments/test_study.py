@@ -42,7 +42,7 @@ GRID: dict[str, Any] = {
 def computed(study: Study, folder: Path, **workers: Any) -> StudyResult:
     """The result of a study, computed where it is not there."""
     cells = cells_of(study, "")
-    begin(study, folder)
+    begin(study, cells, folder)
     failures = [failed for _, failed in compute(cells, folder, Workers(**workers)) if failed]
     assert failures == []
     found = read_results(study, cells, folder)
@@ -493,7 +493,7 @@ def test_two_studies_in_one_folder_share_the_work(tmp_path: Path) -> None:
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study, folder = tiny_study(seeds=[0]), tmp_path / "full"
     cells = cells_of(study, "")
-    begin(study, folder)
+    begin(study, cells, folder)
     real, written = os.fsync, [0]
 
     def fsync(descriptor: int) -> None:

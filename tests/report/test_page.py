@@ -12,6 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 from support.tiny_runs import tiny
 from support.written_runs import STUDY, TEST, write_run, write_study
 
@@ -19,6 +20,8 @@ from metaplug.cli.main import main
 from metaplug.errors import MetaplugError
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.runs import train
+from metaplug.experiments.study.cells import cells_of
+from metaplug.experiments.study.schema import Study
 from metaplug.report.page import panels, scales
 from metaplug.report.page.drawing import draw
 from metaplug.report.page.panels import Line, Panel
@@ -224,7 +227,8 @@ def test_several_variants_are_counted_and_the_best_is_named(tmp_path: Path) -> N
     text = STUDY.replace("sharing]", "sharing, fomaml]").replace("[0.01, 0.1]", "[0.01]")
     assert (
         "Of 2 variants compared with maml, 1 is better and 1 cannot be told from it. The best test "
-        "of them is maml+gradient-sharing: 70.50 ± 6.34 %; maml: 50.50 ± 6.34 %; the difference is +20.00 ± 0.00 pp over 8 paired test tasks of 2 seeds."
+        "of them is maml+gradient-sharing: 70.50 ± 6.34 %; maml: 50.50 ± 6.34 %; the difference is "
+        "+20.00 ± 0.00 pp over 8 paired test tasks of 2 seeds."
     ) in words(page(write_study(tmp_path / "study", text)))
 
 
@@ -387,18 +391,31 @@ def test_wrong_folders_in_a_line_each(tmp_path: Path) -> None:
 
 
 def test_a_study_without_a_finished_cell(tmp_path: Path) -> None:
-    study = tmp_path / "study"
-    study.mkdir()
-    (study / "study.yaml").write_text(STUDY)
+    study = write_study(tmp_path / "study", STUDY, every_label(STUDY))
     assert said(study) == (
-        "HERE/study: no cell of this study is finished, so there is nothing to report: let "
+        "HERE/study: no run of this study is finished, so there is nothing to report: let "
         "`metaplug study` finish one"
     )
-    write_run(study / "cells" / "0123456789abcdef", config())
+    (study / "cells.json").write_text("{}")
     assert said(study) == (
-        "HERE/study: its 1 finished run is of another version of the code, or of another "
-        "study.yaml: run the study again, or report it as runs, with HERE/study/cells/*"
+        "HERE/study/cells.json is not the index of this study that metaplug wrote (KeyError: "
+        "'maml, inner_lr 0.01, seed 0'): run the study again, which writes it"
     )
+
+
+def test_a_study_is_reported_whatever_code_computed_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = write_study(tmp_path / "study")
+    before = page(study)
+    monkeypatch.setattr("metaplug.experiments.study.cells.digest_of", lambda config: "other")
+    assert page(study) == before
+
+
+def every_label(text: str) -> list[str]:
+    """The labels of all cells of a study."""
+    study = Study.model_validate(yaml.safe_load(text))
+    return [cell.label for cell in cells_of(study, "")]
 
 
 def test_a_damaged_run_is_named(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from metaplug.experiments.configuration import ExperimentConfig, to_yaml
 from metaplug.experiments.study.cells import cells_of
+from metaplug.experiments.study.folder import begin
 from metaplug.experiments.study.schema import read_study
 
 STUDY = """\
@@ -100,7 +101,10 @@ def write_study(
     folder.mkdir(parents=True)
     file = folder / "study.yaml"
     file.write_text(text)
-    for cell in cells_of(read_study(file), str(file)):
+    study = read_study(file)
+    cells = cells_of(study, str(file))
+    begin(study, cells, folder)
+    for cell in cells:
         if cell.label in leave_out:
             continue
         shares = bool(cell.config.plugins)

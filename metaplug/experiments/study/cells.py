@@ -28,11 +28,13 @@ class Cell:
         variant: its label.
         setting: the values of the axes that concern the variant, by path, in the axes' order.
         config: the whole configuration, with the seed.
+        computed_as: its digest by the code that computed it; None by the code of today.
     """
 
     variant: str
     setting: Mapping[str, Any]
     config: ExperimentConfig
+    computed_as: str | None = None
 
     @property
     def seed(self) -> int:
@@ -42,7 +44,7 @@ class Cell:
     @cached_property
     def digest(self) -> str:
         """The name of the cell's folder: of the configuration and of the code that it runs."""
-        return digest_of(self.config)
+        return self.computed_as or digest_of(self.config)
 
     @property
     def label(self) -> str:

@@ -1,25 +1,30 @@
 """The folder of a study: what was asked, the cells that were ever computed, and the results.
 
 study.yaml    the study as it was last asked for
+cells.json    the folder of each of its runs, which code of another day would name otherwise
 cells/DIGEST  a run each, as metaplug train keeps it
 results.json, table.txt, curves.png    of the cells of study.yaml
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
-from metaplug.errors import RequestError, RunError
+from metaplug.errors import RequestError, RunError, said_by
+from metaplug.experiments.json_values import to_json
 from metaplug.experiments.runs.layout import CONFIG as RUN_CONFIG
 from metaplug.experiments.runs.result import is_finished
-from metaplug.experiments.study.cells import Cell
-from metaplug.experiments.study.schema import Study
+from metaplug.experiments.study.cells import Cell, cells_of
+from metaplug.experiments.study.schema import Study, read_study
 from metaplug.files import make_folder, replacing
 
-CELLS, CONFIG = "cells", "study.yaml"
+CELLS, CONFIG, INDEX = "cells", "study.yaml", "cells.json"
 RESULTS, TABLE, CURVES = "results.json", "table.txt", "curves.png"
 
 
@@ -50,7 +55,7 @@ def check_folder(folder: Path) -> None:
         raise RequestError(f"{folder} is not empty, and holds no study: {mend}")
 
 
-def begin(study: Study, folder: Path) -> None:
+def begin(study: Study, cells: Sequence[Cell], folder: Path) -> None:
     """Make the folder, and write what is asked; cells that are there stay.
 
     Raises:
@@ -61,10 +66,30 @@ def begin(study: Study, folder: Path) -> None:
     except OSError as error:
         said = f"cannot make the folder {folder / CELLS}: {error.strerror}"
         raise RunError(f"{said}; give another --out") from error
-    text = to_yaml(study)
-    if not (folder / CONFIG).exists() or (folder / CONFIG).read_text(encoding="utf-8") != text:
-        with replacing(folder / CONFIG) as file:
+    index = to_json({cell.label: cell.digest for cell in cells}, indent=2)
+    for name, text in ((CONFIG, to_yaml(study)), (INDEX, f"{index}\n")):
+        with replacing(folder / name) as file:
             file.write(text.encode())
+
+
+def begun(folder: Path) -> tuple[Study, tuple[Cell, ...]]:
+    """The study in a folder and its cells, as they were last computed, whatever code that was.
+
+    Raises:
+        RequestError: the study cannot be read, or is none that this version takes.
+        RunError: the index of its cells is damaged.
+    """
+    study = read_study(folder / CONFIG)
+    cells, path = cells_of(study, str(folder / CONFIG)), folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        named = [replace(cell, computed_as=str(index[cell.label])) for cell in cells]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        fault = f"{path} is not the index of this study that metaplug wrote ({said_by(error)})"
+        raise RunError(f"{fault}: run the study again, which writes it") from None
+    if any(Path(cell.digest).name != cell.digest for cell in named):
+        raise RunError(f"{path} names folders elsewhere: run the study again, which writes it")
+    return study, tuple(named)
 
 
 def to_yaml(study: Study) -> str:

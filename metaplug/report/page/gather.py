@@ -14,15 +14,12 @@ from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.runs.layout import CONFIG, METRICS
 from metaplug.experiments.runs.reading import read_metrics
 from metaplug.experiments.runs.result import RunResult, curve_of, is_finished, read_result
-from metaplug.experiments.study.cells import Cell, cells_of, setting_text
-from metaplug.experiments.study.folder import CELLS
+from metaplug.experiments.study.cells import Cell, setting_text
+from metaplug.experiments.study.folder import CELLS, begun, cell_folder
+from metaplug.experiments.study.folder import CONFIG as STUDY
 from metaplug.experiments.study.results import StudyResult, read_results
-from metaplug.experiments.study.schema import read_study
 from metaplug.settings import validated
 from metaplug.yaml_text import read_yaml
-
-STUDY = "study.yaml"
-"""The file of a study, in its folder."""
 
 
 @dataclass(frozen=True)
@@ -161,29 +158,25 @@ def _runs_in(folder: Path) -> list[Path]:
 
 def _study(folder: Path) -> Material:
     """The study in a folder, by its file."""
-    file = folder / STUDY
-    study = read_study(file)
-    cells = cells_of(study, str(file))
+    study, cells = begun(folder)
     result = read_results(study, cells, folder)
     if result is None:
-        others = len(_runs_in(folder))
         raise RequestError(
-            f"{folder}: its {others} finished run{'s are' if others != 1 else ' is'} of another "
-            f"version of the code, or of another {STUDY}: run the study again, or report "
-            f"{'them' if others != 1 else 'it'} as runs, with {folder / CELLS}/*"
+            f"{folder}: no run of this study is finished, so there is nothing to report: let "
+            "`metaplug study` finish one"
         )
-    begun = [(cell, _begun(cell, folder)) for cell in result.missing]
+    unfinished = [(cell, _begun(cell, folder)) for cell in result.missing]
     return Material(
         folder.resolve().name,
         result,
-        tuple(Unfinished(cell.variant, cell.setting, run) for cell, run in begun if run),
-        file.read_text(encoding="utf-8"),
+        tuple(Unfinished(cell.variant, cell.setting, run) for cell, run in unfinished if run),
+        (folder / STUDY).read_text(encoding="utf-8"),
     )
 
 
 def _begun(cell: Cell, folder: Path) -> Begun | None:
     """The unfinished run of a cell; None where it has no iteration yet."""
-    place = folder / CELLS / cell.digest
+    place = cell_folder(cell, folder)
     if not (place / METRICS).exists():
         return None
     lines = read_metrics(place, finished=False)
