@@ -104,6 +104,7 @@ def write_study(
     study = read_study(file)
     cells = cells_of(study, str(file))
     begin(study, cells, folder)
+    file.write_text(text)  # as somebody wrote it
     for cell in cells:
         if cell.label in leave_out:
             continue
