@@ -143,18 +143,18 @@ def run(
     from metaplug.experiments.study.running import check
 
     check_folder(folder)
-    left = [cell for cell in cells if not finished(cell, folder)]
+    runs = list({cell.digest: cell for cell in cells}.values())  # variants may be the same
+    left = [cell for cell in runs if not finished(cell, folder)]
     if left:
         check(left, _show_code)
     begin(asked, cells, folder)
-    line(f"{len(cells)} runs in {folder}, {len(cells) - len(left)} of them finished already")
-    failed = _compute(cells, folder, workers) if left else []
+    line(f"{len(runs)} runs in {folder}, {len(runs) - len(left)} of them finished already")
+    failed = _compute(runs, folder, workers) if left else []
     if (found := read_results(asked, cells, folder)) is not None:
         _publish(found, folder, json_to)
     if failed:
         cell, text = failed[0]
-        count = f"{len(failed)} of {len(cells)} runs failed" if len(cells) > 1 else "it failed"
-        raise RunError(f"{count}, first {cell.label}: {text}")
+        raise RunError(f"{len(failed)} of {len(runs)} runs failed, first {cell.label}: {text}")
 
 
 def _show_code(cell: Cell, experiment: Experiment) -> None:

@@ -418,15 +418,15 @@ def longer(**fields: Any) -> Study:
     return tiny_study(base={**TINY, "training": training}, seeds=2, **fields)
 
 
+def lines_of(folder: Path) -> int:
+    """The iterations that all cells have made."""
+    files = folder.glob("runs/mine/cells/*/metrics.jsonl")
+    return sum(file.read_bytes().count(b"\n") for file in files)
+
+
 def some_iterations(folder: Path, many: int = 1) -> None:
     """Wait until cells have made some iterations."""
-    while (
-        sum(
-            file.read_bytes().count(b"\n")
-            for file in folder.glob("runs/mine/cells/*/metrics.jsonl")
-        )
-        < many
-    ):
+    while lines_of(folder) < many:
         time.sleep(0.02)
 
 
@@ -445,9 +445,15 @@ def test_ctrl_c_stops_after_a_step_and_the_same_command_goes_on(tmp_path: Path) 
     )
     assert "Traceback" not in err
     assert not list((tmp_path / "runs/mine").glob(".stop*"))
-    second = command(tmp_path, "--json")
-    out, err = second.communicate(timeout=60)
-    assert second.returncode == 0, err
+    second = command(tmp_path, "--jobs", "1")  # which trains in its own process
+    some_iterations(tmp_path, 1 + lines_of(tmp_path))
+    second.send_signal(signal.SIGINT)
+    assert second.communicate(timeout=60)[0] == ""
+    assert second.returncode == 130
+    assert lines_of(tmp_path) < 240
+    third = command(tmp_path, "--json")
+    out, err = third.communicate(timeout=60)
+    assert third.returncode == 0, err
     found = read_results(study, cells_of(study, ""), tmp_path / "runs/mine")
     assert found is not None
     assert without_times(found) == without_times(computed(study, tmp_path / "alone"))

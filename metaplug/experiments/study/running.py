@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,7 +14,6 @@ from typing import Literal
 
 from metaplug.experiments.build import Experiment, build, build_tasks
 from metaplug.experiments.configuration import ExperimentConfig
-from metaplug.experiments.json_values import to_json
 from metaplug.experiments.parallel import Backend, Failed, in_parallel
 from metaplug.experiments.runs.folder import BusyError
 from metaplug.experiments.runs.result import is_finished
@@ -23,6 +23,8 @@ from metaplug.experiments.study.folder import cell_folder, finished
 
 _WAIT = 1.0
 """Seconds until a cell that another process computes is looked at again."""
+_LOOK = 0.1
+"""Seconds between two looks at whether a stop was asked for."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,16 @@ def check(cells: Sequence[Cell], on_built: Callable[[Cell, Experiment], None]) -
         RequestError: a part is unknown or refuses its settings; names the variant and the setting.
     """
     seen: set[str] = set()
-    sources: dict[str, tuple[str, object]] = {}
+    key, tasks = None, None
     for cell in cells:
         marks = {f"{cell.variant} {path}={value!r}" for path, value in cell.setting.items()}
         marks.add(cell.variant)
         if marks <= seen:
             continue
-        key = to_json(cell.config.tasks.model_dump(mode="json"))
         with naming(f"variant '{row_text(cell.variant, cell.setting)}'"):
-            if key not in sources:
-                sources.clear()  # one at a time, as they may be large
-                sources[key] = key, build_tasks(cell.config)
-            experiment = build(cell.config, sources[key][1])  # type: ignore[arg-type]
+            if key != (key := (cell.config.tasks, cell.config.model, cell.seed)):
+                tasks = build_tasks(cell.config)
+            experiment = build(cell.config, tasks)
         if cell.variant not in seen:
             on_built(cell, experiment)
         seen |= marks
@@ -96,26 +96,20 @@ def compute(
         folder: the study's; workers on other machines must see it under the same path.
     """
     left = {cell.digest: cell for cell in cells if not finished(cell, folder)}
-    with _stop_file(folder) as stop_file:
-
-        def asked() -> bool:
-            if (stopped := stop()) and not stop_file.exists():
-                stop_file.touch()
-            return stopped
-
-        while left and not asked():
+    with _stop_file(folder, stop) as stop_file:
+        while left and not stop():
             found = in_parallel(
                 _compute,
                 [_Job(cell.config, cell_folder(cell, folder), stop_file) for cell in left.values()],
                 jobs=workers.jobs,
                 backend=workers.backend,
                 address=workers.address,
-                stop=asked,
+                stop=stop,
             )
             for job, ended in found:
                 if isinstance(ended, Failed) or ended == "finished":
                     yield left.pop(job.folder.name), ended if isinstance(ended, Failed) else None
-            if left and not asked():
+            if left and not stop():
                 time.sleep(_WAIT)
 
 
@@ -131,13 +125,25 @@ def _compute(job: _Job) -> Ended:
 
 
 @contextmanager
-def _stop_file(folder: Path) -> Iterator[Path]:
-    """A file of this process that cells look for after every step, wherever they run."""
+def _stop_file(folder: Path, stop: Callable[[], bool]) -> Iterator[Path]:
+    """A file that is there after a stop: cells look for it after every step, wherever they run."""
     file = folder / f".stop-{socket.gethostname()}-{os.getpid()}"
     with suppress(OSError):
         file.unlink(missing_ok=True)
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_LOOK):
+            if stop():
+                file.touch()
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield file
     finally:
+        ended.set()
+        watcher.join()
         with suppress(OSError):
             file.unlink(missing_ok=True)
