@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -40,7 +39,7 @@ def train(
     sets: options.Set = None,
     name: Annotated[
         str | None,
-        _option(help="The run's name.", show_default="CONFIG's name, or made of the options"),
+        _option(help="The run's name.", show_default="CONFIG's name, and what options set"),
     ] = None,
     out: Annotated[Path, _option(help="The folder that holds runs.")] = Path("runs"),
     resume: Annotated[
@@ -73,7 +72,7 @@ def train(
         settings = options.resolve_options(
             given, sets, config=config, preset=preset, uses=use, files=files
         ).config
-        folder = out / (name or (config.stem if config is not None else _default_name(settings)))
+        folder = out / (name or _default_name(settings, config))
         if source is not None:
             check_same(source, settings, given.get("model.name"))
             if folder.exists() and folder.samefile(source):
@@ -180,12 +179,10 @@ def _report_repetition(source: Path, folder: Path) -> None:
     result(f"matches {source} bit for bit: {compared}{short}")
 
 
-def _default_name(config: ExperimentConfig) -> str:
-    """Name a run after its options: the same options give the same name."""
-    from metaplug.experiments.build import task_form
+def _default_name(settings: ExperimentConfig, file: Path | None) -> str:
+    """Name a run by what it sets, or by its file and what options set over that."""
+    from metaplug.experiments.run_names import name_of
 
-    source, _, argument = config.tasks.source.partition(":")
-    algorithm = "+".join([config.algorithm, *(use.label for use in config.plugins)])
-    forms = [form.replace("-", "") for form in task_form(config)]
-    parts = filter(None, [algorithm, source, Path(argument).stem, *forms, f"seed{config.seed}"])
-    return re.sub(r"[^\w.+-]+", "-", "-".join(parts))
+    if file is None:
+        return name_of(settings)
+    return name_of(settings, file.stem, options.resolve_options({}, None, config=file).config)
