@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -98,7 +99,7 @@ def train(
             line(
                 f"going on in {folder} after iteration {done}" if done else f"a new run in {folder}"
             )
-            progress.begin(done, experiment.learner.skipped)
+            progress.begin(done, experiment.learner.skipped, _validations(folder, done))
 
         with stop_on_signals() as stop, progress if world.is_main else nullcontext():
             summary = train_in(
@@ -177,6 +178,18 @@ def _report_repetition(source: Path, folder: Path) -> None:
         )
     short = "" if found.tested else ", as it came no further"
     result(f"matches {source} bit for bit: {compared}{short}")
+
+
+def _validations(folder: Path, done: int) -> list[float]:
+    """The validations of a run up to the iteration from which it goes on; none for a new one."""
+    from metaplug.experiments.runs import read_metrics
+
+    try:
+        lines = read_metrics(folder)[:done] if done else []
+    except RunError:  # a curve is no reason to lose the run
+        return []
+    means = [line["validation"]["mean"] for line in lines if line.get("validation")]
+    return [math.nan if mean is None else mean for mean in means]
 
 
 def _default_name(settings: ExperimentConfig, file: Path | None) -> str:
