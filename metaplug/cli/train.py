@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import math
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ def train(
     log: options.Log = None,
     name: Annotated[
         str | None,
-        _option(help="The run's name.", show_default="CONFIG's name, or made of the options"),
+        _option(help="The run's name.", show_default="CONFIG's name, and what options set"),
     ] = None,
     out: Annotated[Path, _option(help="The folder that holds runs.")] = Path("runs"),
     resume: Annotated[
@@ -75,7 +75,7 @@ def train(
         settings = options.resolve_options(
             given, sets, config=config, preset=preset, uses=use, files=files, logs=log
         ).config
-        folder = out / (name or (config.stem if config is not None else _default_name(settings)))
+        folder = out / (name or _default_name(settings, config))
         if source is not None:
             check_same(source, settings, given.get("model.name"))
             if folder.exists() and folder.samefile(source):
@@ -101,7 +101,7 @@ def train(
             line(
                 f"going on in {folder} after iteration {done}" if done else f"a new run in {folder}"
             )
-            progress.begin(done, experiment.learner.skipped)
+            progress.begin(done, experiment.learner.skipped, _validations(folder, done))
 
         with stop_on_signals() as stop, progress if world.is_main else nullcontext():
             summary = train_in(
@@ -182,12 +182,22 @@ def _report_repetition(source: Path, folder: Path) -> None:
     result(f"matches {source} bit for bit: {compared}{short}")
 
 
-def _default_name(config: ExperimentConfig) -> str:
-    """Name a run after its options: the same options give the same name."""
-    from metaplug.experiments.build import task_form
+def _validations(folder: Path, done: int) -> list[float]:
+    """The validations of a run up to the iteration from which it goes on; none for a new one."""
+    from metaplug.experiments.runs import read_metrics
 
-    source, _, argument = config.tasks.source.partition(":")
-    algorithm = "+".join([config.algorithm, *(use.label for use in config.plugins)])
-    forms = [form.replace("-", "") for form in task_form(config)]
-    parts = filter(None, [algorithm, source, Path(argument).stem, *forms, f"seed{config.seed}"])
-    return re.sub(r"[^\w.+-]+", "-", "-".join(parts))
+    try:
+        lines = read_metrics(folder)[:done] if done else []
+    except RunError:  # a curve is no reason to lose the run
+        return []
+    means = [line["validation"]["mean"] for line in lines if line.get("validation")]
+    return [math.nan if mean is None else mean for mean in means]
+
+
+def _default_name(settings: ExperimentConfig, file: Path | None) -> str:
+    """Name a run by what it sets, or by its file and what options set over that."""
+    from metaplug.experiments.run_names import name_of
+
+    if file is None:
+        return name_of(settings)
+    return name_of(settings, file.stem, options.resolve_options({}, None, config=file).config)

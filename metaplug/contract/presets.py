@@ -108,18 +108,22 @@ class Preset(Settings):
     @property
     def label(self) -> str:
         """The name, with what was changed: "maml++ with derivative-order.switch=0"."""
-        texts = [f"{path}={_plain(value)}" for path, value in self._changes()]
+        texts = [f"{path}={_plain(value)}" for path, value in self.changes.items()]
         return f"{self.name} with {', '.join(texts)}" if texts else self.name
 
-    def _changes(self) -> list[tuple[str, Any]]:
-        paths = (
-            (use, f"{use.label}.{field}", field) for use in self.plugins for field in use.settings
-        )
-        return [(path, use.settings[field]) for use, path, field in paths if path in self.changed]
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What was changed, with the values that it has now."""
+        settings = {
+            f"{use.label}.{field}": value
+            for use in self.plugins
+            for field, value in use.settings.items()
+        }
+        return {path: value for path, value in settings.items() if path in self.changed}
 
     @model_validator(mode="after")
     def _has_what_was_changed(self) -> Preset:
-        if unknown := {*self.changed} - {path for path, _ in self._changes()}:
+        if unknown := {*self.changed} - self.changes.keys():
             raise ValueError(
                 f"changed names '{one_line(min(unknown))}', which is no setting of its plugins: "
                 "leave it out"

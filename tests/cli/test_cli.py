@@ -424,7 +424,12 @@ def test_what_nobody_foresaw_is_one_line_too(
 
 def test_train_writes_a_run(metaplug: Any) -> None:
     answer = metaplug("train", *TINY, "--with", "gradient-sharing")
-    folder = Path("runs/maml+gradient-sharing-sinusoid-3shot-seed0")
+    (folder,) = Path("runs").iterdir()
+    assert re.fullmatch(
+        r"maml\+gradient-sharing-sinusoid-3shot-queries3-lr0\.01-steps1-iterations4-batch2-"
+        "validate_every2-seed0-[0-9a-f]{8}",
+        folder.name,
+    )
     lines, results = answer.err.splitlines(), answer.out.splitlines()
     assert answer.status == 0
     assert lines[0] == "maml (gradient-sharing) on sinusoid, 3-shot, mlp, seed 0, cpu"
@@ -471,7 +476,8 @@ def test_train_writes_a_run(metaplug: Any) -> None:
     (folder / "curves.png").unlink()
     assert metaplug("train", *TINY, "--with", "gradient-sharing", "--resume").status == 0
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    other = metaplug("train", *TINY, "--with", "gradient-sharing", "--resume", "--iterations", "5")
+    more = ("--iterations", "5", "--name", folder.name)
+    other = metaplug("train", *TINY, "--with", "gradient-sharing", "--resume", *more)
     assert other.status == 2
     assert other.err.startswith(
         f"metaplug: {folder} was begun with training.iterations = 4, which cannot become 5: "
@@ -507,14 +513,19 @@ def test_train_takes_a_file_and_options_over_it(metaplug: Any) -> None:
         *("--seed", "3", "--out", "out"),
     )
     assert answer.status == 0, answer.err
-    config = yaml.safe_load(Path("out/mine/config.yaml").read_text())
+    folder = Path(
+        "out/mine-maml+gradient-sharing-gate0.25+gradient-clipping-max_norm1-seed3",
+    )
+    config = yaml.safe_load((folder / "config.yaml").read_text())
     assert [(use["plugin"], use["settings"]) for use in config["plugins"]] == [
         ("gradient-sharing", {"gate": 0.25}),
         ("gradient-clipping", {"max_norm": 1}),
     ]
     assert (config["seed"], config["tasks"]["shots"], config["training"]["iterations"]) == (3, 3, 2)
     # the resolved configuration is a configuration
-    assert metaplug("explain", "out/mine/config.yaml").status == 0
+    assert metaplug("explain", str(folder / "config.yaml")).status == 0
+    assert metaplug("train", "mine.yaml", "--out", "out").status == 0
+    assert Path("out/mine/summary.json").exists()
 
 
 def test_explain_shows_the_order_the_settings_and_every_origin(metaplug: Any) -> None:

@@ -241,13 +241,11 @@ def test_results_go_to_standard_output_and_all_else_to_standard_error(
 class _Stream(io.StringIO):
     """A standard output that can write ASCII alone, or nothing at all."""
 
+    encoding = "ascii"
+
     def __init__(self, fault: OSError | None = None) -> None:
         super().__init__()
         self._fault = fault
-
-    @property
-    def encoding(self) -> str:
-        return "ascii"
 
     def write(self, text: str) -> int:
         if self._fault is not None:
