@@ -40,6 +40,10 @@ def work(item: Item) -> tuple[int, int, int]:
             os._exit(3)
         case "sleeps":
             time.sleep(60)
+        case "waits":
+            while not (item.folder / "go").exists():
+                time.sleep(0.01)
+            time.sleep(0.5)
         case "naps":
             time.sleep(0.5)
         case "refused":

@@ -2,7 +2,7 @@
 
 Nothing here knows meta-learning. `dispatch` hands the items out and takes the results in;
 `attempt` runs one item where it was sent; `pool` is what the dispatch asks of a place to run, and
-`processes` one place: worker processes of this machine.
+the places are `processes` of this machine, and `clusters`.
 """
 
 from metaplug.experiments.parallel.attempt import Failed

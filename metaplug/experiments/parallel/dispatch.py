@@ -11,6 +11,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from metaplug.errors import RequestError, at_least_one, said_by
 from metaplug.experiments.parallel.attempt import Attempt, Failed, run_item
+from metaplug.experiments.parallel.clusters import DaskPool, RayPool
 from metaplug.experiments.parallel.pool import Pool
 from metaplug.experiments.parallel.processes import ProcessPool
 
@@ -75,7 +76,13 @@ def in_parallel(
 
 
 def _make_pool(backend: Backend, jobs: int | None, address: str | None) -> Pool:
-    return ProcessPool(jobs or 1)
+    match backend:
+        case "processes":
+            return ProcessPool(jobs or 1)
+        case "dask":
+            return DaskPool(jobs, address)
+        case "ray":
+            return RayPool(jobs, address)
 
 
 @dataclass(frozen=True)
