@@ -121,7 +121,9 @@ def _flat(line: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for path, value in flatten(line).items():
         own = value if isinstance(value, list) and path.startswith("validation.inner.") else None
-        flat |= {path: value} if own is None else {f"{path}.{k}": each for k, each in enumerate(own)}
+        flat |= (
+            {path: value} if own is None else {f"{path}.{k}": each for k, each in enumerate(own)}
+        )
     return flat
 
 
