@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -32,9 +32,10 @@ def export(
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to write: a new folder.")],
     formats: Annotated[
-        list[Literal["torch", "onnx", "state"]] | None,
+        list[str] | None,
         typer.Option(
             "--format",
+            metavar="[torch|onnx|state]",
             help="torch: model.pt2, a program of torch.export. onnx: model.onnx. state: neither. "
             "The weights and labels.json are always written. Repeatable.",
             show_default="torch",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import safetensors.torch
 from torch import nn
@@ -26,8 +26,7 @@ from metaplug.experiments.programs import (
 from metaplug.experiments.support_sets import read_support
 from metaplug.files import make_folder, replacing
 
-Format = Literal["torch", "onnx", "state"]
-
+FORMATS = ("torch", "onnx", "state")
 STATE, PROGRAM, ONNX, LABELS = "model.safetensors", "model.pt2", "model.onnx", "labels.json"
 """The files of an export; the first and last are always there."""
 
@@ -37,7 +36,7 @@ def export_adapted(
     example: Inputs,
     folder: str | Path,
     *,
-    formats: Sequence[Format] = ("torch",),
+    formats: Sequence[str] = ("torch",),
     labels: Sequence[str] | None = None,
     output: Output = None,
     about: Mapping[str, Any] | None = None,
@@ -76,13 +75,10 @@ def export_adapted(
         True
     """
     folder = Path(folder)
-    if wrong := [name for name in formats if name not in get_args(Format)]:
-        raise unknown("format of an export", wrong[0], get_args(Format))
-    _check_empty(folder)
-    if "onnx" in formats:
-        check_onnx()
+    _check(folder, formats)
     inputs = map_inputs(lambda each: each.detach().cpu(), example)
-    model = Predictor(module, output, None if labels is None else len(labels))
+    ways = None if labels is None else len(labels)
+    model = Predictor(module, output, ways, list(named_inputs(inputs)))
     contents: dict[str, bytes] = {STATE: _state(model.module)}
     least = None
     if {"torch", "onnx"} & set(formats):
@@ -108,7 +104,7 @@ def export_run(
     support: Path,
     folder: Path,
     *,
-    formats: Sequence[Format] = ("torch",),
+    formats: Sequence[str] = ("torch",),
     inner_steps: int | None = None,
     ways: int | None = None,
     about: Mapping[str, Any] | None = None,
@@ -127,7 +123,7 @@ def export_run(
             `export_adapted`.
     """
     learner, tasks = experiment.learner, experiment.tasks
-    _check_empty(folder)
+    _check(folder, formats)
     given = read_support(tasks, support)
     _check_ways(support, len(given.labels), tasks.outputs, ways)
     device = learner.engine.device
@@ -181,7 +177,12 @@ def _check_ways(support: Path, classes: int, outputs: int, ways: int | None) -> 
         )
 
 
-def _check_empty(folder: Path) -> None:
+def _check(folder: Path, formats: Sequence[str]) -> None:
+    """Refuse what cannot be written before anything is computed."""
+    if wrong := [name for name in formats if name not in FORMATS]:
+        raise unknown("format of an export", wrong[0], FORMATS)
+    if "onnx" in formats:
+        check_onnx()
     if folder.is_dir():
         if any(folder.iterdir()):
             raise RequestError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -25,16 +28,28 @@ class Predictor(nn.Module):
         module: stays as it is.
         output: the part of its answer that is the prediction.
         ways: leave out outputs beyond these; None keeps all.
+        names: of its inputs, as `named_inputs` gives them.
 
     Attributes:
         module: the copy.
     """
 
-    def __init__(self, module: nn.Module, output: Output, ways: int | None) -> None:
+    def __init__(
+        self, module: nn.Module, output: Output, ways: int | None, names: Sequence[str]
+    ) -> None:
         super().__init__()
         self.module, self.output, self.ways = _on_cpu(module), output, ways
 
-    def forward(self, *positional: Tensor, **named: Tensor) -> Tensor:
+        def forward(*positional: Tensor, **named: Tensor) -> Tensor:
+            return self._predict(*positional, **named)
+
+        # torch.export names a program's inputs by the signature, and with ** it names them wrongly.
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(name, kind) for name in names]
+        vars(forward)["__signature__"] = inspect.Signature(parameters)
+        self.forward = forward
+
+    def _predict(self, *positional: Tensor, **named: Tensor) -> Tensor:
         """(n, *input) → (n, *output)."""
         found: Tensor = prediction_of(self.module(*positional, **named), self.output)
         return found if self.ways in (None, found.shape[1]) else found[:, : self.ways]
@@ -61,31 +76,35 @@ def make_program(model: Predictor, inputs: Inputs) -> tuple[torch.export.Exporte
         RequestError: torch.export cannot make a program of the model.
         RunError: the program gives other outputs than the model.
     """
-    # torch takes a batch of 1 for a constant.
+    least = 1 if _takes_one(model, inputs) else 2
+    axis = torch.export.Dim("batch", min=least)
+    # Of 2 at least, as torch takes a batch of 1 for a constant.
     inputs = map_inputs(partial(_examples, max(2, count_of(inputs))), inputs)
     positional, named = arguments(inputs)
-    for least in (1, 2):
-        axis = torch.export.Dim("batch", min=least)
-        shapes = {
-            "positional": tuple({0: axis} for _ in positional),
-            "named": {name: {0: axis} for name in named},
-        }
-        try:
-            # Its warnings are for torch's authors; what counts is compared below.
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")
-                program = torch.export.export(model, positional, named, dynamic_shapes=shapes)
-                run = program.module()
-        except Exception as error:  # any operation of any model may fail, in any way
-            if least == 1:
-                continue
-            raise RequestError(
-                f"torch.export cannot make a program of the model ({said_by(error)}): leave out "
-                "what it names from forward, or give --format state, and load that in Python"
-            ) from error
-        _check_program(run, model, inputs, least)
-        return program, least
-    raise AssertionError("unreachable")
+    shapes = {name: {0: axis} for name in named_inputs(inputs)}
+    try:
+        # Its warnings are for torch's authors; what counts is compared below.
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, positional, named, dynamic_shapes=shapes)
+            run = program.module()
+    except Exception as error:  # any operation of any model may fail, in any way
+        raise RequestError(
+            f"torch.export cannot make a program of the model ({said_by(error)}): leave out what "
+            "it names from forward, or give --format state, and load that in Python"
+        ) from error
+    _check_program(run, model, inputs, least)
+    return program, least
+
+
+def _takes_one(model: nn.Module, inputs: Inputs) -> bool:
+    positional, named = arguments(map_inputs(partial(_examples, 1), inputs))
+    try:
+        with torch.no_grad():
+            model(*positional, **named)
+    except ValueError:  # of batch norm, for a single value
+        return False
+    return True
 
 
 def _check_program(run: Callable[..., Any], model: nn.Module, inputs: Inputs, least: int) -> None:
@@ -126,7 +145,7 @@ def as_onnx(program: torch.export.ExportedProgram, inputs: Inputs) -> bytes:
     """
     names = list(named_inputs(inputs))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet("onnxscript"):
             warnings.simplefilter("ignore")
             made = torch.onnx.export(
                 program, dynamo=True, verbose=False, input_names=names, output_names=["prediction"]
@@ -138,6 +157,18 @@ def as_onnx(program: torch.export.ExportedProgram, inputs: Inputs) -> bytes:
             f"torch.onnx cannot write the model as ONNX ({said_by(error)}): leave --format onnx out"
         ) from error
     return content
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Inside, a library's warnings are not logged: of constants that it could not fold, say."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def check_onnx() -> None:

@@ -78,37 +78,40 @@ def _read_images(tasks: TaskSource, path: Path) -> SupportSet:
         classes = find_classes(path.expanduser(), stack)
         for target, files in enumerate(classes.values()):
             for file in files:
-                pixels = read_image(file, file.read, mode, size)
-                if pixels.shape[1:] != (height, width):
+                image = read_image(file, file.read, mode, size)
+                if image.shape[1:] != (height, width):
                     raise RequestError(
-                        f"the image {file} has {pixels.shape[2]} x {pixels.shape[1]} pixels, but "
+                        f"the image {file} has {image.shape[2]} x {image.shape[1]} pixels, but "
                         f"the run's have {width} x {height}: resize it"
                     )
-                images.append(torch.from_numpy(pixels))
+                images.append(torch.from_numpy(image))
                 targets.append(target)
-    x = torch.stack(images).float().div_(255)
-    inverted = _inverted(tasks, x) if mode == "grey" else False
-    if isinstance(tasks, Folder):
-        inverted = tasks.inverted
+    pixels = torch.stack(images)
+    inverted = _inverted(tasks, pixels)
+    if inverted:
+        pixels.bitwise_not_()
     preprocessing = {
         "kind": "images",
         "mode": mode,
         "height": height,
         "width": width,
         "inverted": inverted,
-        "values": "0 to 1: a pixel's 8 bits / 255, then 1 - value where inverted",
+        "values": "(255 - pixel) / 255 where inverted, else pixel / 255",
     }
-    x = 1 - x if inverted else x
+    x = pixels.float().div_(255)
     return SupportSet(x, torch.tensor(targets), tuple(classes), preprocessing)
 
 
-def _inverted(tasks: TaskSource, x: Tensor) -> bool:
-    """Whether images are bright where the run's training images are dark, or the other way."""
+def _inverted(tasks: TaskSource, pixels: Tensor) -> bool:
+    """Whether dark and bright are exchanged, so that ink and paper are as in training."""
+    if isinstance(tasks, Folder):
+        return tasks.inverted
     assert isinstance(tasks.train, ImageEpisodes)
     trained = tasks.train.classes.images
-    scale = 1 if trained.is_floating_point() else 255
-    bright = float(trained.double().mean()) / scale > 0.5
-    return bright != (float(x.double().mean()) > 0.5)
+    if len(pixels[0]) > 1:
+        return False
+    half = 0.5 if trained.is_floating_point() else 127.5
+    return (float(trained.double().mean()) > half) != (float(pixels.double().mean()) > 127.5)
 
 
 def _read_texts(tasks: Text, path: Path) -> SupportSet:
