@@ -15,6 +15,7 @@ from metaplug.cli import bench, ranks
 from metaplug.cli.compare import compare
 from metaplug.cli.conformance import test_plugin
 from metaplug.cli.evaluate import evaluate
+from metaplug.cli.export import export
 from metaplug.cli.hooks import hooks
 from metaplug.cli.listing import explain, plugins, tasks
 from metaplug.cli.new_plugin import new_plugin
@@ -37,7 +38,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_RUNS = (train, evaluate, compare, study, tune, report)
+_RUNS = (train, evaluate, compare, study, tune, report, export)
 _PARTS = (explain, plugins, tasks, hooks, new_plugin, test_plugin)
 for _command in (*_RUNS, *_PARTS):
     app.command(epilog=_command.epilog)(_command)

@@ -121,14 +121,24 @@ def _changed(config: ExperimentConfig, section: str, **values: Any) -> Experimen
     return config.model_copy(update={section: changed})
 
 
-def _read(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint of a run, and the file that it is from."""
+def checkpoint_of(path: Path) -> Path:
+    """The file of a run's best weights, or the checkpoint itself that a path names.
+
+    Raises:
+        RequestError: there is none.
+    """
     files = [path / name for name in (BEST, *reversed(FORMER))] if path.is_dir() else [path]
     file = next((file for file in files if file.exists()), None)
     if file is None:
         what = f"{path} has no {BEST} yet" if path.is_dir() else f"there is no run {path}"
         how = "give the folder of a run that `metaplug train` has validated at least once"
         raise RequestError(f"{what}: {how}")
+    return file
+
+
+def _read(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint of a run, and the file that it is from."""
+    file = checkpoint_of(path)
     state = checkpoint.read(file)
     if state.get("config") is None:
         what = "holds a learner without its experiment"

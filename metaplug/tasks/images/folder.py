@@ -88,6 +88,9 @@ class Folder(ImageSource):
         settings: fields of FolderConfig. The defaults suit ink on paper, such as Omniglot:
             28 x 28, grey, ink bright on dark.
 
+    Attributes:
+        inverted: whether dark and bright are exchanged in the images.
+
     Raises:
         RequestError: a setting, file, zip or split is wrong; the file is named. Or as
             ImageEpisodes raises.
@@ -112,7 +115,7 @@ class Folder(ImageSource):
         most_bytes = min(cache_bytes, config.memory_mib * 2**20)
         kept = read_decoded(place, most_bytes) if place else None
         decoded = kept or _decoded(root, config)
-        self._inverted = decoded.inverted
+        self.inverted = decoded.inverted
         super().__init__(
             decoded.splits,
             config,
@@ -129,7 +132,7 @@ class Folder(ImageSource):
 
     def describe(self) -> dict[str, Any]:
         """The data in words and numbers, ready for JSON."""
-        return super().describe() | {"inverted": self._inverted}
+        return super().describe() | {"inverted": self.inverted}
 
 
 def _place(root: Path, config: FolderConfig) -> Path | None:
