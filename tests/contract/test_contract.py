@@ -54,7 +54,9 @@ def as_it_is():
             for name in sorted(KINDS)
         },
         "fields": {name: fields(getattr(metaplug, name)) for name in VALUES},
-        "members": {name: members(getattr(metaplug, name)) for name in (*VALUES, "Logger", "Plugin")},
+        "members": {
+            name: members(getattr(metaplug, name)) for name in (*VALUES, "Logger", "Plugin")
+        },
         "names": {module: sorted(names) for module, names in MODULES.items()},
         "entry points": dict(registry.GROUPS),
     }
