@@ -30,9 +30,7 @@ def last_step(folder: Path, run: str) -> int:
 
 def read_history(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read step and figures of a history's whole records; a killed process leaves a part of one."""
-    form: Any = import_module("wandb.proto.wandb_internal_pb2").Record
-    for content in _records(file.read_bytes()):
-        record = form.FromString(content)
+    for record in read_records(file):
         if record.HasField("history"):
             items = record.history.item
             values = {
@@ -41,7 +39,13 @@ def read_history(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield record.history.step.num, values
 
 
-def _records(data: bytes) -> Iterator[bytes]:
+def read_records(file: Path) -> Iterator[Any]:
+    """Read every whole record, a `Record` of wandb's protocol."""
+    form: Any = import_module("wandb.proto.wandb_internal_pb2").Record
+    yield from map(form.FromString, _contents(file.read_bytes()))
+
+
+def _contents(data: bytes) -> Iterator[bytes]:
     place, record = _HEADER, b""
     while place + _HEADER <= len(data):
         left = _BLOCK - place % _BLOCK
