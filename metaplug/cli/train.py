@@ -73,7 +73,7 @@ def train(
         settings = options.resolve_options(
             given, sets, config=config, preset=preset, uses=use, files=files
         ).config
-        folder = out / (name or (config.stem if config is not None else _default_name(settings)))
+        folder = out / (name or (config.stem if config is not None else default_name(settings)))
         if source is not None:
             check_same(source, settings, given.get("model.name"))
             if folder.exists() and folder.samefile(source):
@@ -180,7 +180,7 @@ def _report_repetition(source: Path, folder: Path) -> None:
     result(f"matches {source} bit for bit: {compared}{short}")
 
 
-def _default_name(config: ExperimentConfig) -> str:
+def default_name(config: ExperimentConfig) -> str:
     """Name a run after its options: the same options give the same name."""
     from metaplug.experiments.build import task_form
 

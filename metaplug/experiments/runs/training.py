@@ -22,6 +22,7 @@ from metaplug.experiments.runs.folder import RunFolder
 from metaplug.experiments.runs.layout import BEST, CONFIG, LAST
 from metaplug.experiments.runs.reading import read_metrics, read_summary
 from metaplug.experiments.runs.sessions import session
+from metaplug.tasks.sources import TaskSource
 
 
 def train(
@@ -34,6 +35,7 @@ def train(
     on_trained: Callable[[], None] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
     world: World = ALONE,
+    tasks: TaskSource | None = None,
     test: bool = True,
 ) -> dict[str, Any] | None:
     """Run an experiment in a folder: meta-train, then test the best validation on unseen tasks.
@@ -56,6 +58,7 @@ def train(
         on_trained: called once, before the test or at a stop, while the folder is still locked.
         stop: asked after every iteration; True on any rank stops the run.
         world: the processes that train together; rank 0 calls the three functions.
+        tasks: the source that `build_tasks` made of the same configuration, to share it.
         test: whether the test follows; without it the run stays unfinished, to be resumed with it.
 
     Returns:
@@ -74,7 +77,7 @@ def train(
             return world.from_main(lambda: read_summary(folder))
         if resume and world.from_main((folder / CONFIG).exists):
             keep_names(config)  # the digests are those of the run, as checked
-        experiment = build(config, world=world)
+        experiment = build(config, tasks, world)
         run = _begin(place, experiment)
         if world.is_main:
             on_start(experiment)
