@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from metaplug.cli import options
-from metaplug.cli.ranks import world_size
 from metaplug.cli.stopping import StoppedError, stop_on_signals
+from metaplug.cli.study import refuse_ranks
 from metaplug.errors import RequestError
 from metaplug.report.console import CONSOLE, emit, line, show
 
 if TYPE_CHECKING:
-    from metaplug.experiments.configuration import ExperimentConfig
     from metaplug.experiments.tuning import Asked
 
 _option = partial(typer.Option, rich_help_panel="Search")
@@ -48,7 +47,8 @@ def tune(
         int, _option(min=1, max=100_000, help="How many there shall be, with those done before.")
     ] = 40,
     name: Annotated[
-        str | None, _option(help="The search's name.", show_default="CONFIG's, or tuned-ALGORITHM")
+        str | None,
+        _option(help="The search's name.", show_default="CONFIG's name, or made of the options"),
     ] = None,
     out: Annotated[Path, _option(help="The folder that holds runs.")] = Path("runs"),
     as_json: options.Json = False,
@@ -58,16 +58,12 @@ def tune(
     Test tasks are never drawn. OUT/NAME/best.yaml is the best configuration, for metaplug train.
     Ctrl-C stops after the current step, and the same command goes on.
     """
-    if (ranks := world_size()) != "1":
-        raise RequestError(
-            f"metaplug tune on {ranks} ranks: it runs in one process; start it without torchrun"
-        )
+    refuse_ranks("tune", "a search trains one trial at a time")
     if name is not None and (Path(name).name != name or name == ".."):
         instead = "give the folder that holds runs by --out, and a plain name"
         raise RequestError(f"--name {name}: a name is no path; {instead}")
-    from rich.console import Console
-
     from metaplug.experiments.json_values import to_json
+    from metaplug.experiments.run_names import name_of
     from metaplug.experiments.tuning import to_values
     from metaplug.experiments.tuning import tune as tune_in
     from metaplug.report.tuning import TuningProgress, tuning_report
@@ -79,7 +75,8 @@ def tune(
         given, sets, config=config, preset=preset, uses=use, content=content
     ).config
     _check_not_set(asked, given, sets or (), use or ())
-    folder = out / (name or (_default_name(settings) if config is None else config.stem))
+    default = config.stem if config is not None else f"tuned-{name_of(settings)}"
+    folder = out / (name or default)
     with stop_on_signals() as stop, TuningProgress(CONSOLE, settings) as progress:
         outcome = tune_in(
             settings,
@@ -96,7 +93,7 @@ def tune(
     if as_json:
         emit(to_json(to_values(outcome), indent=2))
     else:
-        show(tuning_report(outcome), Console(highlight=False, emoji=False))
+        show(tuning_report(outcome))
     line(f"the best configuration is {folder / 'best.yaml'}; all of it is in {folder}")
 
 
@@ -130,7 +127,3 @@ def _check_not_set(asked: list[Asked], given: dict[str, Any], sets: Any, uses: A
     for one in asked:
         if (option := by.get(one.path)) is not None:
             raise RequestError(f"{one}: {option} sets this field, too: leave one of them out")
-
-
-def _default_name(config: ExperimentConfig) -> str:
-    return "-".join(["tuned", config.algorithm, *(use.label for use in config.plugins)])

@@ -149,7 +149,7 @@ ERRORS: list[tuple[str, str]] = [
     (
         "--search preset=[maml,anil]",
         '--search preset=["maml", "anil"]: two algorithms are two searches: tune each under '
-        "its own --preset",
+        "its own --preset, or search a field of its plugins as preset.NAME.FIELD",
     ),
     (
         "--trials 0 --search learner.inner_lr=0..1",
@@ -187,7 +187,8 @@ def test_ranks_are_refused(metaplug: Any, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert metaplug(*TINY, *LR)[2] == (
-        "metaplug: metaplug tune on 2 ranks: it runs in one process; start it without torchrun\n"
+        "metaplug: metaplug tune on 2 ranks: it runs in one process; start it without torchrun; a "
+        "search trains one trial at a time\n"
     )
 
 

@@ -196,6 +196,12 @@ def test_what_is_no_range_is_refused(text: Any, kinds: frozenset[type], message:
             "1..5",
             "trials of other lengths cannot be compared: leave it out",
         ),
+        (
+            "preset.derivative-order.order",
+            "0..2",
+            "preset.derivative-order: the preset maml has no plugin 'derivative-order' (known: "
+            "none): name one that it has, or add another by --with",
+        ),
         ("learner.inner_steps", "1..9", "learner.inner_steps is searched already: leave one out"),
     ],
 )
@@ -218,7 +224,7 @@ def test_nothing_to_search_is_refused(tmp_path: Path) -> None:
 def analytic(value: Callable[[Any], float], iterations: int = 4) -> Any:
     """In the place of training: the value approaches that of the configuration."""
 
-    def run_trial(watch: Watch, config: Any, *_: Any) -> tuple[str, None]:
+    def run_trial(watch: Watch, config: Any, *_: Any, **__: Any) -> tuple[str, None]:
         try:
             for iteration in range(1, iterations + 1):
                 mean = value(config) + (iterations - iteration)
@@ -337,15 +343,26 @@ def test_a_killed_search_goes_on_as_if_it_were_left_alone(whole: Path, tmp_path:
 
 def test_a_trial_that_was_begun_elsewhere_keeps_its_values(tmp_path: Path) -> None:
     # As on another machine, where the sampler's digits may differ.
-    folder, values = tmp_path / "mine", {"learner.inner_lr": 0.05}
-    fields = asked(learner__inner_lr="log:0.001..0.1")
-    assert tune(CONFIG, fields, folder, trials=1, stop=stop_after(4)) is None
+    config, folder = tiny(preset="fomaml"), tmp_path / "mine"
+    values = {"learner.inner_lr": 0.05, "preset.derivative-order.switch": 5}
+    fields = [
+        *asked(learner__inner_lr="log:0.001..0.1"),
+        Asked("--search", "preset.derivative-order.switch", "1..9"),
+    ]
+    assert tune(config, fields, folder, trials=1, stop=stop_after(4)) is None
     begun = folder / "trials" / "0000"
     for file in begun.iterdir():
         file.unlink()
-    assert train(changed(CONFIG, values), begun, stop=stop_after(5)) is None
-    outcome = tune(CONFIG, fields, folder, trials=1)
+    assert train(changed(config, values), begun, stop=stop_after(5)) is None
+    outcome = tune(config, fields, folder, trials=1)
     assert outcome is not None and outcome.trials[0].values == values
+    wrong = Asked("--search", "plugins.derivative-order.switch", "1..9")
+    with pytest.raises(RequestError) as refused:
+        tune(config, [wrong], tmp_path / "other", trials=1)
+    assert str(refused.value) == (
+        f"{wrong}: 'derivative-order' is a plugin of the preset fomaml, and none after it: search "
+        "preset.derivative-order.switch"
+    )
 
 
 # What fails

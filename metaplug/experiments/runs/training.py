@@ -26,6 +26,7 @@ from metaplug.experiments.runs.folder import RunFolder
 from metaplug.experiments.runs.layout import BEST, CONFIG, CURVES, LAST
 from metaplug.experiments.runs.reading import read_metrics, read_summary
 from metaplug.experiments.runs.sessions import read_sessions, session
+from metaplug.tasks.sources import TaskSource
 
 
 def train(
@@ -39,6 +40,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     loggers: Sequence[Logger] = (),
     world: World = ALONE,
+    tasks: TaskSource | None = None,
     test: bool = True,
 ) -> dict[str, Any] | None:
     """Run an experiment in a folder: meta-train, then test the best validation on unseen tasks.
@@ -62,6 +64,7 @@ def train(
         stop: asked after every iteration; True on any rank stops the run.
         loggers: of the caller's own, beside those of the configuration.
         world: the processes that train together; rank 0 calls the three functions and the loggers.
+        tasks: the source that `build_tasks` made of the same configuration, to share it.
         test: whether the test follows; without it the run stays unfinished, to be resumed with it.
 
     Returns:
@@ -81,7 +84,7 @@ def train(
             return world.from_main(lambda: read_summary(folder))
         if resume and world.from_main((folder / CONFIG).exists):
             keep_names(config)  # the digests are those of the run, as checked
-        experiment = build(config, world=world)
+        experiment = build(config, tasks, world)
         run = _begin(place, experiment, asked if world.is_main else [])
         with run.loggers:
             if world.is_main:

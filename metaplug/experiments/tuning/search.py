@@ -87,8 +87,14 @@ def tune(
         while (number := len(made.trials)) < trials:
             proposal = proposals.propose(number, place.begun(number, space))
             watch = Watch(proposal.is_poor, score.name)
-            run, record = place.trial(number), partial(on_record, number)
-            ended = run_trial(watch, changed(config, proposal.values), run, record, stop)
+            ended = run_trial(
+                watch,
+                changed(config, proposal.values),
+                tasks,
+                place.trial(number),
+                on_record=partial(on_record, number),
+                stop=stop,
+            )
             if ended is None:
                 return None
             state, error = ended

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from metaplug.contract.presets import make_plugins
+from metaplug.contract.presets import find_preset, make_plugins
 from metaplug.errors import MetaplugError, RequestError, did_you_mean, one_line
 from metaplug.experiments.build import build
-from metaplug.experiments.configuration import ExperimentConfig, assign
+from metaplug.experiments.configuration import ExperimentConfig, assign, resolve
 from metaplug.experiments.tuning.ranges import Range, choice_text, read_range
 from metaplug.settings import validated
 from metaplug.tasks.sources import TaskSource
@@ -21,7 +21,8 @@ Space = Mapping[str, Range]
 """Ranges by the dotted path of the field."""
 
 _APART = {
-    "preset": "two algorithms are two searches: tune each under its own --preset",
+    "preset": "two algorithms are two searches: tune each under its own --preset, or search a "
+    "field of its plugins as preset.NAME.FIELD",
     "plugins": "a list of plugins has no range: search a field of one, as plugins.NAME.FIELD",
     "tasks": "values on other tasks cannot be compared: search a field of the learner instead",
     "seed": "the best of several seeds is luck: search a field of the learner instead",
@@ -101,15 +102,18 @@ def changed(
     nested = config.model_dump(mode="json")
     for path, value in values.items():
         nested = assign(nested, path, value)
+    if any(path.startswith("preset.") for path in values):
+        return resolve([(owner, nested)]).config
     return validated(ExperimentConfig, nested, owner)
 
 
 def value_at(config: ExperimentConfig, path: str) -> Any:
     """The value of a field that `changed` has set."""
     head, _, rest = path.partition(".")
-    if head == "plugins":
+    if head in ("plugins", "preset"):
         name, _, field = rest.partition(".")
-        return next(use for use in config.plugins if use.label == name).settings[field]
+        uses = config.plugins if head == "plugins" else find_preset(config.preset).plugins
+        return next(use for use in uses if use.label == name).settings[field]
     value: Any = config.model_dump(mode="json")
     for part in path.split("."):
         value = value[part]
@@ -118,7 +122,7 @@ def value_at(config: ExperimentConfig, path: str) -> Any:
 
 def _check_searched(one: Asked) -> None:
     for apart, why in _APART.items():
-        is_plugin_field = apart == "plugins" and one.path.count(".") >= 2
+        is_plugin_field = apart in ("plugins", "preset") and one.path.count(".") >= 2
         if f"{one.path}.".startswith(f"{apart}.") and not is_plugin_field:
             raise RequestError(f"{one}: {why}")
 
@@ -129,17 +133,10 @@ def _kinds(config: ExperimentConfig, one: Asked) -> frozenset[type] | None:
     Raises:
         RequestError: it is unknown, a section, or of a plugin that is not used.
     """
-    head, _, rest = one.path.partition(".")
     model: type[BaseModel] = ExperimentConfig
     parts = one.path.split(".")
-    if head == "plugins":
-        name, _, field = rest.partition(".")
-        try:
-            changed(config, {one.path: None})  # says which plugins are listed
-        except RequestError as error:
-            raise RequestError(f"{one}: {error}") from None
-        used = {plugin.name: plugin for plugin in make_plugins(config.preset, config.plugins)}
-        model, parts = type(used[name].config), [field]
+    if parts[0] in ("plugins", "preset"):
+        model, parts = _config_of_plugin(config, one), [".".join(parts[2:])]
     for place, part in enumerate(parts):
         if part not in model.model_fields:
             if model.model_config.get("extra") == "allow":
@@ -152,6 +149,27 @@ def _kinds(config: ExperimentConfig, one: Asked) -> frozenset[type] | None:
         model = annotation
     fields = ", ".join(f"{one.path}.{name}" for name in [*model.model_fields][:3])
     raise RequestError(f"{one}: {one.path} is a section, not a field: search one of {fields}, …")
+
+
+def _config_of_plugin(config: ExperimentConfig, one: Asked) -> type[BaseModel]:
+    """The settings of the plugin that plugins.NAME.FIELD or preset.NAME.FIELD is of.
+
+    Raises:
+        RequestError: it is not used.
+    """
+    head, name, *_ = one.path.split(".")
+    of_preset = {plugin.name: plugin for plugin in make_plugins(config.preset, ())}
+    if head == "plugins" and name in of_preset:
+        raise RequestError(
+            f"{one}: '{name}' is a plugin of the preset {config.algorithm}, and none after it: "
+            f"search {one.path.replace('plugins', 'preset', 1)}"
+        )
+    try:
+        changed(config, {one.path: None}, str(one))  # says which plugins there are
+    except RequestError as error:
+        raise error if head == "preset" else RequestError(f"{one}: {error}") from None
+    used = {plugin.name: plugin for plugin in make_plugins(config.preset, config.plugins)}
+    return type(used[name].config)
 
 
 def _types_in(annotation: Any) -> frozenset[type]:

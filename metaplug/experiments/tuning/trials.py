@@ -16,7 +16,9 @@ from metaplug.evaluation.scores import better
 from metaplug.experiments.build import Experiment
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.runs import read_metrics, train
+from metaplug.experiments.runs.folder import BusyError
 from metaplug.experiments.tuning.outcome import State
+from metaplug.tasks.sources import TaskSource
 
 
 @dataclass
@@ -60,7 +62,9 @@ class PrunedError(Exception):
 def run_trial(
     watch: Watch,
     config: ExperimentConfig,
+    tasks: TaskSource,
     folder: Path,
+    *,
     on_record: Callable[[Record], None],
     stop: Callable[[], bool],
 ) -> tuple[State, str | None] | None:
@@ -70,6 +74,7 @@ def run_trial(
         How it ended, and why it failed; None where it was stopped on the way.
 
     Raises:
+        RequestError: another process trains in the folder.
         RunError: a file cannot be written or read, which is no fault of the trial.
     """
 
@@ -93,14 +98,21 @@ def run_trial(
             # A search goes where the inner loop diverges, too, and validation judges that.
             warnings.filterwarnings("ignore", "adaptation raises the support loss", UserWarning)
             ended = train(
-                config, folder, resume=True, on_start=begin, on_record=record, stop=stop, test=False
+                config,
+                folder,
+                resume=True,
+                on_start=begin,
+                on_record=record,
+                stop=stop,
+                tasks=tasks,
+                test=False,
             )
         if ended is not None and not watch.iterations:  # somebody finished it with its test
             catch_up()
     except PrunedError:
         return "pruned", None
     except MetaplugError as error:
-        if _is_of_the_system(error):
+        if isinstance(error, BusyError) or _is_of_the_system(error):
             raise
         return "failed", one_line(error, 1000)
     if ended is None:
