@@ -3,5 +3,5 @@
 `console` is standard error, one line at a time. `terminal` has the lines and the progress of a run,
 `comparison` the table of a comparison, `tables` those of a configuration and of installed parts,
 which `catalogue` describes. `figures` draws curves and `episodes` a task. `bench`, `scaling` and
-`soak` show what `metaplug bench` measures.
+`soak` show what `metaplug bench` measures. `page` writes the HTML page of a study or runs.
 """
