@@ -1,4 +1,4 @@
-"""Loggers: what each library reads back, none that ends a run, and none that a result depends on."""
+"""Loggers: what each library reads back, none that ends a run, none that changes a result."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Kept(Logger):
 
     def _ask(self, what: str) -> None:
         self.asked.append(what)
-        act = self.acts.get(what.split()[0])
+        act = self.acts.get(what.split(maxsplit=1)[0])
         if isinstance(act, BaseException):
             raise act
         if act is not None:
