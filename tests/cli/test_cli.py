@@ -686,7 +686,7 @@ def test_compare(metaplug: Any) -> None:
     assert found["rows"][1]["config"]["plugins"][0]["settings"] == {"gate": 0.25}
     assert [point[0] for point in found["rows"][1]["runs"][1]["curve"]] == [2, 4]
     names = sorted(path.name for path in Path("compared").iterdir())
-    assert names == ["cells", "curves.png", "results.json", "study.yaml", "table.txt"]
+    assert names == ["cells", "cells.json", "curves.png", "results.json", "study.yaml", "table.txt"]
     assert json.loads(Path("compared/results.json").read_text()) == found
     assert Path("compared/table.txt").read_text().split()[:2] == ["variant", "acceleration"]
     assert "maml, seed 6: iteration 4  loss " in answer.err

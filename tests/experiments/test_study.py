@@ -314,9 +314,9 @@ def test_nothing_is_computed_twice_and_a_grown_study_computes_what_is_new(
     seen: list[Cell] = []
     real = build
 
-    def spied(config: Any, **given: Any) -> Any:
+    def spied(config: Any, *given: Any) -> Any:
         seen.append(config)
-        return real(config, **given)
+        return real(config, *given)
 
     monkeypatch.setattr("metaplug.experiments.runs.training.build", spied)
     assert without_times(computed(Study.model_validate(GRID), folder)) == without_times(found)
