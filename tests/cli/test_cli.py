@@ -259,7 +259,8 @@ ERRORS: list[tuple[str, str]] = [
     ("tasks glyph", "unknown task source 'glyph': did you mean 'glyphs'?"),
     (
         "plugins gradient-shering",
-        "unknown plugin, preset, model or logger 'gradient-shering': did you mean 'gradient-sharing'?",
+        "unknown plugin, preset, model or logger 'gradient-shering': did you mean "
+        "'gradient-sharing'?",
     ),
 ]
 
