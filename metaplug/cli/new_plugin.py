@@ -23,6 +23,7 @@ Kind = Literal[
     "tasks",
     "model",
     "preset",
+    "logger",
 ]
 
 

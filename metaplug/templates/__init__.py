@@ -44,6 +44,7 @@ SCAFFOLDS = {
     "tasks": Scaffold("task source", "task source", "metaplug tasks"),
     "model": Scaffold("model", "model"),
     "preset": Scaffold("preset", "preset"),
+    "logger": Scaffold("logger", "logger"),
 }
 """By kind; each has a folder of its name in `metaplug/templates`."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -25,8 +25,16 @@ from metaplug.experiments.loggers.wandb_files import read_history, read_records
 from metaplug.experiments.runs import load, read_metrics, train
 
 
-def interrupted(folder: Path, logger: dict[str, Any] | str, library: str) -> dict[str, Any]:
-    """Train with a logger: killed after iteration 7, stopped after 9, and then to the end."""
+def interrupted(
+    folder: Path,
+    logger: dict[str, Any] | str,
+    library: str,
+    ended: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Train with a logger: killed after iteration 7, stopped after 9, and then to the end.
+
+    `ended` is what the library does as a process ends.
+    """
     import_module(library)  # once, before the process is forked
     config, picture = tiny(loggers=[logger]), folder / "curves.png"
 
@@ -35,8 +43,10 @@ def interrupted(folder: Path, logger: dict[str, Any] | str, library: str) -> dic
 
     assert exit_status(in_child(killed)) == -signal.SIGKILL
     assert train(config, folder, resume=True, stop=stop_after(5)) is None
+    ended()
     draw = Image.new("RGB", (4, 3), "teal").save
     summary = train(config, folder, resume=True, on_trained=lambda: draw(picture))
+    ended()
     assert summary is not None
     return summary
 
@@ -81,7 +91,9 @@ def test_tensorboard_reads_every_point_once(tmp_path: Path) -> None:
 
 def test_wandb_writes_every_point_once_offline(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
-    summary = interrupted(mine, {"logger": "wandb", "settings": {"project": "p"}}, "wandb")
+    use = {"logger": "wandb", "settings": {"project": "p"}}
+    written = import_module("wandb").teardown  # waits until its service has written the files
+    summary = interrupted(mine, use, "wandb", written)
     files = sorted(mine.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 3 and len({file.name for file in files}) == 1  # all of one id
     found = dict[str, list[tuple[int, float]]]()
@@ -102,7 +114,6 @@ def test_wandb_writes_every_point_once_offline(tmp_path: Path) -> None:
     }
     assert final["test/mean squared error"] == summary["test"]["mean"]
     assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]
-    import_module("wandb").teardown()
 
 
 def test_mlflow_reads_every_point_once_from_the_runs_folder(tmp_path: Path) -> None:

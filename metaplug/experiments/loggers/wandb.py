@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -51,6 +52,8 @@ class Wandb(Logger):
         """Begin a run of this id, or go on with it."""
         folder, online = Path(self.config.folder or run.folder), self.config.mode == "online"
         folder.mkdir(parents=True, exist_ok=True)
+        if not online:
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it calls home
         self._wandb: Any = import_module("wandb")
         has = 0 if online else last_step(folder / "wandb", run.id)
         self._run: Any = self._wandb.init(
