@@ -84,6 +84,7 @@ def tune(
             folder,
             trials=trials,
             on_start=progress.begin,
+            on_build=progress.show_experiment,
             on_record=progress.record,
             on_trial=progress.end_trial,
             stop=stop,
@@ -106,11 +107,7 @@ def _asked(in_file: Any, config: Path | None, texts: Any) -> list[Asked]:
         raise RequestError(
             f"{config}: search is no mapping: write a line as learner.inner_lr: log:0.01..1"
         )
-    found = [Asked(f"{config}, search:", str(path), value) for path, value in in_file.items()]
-    if any(isinstance(value, dict) for value in in_file.values()):
-        found = [
-            Asked(f"{config}, search:", path, value) for path, value in flatten(in_file).items()
-        ]
+    found = [Asked(f"{config}, search:", path, value) for path, value in flatten(in_file).items()]
     by_option = [Asked("--search", *options.parse_setting(text, "--search")) for text in texts]
     paths = {one.path for one in by_option}
     return [*(one for one in found if one.path not in paths), *by_option]

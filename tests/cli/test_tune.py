@@ -65,6 +65,7 @@ def test_results_are_on_standard_output_and_progress_is_not(metaplug: Any) -> No
     )
     value = r"mean squared error \S+ ± \S+  best \S+"
     assert re.fullmatch(
+        r"maml \(no plugins\) on sinusoid, 3-shot, mlp, seed 0, cpu\n"
         rf"trial 0: {value} \(trial 0\)\ntrial 1: {value} \(trial [01]\)\n"
         r"the best configuration is runs/mine/best.yaml; all of it is in runs/mine\n",
         err,
@@ -206,9 +207,9 @@ def test_ctrl_c_stops_after_the_step_and_the_same_command_goes_on(
         patch.setattr(training._Run, "_log", interrupt)
         status, out, err = metaplug(*TINY, *LR, "--trials", "1")
     assert (status, out) == (130, "")
-    assert err == (
+    assert err.partition("\n")[2] == (
         "stopping after this step; Ctrl-C again stops at once\n"
         "metaplug: stopped, with all of it in runs/mine: the same command goes on\n"
     )
     status, _, err = metaplug(*TINY, *LR, "--trials", "1")
-    assert (status, err.count("\n")) == (0, 2)
+    assert (status, err.count("\n")) == (0, 3)

@@ -65,6 +65,7 @@ def run_trial(
     tasks: TaskSource,
     folder: Path,
     *,
+    on_build: Callable[[Experiment], None],
     on_record: Callable[[Record], None],
     stop: Callable[[], bool],
 ) -> tuple[State, str | None] | None:
@@ -84,6 +85,7 @@ def run_trial(
             watch.see(line["iteration"], line.get("validation"))
 
     def begin(experiment: Experiment) -> None:
+        on_build(experiment)
         if experiment.learner.iteration:
             catch_up()
 
