@@ -75,8 +75,9 @@ def test_results_are_on_standard_output_and_progress_is_not(metaplug: Any) -> No
     assert values == json.loads(Path("runs/mine/tuning.json").read_text())
     assert values["search"] == {"learner.inner_lr": "log:0.001..0.1"}
     assert err.startswith("going on after 2 trials\nthe best configuration is ")
-    status, _, err = metaplug("train", "runs/mine/best.yaml", "--set", "training.test_tasks=2")
-    assert (status, Path("runs/best/summary.json").exists()) == (0, True)
+    less = ["--set", "training.test_tasks=2", "--name", "best"]
+    assert metaplug("train", "runs/mine/best.yaml", *less)[0] == 0
+    assert Path("runs/best/summary.json").exists()
 
 
 def test_a_terminal_shows_one_bar_with_the_best_so_far() -> None:
@@ -97,16 +98,15 @@ def test_a_terminal_shows_one_bar_with_the_best_so_far() -> None:
 
 def test_ranges_stand_in_a_file_too_and_options_override_it(metaplug: Any) -> None:
     search = {"learner": {"inner_lr": "0..1"}, "learner.inner_optimizer": ["sgd", "adam"]}
-    Path("mine.yaml").write_text(yaml.safe_dump({"seed": 3, "search": search}))
-    words = [word for word in TINY if word not in ("--name", "mine")]
-    status, out, _ = metaplug(*words, "mine.yaml", *LR, "--trials", "1", "--json")
+    Path("base.yaml").write_text(yaml.safe_dump({"seed": 3, "search": search}))
+    status, out, _ = metaplug("tune", "base.yaml", *LR, "--trials", "1", "--json", *TINY[1:-2])
     assert status == 0
     assert json.loads(out)["search"] == {
         "learner.inner_optimizer": "[sgd, adam]",
         "learner.inner_lr": "log:0.001..0.1",
     }
     assert json.loads(out)["seed"] == 3
-    assert Path("runs/mine/best.yaml").exists()
+    assert [*Path("runs").glob("tuned-base-*/best.yaml")]
 
 
 ERRORS: list[tuple[str, str]] = [

@@ -18,10 +18,11 @@ from metaplug import RequestError, RunError
 from metaplug.contract import registry
 from metaplug.experiments.configuration import from_yaml
 from metaplug.experiments.runs import read_metrics, train
+from metaplug.experiments.runs.training import EndedError
 from metaplug.experiments.tuning import Asked, Outcome, proposals, search, tune
 from metaplug.experiments.tuning.ranges import Choices, Numbers, read_range
 from metaplug.experiments.tuning.space import changed
-from metaplug.experiments.tuning.trials import PrunedError, Watch
+from metaplug.experiments.tuning.trials import Watch
 from metaplug.tasks.toys.functions import FunctionStream
 
 CONFIG = tiny(training__iterations=8)
@@ -232,7 +233,7 @@ def analytic(value: Callable[[Any], float], iterations: int = 4) -> Any:
             for iteration in range(1, iterations + 1):
                 mean = value(config) + (iterations - iteration)
                 watch.see(iteration, {"mean": mean, "interval": 0.1})
-        except PrunedError:
+        except EndedError:
             return "pruned", None
         return "complete", None
 
