@@ -15,6 +15,7 @@ from metaplug.errors import RequestError
 from metaplug.report.console import CONSOLE, emit, line, show
 
 if TYPE_CHECKING:
+    from metaplug.experiments.configuration import ExperimentConfig
     from metaplug.experiments.tuning import Asked
 
 _option = partial(typer.Option, rich_help_panel="Search")
@@ -35,6 +36,7 @@ def tune(
     preset: options.PresetName = None,
     use: options.With = None,
     sets: options.Set = None,
+    log: options.Log = None,
     search: Annotated[
         list[str] | None,
         _option(
@@ -48,7 +50,7 @@ def tune(
     ] = 40,
     name: Annotated[
         str | None,
-        _option(help="The search's name.", show_default="CONFIG's name, or made of the options"),
+        _option(help="The search's name.", show_default="CONFIG's name, and what options set"),
     ] = None,
     out: Annotated[Path, _option(help="The folder that holds runs.")] = Path("runs"),
     as_json: options.Json = False,
@@ -63,7 +65,6 @@ def tune(
         instead = "give the folder that holds runs by --out, and a plain name"
         raise RequestError(f"--name {name}: a name is no path; {instead}")
     from metaplug.experiments.json_values import to_json
-    from metaplug.experiments.run_names import name_of
     from metaplug.experiments.tuning import to_values
     from metaplug.experiments.tuning import tune as tune_in
     from metaplug.report.tuning import TuningProgress, tuning_report
@@ -72,11 +73,10 @@ def tune(
     content = {} if config is None else read_yaml(config)
     asked = _asked(content.pop("search", {}), config, search or ())
     settings = options.resolve_options(
-        given, sets, config=config, preset=preset, uses=use, content=content
+        given, sets, config=config, preset=preset, uses=use, logs=log, content=content
     ).config
     _check_not_set(asked, given, sets or (), use or ())
-    default = config.stem if config is not None else f"tuned-{name_of(settings)}"
-    folder = out / (name or default)
+    folder = out / (name or f"tuned-{_default_name(settings, config, content)}")
     with stop_on_signals() as stop, TuningProgress(CONSOLE, settings) as progress:
         outcome = tune_in(
             settings,
@@ -84,6 +84,7 @@ def tune(
             folder,
             trials=trials,
             on_start=progress.begin,
+            on_build=progress.show_experiment,
             on_record=progress.record,
             on_trial=progress.end_trial,
             stop=stop,
@@ -106,11 +107,7 @@ def _asked(in_file: Any, config: Path | None, texts: Any) -> list[Asked]:
         raise RequestError(
             f"{config}: search is no mapping: write a line as learner.inner_lr: log:0.01..1"
         )
-    found = [Asked(f"{config}, search:", str(path), value) for path, value in in_file.items()]
-    if any(isinstance(value, dict) for value in in_file.values()):
-        found = [
-            Asked(f"{config}, search:", path, value) for path, value in flatten(in_file).items()
-        ]
+    found = [Asked(f"{config}, search:", path, value) for path, value in flatten(in_file).items()]
     by_option = [Asked("--search", *options.parse_setting(text, "--search")) for text in texts]
     paths = {one.path for one in by_option}
     return [*(one for one in found if one.path not in paths), *by_option]
@@ -127,3 +124,12 @@ def _check_not_set(asked: list[Asked], given: dict[str, Any], sets: Any, uses: A
     for one in asked:
         if (option := by.get(one.path)) is not None:
             raise RequestError(f"{one}: {option} sets this field, too: leave one of them out")
+
+
+def _default_name(settings: ExperimentConfig, file: Path | None, content: dict[str, Any]) -> str:
+    from metaplug.experiments.run_names import name_of
+
+    if file is None:
+        return name_of(settings)
+    alone = options.resolve_options({}, None, config=file, content=content).config
+    return name_of(settings, file.stem, alone)

@@ -16,11 +16,12 @@ from rich.progress import (
 from rich.text import Text
 
 from metaplug.evaluation.history import Record
+from metaplug.experiments.build import Experiment
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.tuning import Outcome, Trial
 from metaplug.experiments.tuning.ranges import choice_text
 from metaplug.report.console import line, new_table, warn
-from metaplug.report.terminal import value_text
+from metaplug.report.terminal import heading, show_own_code, value_text
 
 _SHOWN = 10
 """Trials in the table."""
@@ -46,7 +47,7 @@ class TuningProgress:
             transient=True,
         )
         self._task: TaskID | None = None
-        self._validation = ""
+        self._validation, self._is_shown = "", False
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -69,6 +70,13 @@ class TuningProgress:
             "best": _best(outcome),
         }
         self._task = self._bar.add_task("trials", **fields)
+
+    def show_experiment(self, experiment: Experiment) -> None:
+        """Say once what is trained, and which code of the user's own."""
+        if not self._is_shown:
+            line(heading(experiment), console=self.console)
+            show_own_code(experiment)
+        self._is_shown = True
 
     def record(self, number: int, record: Record) -> None:
         """Show one more iteration of a trial."""

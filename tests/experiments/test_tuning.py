@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import sys
@@ -14,15 +15,17 @@ import pytest
 from support.tiny_runs import die, exit_status, in_child, stop_after, tiny
 
 from metaplug import RequestError, RunError
+from metaplug.contract import registry
 from metaplug.experiments.configuration import from_yaml
 from metaplug.experiments.runs import read_metrics, train
+from metaplug.experiments.runs.training import EndedError
 from metaplug.experiments.tuning import Asked, Outcome, proposals, search, tune
 from metaplug.experiments.tuning.ranges import Choices, Numbers, read_range
 from metaplug.experiments.tuning.space import changed
-from metaplug.experiments.tuning.trials import PrunedError, Watch
+from metaplug.experiments.tuning.trials import Watch
 from metaplug.tasks.toys.functions import FunctionStream
 
-CONFIG = tiny(learner__inner_optimizer="sgd")
+CONFIG = tiny(training__iterations=8)
 TRIALS = 5
 
 
@@ -43,9 +46,10 @@ def run(folder: Path, trials: int = TRIALS, **options: Any) -> Outcome | None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def pruned_early() -> Iterator[None]:
-    """Fewer trials before one is pruned."""
+def quick() -> Iterator[None]:
+    """Fewer trials before one is pruned; and what is installed is looked up once."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "entry_points", functools.cache(registry.entry_points))
         patch.setattr(proposals, "COMPLETE_BEFORE_PRUNING", 2)
         yield
 
@@ -229,7 +233,7 @@ def analytic(value: Callable[[Any], float], iterations: int = 4) -> Any:
             for iteration in range(1, iterations + 1):
                 mean = value(config) + (iterations - iteration)
                 watch.see(iteration, {"mean": mean, "interval": 0.1})
-        except PrunedError:
+        except EndedError:
             return "pruned", None
         return "complete", None
 
@@ -268,7 +272,7 @@ def test_a_search_comes_near_the_optimum_of_a_known_function(
 # Trials
 
 
-@pytest.mark.filterwarnings("ignore:adaptation raises the support loss")  # as 12 iterations may
+@pytest.mark.filterwarnings("ignore:adaptation raises the support loss")  # as 8 iterations may
 def test_trials_are_runs_without_a_test_whose_best_is_a_configuration(
     whole: Path, drawn: list[str]
 ) -> None:
@@ -300,7 +304,7 @@ def test_a_pruned_trial_ends_early(whole: Path) -> None:
 def test_a_stopped_search_goes_on_as_if_it_were_left_alone(whole: Path, tmp_path: Path) -> None:
     folder, sessions = tmp_path / "mine", 0
     assert run(folder, trials=1) is not None
-    while run(folder, stop=stop_after(13)) is None:
+    while run(folder, stop=stop_after(11)) is None:
         sessions += 1
     assert sessions > 1
     assert_same_search(whole, folder)
@@ -327,8 +331,8 @@ def test_a_killed_search_goes_on_as_if_it_were_left_alone(whole: Path, tmp_path:
 
     moments: list[dict[str, Any]] = [
         {"on_record": at(0, 2)},  # before the first checkpoint
-        {"on_record": at(1, 8)},  # a validation is on the disk, and not reported
-        {"on_record": at(2, 12)},  # the run has ended, and the trial has not
+        {"on_record": at(1, 4)},  # a validation is on the disk, and not reported
+        {"on_record": at(2, 8)},  # the run has ended, and the trial has not
         {"on_record": at(pruned, 4)},  # at the validation that prunes it
         {"on_trial": after(pruned)},
     ]
@@ -376,6 +380,20 @@ def test_a_trial_that_diverges_counts_as_failed(tmp_path: Path) -> None:
     failed = [trial for trial in outcome.trials if trial.state == "failed"]
     assert [trial.values["learner.inner_lr"] for trial in failed] == [1000] * len(failed) != []
     assert all("NaN or Inf" in str(trial.error) for trial in failed)
+
+
+def test_values_that_do_not_go_together_fail_a_trial_and_not_the_search(tmp_path: Path) -> None:
+    fields = asked(
+        learner__inner_optimizer=["sgd", "adam"],
+        learner__inner_optimizer_settings=[{}, {"momentum": 0.5}],
+    )
+    outcome = tune(CONFIG, fields, tmp_path / "mine", trials=5)
+    assert outcome is not None
+    for trial in outcome.trials:
+        optimizer, settings = trial.values.values()
+        assert (trial.state == "failed") == (optimizer == "adam" and bool(settings))
+        assert (trial.error is None) == (trial.state != "failed")
+    assert outcome.count("failed") in (1, 2, 3)
 
 
 def test_when_every_trial_fails_the_first_fault_is_said(tmp_path: Path) -> None:

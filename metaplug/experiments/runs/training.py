@@ -29,6 +29,13 @@ from metaplug.experiments.runs.sessions import read_sessions, session
 from metaplug.tasks.sources import TaskSource
 
 
+class EndedError(Exception):
+    """Raised by `on_start` or `on_record` in a process alone: the run is stopped where it stands.
+
+    It goes on from its last checkpoint, which at a validation is what it is then.
+    """
+
+
 def train(
     config: ExperimentConfig,
     folder: Path,
@@ -87,9 +94,12 @@ def train(
         experiment = build(config, tasks, world)
         run = _begin(place, experiment, asked if world.is_main else [])
         with run.loggers:
-            if world.is_main:
-                on_start(experiment)
-            ended = run.iterate(on_record, stop)
+            try:
+                if world.is_main:
+                    on_start(experiment)
+                ended = run.iterate(on_record, stop)
+            except EndedError:
+                ended = False
             world.from_main(on_trained)
             if ended and not test:
                 return {"best_validation": run.best}

@@ -10,7 +10,7 @@ from typing import Any
 from metaplug.errors import RunError, at_least_one
 from metaplug.evaluation.history import Record
 from metaplug.evaluation.scores import as_score
-from metaplug.experiments.build import build_tasks
+from metaplug.experiments.build import Experiment, build_tasks
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.plugin_files import recorded
 from metaplug.experiments.tuning.folder import BEGUN, TuningFolder
@@ -27,6 +27,7 @@ def tune(
     *,
     trials: int,
     on_start: Callable[[Outcome], None] = lambda outcome: None,
+    on_build: Callable[[Experiment], None] = lambda experiment: None,
     on_record: Callable[[int, Record], None] = lambda number, record: None,
     on_trial: Callable[[Outcome], None] = lambda outcome: None,
     stop: Callable[[], bool] = lambda: False,
@@ -45,6 +46,7 @@ def tune(
         folder: made here; a search that is there already goes on.
         trials: how many there shall be, those of earlier processes included.
         on_start: called once, with what earlier processes found.
+        on_build: called before a trial is trained, with what it trains.
         on_record: called after every iteration, with the trial's number.
         on_trial: called after every trial.
         stop: asked after every iteration; True ends the search, to go on later.
@@ -92,6 +94,7 @@ def tune(
                 changed(config, proposal.values),
                 tasks,
                 place.trial(number),
+                on_build=on_build,
                 on_record=partial(on_record, number),
                 stop=stop,
             )

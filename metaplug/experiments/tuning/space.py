@@ -27,6 +27,7 @@ _APART = {
     "tasks": "values on other tasks cannot be compared: search a field of the learner instead",
     "seed": "the best of several seeds is luck: search a field of the learner instead",
     "runtime": "it changes how a step is computed, not what is learned: leave it out",
+    "loggers": "it changes where figures are shown, not what is learned: leave it out",
     "training.iterations": "trials of other lengths cannot be compared: leave it out",
     "training.validate_every": "all trials are measured alike: leave it out",
     "training.validation_tasks": "all trials are measured alike: leave it out",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from metaplug.experiments.build import Experiment
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.runs import read_metrics, train
 from metaplug.experiments.runs.folder import BusyError
+from metaplug.experiments.runs.training import EndedError
 from metaplug.experiments.tuning.outcome import State
 from metaplug.tasks.sources import TaskSource
 
@@ -31,6 +33,7 @@ class Watch:
         best: its best validation so far, as a run's metrics have it.
         iteration: of `best`.
         iterations: done so far.
+        is_pruned: whether a validation was poor.
     """
 
     is_poor: Callable[[int, float], bool]
@@ -38,12 +41,13 @@ class Watch:
     best: Mapping[str, Any] | None = None
     iteration: int | None = None
     iterations: int = 0
+    is_pruned: bool = False
 
     def see(self, iteration: int, validation: Mapping[str, Any] | None) -> None:
         """Take note of an iteration.
 
         Raises:
-            PrunedError: the validation is poor.
+            EndedError: the validation is poor.
         """
         self.iterations = iteration
         mean = None if validation is None else validation["mean"]
@@ -52,11 +56,8 @@ class Watch:
         if self.best is None or better(self.metric, mean, self.best["mean"]):
             self.best, self.iteration = validation, iteration
         if self.is_poor(iteration, mean):
-            raise PrunedError
-
-
-class PrunedError(Exception):
-    """A trial is not worth going on with."""
+            self.is_pruned = True
+            raise EndedError
 
 
 def run_trial(
@@ -65,6 +66,7 @@ def run_trial(
     tasks: TaskSource,
     folder: Path,
     *,
+    on_build: Callable[[Experiment], None],
     on_record: Callable[[Record], None],
     stop: Callable[[], bool],
 ) -> tuple[State, str | None] | None:
@@ -84,6 +86,7 @@ def run_trial(
             watch.see(line["iteration"], line.get("validation"))
 
     def begin(experiment: Experiment) -> None:
+        on_build(experiment)
         if experiment.learner.iteration:
             catch_up()
 
@@ -108,13 +111,14 @@ def run_trial(
                 test=False,
             )
         if ended is not None and not watch.iterations:  # somebody finished it with its test
-            catch_up()
-    except PrunedError:
-        return "pruned", None
+            with suppress(EndedError):
+                catch_up()
     except MetaplugError as error:
         if isinstance(error, BusyError) or _is_of_the_system(error):
             raise
         return "failed", one_line(error, 1000)
+    if watch.is_pruned:
+        return "pruned", None
     if ended is None:
         return None
     if watch.best is None:
