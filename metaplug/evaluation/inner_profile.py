@@ -54,13 +54,13 @@ class InnerProfiler:
         self.engine, self.count, self.steps = engine, count, steps
         inner = engine.inner
         values = {**inner.parameters, **inner.variables}
-        self._sizes = {name: values[name].numel() for name in inner.adapted}
+        self._shapes = {name: values[name].shape for name in inner.adapted}
         # Of every task: support and query losses, then rates and lengths of gradients.
         self._values = torch.zeros(4 * steps + 2, count, dtype=torch.float64)
-        self._squares = torch.zeros(steps, dtype=torch.float64)
+        self._squares = torch.zeros(steps, dtype=torch.float64, device=engine.device)
         self._sums: list[Tensor] | None = None
         if not together:
-            size = sum(self._sizes.values())
+            size = sum(shape.numel() for shape in self._shapes.values())
             dtype = torch.promote_types(inner.dtype, torch.float32)
             self._sums = [
                 torch.zeros(size, dtype=dtype, device=engine.device) for _ in range(steps)
@@ -69,7 +69,7 @@ class InnerProfiler:
     def seen(self, own: range) -> _Steps | None:
         """Return what observes the inner steps of tasks of these numbers; None for none of them."""
         rows = min(len(own), self.count - own.start)
-        return _Steps(self._sizes, rows) if rows > 0 else None
+        return _Steps(self._shapes, rows) if rows > 0 else None
 
     def add(
         self, own: range, seen: _Steps | None, outcome: Outcome, adapted_losses: Tensor
@@ -84,12 +84,12 @@ class InnerProfiler:
             return
         if not self.steps:
             adapted_losses = self.engine.adapted_losses(outcome, own)
-        losses = [*outcome.support_losses, adapted_losses]
+        losses = [*outcome.support_losses, adapted_losses.to(self.engine.device)]
         losses += [outcome.query_losses[after] for after in range(self.steps + 1)]
-        found = [loss.detach()[: seen.rows].double().cpu() for loss in losses]
-        found += [seen.rates[k].cpu() for k in range(self.steps)]
-        found += [seen.lengths[k].cpu() for k in range(self.steps)]
-        self._values[:, own.start : own.start + seen.rows] = torch.stack(found)
+        found = [loss.detach()[: seen.rows].double() for loss in losses]
+        found += [seen.rates[k] for k in range(self.steps)]
+        found += [seen.lengths[k] for k in range(self.steps)]
+        self._values[:, own.start : own.start + seen.rows] = torch.stack(found).cpu()
         for k in range(self.steps):
             if self._sums is None:
                 self._squares[k] = _square(seen.directions[k])
@@ -129,8 +129,8 @@ class _Steps:
         directions: by step, Σ_t u[t] as one vector.
     """
 
-    def __init__(self, sizes: Mapping[str, int], rows: int) -> None:
-        self.rows, self._sizes = rows, sizes
+    def __init__(self, shapes: Mapping[str, torch.Size], rows: int) -> None:
+        self.rows, self._shapes = rows, shapes
         self.rates: dict[int, Tensor] = {}
         self.lengths: dict[int, Tensor] = {}
         self.directions: dict[int, Tensor] = {}
@@ -149,32 +149,32 @@ class _Steps:
         weights = self.lengths[index].reciprocal().to(first.dtype)
         self.directions[index] = torch.cat(
             [
-                weights @ flat[name] if name in flat else first.new_zeros(size)
-                for name, size in self._sizes.items()
+                weights @ flat[name] if name in flat else first.new_zeros(shape.numel())
+                for name, shape in self._shapes.items()
             ]
         )
-        self.rates[index] = self._mean_rates(gradients, rates)
+        self.rates[index] = self._mean_rates(rates)
 
     def _flat(self, name: str, gradient: Tensor) -> Tensor:
-        own = gradient[: self.rows].reshape(self.rows, self._sizes[name])
+        own = gradient[: self.rows].reshape(self.rows, self._shapes[name].numel())
         return own.to(torch.promote_types(own.dtype, torch.float32))
 
-    def _mean_rates(self, gradients: Mapping[str, Tensor], rates: Mapping[str, Tensor]) -> Tensor:
+    def _mean_rates(self, rates: Mapping[str, Tensor]) -> Tensor:
         """(rows,): the mean rate of every task, over all that it adapts."""
-        found = torch.zeros(
-            self.rows, dtype=torch.float64, device=next(iter(rates.values())).device
-        )
+        device = next(iter(rates.values())).device
+        found = torch.zeros(self.rows, dtype=torch.float64, device=device)
         for name, rate in rates.items():
-            if not (size := self._sizes[name]):
+            shape = self._shapes[name]
+            if not shape.numel():
                 continue
-            # A rate may leave out leading axes, as what broadcasts may; that of tasks is the first.
-            axes = gradients[name].ndim if name in gradients else None
-            own = rate.reshape(len(rate), -1).mean(1) if rate.ndim == axes else rate.mean()[None]
-            found += size * own[: self.rows].double()
-        mean: Tensor = found / sum(self._sizes.values())
+            # What broadcasts may leave out leading axes; with all of them, the first is of tasks.
+            by_task = rate.ndim > len(shape)
+            own = rate.reshape(len(rate), -1).mean(1) if by_task else rate.mean()[None]
+            found += shape.numel() * own[: self.rows].double()
+        mean: Tensor = found / sum(shape.numel() for shape in self._shapes.values())
         return mean
 
 
 def _square(vector: Tensor) -> Tensor:
     length: Tensor = torch.linalg.vector_norm(vector, dtype=torch.float64)
-    return length.square().cpu()
+    return length.square()

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import nn
 
 from metaplug.contract.inputs import Inputs, map_inputs
-from metaplug.core.model_calls import Output
+from metaplug.core.model_calls import Output, arguments
 from metaplug.errors import RequestError, RunError, one_line, unknown
 from metaplug.experiments.build import Experiment
 from metaplug.experiments.json_values import to_json
@@ -62,8 +63,10 @@ def export_adapted(
 
     Raises:
         RequestError: a format is unknown, or needs a library that is missing; the folder holds
-            something; or torch cannot make a program of the module.
-        RunError: a program gives other outputs than the module, or a file cannot be written.
+            something; there are more labels than outputs; or torch cannot make a program of the
+            module.
+        RunError: the module gives NaN or Inf, a program gives other outputs than the module, or a
+            file cannot be written, and then none is left.
 
     Example:
         >>> import tempfile
@@ -79,6 +82,7 @@ def export_adapted(
     inputs = map_inputs(lambda each: each.detach().cpu(), example)
     ways = None if labels is None else len(labels)
     model = Predictor(module, output, ways, list(named_inputs(inputs)))
+    _check_prediction(model, inputs, labels)
     contents: dict[str, bytes] = {STATE: _state(model.module)}
     least = None
     if {"torch", "onnx"} & set(formats):
@@ -186,10 +190,26 @@ def _check(folder: Path, formats: Sequence[str]) -> None:
     if folder.is_dir():
         if any(folder.iterdir()):
             raise RequestError(
-                f"--out {folder}: there is something in this folder already; give a new one"
+                f"the folder {folder} for the export has something in it already: give a new one"
             )
     elif folder.exists():
-        raise RequestError(f"--out {folder}: this is a file; give a new folder")
+        raise RequestError(f"{folder} is a file, not a folder for an export: give a new folder")
+
+
+def _check_prediction(model: Predictor, inputs: Inputs, labels: Sequence[str] | None) -> None:
+    positional, named = arguments(inputs)
+    with torch.no_grad():
+        prediction = model(*positional, **named)
+    if labels is not None and prediction.shape[1:2] < (len(labels),):
+        raise RequestError(
+            f"{len(labels)} labels for predictions of the shape {tuple(prediction.shape)}: give at "
+            "most one for each output"
+        )
+    if not torch.isfinite(prediction).all():
+        raise RunError(
+            "the model gives NaN or Inf for the examples that it is exported with: adapt it with "
+            "fewer inner steps, or train with a lower inner_lr"
+        )
 
 
 def _depends_on_batch(module: nn.Module) -> bool:
@@ -220,7 +240,12 @@ def _written(folder: Path, contents: Mapping[str, bytes]) -> dict[str, Path]:
         raise RunError(
             f"cannot make the folder {folder}: {one_line(error.strerror or error)}; give another"
         ) from None
-    for name, content in contents.items():
-        with replacing(folder / name) as file:
-            file.write(content)
+    try:
+        for name, content in contents.items():
+            with replacing(folder / name) as file:
+                file.write(content)
+    except RunError:
+        for name in contents:
+            (folder / name).unlink(missing_ok=True)
+        raise
     return {name: folder / name for name in contents}

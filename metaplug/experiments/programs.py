@@ -91,7 +91,7 @@ def make_program(model: Predictor, inputs: Inputs) -> tuple[torch.export.Exporte
     except Exception as error:  # any operation of any model may fail, in any way
         raise RequestError(
             f"torch.export cannot make a program of the model ({said_by(error)}): leave out what "
-            "it names from forward, or give --format state, and load that in Python"
+            "it names from forward, or write the state alone (--format state)"
         ) from error
     _check_program(run, model, inputs, least)
     return program, least
@@ -121,7 +121,7 @@ def _check_program(run: Callable[..., Any], model: nn.Module, inputs: Inputs, le
             raise RunError(
                 f"the program of the model gives other outputs than the model, by up to "
                 f"{error:.1e} for {count} examples: see whether forward draws random numbers or "
-                "branches on the number of examples, or give --format state"
+                "branches on the number of examples, or write the state alone (--format state)"
             )
 
 

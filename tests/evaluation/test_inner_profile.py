@@ -13,7 +13,7 @@ from support.tiny_runs import assert_same, tiny
 from torch import nn
 from torch.nn import functional as F
 
-from metaplug import MetaLearner, PluginUse, RequestError, TaskBatch
+from metaplug import MetaLearner, PluginUse, RequestError, RunError, TaskBatch
 from metaplug import checkpoint as checkpoints
 from metaplug.contract import registry
 from metaplug.evaluation.inner_profile import InnerProfile
@@ -201,6 +201,18 @@ def test_numbers_of_two_runs_are_compared_one_by_one(tmp_path):
     fault = compare_runs(tmp_path / "one", tmp_path / "other").fault
     assert fault.startswith("iteration 4 is the first to differ (validation.inner.cosines.0 ")
     assert fault.endswith("largest relative difference 1.0e-06)")
+
+
+def test_a_damaged_profile_is_not_read(tmp_path):
+    train(tiny(training__iterations=1), tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"cosines": [', '"cosines": ["high", '))
+    with pytest.raises(RunError) as error:
+        read_metrics(tmp_path / "run")
+    assert str(error.value) == (
+        f"{metrics}, line 1, is not what a run writes (validation.inner.cosines.0: input should be "
+        "a valid number): take it from a backup, or train the run anew"
+    )
 
 
 def test_one_task_and_gradients_of_zero_have_no_cosine():

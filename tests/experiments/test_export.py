@@ -17,9 +17,11 @@ from torch import nn
 
 from metaplug import MetaLearner, RequestError, RunError
 from metaplug.cli.main import main
+from metaplug.experiments import export
 from metaplug.experiments.export import digest_of, export_adapted, export_run
 from metaplug.experiments.runs import load, train
 from metaplug.experiments.support_sets import read_support
+from metaplug.files import replacing
 from metaplug.models import Conv4
 from metaplug.tasks import Glyphs
 from metaplug.tasks.text.source import Text
@@ -263,7 +265,7 @@ def test_a_program_that_gives_other_outputs_is_not_written(tmp_path):
     assert text.startswith("the program of the model gives other outputs than the model, by up to ")
     assert text.endswith(
         " for 1 examples: see whether forward draws random numbers or branches on the number of "
-        "examples, or give --format state"
+        "examples, or write the state alone (--format state)"
     )
     assert not (tmp_path / "out").exists()
 
@@ -275,6 +277,36 @@ def test_what_torch_cannot_export_is_said_in_one_line(tmp_path):
     assert text.startswith("torch.export cannot make a program of the model (")
     assert "\n" not in text
     export_adapted(Branches(), torch.ones(2, 3), tmp_path / "out", formats=["state"])
+
+
+def test_what_cannot_be_of_use_is_refused(tmp_path):
+    def refusal(module, **given):
+        with pytest.raises((RequestError, RunError)) as error:
+            export_adapted(module, torch.ones(2, 3), tmp_path / "out", **given)
+        assert not (tmp_path / "out").exists()
+        return str(error.value)
+
+    assert refusal(nn.Linear(3, 1), labels=["a", "b"]) == (
+        "2 labels for predictions of the shape (2, 1): give at most one for each output"
+    )
+    module = nn.Linear(3, 2)
+    nn.init.constant_(module.weight, torch.nan)
+    assert refusal(module, formats=["state"]) == (
+        "the model gives NaN or Inf for the examples that it is exported with: adapt it with fewer "
+        "inner steps, or train with a lower inner_lr"
+    )
+
+
+def test_a_disk_that_fills_up_leaves_no_half_export(tmp_path, monkeypatch):
+    def replacing_until_full(path):
+        if path.name == "labels.json":
+            raise RunError(f"cannot write {path}: No space left on device")
+        return replacing(path)
+
+    monkeypatch.setattr(export, "replacing", replacing_until_full)
+    with pytest.raises(RunError):
+        export_adapted(nn.Linear(3, 2), torch.ones(2, 3), tmp_path)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_format_without_its_library_or_of_another_name_is_refused(tmp_path, monkeypatch):
@@ -328,11 +360,11 @@ def wrong(runs, folder):
         ),
         "a full folder": (
             [run, "--support", support, "--out", str(folder)],
-            f"--out {folder}: there is something in this folder already; give a new one",
+            f"the folder {folder} for the export has something in it already: give a new one",
         ),
         "a file": (
             [run, "--support", support, "--out", f"{folder}/file"],
-            f"--out {folder}/file: this is a file; give a new folder",
+            f"{folder}/file is a file, not a folder for an export: give a new folder",
         ),
         "a wrong format": (
             [run, "--support", support, "--out", out, "--format", "tflite"],
