@@ -49,6 +49,8 @@ class DaskPool:
         if address is None:
             fault = "the backend 'dask' runs on a cluster that exists"
             raise RequestError(f"{fault}: give the address of its scheduler, as tcp://HOST:8786")
+        # It logs the whole traceback of a scheduler that is gone, which our error says in one line.
+        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
         try:
             self._client = Client(address, timeout=_PATIENCE, set_as_default=False)
         except (OSError, ValueError) as error:
