@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,7 +51,7 @@ class Fake:
     def room(self, running: int) -> bool:
         return running < self.jobs
 
-    def begin(self, function: Callable[[Any], Any], item: int) -> Future[Any]:
+    def begin(self, run: Callable[[Any], Any], item: int) -> Future[Any]:
         future: Future[Any] = Future()
         self.beside.append((item, sorted(self.running.values())))
         self.running[future] = item
@@ -58,7 +59,7 @@ class Fake:
             self.deaths[item] -= 1
             future.set_exception(MemoryError("gone"))
         else:
-            future.set_result(attempt(function, item))
+            future.set_result(run(item))
         return future
 
     def end(self, future: Future[Any]) -> Attempt[Any] | BaseException:
@@ -104,13 +105,30 @@ def test_stop_does_not_run_again_what_died() -> None:
     pool = Fake(jobs=1, deaths={0: 1})
     begin = pool.begin
 
-    def stopping(function: Callable[[Any], Any], item: int) -> Future[Any]:
+    def stopping(run: Callable[[Any], Any], item: int) -> Future[Any]:
         nonlocal stopped
         stopped = True
-        return begin(function, item)
+        return begin(run, item)
 
     pool.begin = stopping  # type: ignore[method-assign]
     assert list(_dispatch(pool, str, [0, 1], stop)) == []
+
+
+def test_worker_runs_in_the_folder_of_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert attempt(_folder, tmp_path.parent, 0).result == tmp_path.parent
+    gone = attempt(_folder, tmp_path / "gone", 0).result
+    assert gone == Failed(
+        f"{tmp_path / 'gone'}: not a folder on {socket.gethostname()} (No such file or directory); "
+        "workers need the same path to the same files",
+        exit_status=2,
+    )
+
+
+def _folder(_: int) -> Path:
+    return Path.cwd()
 
 
 # In this process

@@ -20,7 +20,7 @@ from joblib.externals.loky import ProcessPoolExecutor
 from joblib.externals.loky.process_executor import BrokenProcessPool, TerminatedWorkerError
 
 from metaplug.execution.free_memory import available, resident, size_text
-from metaplug.experiments.parallel.attempt import Attempt, attempt
+from metaplug.experiments.parallel.attempt import Attempt
 
 if sys.platform != "win32":
     import resource
@@ -77,15 +77,15 @@ class ProcessPool:
             )
         return False
 
-    def begin(self, function: Callable[[T], Any], item: T) -> Future[Attempt[Any]]:
+    def begin(self, run: Callable[[T], Attempt[Any]], item: T) -> Future[Attempt[Any]]:
         """Send an item to an idle process, or to a new one."""
         executor = self._idle.pop() if self._idle else _new_worker()
         try:
             with _signals_held():
-                future: Future[Attempt[Any]] = executor.submit(attempt, function, item)
+                future: Future[Attempt[Any]] = executor.submit(run, item)
         except BrokenProcessPool:  # it died while it was idle
             executor.shutdown(kill_workers=True)
-            return self.begin(function, item)
+            return self.begin(run, item)
         self._busy[future] = executor
         return future
 
