@@ -44,8 +44,8 @@ def test_dask_loses_a_worker_in_the_middle_and_no_item(cluster: Any, tmp_path: P
             results[item] = result
     assert [str(warning.message) for warning in caught] == ["be careful"]
     assert results.pop(items[4]) == Failed("item 4: cannot be done", 2)
-    assert sorted(number for number, _, _ in results.values()) == [0, 1, 2, 3, 5]
-    assert {threads for _, _, threads in results.values()} == {1}
+    assert sorted(report.number for report in results.values()) == [0, 1, 2, 3, 5]
+    assert {report.threads for report in results.values()} == {1}
     assert [item.begun() for item in items] == [2, 1, 1, 1, 1, 1]
 
 
@@ -119,7 +119,7 @@ def test_ray_runs_again_what_loses_its_worker(
         "the worker that ran it died 3 times (WorkerCrashedError), also alone: most likely memory "
         "ran out; make it smaller, or use workers with more"
     )
-    assert sorted(number for number, _, _ in results.values()) == [0, 1, 3, 5]
+    assert sorted(report.number for report in results.values()) == [0, 1, 3, 5]
     assert [item.begun() for item in items] == [2, 1, 3, 1, 1, 1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,7 +51,7 @@ class Fake:
     def room(self, running: int) -> bool:
         return running < self.jobs
 
-    def begin(self, function: Callable[[Any], Any], item: int) -> Future[Any]:
+    def begin(self, run: Callable[[Any], Any], item: int) -> Future[Any]:
         future: Future[Any] = Future()
         self.beside.append((item, sorted(self.running.values())))
         self.running[future] = item
@@ -58,7 +59,7 @@ class Fake:
             self.deaths[item] -= 1
             future.set_exception(MemoryError("gone"))
         else:
-            future.set_result(attempt(function, item))
+            future.set_result(run(item))
         return future
 
     def end(self, future: Future[Any]) -> Attempt[Any] | BaseException:
@@ -104,13 +105,30 @@ def test_stop_does_not_run_again_what_died() -> None:
     pool = Fake(jobs=1, deaths={0: 1})
     begin = pool.begin
 
-    def stopping(function: Callable[[Any], Any], item: int) -> Future[Any]:
+    def stopping(run: Callable[[Any], Any], item: int) -> Future[Any]:
         nonlocal stopped
         stopped = True
-        return begin(function, item)
+        return begin(run, item)
 
     pool.begin = stopping  # type: ignore[method-assign]
     assert list(_dispatch(pool, str, [0, 1], stop)) == []
+
+
+def test_worker_runs_in_the_folder_of_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert attempt(_folder, tmp_path.parent, 0).result == tmp_path.parent
+    gone = attempt(_folder, tmp_path / "gone", 0).result
+    assert gone == Failed(
+        f"{tmp_path / 'gone'}: not a folder on {socket.gethostname()} (No such file or directory); "
+        "workers need the same path to the same files",
+        exit_status=2,
+    )
+
+
+def _folder(_: int) -> Path:
+    return Path.cwd()
 
 
 # In this process
@@ -125,7 +143,9 @@ def test_one_job_runs_in_this_process_with_one_thread(tmp_path: Path) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
-    assert (first, result) == (items[0], (0, os.getpid(), 1))
+    assert first == items[0]
+    assert not isinstance(result, Failed)
+    assert result[:3] == (0, os.getpid(), 1)
     assert failed[0][1] == Failed("item 1: cannot be done", 2)
     assert isinstance(error := failed[1][1], Failed)
     assert error.text.startswith("ZeroDivisionError: no number (parallel_items.py, line ")
@@ -147,21 +167,24 @@ def test_two_processes_give_what_one_gives_and_a_warning_once(tmp_path: Path) ->
         results = dict(in_parallel(work, items, jobs=2))
     assert [str(warning.message) for warning in caught] == ["be careful"]
     assert results.pop(items[4]) == Failed("item 4: cannot be done", 2)
-    done = list(results.values())
-    assert sorted(number for number, _, _ in done) == [0, 1, 2, 3]
-    assert {threads for _, _, threads in done} == {1}
-    processes = {process for _, process, _ in done}
+    done = sorted(results.values())
+    again = in_parallel(work, [Item(number, tmp_path) for number in range(4)], jobs=1)
+    one_by_one = [result for _, result in again if not isinstance(result, Failed)]
+    assert [report.number for report in one_by_one] == [0, 1, 2, 3]
+    for own, other in zip(done, one_by_one, strict=True):
+        assert (own.number, own.threads, own.digits) == (other.number, 1, other.digits)
+    processes = {report.process for report in done}
     assert len(processes) == 2
     assert os.getpid() not in processes
-    assert not any(_alive(process) for process in processes)
+    assert not any(map(_alive, processes))
 
 
 def test_process_that_dies_takes_no_neighbour_along(tmp_path: Path) -> None:
-    items = _items(tmp_path, "dies once", "naps", "dies", "")
+    items = _items(tmp_path, "dies", "naps", "")
     results = dict(in_parallel(work, items, jobs=2))
-    assert results[items[2]] == KILLED
-    assert [results[item][0] for item in (items[0], items[1], items[3])] == [0, 1, 3]
-    assert [item.begun() for item in items] == [2, 1, 3, 1]
+    assert results.pop(items[0]) == KILLED
+    assert [report.number for report in sorted(results.values())] == [1, 2]
+    assert [item.begun() for item in items] == [3, 1, 1]
 
 
 def test_closing_early_ends_the_processes_at_once(tmp_path: Path) -> None:
@@ -181,9 +204,9 @@ from pathlib import Path
 sys.path[:0] = {path!r}
 from support.parallel_items import Item, work
 from metaplug.experiments.parallel import in_parallel
-items = [Item(number, Path({folder!r}), "sleeps") for number in range(2)]
+items = [Item(number, Path({folder!r}), how) for number, how in enumerate(["waits", "sleeps"])]
 for item, result in in_parallel(work, items, jobs=2):
-    pass
+    print(item.number, type(result).__name__, flush=True)
 """
 
 
@@ -192,7 +215,8 @@ def parent(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process of a group of its own, with two workers in the middle of an item."""
     script = SCRIPT.format(path=sys.path, folder=str(tmp_path))
     command = [sys.executable, "-c", script]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
     _until(lambda: len(_processes(tmp_path)) == 2)
     yield process
     for pid in (process.pid, *_processes(tmp_path)):
@@ -207,7 +231,9 @@ def test_processes_ignore_ctrl_c_and_end_when_their_parent_is_killed(
     for worker in _processes(tmp_path):
         os.kill(worker, signal.SIGINT)
         os.kill(worker, signal.SIGHUP)
-    time.sleep(0.2)
+    (tmp_path / "go").touch()
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "0 Report\n"
     assert all(map(_alive, _processes(tmp_path)))
     parent.kill()
     _until(lambda: not any(map(_alive, _processes(tmp_path))))

@@ -8,6 +8,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,8 +28,17 @@ class Item:
         return len(list(self.folder.glob(f"{self.number}-*")))
 
 
-def work(item: Item) -> tuple[int, int, int]:
-    """Behave as `how` says; return the number, the process and its threads."""
+class Report(NamedTuple):
+    """The number of an item, where it ran, and digits that would tell how."""
+
+    number: int
+    process: int
+    threads: int
+    digits: str
+
+
+def work(item: Item) -> Report:
+    """Behave as `how` says, and report."""
     times = item.begun()
     (item.folder / f"{item.number}-{times}-{os.getpid()}").touch()
     match item.how:
@@ -52,4 +62,6 @@ def work(item: Item) -> tuple[int, int, int]:
             raise ZeroDivisionError("no\nnumber")
         case "warns":
             warnings.warn("be careful", UserWarning, stacklevel=1)
-    return item.number, os.getpid(), torch.get_num_threads()
+    random = torch.randn(300, 300, generator=torch.Generator().manual_seed(item.number))
+    digits = torch.tanh(random @ random).sum().item().hex()
+    return Report(item.number, os.getpid(), torch.get_num_threads(), digits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 import traceback
 import warnings
@@ -12,7 +14,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from metaplug.errors import MetaplugError, said_by
+from metaplug.errors import MetaplugError, reason, said_by
 from metaplug.execution.free_memory import resident
 
 T = TypeVar("T")
@@ -43,17 +45,26 @@ class Attempt(Generic[R]):
     """
 
     result: R | Failed
-    warnings: tuple[tuple[type[Warning], str], ...]
-    peak_bytes: int
+    warnings: tuple[tuple[type[Warning], str], ...] = ()
+    peak_bytes: int = 0
 
 
 _ONE_AT_A_TIME = threading.Lock()
 """A Dask worker may have many threads, but the state of torch is one for the whole process."""
 
 
-def attempt(function: Callable[[T], R], item: T) -> Attempt[R]:
-    """Run an item in a worker, and keep its warnings for the process that shows them."""
+def attempt(function: Callable[[T], R], folder: Path, item: T) -> Attempt[R]:
+    """Run an item in a worker, and keep its warnings for the process that shows them.
+
+    Args:
+        folder: the working folder of the process that asks, so that paths mean the same.
+    """
     with _ONE_AT_A_TIME, warnings.catch_warnings(record=True) as caught:
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            fault = f"{folder}: not a folder on {socket.gethostname()} ({reason(error)})"
+            return Attempt(Failed(f"{fault}; workers need the same path to the same files", 2))
         result = run_item(function, item)
         given = dict.fromkeys((warning.category, str(warning.message)) for warning in caught)
     return Attempt(result, tuple(given), resident(peak=True))

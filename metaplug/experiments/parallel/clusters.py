@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from metaplug.errors import RequestError, RunError, reason
-from metaplug.experiments.parallel.attempt import Attempt, attempt
+from metaplug.experiments.parallel.attempt import Attempt
 
 T = TypeVar("T")
 
@@ -49,6 +49,8 @@ class DaskPool:
         if address is None:
             fault = "the backend 'dask' runs on a cluster that exists"
             raise RequestError(f"{fault}: give the address of its scheduler, as tcp://HOST:8786")
+        # It logs the whole traceback of a scheduler that is gone, which our error says in one line.
+        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
         try:
             self._client = Client(address, timeout=_PATIENCE, set_as_default=False)
         except (OSError, ValueError) as error:
@@ -63,13 +65,13 @@ class DaskPool:
         """Tell whether a worker is free; workers come and go."""
         return running < min(self._jobs or running + 1, self._workers())
 
-    def begin(self, function: Callable[[T], Any], item: T) -> Future[Attempt[Any]]:
+    def begin(self, run: Callable[[T], Attempt[Any]], item: T) -> Future[Attempt[Any]]:
         """Send an item to the worker that the scheduler chooses."""
         future: Future[Attempt[Any]] = Future()
         # Copy the result, and keep nothing of Dask's: while a future of its own lives, Dask runs an
         # item again that has already come back, should the worker be lost that holds its result.
         copy = partial(_copy, to=future)
-        self._executor.submit(attempt, function, item).add_done_callback(copy)
+        self._executor.submit(run, item).add_done_callback(copy)
         return future
 
     def end(self, future: Future[Attempt[Any]]) -> Attempt[Any] | BaseException:
@@ -127,7 +129,7 @@ class RayPool:
             self._connect(jobs, address)
         cpus = int(ray.cluster_resources().get("CPU", 1))
         self._jobs = min(jobs or cpus, cpus)
-        self._attempt: Any = ray.remote(num_cpus=1, max_retries=0)(attempt)
+        self._call: Any = ray.remote(num_cpus=1, max_retries=0)(_call)
         self._tasks: dict[Future[Attempt[Any]], Any] = {}
 
     def _connect(self, jobs: int | None, address: str | None) -> None:
@@ -146,9 +148,9 @@ class RayPool:
         """Tell whether a CPU is free for another item."""
         return running < self._jobs
 
-    def begin(self, function: Callable[[T], Any], item: T) -> Future[Attempt[Any]]:
+    def begin(self, run: Callable[[T], Attempt[Any]], item: T) -> Future[Attempt[Any]]:
         """Send an item to the worker that Ray chooses."""
-        task = self._attempt.remote(function, item)
+        task = self._call.remote(run, item)
         future: Future[Attempt[Any]] = task.future()
         self._tasks[future] = task
         return future
@@ -182,6 +184,10 @@ def _copy(future: Future[Any], to: Future[Any]) -> None:
         to.set_exception(error)
     else:
         to.set_result(future.result())
+
+
+def _call(run: Callable[[T], Attempt[Any]], item: T) -> Attempt[Any]:
+    return run(item)
 
 
 def _missing(backend: str, library: str) -> RequestError:

@@ -7,10 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from metaplug.errors import RequestError, at_least_one, said_by
-from metaplug.experiments.parallel.attempt import Attempt, Failed, run_item
+from metaplug.experiments.parallel.attempt import Attempt, Failed, attempt, run_item
 from metaplug.experiments.parallel.clusters import DaskPool, RayPool
 from metaplug.experiments.parallel.pool import Pool
 from metaplug.experiments.parallel.processes import ProcessPool
@@ -36,10 +38,12 @@ def in_parallel(
     """Run a function over items, and yield (item, result) as they come, in no certain order.
 
     Every item runs with one thread, in a process that runs nothing else meanwhile, so that results
-    are the same however many run at once. An item whose process dies is run again, the third and
-    last time alone; write the function so that a repeated item is cheap and harms nothing.
+    are the same however many run at once; and in the working folder of this process. An item whose
+    process dies is run again, the third and last time alone: write the function so that a repeated
+    item is cheap and harms nothing.
 
-    Closing the iterator before its end, also by an exception, kills the workers at once.
+    Closing the iterator before its end, also by an exception, kills the processes at once; a worker
+    of Dask ends what it runs.
 
     Args:
         function: of a module that workers can import.
@@ -87,7 +91,7 @@ def _make_pool(backend: Backend, jobs: int | None, address: str | None) -> Pool:
 
 @dataclass(frozen=True)
 class _Try(Generic[T]):
-    """An item that waits or runs; `deaths` is how many workers have died of it, or beside it."""
+    """An item that waits or runs, and how many workers have died of it."""
 
     item: T
     deaths: int = 0
@@ -97,6 +101,7 @@ class _Try(Generic[T]):
 def _dispatch(
     pool: Pool, function: Callable[[T], R], items: Sequence[T], stop: Callable[[], bool]
 ) -> Iterator[tuple[T, R | Failed]]:
+    run = partial(attempt, function, Path.cwd())
     waiting = deque(_Try(item) for item in items)
     running: dict[Future[Attempt[Any]], _Try[T]] = {}
     warned: set[tuple[type[Warning], str]] = set()
@@ -105,7 +110,7 @@ def _dispatch(
         # Begin before yielding: a caller may take its time over a result, and workers would idle.
         while waiting and _may_begin(waiting[0], running, pool) and not stop():
             begun = waiting.popleft()
-            running[pool.begin(function, begun.item)] = begun
+            running[pool.begin(run, begun.item)] = begun
         yield from results
         results = []
         if not running:
@@ -116,9 +121,10 @@ def _dispatch(
             ended, back = running.pop(future), pool.end(future)
             if isinstance(back, Attempt):
                 results.append((ended.item, back.result))
-                for category, text in set(back.warnings) - warned:
-                    warnings.warn(text, category, stacklevel=3)
-                warned.update(back.warnings)
+                for category, text in back.warnings:
+                    if (category, text) not in warned:
+                        warned.add((category, text))
+                        warnings.warn(text, category, stacklevel=3)
             elif (how := pool.death(back)) is None:
                 results.append((ended.item, Failed(said_by(back))))
             elif (deaths := ended.deaths + 1) < pool.lives:

@@ -21,8 +21,8 @@ class Pool(Protocol):
         """Tell whether an item may begin beside those that run; asked only where some do."""
         ...
 
-    def begin(self, function: Callable[[T], Any], item: T) -> Future[Attempt[Any]]:
-        """Send an item to a free worker."""
+    def begin(self, run: Callable[[T], Attempt[Any]], item: T) -> Future[Attempt[Any]]:
+        """Send an item to a free worker, which calls `run` with it."""
         ...
 
     def end(self, future: Future[Attempt[Any]]) -> Attempt[Any] | BaseException:

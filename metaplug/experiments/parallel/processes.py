@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +20,10 @@ from joblib.externals.loky import ProcessPoolExecutor
 from joblib.externals.loky.process_executor import BrokenProcessPool, TerminatedWorkerError
 
 from metaplug.execution.free_memory import available, resident, size_text
-from metaplug.experiments.parallel.attempt import Attempt, attempt
+from metaplug.experiments.parallel.attempt import Attempt
+
+if sys.platform != "win32":
+    import resource
 
 T = TypeVar("T")
 
@@ -26,6 +31,9 @@ T = TypeVar("T")
 warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
 
 _ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
+
+_FILES_EACH = 10
+"""Pipes and locks that this process holds open for each of the others."""
 
 
 class ProcessPool:
@@ -44,6 +52,7 @@ class ProcessPool:
     def __init__(
         self, jobs: int, free: Callable[[], int | None] = lambda: available(torch.device("cpu"))
     ) -> None:
+        _let_open(_FILES_EACH * jobs)
         self.jobs, self._free = jobs, free
         self._idle: list[ProcessPoolExecutor] = []
         self._busy: dict[Future[Attempt[Any]], ProcessPoolExecutor] = {}
@@ -64,19 +73,19 @@ class ProcessPool:
             self._warned = True
             takes = f"one takes up to {size_text(self._needed)}, and {size_text(free)} are free"
             warnings.warn(
-                f"memory lets {running} run at once, not {self.jobs}: {takes}", stacklevel=4
+                f"memory lets {running} run at once, not {self.jobs}: {takes}", stacklevel=5
             )
         return False
 
-    def begin(self, function: Callable[[T], Any], item: T) -> Future[Attempt[Any]]:
+    def begin(self, run: Callable[[T], Attempt[Any]], item: T) -> Future[Attempt[Any]]:
         """Send an item to an idle process, or to a new one."""
         executor = self._idle.pop() if self._idle else _new_worker()
         try:
             with _signals_held():
-                future: Future[Attempt[Any]] = executor.submit(attempt, function, item)
+                future: Future[Attempt[Any]] = executor.submit(run, item)
         except BrokenProcessPool:  # it died while it was idle
             executor.shutdown(kill_workers=True)
-            return self.begin(function, item)
+            return self.begin(run, item)
         self._busy[future] = executor
         return future
 
@@ -131,6 +140,15 @@ def most_at_once(free: int, held: int, needed: int) -> int:
     return max((free + held) // needed, 1)
 
 
+def _let_open(more: int) -> None:
+    """Raise the limit of open files, as far as it goes: the usual 1024 fits about 100 processes."""
+    if sys.platform != "win32":
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 1024 + more if hard == resource.RLIM_INFINITY else min(1024 + more, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _new_worker() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(
         max_workers=1, initializer=_end_with, initargs=(os.getpid(),), env=_ONE_THREAD
@@ -158,6 +176,7 @@ def _signals_held() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    resource_tracker.ensure_running()  # it would unblock them where it starts in between
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield
