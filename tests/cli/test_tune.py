@@ -75,7 +75,7 @@ def test_results_are_on_standard_output_and_progress_is_not(metaplug: Any) -> No
     assert values["search"] == {"learner.inner_lr": "log:0.001..0.1"}
     assert err.startswith("going on after 2 trials\nthe best configuration is ")
     status, _, err = metaplug("train", "runs/mine/best.yaml", "--set", "training.test_tasks=2")
-    assert (status, Path("runs/best/summary.json").exists()) == (0, True)
+    assert (status, Path("runs/best-test_tasks2/summary.json").exists()) == (0, True)
 
 
 def test_a_terminal_shows_one_bar_with_the_best_so_far() -> None:
