@@ -9,7 +9,7 @@ import typer
 
 from metaplug.cli.options import examples
 from metaplug.errors import RequestError
-from metaplug.report.console import line
+from metaplug.report.console import result
 
 
 @examples(
@@ -46,4 +46,4 @@ def report(
     from metaplug.report.page.writing import write_page
 
     write_page(folders, file)
-    line(f"the report is {file}")
+    result(f"the report is {file}")

@@ -40,7 +40,7 @@ def differences(config: ExperimentConfig, base: ExperimentConfig | None = None) 
 
     Settings of plugins are plugins.NAME.FIELD, all that are given; those of the preset's plugins
     are preset.NAME.FIELD, where they were changed. Of the runtime only the precision is there, as
-    the rest of it gives the same run.
+    the rest of it gives the same run, and no logger is.
 
     Args:
         base: another configuration to differ from.
@@ -116,7 +116,7 @@ def _fields(config: ExperimentConfig) -> dict[str, Any]:
     own = {f"preset.{path}": value for path, value in changes.items()}
     for use in config.plugins:
         own |= {f"plugins.{use.label}.{field}": value for field, value in use.settings.items()}
-    flat = flatten(config.model_dump(mode="json", exclude={"preset", "plugins"}))
+    flat = flatten(config.model_dump(mode="json", exclude={"preset", "plugins", "loggers"}))
     return own | {path: value for path, value in flat.items() if _counts(path)}
 
 

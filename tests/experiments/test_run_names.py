@@ -42,7 +42,7 @@ NAMES: list[tuple[ExperimentConfig, str]] = [
         config("model.name=mlp", "model.settings.hidden=[40, 40]", "runtime.precision=tf32"),
         "maml-glyphs-5way-1shot-precision=tf32-mlp-hidden=40,40-seed0",
     ),
-    (config("runtime.threads=1", "runtime.device=cpu"), "maml-glyphs-5way-1shot-seed0"),
+    (config("runtime.threads=1", "loggers=[jsonl]"), "maml-glyphs-5way-1shot-seed0"),
 ]
 
 
