@@ -4,5 +4,5 @@
 lines and the progress of a run, with its curve by `sparkline`, `comparison` the table of a
 comparison, `tables` those of a configuration and of installed parts, which `catalogue` describes.
 `figures` draws curves and `episodes` a task. `bench`, `scaling` and `soak` show what `metaplug
-bench` measures.
+bench` measures. `page` writes the HTML page of a study or runs.
 """

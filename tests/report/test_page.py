@@ -74,11 +74,11 @@ def test_a_study(tmp_path: Path) -> None:
         "Learning curves",
         "Every setting",
         "Over training",
-        "Outer loss",
+        "Training batches, smoothed",
         "What plugins learn and log",
         "From inner step to inner step",
         "Support and query loss",
-        "Gradients and rates",
+        "Beside each other",
         "Sensitivity",
         "inner_lr",
         "Repeat it",
@@ -116,6 +116,7 @@ def test_a_study(tmp_path: Path) -> None:
     assert "finished runs 8 seeds 0 and 1 test tasks of a run 4 validation tasks 200" in text
     assert "This command trained it: metaplug study cells" in text
     assert "versions metaplug 0.1.0, torch 2.14.1 device cpu threads 1 precision float32" in text
+    assert "Late, the query loss is lowest at step 1 of 2, and rises after it." in text
     assert STUDY.split("\n")[6] in unescape(html)  # the study itself is there
     assert "maml+gradient-sharing, inner_lr 0.01, seed 0 preset: maml plugins:" in text
 
@@ -146,6 +147,9 @@ def test_pictures_are_well_formed_and_say_what_they_show(tmp_path: Path) -> None
     assert said["Test by inner_lr"] == (
         "test accuracy (%) against inner_lr. maml: 50.5 at 0.01, 40.5 at 0.1; "
         "maml+gradient-sharing: 70.5 at 0.01, 60.5 at 0.1."
+    )
+    assert said["Difference by inner_lr"] == (
+        "test minus maml (pp) against inner_lr. maml+gradient-sharing: 20 at 0.01, 20 at 0.1."
     )
     for each in shown:
         named = each.get("aria-labelledby", "").split()
@@ -341,7 +345,7 @@ def test_unfinished_runs_alone_have_curves_and_no_table(tmp_path: Path) -> None:
 def test_what_a_run_did_not_log_is_said_or_left_out(tmp_path: Path) -> None:
     html = page(write_run(tmp_path / "run", config()))
     assert headings(html)[1:] == [
-        *("Results", "Learning curves", "Over training", "Outer loss"),
+        *("Results", "Learning curves", "Over training", "Training batches, smoothed"),
         *("From inner step to inner step", "Repeat it"),
     ]
     assert "These runs did not log their validations by inner step." in words(html)

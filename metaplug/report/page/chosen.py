@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from metaplug.evaluation.scores import better
 from metaplug.experiments.study.cells import setting_text
 from metaplug.experiments.study.results import Row, StudyResult
+from metaplug.report.page.material import Material
+from metaplug.report.page.panels import Key
 
 
 def compared(result: StudyResult) -> tuple[tuple[Row, ...], ...]:
@@ -59,3 +63,44 @@ def best_validated(result: StudyResult, rows: Sequence[Row]) -> Row:
     return rows[
         max(range(len(rows)), key=lambda k: values[k] if math.isfinite(values[k]) else -math.inf)
     ]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row whose training is looked into, or an unfinished run.
+
+    Attributes:
+        label: the row's.
+        look: of its variant.
+        metrics: the lines of metrics.jsonl of each of its runs.
+    """
+
+    label: str
+    look: int
+    metrics: tuple[Sequence[Mapping[str, Any]], ...]
+
+
+def shown(material: Material) -> list[Shown]:
+    """The rows that are compared; where none is finished, the unfinished runs."""
+    look_of = material.look_of
+    rows = flat(compared(material.result))
+    if rows:
+        return [
+            Shown(row.label, look_of(row.variant), tuple(run.metrics for run in row.runs))
+            for row in rows
+        ]
+    return [
+        Shown(each.label, look_of(each.variant), (each.run.metrics,))
+        for each in material.unfinished
+    ]
+
+
+def which(result: StudyResult) -> str:
+    """Say which rows are compared, where they were chosen; else empty."""
+    return "Each variant at the setting that validated best." if result.best_rows() else ""
+
+
+def keys(material: Material) -> tuple[Key, ...]:
+    """Which line is which variant; empty where there is only one."""
+    labels = [variant.label for variant in material.result.study.variants]
+    return tuple(Key(label, place) for place, label in enumerate(labels)) if labels[1:] else ()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from metaplug.evaluation.curves import Curve, Point, best_point
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.study.cells import setting_text
 from metaplug.experiments.study.results import Row
-from metaplug.report.page.chosen import baseline_among, compared, heading
-from metaplug.report.page.gather import Material, Unfinished
-from metaplug.report.page.panels import Group, Key, Line, Panel, Points, Section, finite, thinned
+from metaplug.report.page.chosen import baseline_among, compared, heading, keys, which
+from metaplug.report.page.material import Material, Unfinished
+from metaplug.report.page.panels import Group, Line, Panel, Points, Section, finite, thinned
 from metaplug.report.terminal import scale_of
 
 _MOST_SETTINGS = 12
@@ -68,12 +69,6 @@ def _panels(material: Material, rows: Sequence[Row]) -> tuple[Panel, ...]:
     return tuple(filter(None, panels))
 
 
-def keys(material: Material) -> tuple[Key, ...]:
-    """Which line is which variant; empty where there is only one."""
-    labels = [variant.label for variant in material.result.study.variants]
-    return tuple(Key(label, place) for place, label in enumerate(labels)) if labels[1:] else ()
-
-
 def _texts(material: Material, settings: Sequence[object]) -> tuple[str, ...]:
     several = any(len(row.runs) > 1 for row in material.result.rows)
     text = (
@@ -84,30 +79,32 @@ def _texts(material: Material, settings: Sequence[object]) -> tuple[str, ...]:
         "validation tasks; one seed says nothing about others."
     )
     texts = [text]
-    if material.result.tuned and material.result.best_rows():
-        texts.append("Each variant at the setting that validated best.")
+    texts.append(which(material.result))
     if len(settings) > _MOST_SETTINGS:
         left = len(settings) - _MOST_SETTINGS
         texts.append(f"{left} more settings are in the tables.")
     if material.unfinished:
         texts.append("Thin dotted lines are unfinished runs, as far as they came.")
-    return (" ".join(texts),)
+    return (" ".join(filter(None, texts)),)
 
 
 def _by_setting(material: Material) -> list[tuple[str, list[Row]]]:
     """The rows at every setting of the axes; a variant that an axis does not concern is in each."""
     rows = material.result.rows
-    full = max((len(row.setting) for row in rows), default=0)
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        if len(row.setting) == full:
-            found.setdefault(setting_text(row.setting), [])
-    for row in rows:
-        for title, own in found.items():
-            parts = title.split(", ")
-            if all(part in parts for part in setting_text(row.setting).split(", ") if part):
-                own.append(row)
-    return list(found.items())
+    settings = {setting_text(row.setting): row.setting for row in rows}
+    whole = {
+        text: setting
+        for text, setting in settings.items()
+        if not any(other != setting and _is_within(setting, other) for other in settings.values())
+    }
+    return [
+        (text, [row for row in rows if _is_within(row.setting, setting)])
+        for text, setting in whole.items()
+    ]
+
+
+def _is_within(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(path in other and other[path] == value for path, value in one.items())
 
 
 def _panel(material: Material, against: _Against, rows: Sequence[Row]) -> Panel | None:

@@ -15,7 +15,7 @@ WIDTH, HEIGHT = 400, 270
 """Units of a picture, about a pixel each."""
 
 LOOKS = 7
-"""Colours, each with dashes and a marker of its own; they begin again after that."""
+"""Colours, each with a marker of its own; they begin again after that, with other dashes."""
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 26, 40
 _DASHES = ("", "9 4", "2 3", "9 3 2 3", "15 4", "5 2 1 2", "1 5")
@@ -138,7 +138,9 @@ def _level(panel: Panel, frame: _Frame) -> list[Markup]:
         return []
     value, text = panel.level
     at = frame.up(value)
-    beside = at + 15 if at < _TOP + 16 else at - 5
+    starts = [points[0][1] for line in panel.lines if (points := finite(line.points))]
+    is_below = min(starts) > value or at < _TOP + 16  # away from lines that come from above
+    beside = at + 15 if is_below else at - 5
     form = '<path class="level" d="M{} {}H{}"/><text x="{}" y="{}" class="over">{}</text>'
     return [Markup(form).format(_LEFT, _n(at), _n(frame.right), _LEFT + 5, _n(beside), text)]
 
@@ -171,7 +173,7 @@ def _pieces(points: Iterable[tuple[float, float]]) -> list[list[tuple[float, flo
     """The stretches between gaps."""
     pieces: list[list[tuple[float, float]]] = [[]]
     for x, y in points:
-        if math.isfinite(y):
+        if finite([(x, y)]):
             pieces[-1].append((x, y))
         elif pieces[-1]:
             pieces.append([])
@@ -185,7 +187,8 @@ def _path(places: Sequence[tuple[float, float]], dashes: str) -> Markup:
 
 
 def _dashes(look: int, style: str | None) -> str:
-    return _DASHES[look % LOOKS] if style is None else _STYLES[style]
+    # The eighth line has the first one's colour and marker, but not its dashes.
+    return _DASHES[(look + look // LOOKS) % LOOKS] if style is None else _STYLES[style]
 
 
 def _marker(look: int, x: float, y: float, *, hollow: bool = False) -> Markup:

@@ -1,89 +1,20 @@
-"""What was asked and what was found, in words that the figures bear out."""
+"""What was found, in sentences that the figures bear out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from metaplug.errors import MetaplugError
 from metaplug.evaluation.results import EvaluationResult
 from metaplug.evaluation.scores import better
-from metaplug.experiments.build import task_form
-from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.runs.result import RunResult
 from metaplug.experiments.study.cells import setting_text
 from metaplug.experiments.study.results import Row, StudyResult, paired
 from metaplug.report.page.chosen import baseline_among, compared, heading
-from metaplug.report.page.gather import Material
-from metaplug.report.study import difference_text
+from metaplug.report.page.material import Material
+from metaplug.report.page.words import counted, listed, signed
 from metaplug.report.terminal import value_text
-
-_MOST_NAMED = 3
-"""Variants, models and so on; more are counted."""
-
-
-def title_of(material: Material) -> str:
-    """What is compared, on which tasks."""
-    labels = [variant.label for variant in material.result.study.variants]
-    sources = _named(material, lambda config: config.tasks.source) or "several tasks"
-    if len(labels) > _MOST_NAMED:
-        return f"{len(labels)} variants on {sources}"
-    return f"{listed(labels)} on {sources}"
-
-
-def asked(material: Material) -> str:
-    """What was run, in a sentence."""
-    study, runs = material.result.study, material.runs
-    parts = [
-        counted(len(study.variants), "variant"),
-        *(
-            counted(len(values), f"value of {path.rpartition('.')[2]}", "values of")
-            for path, values in study.axes.items()
-            if len(values) > 1
-        ),
-        counted(len({run.seed for run in runs}), "seed"),
-    ]
-    texts = [
-        _grid(material, parts),
-        _named(material, _form),
-        _named(material, lambda config: config.model.name),
-        _named(material, lambda config: counted(config.learner.inner_steps, "inner step")),
-        _named(
-            material,
-            lambda config: (
-                f"{config.training.iterations:,} iterations of {config.training.tasks_per_batch} "
-                "tasks"
-            ),
-        ),
-    ]
-    return f"{'; '.join(filter(None, texts))}."
-
-
-def _grid(material: Material, parts: Sequence[str]) -> str:
-    runs = material.runs
-    if material.is_study:
-        return " × ".join(parts)
-    return f"{len(runs)} runs of {listed(parts)}" if runs[1:] else f"One run, seed {runs[0].seed}"
-
-
-def facts(material: Material) -> list[tuple[str, str]]:
-    """The counts that a result rests on."""
-    rows, runs = material.result.rows, material.runs
-    finished = sum(len(row.runs) for row in rows)
-    whole = finished + (
-        len(material.result.missing) if material.is_study else len(material.unfinished)
-    )
-    tests = dict.fromkeys(f"{run.test.num_tasks:,}" for row in rows for run in row.runs)
-    validations = dict.fromkeys(f"{run.config.training.validation_tasks:,}" for run in runs)
-    seconds = sum(run.seconds for row in rows for run in row.runs)
-    return [
-        ("finished runs", f"{finished} of {whole}" if whole > finished else f"{finished}"),
-        ("seeds", listed([str(seed) for seed in sorted({run.seed for run in runs})], most=8)),
-        *([("test tasks of a run", listed(list(tests)))] if tests else []),
-        ("validation tasks", listed(list(validations))),
-        *([("training in all", duration(seconds))] if rows else []),
-    ]
 
 
 def findings(material: Material) -> list[str]:
@@ -98,7 +29,7 @@ def findings(material: Material) -> list[str]:
 def told(difference: EvaluationResult) -> int:
     """1 where the whole interval is better than 0, -1 where worse, 0 where it holds 0."""
     low, high = difference.bounds()
-    if low <= 0 <= high:
+    if not math.isfinite(high - low) or low <= 0 <= high:
         return 0
     return 1 if better(difference.metric, difference.mean, 0.0) else -1
 
@@ -172,11 +103,6 @@ def _many(result: StudyResult, base: Row, known: Sequence[tuple[Row, EvaluationR
     )
 
 
-def signed(difference: EvaluationResult) -> str:
-    """Write a difference with its sign: "+7.40 ± 0.90 pp", in percentage points."""
-    return difference_text(difference).replace("-", "−")
-
-
 def _with_value(result: StudyResult, row: Row) -> str:
     """Name a row by its variant, its chosen setting and its test."""
     tuned = {
@@ -190,40 +116,3 @@ def _with_value(result: StudyResult, row: Row) -> str:
 
 def _tasks(row: Row) -> str:
     return f"{row.test.num_tasks:,} unseen tasks, {counted(len(row.seeds), 'seed')}"
-
-
-def _named(material: Material, what: Callable[[ExperimentConfig], str]) -> str:
-    """What the runs have, each once; empty where they have too many."""
-    found = list(dict.fromkeys(what(run.config) for run in material.runs))
-    return listed(found) if len(found) <= _MOST_NAMED else ""
-
-
-def _form(config: ExperimentConfig) -> str:
-    """The tasks as "5-way 1-shot glyphs"."""
-    try:
-        form = task_form(config)
-    except MetaplugError:  # a source that is not installed here
-        form = [f"{config.tasks.shots}-shot"]
-    return " ".join([*form, config.tasks.source])
-
-
-def duration(seconds: float) -> str:
-    """Write a time in words: "12 s", "3.5 min", "2.0 h"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def counted(number: int, one: str, many: str = "") -> str:
-    """Write a number with its noun."""
-    if number != 1 and many:
-        first, _, rest = one.partition(" of ")
-        return f"{number} {first}s of {rest}"
-    return f"{number:,} {one}{'s' * (number != 1)}"
-
-
-def listed(words: Sequence[str], most: int = 1000) -> str:
-    """One, two and three; or the first ones and how many more."""
-    if len(words) > most:
-        return f"{', '.join(words[:most])} and {len(words) - most} more"
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))

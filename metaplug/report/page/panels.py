@@ -11,6 +11,8 @@ from typing import Literal
 MOST_POINTS = 200
 """Of a line: more would be closer than a pixel."""
 
+_LARGEST = 1e150
+
 Points = tuple[tuple[float, float], ...]
 """(x, y), rising in x; a y that is not finite makes a gap."""
 
@@ -107,8 +109,8 @@ class Section:
 
 
 def finite(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those that can be drawn."""
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    """Those that can be drawn: not NaN, and far from where differences overflow."""
+    return [(x, y) for x, y in points if math.isfinite(x) and abs(y) < _LARGEST]
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> Points:

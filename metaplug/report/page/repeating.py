@@ -10,7 +10,7 @@ from metaplug.experiments.configuration import to_yaml
 from metaplug.experiments.runs.result import RunResult
 from metaplug.experiments.runs.sessions import read_sessions
 from metaplug.report.page.chosen import compared, flat
-from metaplug.report.page.gather import Material
+from metaplug.report.page.material import Material
 
 _MOST_COMMANDS, _MOST_CONFIGS = 12, 24
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 _STEPS = (1, 2, 5, 10)
+_SMALLEST = 1e-200
+"""Smaller numbers count as 0."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ def linear(values: Iterable[float], most: int = 5, *, tight: bool = False) -> Sc
     """
     found = sorted(values)
     low, high = found[0], found[-1]
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
-        room = abs(low) / 10 or 1.0
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), _SMALLEST):
+        room = abs(low) / 10 if abs(low) > _SMALLEST else 1.0
         low, high = low - room, high + room
     step = _step((high - low) / most)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

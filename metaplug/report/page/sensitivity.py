@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 from metaplug.experiments.json_values import to_json
 from metaplug.experiments.study.cells import setting_text
 from metaplug.experiments.study.results import Row, StudyResult, is_tuned
-from metaplug.report.page.chosen import best_validated
-from metaplug.report.page.curves import keys
-from metaplug.report.page.gather import Material
-from metaplug.report.page.panels import Group, Line, Panel, Section, finite
+from metaplug.report.page.chosen import best_validated, keys
+from metaplug.report.page.material import Material
+from metaplug.report.page.panels import Group, Line, Panel, Section
 from metaplug.report.terminal import scale_of
+
+_Value = Callable[[str, Row], tuple[float, float] | None]
+"""From the text of an axis' value and a row: a mean and half its interval."""
 
 
 def sensitivity(material: Material) -> Section | None:
@@ -28,8 +32,8 @@ def sensitivity(material: Material) -> Section | None:
         return None
     text = (
         "Every value with the other axes at what validated best. Bands are 95 % intervals over the "
-        "test tasks of all seeds; the validation is the mean over seeds of each one's best, and so "
-        "a little too good."
+        "test tasks of all seeds. The best validation of a run is the highest of many, and so a "
+        "little too good."
     )
     return Section("sensitivity", "Sensitivity", (text,), tuple(groups))
 
@@ -49,46 +53,85 @@ def _at_other_tasks(result: StudyResult, path: str) -> dict[str, list[Row]]:
 
 
 def _panels(material: Material, path: str, rows: list[Row]) -> tuple[Panel, ...]:
-    result = material.result
-    places = {to_json(value): place for place, value in enumerate(result.study.axes[path])}
-    values = [
-        value
-        for value in result.study.axes[path]
-        if any(to_json(row.setting[path]) == to_json(value) for row in rows)
-    ]
-    if len(values) < 2:
+    """Test, difference from the baseline, and best validation, against the values of one axis."""
+    result, name = material.result, path.rpartition(".")[2]
+    places = _places(result, path, rows)
+    if len(places) < 2:
         return ()
-    numeric = all(isinstance(each, int | float) and not isinstance(each, bool) for each in values)
-    at = {to_json(each): float(each) if numeric else places[to_json(each)] for each in values}
-    ticks = tuple(sorted((at[to_json(each)], _text(each)) for each in values))
+    ticks = tuple(sorted(places.values()))
     scale, _, unit = scale_of(result.metric)
-    tests, validations = [], []
-    for variant in dict.fromkeys(row.variant for row in rows):
-        chosen = [
-            (at[to_json(value)], best_validated(result, own))
-            for value in values
-            if (own := [r for r in rows if r.variant == variant and r.setting[path] == value])
-        ]
-        look = material.look_of(variant)
-        chosen.sort(key=lambda each: each[0])
+    of, points_of = f"{result.metric}{' (%)' if unit else ''}", " (pp)" if unit else ""
 
-        def edge(sign: int, chosen: list[tuple[float, Row]] = chosen) -> Any:
-            return tuple((x, scale * (r.test.mean + sign * r.test.interval)) for x, r in chosen)
+    def panel(title: str, y_label: str, value: _Value, level: str = "") -> Panel | None:
+        lines = []
+        for variant in dict.fromkeys(row.variant for row in rows):
+            chosen = _chosen(result, path, [row for row in rows if row.variant == variant])
+            found = sorted(
+                (places[text][0], *each)
+                for text, row in chosen.items()
+                if (each := value(text, row)) is not None and math.isfinite(sum(each))
+            )
+            if found:
+                low, middle, high = (
+                    tuple((x, scale * (mean + sign * spread)) for x, mean, spread in found)
+                    for sign in (-1, 0, 1)
+                )
+                bands = any(spread for _, _, spread in found)
+                look = material.look_of(variant)
+                edges = (low, high) if bands else ((), ())
+                lines.append(Line(variant, middle, look, *edges))
+        if not lines:
+            return None
+        across = (0.0, level) if level else None
+        return Panel(f"{title} by {name}", "", name, y_label, tuple(lines), ticks, across)
 
-        points = tuple((x, scale * row.test.mean) for x, row in chosen)
-        tests.append(Line(variant, points, look, edge(-1), edge(1)))
-        validations.append(
-            Line(variant, tuple((x, scale * row.best_validation) for x, row in chosen), look)
-        )
-    name, of = path.rpartition(".")[2], f"{result.metric}{' (%)' if unit else ''}"
-    return tuple(
-        Panel(f"{title} by {name}", "", name, f"{kind} {of}", tuple(lines), ticks)
-        for title, kind, lines in (
-            ("Test", "test", tests),
-            ("Best validation", "best validation", validations),
-        )
-        if any(finite(line.points) for line in lines)
+    def difference(text: str, row: Row) -> tuple[float, float] | None:
+        base = _baseline_at(result, path, text, row)
+        found = None if base is None or base is row else result.difference(row, base)
+        return None if found is None else (found.mean, found.interval)
+
+    panels = (
+        panel("Test", f"test {of}", lambda _, row: (row.test.mean, row.test.interval)),
+        panel(
+            "Difference", f"test minus {result.baseline}{points_of}", difference, result.baseline
+        ),
+        panel("Best validation", f"validation {of}", lambda _, row: (row.best_validation, 0.0)),
     )
+    return tuple(each for each in panels if each is not None)
+
+
+def _places(result: StudyResult, path: str, rows: list[Row]) -> dict[str, tuple[float, str]]:
+    """Where each value that occurs stands, with its text: a number at itself, others in order."""
+    found = {to_json(row.setting[path]) for row in rows}
+    values = [value for value in result.study.axes[path] if to_json(value) in found]
+    numeric = all(isinstance(each, int | float) and not isinstance(each, bool) for each in values)
+    return {
+        to_json(value): (float(value) if numeric else float(place), _text(value))
+        for place, value in enumerate(values)
+    }
+
+
+def _chosen(result: StudyResult, path: str, rows: list[Row]) -> dict[str, Row]:
+    """For each value of an axis, the row whose other axes validated best."""
+    at: dict[str, list[Row]] = {}
+    for row in rows:
+        at.setdefault(to_json(row.setting[path]), []).append(row)
+    return {text: best_validated(result, own) for text, own in at.items()}
+
+
+def _baseline_at(result: StudyResult, path: str, text: str, row: Row) -> Row | None:
+    """The baseline's row at a value of an axis, its other axes at what validated best."""
+    if result.is_baseline(row):
+        return None
+    fixed = {each: value for each, value in row.setting.items() if not is_tuned(each)}
+    rows = [
+        one
+        for one in result.rows
+        if result.is_baseline(one)
+        and all(one.setting.get(each) == value for each, value in fixed.items())
+        and (path not in one.setting or to_json(one.setting[path]) == text)
+    ]
+    return best_validated(result, rows) if rows else None
 
 
 def _text(value: Any) -> str:

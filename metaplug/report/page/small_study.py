@@ -15,7 +15,7 @@ from metaplug.experiments.runs.result import RunResult
 from metaplug.experiments.study.cells import is_own
 from metaplug.experiments.study.results import Row, StudyResult
 from metaplug.experiments.study.schema import Study, Variant
-from metaplug.report.page.gather import Begun, Material, Unfinished
+from metaplug.report.page.material import Begun, Material, Unfinished
 
 _MOST_LETTERS = 180
 """Of a variant's name."""

@@ -10,9 +10,10 @@ from metaplug.experiments.study.acceleration import Acceleration
 from metaplug.experiments.study.cells import setting_text
 from metaplug.experiments.study.results import Row, StudyResult, paired
 from metaplug.report.page.chosen import baseline_among, compared, flat, reference_of
-from metaplug.report.page.findings import listed, signed, told
-from metaplug.report.page.gather import Material
+from metaplug.report.page.findings import told
+from metaplug.report.page.material import Material
 from metaplug.report.page.panels import Key
+from metaplug.report.page.words import listed, signed
 from metaplug.report.terminal import value_text
 
 VARIANT, SETTING, TEST, SECONDS = "variant", "setting", "test", "seconds"

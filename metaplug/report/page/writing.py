@@ -12,11 +12,14 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from metaplug.files import replacing
-from metaplug.report.page import findings
+from metaplug.report.page.asked import asked, facts, title_of
 from metaplug.report.page.curves import curves
 from metaplug.report.page.drawing import draw, draw_key
-from metaplug.report.page.gather import Material, gather
-from metaplug.report.page.inside import by_inner_step, over_training
+from metaplug.report.page.findings import findings
+from metaplug.report.page.gather import gather
+from metaplug.report.page.inner_steps import by_inner_step
+from metaplug.report.page.material import Material
+from metaplug.report.page.over_training import over_training
 from metaplug.report.page.panels import Panel
 from metaplug.report.page.repeating import repeating
 from metaplug.report.page.sensitivity import sensitivity
@@ -55,10 +58,10 @@ def page(material: Material) -> str:
     return environment.from_string(_file("page.html.j2")).render(
         css=Markup(_file("page.css")),
         material=material,
-        title=findings.title_of(material),
-        asked=findings.asked(material),
-        findings=findings.findings(material),
-        facts=findings.facts(material),
+        title=title_of(material),
+        asked=asked(material),
+        findings=findings(material),
+        facts=facts(material),
         tables=shown,
         notes=notes(material, shown),
         sections=[section for section in sections if section is not None],
