@@ -99,10 +99,11 @@ def _lowest(lines: Sequence[Line]) -> str:
     if late is None:
         return ""
     points = finite(late.points)
-    step = min(points, key=lambda point: point[1])[0]
-    last = points[-1][0]
-    if step == last:
+    losses = [loss for _, loss in points]
+    last, low = points[-1][0], min(losses)
+    if losses[-1] <= low + (max(losses) - low) / 100:
         return f"Late, the query loss is lowest at the last step, {last:g}."
+    step = points[losses.index(low)][0]
     return f"Late, the query loss is lowest at step {step:g} of {last:g}, and rises after it."
 
 
