@@ -93,7 +93,7 @@ def test_a_study(tmp_path: Path) -> None:
         "maml at inner_lr 0.01: 50.50 ± 6.34 %." in text
     )
     columns = ["Variant", "Setting", "Test accuracy", "Minus maml"]
-    columns += ["Sooner, by iterations", "Sooner, by seconds", "Seconds"]
+    columns += ["Acceleration in iterations", "Acceleration in seconds", "Seconds"]
     best = [
         columns,
         ["maml", "inner_lr 0.01", "50.50 ± 6.34 %", "reference", "", "", "6.0"],
