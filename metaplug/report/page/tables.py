@@ -69,7 +69,8 @@ def tables(material: Material) -> list[Table]:
     result = material.result
     if not result.rows:
         return []
-    whole = _table(material, "All variants and settings", result.rows, reference_of)
+    caption = "All variants and settings" if result.rows[1:] else "Test on unseen tasks"
+    whole = _table(material, caption, result.rows, reference_of)
     chosen = compared(result)
     if not result.tuned or len(flat(chosen)) == len(result.rows):
         return [whole]
