@@ -72,7 +72,7 @@ def tables(material: Material) -> list[Table]:
     caption = "All variants and settings" if result.rows[1:] else "Test on unseen tasks"
     whole = _table(material, caption, result.rows, reference_of)
     chosen = compared(result)
-    if not result.tuned or len(flat(chosen)) == len(result.rows):
+    if len(flat(chosen)) == len(result.rows):
         return [whole]
     bases = {row.label: baseline_among(result, rows) for rows in chosen for row in rows}
 
