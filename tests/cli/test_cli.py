@@ -105,6 +105,7 @@ def test_help_is_quick_as_it_imports_no_torch() -> None:
             "Search for the values of some fields that validate best",
             "--search --trials --name --out --json --preset --with --set",
         ),
+        ("report", "Write one self-contained HTML page", "--out"),
         ("explain", "Show what a configuration resolves to", "--preset --with --set"),
         ("plugins", "List what is installed", "--json"),
         ("tasks", "List the task sources", "--json"),

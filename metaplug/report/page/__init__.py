@@ -3,5 +3,6 @@
 `gather` reads folders into `material`, several runs through `small_study`. `asked`, `findings` and
 `tables` put it into `words`; `curves`, `over_training`, `inner_steps` and `sensitivity` choose the
 pictures, of the rows that `chosen` finds. Pictures are `panels` until `drawing` makes SVG of them,
-on `scales`. `repeating` says how to get them again, and `writing` fills in the template.
+in a `frame` with `scales`. `repeating` says how to get them again, and `writing` fills in the
+template.
 """

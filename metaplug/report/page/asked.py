@@ -37,7 +37,7 @@ def asked(material: Material) -> str:
     ]
     texts = [
         _grid(material, parts),
-        _named(material, _form),
+        _few(_forms(material)),
         _named(material, lambda config: config.model.name),
         _named(material, lambda config: counted(config.learner.inner_steps, "inner step")),
         _named(
@@ -78,13 +78,23 @@ def facts(material: Material) -> list[tuple[str, str]]:
 
 
 def _named(material: Material, what: Callable[[ExperimentConfig], str]) -> str:
-    """What the runs have, each once; empty where they have too many."""
-    found = list(dict.fromkeys(what(run.config) for run in material.runs))
+    return _few([what(run.config) for run in material.runs])
+
+
+def _few(words: Sequence[str]) -> str:
+    """The different ones; empty where they are too many."""
+    found = list(dict.fromkeys(words))
     return listed(found) if len(found) <= _MOST_NAMED else ""
 
 
+def _forms(material: Material) -> list[str]:
+    """The tasks, as "5-way 1-shot glyphs"."""
+    tasks = [(run.config.tasks, run.config) for run in material.runs]
+    different = {(each.source, each.ways, each.shots): config for each, config in tasks}
+    return [_form(config) for config in different.values()]
+
+
 def _form(config: ExperimentConfig) -> str:
-    """The tasks as "5-way 1-shot glyphs"."""
     try:
         form = task_form(config)
     except MetaplugError:  # a source that is not installed here

@@ -97,7 +97,8 @@ def shown(material: Material) -> list[Shown]:
 
 def which(result: StudyResult) -> str:
     """Say which rows are compared, where they were chosen; else empty."""
-    return "Each variant at the setting that validated best." if result.best_rows() else ""
+    was_chosen = len(flat(compared(result))) < len(result.rows)
+    return "Each variant at the setting that validated best." if was_chosen else ""
 
 
 def keys(material: Material) -> tuple[Key, ...]:

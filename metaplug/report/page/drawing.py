@@ -4,42 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from metaplug.report.page.frame import BOTTOM, HEIGHT, TOP, WIDTH, Frame, axes, coordinate, frame_of
 from metaplug.report.page.panels import Key, Line, Panel, finite
-from metaplug.report.page.scales import Scale, at_values, linear
-
-WIDTH, HEIGHT = 400, 270
-"""Units of a picture, about a pixel each."""
 
 LOOKS = 7
 """Colours, each with a marker of its own; they begin again after that, with other dashes."""
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 26, 40
 _DASHES = ("", "9 4", "2 3", "9 3 2 3", "15 4", "5 2 1 2", "1 5")
 _STYLES = {"solid": "", "dashed": "6 4", "dotted": "1.5 3"}
 _MOST_MARKERS = 11
 _APART = 13.0
 """The least distance of two names at the ends of lines."""
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """Where values stand in a picture, whose right end leaves room for names."""
-
-    x: Scale
-    y: Scale
-    right: float
-
-    def across(self, value: float) -> float:
-        """The place of an x."""
-        return _LEFT + (self.right - _LEFT) * self.x.at(value)
-
-    def up(self, value: float) -> float:
-        """The place of a y."""
-        return HEIGHT - _BOTTOM + (_TOP + _BOTTOM - HEIGHT) * self.y.at(value)
 
 
 def draw(panel: Panel, name: str) -> Markup:
@@ -49,12 +27,12 @@ def draw(panel: Panel, name: str) -> Markup:
         panel: with at least one finite point.
         name: of the element, unlike any other of the page.
     """
-    frame = _frame(panel)
+    frame = frame_of(panel)
     parts = [
         Markup('<title id="{0}-t">{1}</title><desc id="{0}-d">{2}</desc>').format(
             name, panel.title, description(panel)
         ),
-        *_axes(panel, frame),
+        *axes(panel, frame),
     ]
     ordered = sorted(panel.lines, key=lambda line: not line.is_thin)  # thin ones lie below
     parts += [_band(line, frame) for line in ordered if line.low]
@@ -87,73 +65,34 @@ def description(panel: Panel) -> str:
     return f"{panel.y_label} against {panel.x_label}. {'; '.join(said)}."
 
 
-def _frame(panel: Panel) -> _Frame:
-    points = [point for line in panel.lines for point in finite(line.points)]
-    edges = [
-        point for line in panel.lines for side in (line.low, line.high) for point in finite(side)
-    ]
-    heights = [y for _, y in (*points, *edges)] + list(panel.y_range)
-    if panel.level is not None:
-        heights.append(panel.level[0])
-    if panel.x_ticks:
-        values, texts = zip(*panel.x_ticks, strict=True)
-        x = at_values(values, texts)
-    else:
-        x = linear((x for x, _ in points), tight=True)
-    names = max(len(line.end) for line in panel.lines)
-    return _Frame(x, linear(heights), WIDTH - _RIGHT - 7.0 * names)
-
-
-def _axes(panel: Panel, frame: _Frame) -> list[Markup]:
-    """The labels, and the ticks with their texts and the lines across."""
-    bottom, right = HEIGHT - _BOTTOM, _n(frame.right)
-    parts = [
-        Markup('<text x="0" y="13" class="label">{}</text>').format(panel.y_label),
-        Markup('<text x="{}" y="{}" class="label middle">{}</text>').format(
-            _n((_LEFT + frame.right) / 2), HEIGHT - 4, panel.x_label
-        ),
-    ]
-    for value, text in frame.y.ticks:
-        at = frame.up(value)
-        parts.append(
-            Markup(
-                '<path class="grid" d="M{} {}H{}"/><text x="{}" y="{}" class="tick end">{}</text>'
-            ).format(_LEFT, _n(at), right, _LEFT - 7, _n(at + 4), text)
-        )
-    for value, text in frame.x.ticks:
-        place = _n(frame.across(value))
-        parts.append(
-            Markup(
-                '<path class="axis" d="M{0} {1}v4"/>'
-                '<text x="{0}" y="{2}" class="tick middle">{3}</text>'
-            ).format(place, bottom, bottom + 18, text)
-        )
-    parts.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(_LEFT, bottom, right))
-    return parts
-
-
-def _level(panel: Panel, frame: _Frame) -> list[Markup]:
+def _level(panel: Panel, frame: Frame) -> list[Markup]:
     """The line across, with its text above the lines of the picture."""
     if panel.level is None:
         return []
     value, text = panel.level
     at = frame.up(value)
+    across = Markup('<path class="level" d="M{} {}H{}"/>').format(
+        coordinate(frame.left), coordinate(at), coordinate(frame.right)
+    )
+    if not text:
+        return [across]
     starts = [points[0][1] for line in panel.lines if (points := finite(line.points))]
-    is_below = min(starts) > value or at < _TOP + 16  # away from lines that come from above
-    beside = at + 15 if is_below else at - 5
-    form = '<path class="level" d="M{} {}H{}"/><text x="{}" y="{}" class="over">{}</text>'
-    return [Markup(form).format(_LEFT, _n(at), _n(frame.right), _LEFT + 5, _n(beside), text)]
+    is_below = min(starts) > value or at < TOP + 16  # away from lines that come from above
+    name = Markup('<text x="{}" y="{}" class="over">{}</text>').format(
+        frame.left + 5, coordinate(at + 15 if is_below else at - 5), text
+    )
+    return [across, name]
 
 
-def _band(line: Line, frame: _Frame) -> Markup:
+def _band(line: Line, frame: Frame) -> Markup:
     edge = [*finite(line.low), *reversed(finite(line.high))]
-    places = " ".join(f"{_n(frame.across(x))} {_n(frame.up(y))}" for x, y in edge)
+    places = " ".join(f"{coordinate(frame.across(x))} {coordinate(frame.up(y))}" for x, y in edge)
     if not places:
         return Markup("")
     return Markup('<path class="band c{}" d="M{}Z"/>').format(line.look % LOOKS, places)
 
 
-def _line(line: Line, frame: _Frame) -> Markup:
+def _line(line: Line, frame: Frame) -> Markup:
     dashes = _dashes(line.look, line.style)
     pieces = [[(frame.across(x), frame.up(y)) for x, y in piece] for piece in _pieces(line.points)]
     drawn = [_path(piece, dashes) for piece in pieces if len(piece) > 1]
@@ -181,7 +120,7 @@ def _pieces(points: Iterable[tuple[float, float]]) -> list[list[tuple[float, flo
 
 
 def _path(places: Sequence[tuple[float, float]], dashes: str) -> Markup:
-    way = "L".join(f"{_n(x)} {_n(y)}" for x, y in places)
+    way = "L".join(f"{coordinate(x)} {coordinate(y)}" for x, y in places)
     dashed = Markup(' stroke-dasharray="{}"').format(dashes) if dashes else ""
     return Markup('<path class="line" d="M{}"{}/>').format(way, dashed)
 
@@ -204,29 +143,24 @@ def _marker(look: int, x: float, y: float, *, hollow: bool = False) -> Markup:
     )
     kind = "mark hollow" if hollow else "mark"
     return Markup('<path class="{}" d="M{} {}{}"/>').format(
-        kind, _n(x), _n(y), shapes[look % LOOKS]
+        kind, coordinate(x), coordinate(y), shapes[look % LOOKS]
     )
 
 
-def _ends(lines: Sequence[Line], frame: _Frame) -> list[Markup]:
+def _ends(lines: Sequence[Line], frame: Frame) -> list[Markup]:
     """The names at the ends of lines, moved apart where they would meet."""
     named = [(frame.up(points[-1][1]), line) for line in lines if (points := finite(line.points))]
     named = sorted(((at, line) for at, line in named if line.end), key=lambda each: each[0])
     places = [at for at, _ in named]
     for index in range(1, len(places)):
         places[index] = max(places[index], places[index - 1] + _APART)
-    room = float(HEIGHT - _BOTTOM)
+    room = float(BOTTOM)
     for index in reversed(range(len(places))):
         places[index] = min(places[index], room)
         room = places[index] - _APART
     return [
         Markup('<text x="{}" y="{}" class="name">{}</text>').format(
-            _n(frame.right + 8), _n(place + 4), line.end
+            coordinate(frame.right + 8), coordinate(place + 4), line.end
         )
         for place, (_, line) in zip(places, named, strict=True)
     ]
-
-
-def _n(value: float) -> str:
-    """A coordinate, to a tenth of a unit."""
-    return f"{value:.1f}".removesuffix(".0")

@@ -38,8 +38,7 @@ def _finding(result: StudyResult, rows: Sequence[Row]) -> str:
     base = baseline_among(result, rows)
     others = [row for row in rows if row is not base]
     if base is None or not others:
-        said = [f"{_with_value(result, row)} on {_tasks(row)}" for row in rows]
-        return f"{listed(said)}."
+        return " ".join(_alone(result, row) for row in rows)
     pairs = [(row, result.difference(row, base)) for row in others]
     known = [(row, difference) for row, difference in pairs if difference is not None]
     if not known:
@@ -49,6 +48,15 @@ def _finding(result: StudyResult, rows: Sequence[Row]) -> str:
     if len(known) == 1:
         return _pair(result, base, *known[0])
     return _many(result, base, known)
+
+
+def _alone(result: StudyResult, row: Row) -> str:
+    """Say what a row reaches that is compared with none."""
+    value = value_text(result.metric, row.test.mean, row.test.interval)
+    seeds = len(row.seeds)
+    over = f"{row.test.num_tasks:,} unseen tasks of {counted(seeds, 'seed')}"
+    alone = ", and one seed says nothing about others" if seeds == 1 else ""
+    return f"{_name(result, row)} has a test {result.metric} of {value} over {over}{alone}."
 
 
 def _pair(result: StudyResult, base: Row, row: Row, difference: EvaluationResult) -> str:
@@ -104,15 +112,16 @@ def _many(result: StudyResult, base: Row, known: Sequence[tuple[Row, EvaluationR
 
 
 def _with_value(result: StudyResult, row: Row) -> str:
-    """Name a row by its variant, its chosen setting and its test."""
+    """Name a row, with its test."""
+    value = value_text(result.metric, row.test.mean, row.test.interval)
+    return f"{_name(result, row)}: {value}"
+
+
+def _name(result: StudyResult, row: Row) -> str:
+    """Name a row by its variant and the setting that was chosen for it."""
     tuned = {
         path: value
         for path, value in row.setting.items()
         if path in result.tuned and len(result.study.axes[path]) > 1
     }
-    at = f" at {setting_text(tuned)}" if tuned else ""
-    return f"{row.variant}{at}: {value_text(result.metric, row.test.mean, row.test.interval)}"
-
-
-def _tasks(row: Row) -> str:
-    return f"{row.test.num_tasks:,} unseen tasks, {counted(len(row.seeds), 'seed')}"
+    return f"{row.variant} at {setting_text(tuned)}" if tuned else row.variant

@@ -29,9 +29,9 @@ def by_inner_step(material: Material) -> Section:
         missing = "These runs did not log their validations by inner step."
         return Section("steps", title, (missing,))
     text = (
-        f"{which(material.result)} Means over validation tasks and seeds, at the first validation "
-        "(early, dashed) and at the last (late, solid). Where the query loss rises while the "
-        "support loss falls, the inner loop over-fits its support examples."
+        f"{which(material.result)} Means over the first validation tasks and all seeds, at the "
+        "first validation (early, dashed) and at the last (late, solid). Where the query loss "
+        "rises while the support loss falls, the inner loop over-fits its support examples."
     )
     times = (Key("late", 0, "solid"), Key("early", 0, "dashed"))
     kinds = (Key("support", 1, "solid"), Key("query", 2, "solid"))
@@ -99,10 +99,11 @@ def _lowest(lines: Sequence[Line]) -> str:
     if late is None:
         return ""
     points = finite(late.points)
-    step = min(points, key=lambda point: point[1])[0]
-    last = points[-1][0]
-    if step == last:
+    losses = [loss for _, loss in points]
+    last, low = points[-1][0], min(losses)
+    if losses[-1] <= low + (max(losses) - low) / 100:
         return f"Late, the query loss is lowest at the last step, {last:g}."
+    step = points[losses.index(low)][0]
     return f"Late, the query loss is lowest at step {step:g} of {last:g}, and rises after it."
 
 

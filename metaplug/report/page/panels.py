@@ -53,7 +53,7 @@ class Panel:
         y_label: of the axis at the left.
         lines: at least one.
         x_ticks: values with their texts, where x has few of them.
-        level: a value that a dashed line across the picture marks, with its text.
+        level: a value that a dashed line across the picture marks, with its text if any.
         y_range: values that the axis at the left must reach too, as those of a picture beside it.
     """
 

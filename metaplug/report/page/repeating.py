@@ -60,13 +60,18 @@ def _facts(described: Sequence[Any], sessions: Sequence[Any]) -> list[tuple[str,
     batching = [(each.get("batching") or {}).get("choice") for each in described]
     return [
         ("versions", ", ".join(f"{name} {_several(found)}" for name, found in versions.items())),
-        ("commit of metaplug", _several(str(each)[:12] for each in commits if each)),
+        ("commit of metaplug", _several(_short(str(each)) for each in commits if each)),
         ("device", _several(each.get("device") for each in described)),
         ("threads", _several(each.get("threads") for each in described)),
         ("precision", _several(each.get("precision") for each in described)),
         ("task batching", _several(batching)),
         ("platform", _several(each.get("platform") for each in sessions)),
     ]
+
+
+def _short(commit: str) -> str:
+    """Twelve digits, and whether files differed from it."""
+    return f"{commit[:12]}{'-dirty' * commit.endswith('-dirty')}"
 
 
 def _several(values: Iterable[Any]) -> str:

@@ -14,8 +14,8 @@ from metaplug.report.page.material import Material
 from metaplug.report.page.panels import Group, Line, Panel, Section
 from metaplug.report.terminal import scale_of
 
-_Value = Callable[[str, Row], tuple[float, float] | None]
-"""From the text of an axis' value and a row: a mean and half its interval."""
+_Value = Callable[[Row], tuple[float, float] | None]
+"""From a row to a mean and half its interval."""
 
 
 def sensitivity(material: Material) -> Section | None:
@@ -58,46 +58,52 @@ def _panels(material: Material, path: str, rows: list[Row]) -> tuple[Panel, ...]
     places = _places(result, path, rows)
     if len(places) < 2:
         return ()
-    ticks = tuple(sorted(places.values()))
-    scale, _, unit = scale_of(result.metric)
-    of, points_of = f"{result.metric}{' (%)' if unit else ''}", " (pp)" if unit else ""
 
-    def panel(title: str, y_label: str, value: _Value, level: str = "") -> Panel | None:
-        lines = []
-        for variant in dict.fromkeys(row.variant for row in rows):
-            chosen = _chosen(result, path, [row for row in rows if row.variant == variant])
-            found = sorted(
-                (places[text][0], *each)
-                for text, row in chosen.items()
-                if (each := value(text, row)) is not None and math.isfinite(sum(each))
-            )
-            if found:
-                low, middle, high = (
-                    tuple((x, scale * (mean + sign * spread)) for x, mean, spread in found)
-                    for sign in (-1, 0, 1)
-                )
-                bands = any(spread for _, _, spread in found)
-                look = material.look_of(variant)
-                edges = (low, high) if bands else ((), ())
-                lines.append(Line(variant, middle, look, *edges))
-        if not lines:
-            return None
-        across = (0.0, level) if level else None
-        return Panel(f"{title} by {name}", "", name, y_label, tuple(lines), ticks, across)
-
-    def difference(text: str, row: Row) -> tuple[float, float] | None:
-        base = _baseline_at(result, path, text, row)
-        found = None if base is None or base is row else result.difference(row, base)
+    def difference(row: Row) -> tuple[float, float] | None:
+        base = _baseline_at(result, path, row)
+        found = None if base is None else result.difference(row, base)
         return None if found is None else (found.mean, found.interval)
 
-    panels = (
-        panel("Test", f"test {of}", lambda _, row: (row.test.mean, row.test.interval)),
-        panel(
-            "Difference", f"test minus {result.baseline}{points_of}", difference, result.baseline
+    is_share = bool(scale_of(result.metric)[2])
+    of = f"{result.metric}{' (%)' if is_share else ''}"
+    ticks = tuple(sorted(places.values()))
+    drawn: tuple[tuple[str, str, _Value, tuple[float, str] | None], ...] = (
+        ("Test", f"test {of}", lambda row: (row.test.mean, row.test.interval), None),
+        (
+            "Difference",
+            f"test minus {result.baseline}{' (pp)' if is_share else ''}",
+            difference,
+            (0.0, ""),
         ),
-        panel("Best validation", f"validation {of}", lambda _, row: (row.best_validation, 0.0)),
+        ("Best validation", f"validation {of}", lambda row: (row.best_validation, 0.0), None),
     )
-    return tuple(each for each in panels if each is not None)
+    return tuple(
+        Panel(f"{title} by {name}", "", name, y_label, tuple(lines), ticks, level)
+        for title, y_label, value, level in drawn
+        if (lines := _lines(material, path, rows, value))
+    )
+
+
+def _lines(material: Material, path: str, rows: list[Row], value: _Value) -> list[Line]:
+    """A line for every variant that has a value, with a band where there are intervals."""
+    places, scale = _places(material.result, path, rows), scale_of(material.result.metric)[0]
+    lines = []
+    for variant in dict.fromkeys(row.variant for row in rows):
+        chosen = _chosen(material.result, path, [row for row in rows if row.variant == variant])
+        found = sorted(
+            (places[text][0], *each)
+            for text, row in chosen.items()
+            if (each := value(row)) is not None and math.isfinite(sum(each))
+        )
+        low, middle, high = (
+            tuple((x, scale * (mean + sign * spread)) for x, mean, spread in found)
+            for sign in (-1, 0, 1)
+        )
+        if any(spread for _, _, spread in found):
+            lines.append(Line(variant, middle, material.look_of(variant), low, high))
+        elif found:
+            lines.append(Line(variant, middle, material.look_of(variant)))
+    return lines
 
 
 def _places(result: StudyResult, path: str, rows: list[Row]) -> dict[str, tuple[float, str]]:
@@ -119,17 +125,18 @@ def _chosen(result: StudyResult, path: str, rows: list[Row]) -> dict[str, Row]:
     return {text: best_validated(result, own) for text, own in at.items()}
 
 
-def _baseline_at(result: StudyResult, path: str, text: str, row: Row) -> Row | None:
-    """The baseline's row at a value of an axis, its other axes at what validated best."""
+def _baseline_at(result: StudyResult, path: str, row: Row) -> Row | None:
+    """The baseline's row at a row's value of an axis, its other axes at what validated best."""
     if result.is_baseline(row):
         return None
-    fixed = {each: value for each, value in row.setting.items() if not is_tuned(each)}
+    fixed = {
+        each: value for each, value in row.setting.items() if each == path or not is_tuned(each)
+    }
     rows = [
         one
         for one in result.rows
         if result.is_baseline(one)
-        and all(one.setting.get(each) == value for each, value in fixed.items())
-        and (path not in one.setting or to_json(one.setting[path]) == text)
+        and all(one.setting.get(each, value) == value for each, value in fixed.items())
     ]
     return best_validated(result, rows) if rows else None
 

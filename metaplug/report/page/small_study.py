@@ -109,13 +109,15 @@ def _algorithm(fields: Mapping[str, Any]) -> str:
 
 def _labels(algorithms: Sequence[str], configs: Sequence[ExperimentConfig]) -> list[str]:
     """A name for every run's algorithm: as short as tells those apart that differ."""
-    short: dict[str, str] = {}
-    long: dict[str, str] = {}
-    for algorithm, config in zip(algorithms, configs, strict=True):
-        parts = [use.label for use in config.plugins]
-        short[algorithm] = one_line("+".join([config.algorithm, *parts]), _MOST_LETTERS)
-        parts = [_with_settings(use) for use in config.plugins]
-        long[algorithm] = one_line("+".join([config.algorithm, *parts]), _MOST_LETTERS)
+    pairs = list(zip(algorithms, configs, strict=True))
+    short = {
+        algorithm: _label(config, [use.label for use in config.plugins])
+        for algorithm, config in pairs
+    }
+    long = {
+        algorithm: _label(config, [*map(_with_settings, config.plugins)])
+        for algorithm, config in pairs
+    }
     names = {
         each: name if list(short.values()).count(name) == 1 else long[each]
         for each, name in short.items()
@@ -125,6 +127,10 @@ def _labels(algorithms: Sequence[str], configs: Sequence[ExperimentConfig]) -> l
         taken[name] = taken.get(name, 0) + 1
         names[each] = name if taken[name] == 1 else f"{name} ({taken[name]})"
     return [names[each] for each in algorithms]
+
+
+def _label(config: ExperimentConfig, plugins: Sequence[str]) -> str:
+    return one_line("+".join([config.algorithm, *plugins]), _MOST_LETTERS)
 
 
 def _with_settings(use: PluginUse) -> str:

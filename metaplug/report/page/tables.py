@@ -17,7 +17,7 @@ from metaplug.report.page.words import listed, signed
 from metaplug.report.terminal import value_text
 
 VARIANT, SETTING, TEST, SECONDS = "variant", "setting", "test", "seconds"
-DIFFERENCE, SOONER, SOONER_SECONDS = "difference", "sooner", "sooner in seconds"
+DIFFERENCE, ITERATIONS, BY_SECONDS = "difference", "iterations", "by-seconds"
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,10 @@ def tables(material: Material) -> list[Table]:
     result = material.result
     if not result.rows:
         return []
-    whole = _table(material, "All variants and settings", result.rows, reference_of)
+    caption = "All variants and settings" if result.rows[1:] else "Test on unseen tasks"
+    whole = _table(material, caption, result.rows, reference_of)
     chosen = compared(result)
-    if not result.tuned or len(flat(chosen)) == len(result.rows):
+    if len(flat(chosen)) == len(result.rows):
         return [whole]
     bases = {row.label: baseline_among(result, rows) for rows in chosen for row in rows}
 
@@ -91,38 +92,18 @@ def _table(
 ) -> Table:
     result = material.result
     overs = [reference(result, row) for row in rows]
-    cells = []
-    for row, over in zip(rows, overs, strict=True):
-        texts = {
-            VARIANT: row.variant,
-            SETTING: setting_text(row.setting),
-            TEST: value_text(result.metric, row.test.mean, row.test.interval),
-            SECONDS: f"{row.seconds:,.{1 if row.seconds < 100 else 0}f}",
-        }
-        is_told = is_reference = False
-        if over is None:
-            is_reference = any(one is row for one in overs)
-            texts[DIFFERENCE] = "reference" if is_reference else ""
-        elif (difference := result.difference(row, over)) is None:
-            texts[DIFFERENCE] = "not compared: other tasks" if paired(over, row) else "other seeds"
-        else:
-            texts[DIFFERENCE] = signed(difference)
-            is_told = told(difference) != 0
-        if over is not None and paired(over, row):
-            faster = result.acceleration(row, over)
-            texts[SOONER] = _sooner(faster.mean_percent, faster)
-            if any(point and point.seconds for point in (*faster.baseline, *faster.reached)):
-                texts[SOONER_SECONDS] = _sooner(faster.mean_percent_of_seconds, faster)
-        key = Key(row.variant, material.look_of(row.variant))
-        cells.append(Cells(key, texts, is_told, is_reference))
+    cells = [
+        _cells(material, row, over, is_reference=over is None and any(one is row for one in overs))
+        for row, over in zip(rows, overs, strict=True)
+    ]
     label = _reference_label(result)
     titles = {
         VARIANT: "Variant",
         SETTING: "Setting",
         TEST: f"Test {result.metric}",
         DIFFERENCE: f"Minus {label}",
-        SOONER: "Sooner, by iterations",
-        SOONER_SECONDS: "Sooner, by seconds",
+        ITERATIONS: "Acceleration in iterations",
+        BY_SECONDS: "Acceleration in seconds",
         SECONDS: "Seconds",
     }
     used = [name for name in titles if any(row.texts.get(name) for row in cells)]
@@ -133,11 +114,36 @@ def _table(
     )
 
 
+def _cells(material: Material, row: Row, over: Row | None, *, is_reference: bool) -> Cells:
+    """A row in words, compared with another where there is one."""
+    result = material.result
+    texts = {
+        VARIANT: row.variant,
+        SETTING: setting_text(row.setting),
+        TEST: value_text(result.metric, row.test.mean, row.test.interval),
+        SECONDS: f"{row.seconds:,.{1 if row.seconds < 100 else 0}f}",
+    }
+    difference = None if over is None else result.difference(row, over)
+    if difference is not None:
+        texts[DIFFERENCE] = signed(difference)
+    elif over is not None:
+        texts[DIFFERENCE] = "not compared: other tasks" if paired(over, row) else "other seeds"
+    elif is_reference:
+        texts[DIFFERENCE] = "reference"
+    if over is not None and paired(over, row):
+        faster = result.acceleration(row, over)
+        texts[ITERATIONS] = _percent(faster.mean_percent, faster)
+        if any(point and point.seconds for point in (*faster.baseline, *faster.reached)):
+            texts[BY_SECONDS] = _percent(faster.mean_percent_of_seconds, faster)
+    is_told = difference is not None and told(difference) != 0
+    return Cells(Key(row.variant, material.look_of(row.variant)), texts, is_told, is_reference)
+
+
 def _reference_label(result: StudyResult) -> str:
     return result.rows[0].label if len(result.study.variants) == 1 else result.baseline
 
 
-def _sooner(percent: float | None, faster: Acceleration) -> str:
+def _percent(percent: float | None, faster: Acceleration) -> str:
     if percent is None:
         return "not reached"
     count, reached = len(faster.targets), faster.seeds_reached
@@ -162,7 +168,7 @@ def notes(material: Material, shown: Sequence[Table]) -> list[str]:
             "tasks. Where its interval holds 0, no difference can be told; others stand in bold. "
             "One interval in twenty misses the true difference by chance."
         )
-    if SOONER in used:
+    if ITERATIONS in used:
         target = result.study.target
         goal = (
             f"the best validation {result.metric} of the reference, seed by seed"
@@ -170,8 +176,8 @@ def notes(material: Material, shown: Sequence[Table]) -> list[str]:
             else f"a validation {result.metric} of {value_text(result.metric, target)}"
         )
         said.append(
-            "Sooner: (what the reference needs / what the row needs − 1) · 100 % to reach "
-            f"{goal}; +100 % is in half of it."
+            "Acceleration: (what the reference needs / what the row needs − 1) · 100 % to reach "
+            f"{goal}; +100 % is in half."
         )
     said.append("Seconds: of meta-training and its validations, the mean over seeds.")
     texts = dict.fromkeys(transductive_text(row.test.transductive) for row in result.rows)
