@@ -27,9 +27,9 @@ _option = partial(typer.Option, rich_help_panel=options.RUN)
 @options.examples(
     "metaplug train --preset maml --with gradient-sharing:gate=0.3,momentum=0.9 "
     "--tasks glyphs --ways 5 --shots 1 --name mine",
-    "metaplug train experiment.yaml --iterations 2000 --set training.validate_every=50 --resume",
+    "metaplug train experiment.yaml --set training.validate_every=50 --log wandb:project=letters "
+    "--resume",
     "metaplug train --from runs/mine",
-    "metaplug train --preset maml --log tensorboard --log wandb:project=letters",
     "torchrun --nproc-per-node 2 -m metaplug train --preset maml",
 )
 def train(
