@@ -129,19 +129,19 @@ def _sections(config: ExperimentConfig, base: ExperimentConfig | None) -> dict[s
     forms = {form.partition("-")[2]: form.replace("-", "") for form in task_form(config)}
     said = {"tasks.source", *(f"tasks.{form}s" for form in forms)}
     model = [config.model.name, *_settings(config.model.settings)]
-    fields = {
-        path: [_setting(_SHORT.get(path, path.partition(".")[2]), value)]
+    fields = [
+        _setting(_SHORT.get(path, path.partition(".")[2]), value)
         for path, value in changed.items()
         if path.startswith(("tasks.", "learner.", "training.", "runtime."))
         and not path.startswith("tasks.settings")
         and path not in said
-    }
+    ]
     return {
         "algorithm": ["+".join([_preset(config.preset), *map(_plugin, config.plugins)])],
         "tasks": [*tasks, *_settings(config.tasks.settings)],
         "ways": [forms["way"]] if "way" in forms else [],
         "shots": [forms["shot"]],
-        "fields": [word for path in fields for word in fields[path]],
+        "fields": fields,
         "model": model if any(path.startswith("model.") for path in changed) else [],
         "seed": [f"seed{config.seed}"],
     }
