@@ -16,6 +16,13 @@ def signed(difference: EvaluationResult) -> str:
     return difference_text(difference).replace("-", "−")
 
 
+def unbroken(text: str) -> str:
+    """The text with no line's end between a number and its interval or unit."""
+    for mark in (" ± ", " %", " pp"):
+        text = text.replace(mark, mark.replace(" ", "\N{NO-BREAK SPACE}"))
+    return text
+
+
 def duration(seconds: float) -> str:
     """Write a time in words: "12 s", "3.5 min", "2.0 h"."""
     if seconds < 100:

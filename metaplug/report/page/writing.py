@@ -24,6 +24,7 @@ from metaplug.report.page.panels import Panel
 from metaplug.report.page.repeating import repeating
 from metaplug.report.page.sensitivity import sensitivity
 from metaplug.report.page.tables import notes, tables
+from metaplug.report.page.words import unbroken
 
 
 def write_page(folders: Sequence[Path], path: Path) -> None:
@@ -55,6 +56,7 @@ def page(material: Material) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["unbroken"] = unbroken
     return environment.from_string(_file("page.html.j2")).render(
         css=Markup(_file("page.css")),
         material=material,
