@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from metaplug.cli.options import Json, TaskSet, examples, sharing, task_settings
+from metaplug.cli.options import (
+    Json,
+    RunModel,
+    RunPlugins,
+    RunSteps,
+    TaskSet,
+    examples,
+    sharing,
+    task_settings,
+)
 from metaplug.cli.ranks import ranks
 from metaplug.evaluation.score_names import ScoreName
 from metaplug.report.console import emit, result
@@ -38,10 +47,7 @@ def evaluate(
         Path, typer.Argument(metavar="RUN", help="The folder of a run, or one of its checkpoints.")
     ],
     num_tasks: Annotated[int | None, _of_run(metavar="N", min=2, help="How many tasks.")] = None,
-    inner_steps: Annotated[
-        int | None,
-        typer.Option(metavar="K", min=0, max=1000, help="Inner steps.", show_default="as trained"),
-    ] = None,
+    inner_steps: RunSteps = None,
     score: Annotated[ScoreName | None, _of_run(help="How well targets are predicted.")] = None,
     split: Annotated[Literal["test", "val", "train"], typer.Option(help="Which tasks.")] = "test",
     interval: Annotated[
@@ -52,22 +58,8 @@ def evaluate(
         bool,
         typer.Option("--allow-training-classes", help="Allow trained classes; the result says so."),
     ] = False,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:FACTORY",
-            help="The run's model, if it is your own code: no code runs because a file names it.",
-        ),
-    ] = None,
-    plugins: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--with",
-            metavar="FILE.py",
-            help="A file of the run's plugins, if it has one: that runs only if you name it, too. "
-            "Repeatable.",
-        ),
-    ] = None,
+    model: RunModel = None,
+    plugins: RunPlugins = None,
     given: dict[str, Any],
     sets: TaskSet = None,
     device: Annotated[str | None, _of_run(help="auto, cpu, cuda or cuda:N.")] = None,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from metaplug.cli.options import examples
+from metaplug.cli.options import RunModel, RunPlugins, RunSteps, examples
 from metaplug.report.console import line
 
 
@@ -41,10 +41,7 @@ def export(
             show_default="torch",
         ),
     ] = None,
-    inner_steps: Annotated[
-        int | None,
-        typer.Option(metavar="K", min=0, max=1000, help="Inner steps.", show_default="as trained"),
-    ] = None,
+    inner_steps: RunSteps = None,
     ways: Annotated[
         int | None,
         typer.Option(
@@ -54,22 +51,8 @@ def export(
             show_default="as many as outputs",
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:FACTORY",
-            help="The run's model, if it is your own code: no code runs because a file names it.",
-        ),
-    ] = None,
-    plugins: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--with",
-            metavar="FILE.py",
-            help="A file of the run's plugins, if it has one: that runs only if you name it, too. "
-            "Repeatable.",
-        ),
-    ] = None,
+    model: RunModel = None,
+    plugins: RunPlugins = None,
 ) -> None:
     """Adapt a trained run to new classes, and write a model that runs without metaplug."""
     from metaplug.experiments.export import digest_of, export_run

@@ -125,6 +125,43 @@ Json = Annotated[
 ]
 
 
+RunModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODULE:FACTORY",
+        help="The run's model, if it is your own code: no code runs because a file names it.",
+    ),
+]
+RunPlugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--with",
+        metavar="FILE.py",
+        help="A file of the run's plugins, if it has one: that runs only if you name it, too. "
+        "Repeatable.",
+    ),
+]
+RunSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--inner-steps",
+        metavar="K",
+        min=0,
+        max=1000,
+        help="Inner steps.",
+        show_default="as trained",
+    ),
+]
+
+
+def check_name(name: str | None, what: str = "runs") -> None:
+    """Refuse a name that is a path."""
+    if name is not None and (Path(name).name != name or name == ".."):
+        instead = f"give the folder that holds {what} by --out, and a plain name"
+        raise RequestError(f"--name {name}: a name is no path; {instead}")
+
+
 def examples(*commands: str) -> Callable[[Any], Any]:
     """Give a command its `epilog`: the examples below its help."""
 

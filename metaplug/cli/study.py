@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from metaplug.cli.options import Json, Set, examples
+from metaplug.cli.options import Json, Set, check_name, examples
 from metaplug.cli.ranks import world_size
 from metaplug.cli.stopping import StoppedError, stop_on_signals
 from metaplug.errors import RequestError, RunError
@@ -84,9 +84,7 @@ def study(
 
     refuse_ranks("study", "give --jobs, or a cluster by --backend")
     asked = _with_sets(read_study(file), sets)
-    if name is not None and (Path(name).name != name or name == ".."):
-        instead = "give the folder that holds studies by --out, and a plain name"
-        raise RequestError(f"--name {name}: a name is no path; {instead}")
+    check_name(name, "studies")
     folder = out / (name or file.stem)
     cells = cells_of(asked, str(file))
     if dry_run:

@@ -67,9 +67,7 @@ def train(
     if source is not None:
         files, use = _files_of(source, use or [])
         config, name = _repeated(source, config), name or f"{source.resolve().name}-repeated"
-    if name is not None and (Path(name).name != name or name == ".."):
-        instead = "give the folder that holds runs by --out, and a plain name"
-        raise RequestError(f"--name {name}: a name is no path; {instead}")
+    options.check_name(name)
     with ranks() as world:
         settings = options.resolve_options(
             given, sets, config=config, preset=preset, uses=use, files=files, logs=log

@@ -61,9 +61,7 @@ def tune(
     Ctrl-C stops after the current step, and the same command goes on.
     """
     refuse_ranks("tune", "a search trains one trial at a time")
-    if name is not None and (Path(name).name != name or name == ".."):
-        instead = "give the folder that holds runs by --out, and a plain name"
-        raise RequestError(f"--name {name}: a name is no path; {instead}")
+    options.check_name(name)
     from metaplug.experiments.json_values import to_json
     from metaplug.experiments.tuning import to_values
     from metaplug.experiments.tuning import tune as tune_in

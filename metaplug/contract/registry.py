@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import metadata
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 from metaplug.errors import RequestError, RunError, unknown
@@ -64,11 +66,26 @@ def entry_points(group: str) -> list[EntryPoint]:
     The current folder offers nothing: it may be what somebody sent. Nor does what a build has left
     there hide what is installed.
     """
+    places = [place for place in sys.path if place]
+    return list(_entry_points(group, tuple((place, _changed(place)) for place in places)))
+
+
+@lru_cache(maxsize=64)
+def _entry_points(group: str, places: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    """As above, of folders as they were when they last changed: reading all takes 50 ms."""
     found: dict[str, list[EntryPoint]] = {}
-    for distribution in metadata.distributions(path=[place for place in sys.path if place]):
+    for distribution in metadata.distributions(path=[place for place, _ in places]):
         if entries := list(distribution.entry_points.select(group=group)):
             found.setdefault(distribution.name, entries)
-    return [entry for entries in found.values() for entry in entries]
+    return tuple(entry for entries in found.values() for entry in entries)
+
+
+def _changed(place: str) -> int:
+    """When a folder of modules last got or lost an entry, as by an installation."""
+    try:
+        return Path(place).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def names(kind: str) -> list[str]:

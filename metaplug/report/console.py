@@ -12,11 +12,12 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 
@@ -120,6 +121,20 @@ def lost_output() -> OSError | None:
     """Return, once, why standard output does not have all that was printed; None if it has."""
     fault, _output.fault = _output.fault, None
     return fault
+
+
+B = TypeVar("B", bound=Progress)
+
+
+def new_bar(console: Console, first: str, last: str, kind: type[B]) -> B:
+    """Make a progress bar with the time left, in the style of all bars.
+
+    Args:
+        first, last: texts before and after it, with `{task.fields[NAME]}` for what changes.
+        kind: Progress, or what adds to it.
+    """
+    middle = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return kind(TextColumn(first), *middle, TextColumn(last), console=console, transient=True)
 
 
 def new_table(title: str, *columns: str) -> Table:

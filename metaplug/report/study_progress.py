@@ -6,18 +6,11 @@ import threading
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 
 from metaplug.experiments.study.cells import Cell
 from metaplug.experiments.study.watching import Watch
-from metaplug.report.console import line
+from metaplug.report.console import line, new_bar
 from metaplug.report.terminal import value_text
 
 _EVERY = 0.5
@@ -36,15 +29,7 @@ class StudyProgress:
     def __init__(self, console: Console, watch: Watch, cells: int, finished: int) -> None:
         self.console, self.watch = console, watch
         self.cells, self.finished = cells, finished
-        self._bar = Progress(
-            TextColumn("{task.fields[cells]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-            console=console,
-            transient=True,
-        )
+        self._bar = new_bar(console, "{task.fields[cells]}", "{task.description}", Progress)
         self._task: TaskID | None = None
         self._last = ""
         self._ended = threading.Event()

@@ -8,14 +8,7 @@ from typing import Any, Self
 
 import torch
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 from rich.text import Text
 
 from metaplug.contract import plugin_files
@@ -30,7 +23,7 @@ from metaplug.execution.free_memory import size_text
 from metaplug.execution.memory import peak_memory, reset_peak_memory
 from metaplug.experiments.build import Experiment, task_form
 from metaplug.models.factories import origin_of
-from metaplug.report.console import line
+from metaplug.report.console import line, new_bar
 from metaplug.report.sparkline import drawn_by, sparkline
 
 
@@ -150,14 +143,8 @@ class TrainingProgress:
 
     def __init__(self, console: Console, total: int) -> None:
         self.console, self.total = console, total
-        self._bar = _Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}{task.fields[validation]}"),
-            console=console,
-            transient=True,
+        self._bar = new_bar(
+            console, "{task.description}", "{task.fields[loss]}{task.fields[validation]}", _Bar
         )
         self._task: TaskID | None = None
         self._done = self._skipped = 0

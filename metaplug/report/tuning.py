@@ -5,14 +5,7 @@ from __future__ import annotations
 from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 from rich.text import Text
 
 from metaplug.evaluation.history import Record
@@ -20,7 +13,7 @@ from metaplug.experiments.build import Experiment
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.tuning import Outcome, Trial
 from metaplug.experiments.tuning.ranges import choice_text
-from metaplug.report.console import line, new_table, warn
+from metaplug.report.console import line, new_bar, new_table, warn
 from metaplug.report.terminal import heading, show_own_code, value_text
 
 _SHOWN = 10
@@ -37,14 +30,8 @@ class TuningProgress:
 
     def __init__(self, console: Console, config: ExperimentConfig) -> None:
         self.console, self._iterations = console, config.training.iterations
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[now]}{task.fields[best]}"),
-            console=console,
-            transient=True,
+        self._bar = new_bar(
+            console, "{task.description}", "{task.fields[now]}{task.fields[best]}", Progress
         )
         self._task: TaskID | None = None
         self._validation, self._is_shown = "", False
