@@ -316,6 +316,19 @@ def test_a_study_beside_a_run_stands_for_its_runs(tmp_path: Path) -> None:
     assert "finished runs 5" in words(page(study, run))
 
 
+def test_other_forms_of_tasks_have_pictures_of_their_own(tmp_path: Path) -> None:
+    text = STUDY.replace("0.1]}", "0.1], tasks.shots: [1, 5]}")
+    html = page(write_study(tmp_path / "study", text, inner=INNER))
+    found = headings(html)
+    for title in ("Training batches, smoothed", "Support and query loss", "Beside each other"):
+        assert [text for text in found if text.startswith(title)] == [
+            f"{title}: shots 1",
+            f"{title}: shots 5",
+        ]
+    assert found[-5:-1] == ["Sensitivity", "inner_lr, shots 1", "inner_lr, shots 5", "shots"]
+    assert re.findall(r"shots (\d): maml\+gradient-sharing is better", words(html)) == ["1", "5"]
+
+
 def test_unfinished_runs_are_drawn_as_far_as_they_came(tmp_path: Path) -> None:
     study = write_study(
         tmp_path / "study",
@@ -355,7 +368,7 @@ def test_what_a_run_did_not_log_is_said_or_left_out(tmp_path: Path) -> None:
         *("Results", "Learning curves", "Over training", "Training batches, smoothed"),
         *("From inner step to inner step", "Repeat it"),
     ]
-    assert "These runs did not log their validations by inner step." in words(html)
+    assert "These runs have no figures by inner step." in words(html)
     assert "maml has a test accuracy of 50.00 ± 12.99 % over 4 unseen tasks of 1 seed" in words(
         html
     )

@@ -80,19 +80,29 @@ class Shown:
     metrics: tuple[Sequence[Mapping[str, Any]], ...]
 
 
-def shown(material: Material) -> list[Shown]:
-    """The rows that are compared; where none is finished, the unfinished runs."""
-    look_of = material.look_of
-    rows = flat(compared(material.result))
-    if rows:
-        return [
-            Shown(row.label, look_of(row.variant), tuple(run.metrics for run in row.runs))
-            for row in rows
-        ]
-    return [
+def shown(material: Material) -> list[tuple[str, list[Shown]]]:
+    """The rows of each group of `compared`, with its heading; or else the unfinished runs."""
+    result, look_of = material.result, material.look_of
+    groups = [
+        (
+            heading(result, rows),
+            [
+                Shown(row.label, look_of(row.variant), tuple(run.metrics for run in row.runs))
+                for row in rows
+            ],
+        )
+        for rows in compared(result)
+    ]
+    unfinished = [
         Shown(each.label, look_of(each.variant), (each.run.metrics,))
         for each in material.unfinished
     ]
+    return groups or [("", unfinished)]
+
+
+def titled(title: str, apart: str) -> str:
+    """The title of a group of pictures, with what the group has apart."""
+    return ": ".join(filter(None, (title, apart)))
 
 
 def which(result: StudyResult) -> str:

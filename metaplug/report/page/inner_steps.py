@@ -8,9 +8,12 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any, Literal
 
-from metaplug.report.page.chosen import keys, shown, which
+from metaplug.report.page.chosen import keys, shown, titled, which
 from metaplug.report.page.material import Material
 from metaplug.report.page.panels import Group, Key, Line, Panel, Points, Section, finite
+
+_MOST_PANELS = 12
+"""Of support and query losses."""
 
 _Inner = tuple[Mapping[str, Any], Mapping[str, Any]]
 """The inner steps of the first and of the last validation."""
@@ -20,28 +23,39 @@ _Known = tuple[int, Sequence[_Inner]]
 
 def by_inner_step(material: Material) -> Section:
     """Losses, gradients and rates from inner step to inner step, early and late in training."""
-    known: dict[str, _Known] = {}
-    for row in shown(material):
-        if inner := [each for metrics in row.metrics if (each := _inner(metrics))]:
-            known[row.label] = row.look, inner
-    title = "From inner step to inner step"
-    if not known:
-        missing = "These runs did not log their validations by inner step."
+    title, groups = "From inner step to inner step", list[Group]()
+    for apart, rows in shown(material):
+        known = {
+            row.label: (row.look, inner)
+            for row in rows
+            if (inner := [each for metrics in row.metrics if (each := _inner(metrics))])
+        }
+        groups += _groups(material, apart, known) if known else []
+    if not groups:
+        missing = "These runs have no figures by inner step."
         return Section("steps", title, (missing,))
     text = (
         f"{which(material.result)} Means over the first validation tasks and all seeds, at the "
         "first validation (early, dashed) and at the last (late, solid). Where the query loss "
         "rises while the support loss falls, the inner loop over-fits its support examples."
     )
+    return Section("steps", title, (text.strip(),), tuple(groups))
+
+
+def _groups(material: Material, apart: str, known: Mapping[str, _Known]) -> list[Group]:
+    """A picture of losses for every row, and pictures that have all rows."""
     times = (Key("late", 0, "solid"), Key("early", 0, "dashed"))
     kinds = (Key("support", 1, "solid"), Key("query", 2, "solid"))
-    groups = [Group("Support and query loss", _loss_panels(known), (*kinds, *times))]
+    groups = []
+    if losses := _loss_panels(known)[:_MOST_PANELS]:
+        title = titled("Support and query loss", apart)
+        groups.append(Group(title, losses, (*kinds, *times)))
     panels = (_query_panel(known), _cosine_panel(known), _rates_panel(known))
     if found := tuple(filter(None, panels)):
         variants = [replace(key, style="solid") for key in keys(material)]
         heading = "Beside each other" if len(known) > 1 else "Gradients and rates"
-        groups.append(Group(heading, found, (*variants, *times)))
-    return Section("steps", title, (text.strip(),), tuple(groups))
+        groups.append(Group(titled(heading, apart), found, (*variants, *times)))
+    return groups
 
 
 def _inner(lines: Sequence[Mapping[str, Any]]) -> _Inner | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from metaplug.report.page.chosen import Shown, keys, shown, which
+from metaplug.report.page.chosen import Shown, keys, shown, titled, which
 from metaplug.report.page.material import Material
 from metaplug.report.page.panels import Group, Line, Panel, Section, averaged, finite, thinned
 
@@ -22,15 +22,16 @@ _Column = list[tuple[float, float]]
 
 def over_training(material: Material) -> Section | None:
     """Training batches, and the figures that plugins log, over the iterations."""
-    rows = shown(material)
-    batches = (
-        _batch_panel(rows, "outer_loss", "Outer loss", "outer loss"),
-        _batch_panel(rows, "meta_gradient_norm", "Size of the meta-gradient", "norm"),
-    )
-    groups = []
-    if found := tuple(filter(None, batches)):
-        groups.append(Group("Training batches, smoothed", found, keys(material)))
-    panels = [panel for row in rows for panel in _figure_panels(row)]
+    groups, panels = [], list[Panel]()
+    for apart, rows in shown(material):
+        batches = (
+            _batch_panel(rows, "outer_loss", "Outer loss", "outer loss"),
+            _batch_panel(rows, "meta_gradient_norm", "Size of the meta-gradient", "norm"),
+        )
+        if found := tuple(filter(None, batches)):
+            title = titled("Training batches, smoothed", apart)
+            groups.append(Group(title, found, keys(material)))
+        panels += [panel for row in rows for panel in _figure_panels(row)]
     if panels:
         groups.append(Group("What plugins learn and log", tuple(panels[:_MOST_PANELS])))
     if not groups:
