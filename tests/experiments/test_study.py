@@ -353,6 +353,20 @@ def test_a_run_that_fails_is_named_and_the_others_are_computed(
     assert "Not finished: 1 run, first wild, seed 0." in shown.out
 
 
+def test_a_run_that_a_worker_left_elsewhere_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = tiny_study(seeds=[0])
+    cells = cells_of(study, "")
+    begin(study, cells, tmp_path)
+    monkeypatch.setattr("metaplug.experiments.study.running._compute", lambda job: "finished")
+    found = [failed.text for _, failed in compute(cells, tmp_path, Workers()) if failed]
+    assert found == [
+        "it is finished, but not in this folder: workers on other machines must see the study's "
+        "folder under the same path; give one of a shared file system by --out"
+    ] * len(cells)
+
+
 def test_every_value_is_tried_before_the_first_run(tmp_path: Path) -> None:
     cells = cells_of(tiny_study("maml", "maml++"), "")
     with pytest.raises(RequestError) as error:

@@ -25,6 +25,10 @@ _WAIT = 1.0
 """Seconds until a cell that another process computes is looked at again."""
 _LOOK = 0.1
 """Seconds between two looks at whether a stop was asked for."""
+_ELSEWHERE = (
+    "it is finished, but not in this folder: workers on other machines must see the study's folder "
+    "under the same path; give one of a shared file system by --out"
+)
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,11 @@ def compute(
                 stop=stop,
             )
             for job, ended in found:
-                if isinstance(ended, Failed) or ended == "finished":
-                    yield left.pop(job.folder.name), ended if isinstance(ended, Failed) else None
+                if isinstance(ended, Failed):
+                    yield left.pop(job.folder.name), ended
+                elif ended == "finished":
+                    here = is_finished(job.folder)
+                    yield left.pop(job.folder.name), None if here else Failed(_ELSEWHERE)
             if left and not stop():
                 time.sleep(_WAIT)
 
