@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from metaplug.cli.options import RunModel, RunPlugins, RunSteps, examples
-from metaplug.report.console import line
+from metaplug.report.console import result
 
 
 @examples(
@@ -75,11 +75,11 @@ def export(
             "checkpoint_sha256": digest_of(checkpoint_of(run)),
         },
     )
-    line(f"{out} has the model, adapted to {support}:")
+    result(f"{out} has the model, adapted to {support}:")
     for name in files:
-        line(f"- {name}")
+        result(f"- {name}")
     if json.loads(files["labels.json"].read_text(encoding="utf-8"))["depends_on_batch"]:
-        line(
+        result(
             "batch norm uses the statistics of the examples that are given together, so an output "
             "depends on the others of its batch, as in training"
         )

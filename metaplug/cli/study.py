@@ -82,7 +82,7 @@ def study(
     from metaplug.experiments.study.cells import cells_of
     from metaplug.experiments.study.schema import read_study
 
-    refuse_ranks("study", "give --jobs, or a cluster by --backend")
+    refuse_ranks("study", "and give --jobs, or a cluster by --backend")
     asked = _with_sets(read_study(file), sets)
     check_name(name, "studies")
     folder = out / (name or file.stem)
@@ -98,7 +98,7 @@ def refuse_ranks(command: str, mend: str) -> None:
     if (ranks := world_size()) != "1":
         raise RequestError(
             f"metaplug {command} on {ranks} ranks: it runs in one process; start it without "
-            f"torchrun; {mend}"
+            f"torchrun, {mend}"
         )
 
 

@@ -60,7 +60,7 @@ def tune(
     Test tasks are never drawn. OUT/NAME/best.yaml is the best configuration, for metaplug train.
     Ctrl-C stops after the current step, and the same command goes on.
     """
-    refuse_ranks("tune", "a search trains one trial at a time")
+    refuse_ranks("tune", "as a search trains one trial at a time")
     options.check_name(name)
     from metaplug.experiments.json_values import to_json
     from metaplug.experiments.tuning import to_values

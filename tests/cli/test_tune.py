@@ -188,8 +188,8 @@ def test_ranks_are_refused(metaplug: Any, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert metaplug(*TINY, *LR)[2] == (
-        "metaplug: metaplug tune on 2 ranks: it runs in one process; start it without torchrun; a "
-        "search trains one trial at a time\n"
+        "metaplug: metaplug tune on 2 ranks: it runs in one process; start it without torchrun, as "
+        "a search trains one trial at a time\n"
     )
 
 

@@ -406,7 +406,7 @@ def test_the_command_writes_and_says_so(runs, tmp_path, capfd, adapted):
     out = tmp_path / "new" / "out"
     support = str(runs / "support")
     assert command(str(runs / "run"), "--support", support, "--out", str(out)) == 0
-    assert capfd.readouterr().err.splitlines() == [
+    assert capfd.readouterr().out.splitlines() == [
         f"{out} has the model, adapted to {support}:",
         "- model.safetensors",
         "- model.pt2",
