@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from importlib import import_module
@@ -75,18 +76,19 @@ class Mlflow(Logger):
 
     def _log_settings(self, settings: Mapping[str, Any]) -> None:
         param = self._mlflow.entities.Param
-        params = [param(name, plain(value)[:_LONGEST]) for name, value in settings.items()]
+        texts = {name: plain(value) for name, value in settings.items()}
+        params = [
+            param(name, text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…")
+            for name, text in texts.items()
+        ]
         for place in range(0, len(params), _MOST_PARAMS):
             self._client.log_batch(self._id, params=params[place : place + _MOST_PARAMS])
 
     def log(self, step: LoggedStep, *, durable: bool) -> None:
         """Keep the figures of an iteration, and send all that wait where a checkpoint follows."""
-        metric, now = self._mlflow.entities.Metric, int(time.time() * 1000)
-        self._waiting += [
-            metric(name, value, now, step.iteration)
-            for name, value in step.values.items()
-            if step.iteration > self._has.get(name, 0)
-        ]
+        named = {_allowed(name): value for name, value in step.values.items()}
+        new = {name: named[name] for name in named if step.iteration > self._has.get(name, 0)}
+        self._wait(new, step.iteration)
         if durable or len(self._waiting) >= _MOST_METRICS:
             self._send()
 
@@ -95,18 +97,23 @@ class Mlflow(Logger):
         self._client.log_dict(self._id, dict(summary), "summary.json")
         if curves is not None:
             self._client.log_artifact(self._id, str(curves))
-        metric, now = self._mlflow.entities.Metric, int(time.time() * 1000)
-        self._waiting += [
-            metric(name, value, now, summary["iterations"])
-            for name, value in final_figures(summary).items()
-        ]
+        self._wait(final_figures(summary), summary["iterations"])
 
     def close(self, ending: Ending) -> None:
         """Send what waits, and the status."""
         self._send()
         self._client.set_terminated(self._id, _STATUS[ending])
 
+    def _wait(self, figures: Mapping[str, float], iteration: int) -> None:
+        metric, now = self._mlflow.entities.Metric, int(time.time() * 1000)
+        self._waiting += [metric(name, value, now, iteration) for name, value in figures.items()]
+
     def _send(self) -> None:
         while self._waiting:
             self._client.log_batch(self._id, metrics=self._waiting[:_MOST_METRICS])
             self._waiting = self._waiting[_MOST_METRICS:]
+
+
+def _allowed(name: str) -> str:
+    """The name of a figure, with an underscore for what MLflow takes in none."""
+    return re.sub(r"[^\w./: -]", "_", name)
