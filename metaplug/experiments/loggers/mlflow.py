@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, final
@@ -56,9 +57,7 @@ class Mlflow(Logger):
             uri = (run.folder / "mlruns").resolve().as_uri()
         self._mlflow: Any = import_module("mlflow")
         self._client: Any = self._mlflow.MlflowClient(tracking_uri=uri)
-        found = self._client.get_experiment_by_name(self.config.experiment)
-        place = self._client.create_experiment(self.config.experiment) if found is None else None
-        where = found.experiment_id if place is None else place
+        where = self._experiment()
         runs = self._client.search_runs([where], f"tags.`{_TAG}` = '{run.id}'", max_results=1)
         self._waiting = list[Any]()
         self._has: dict[str, int] = {}
@@ -73,6 +72,16 @@ class Mlflow(Logger):
                 history = self._client.get_metric_history(self._id, key)
                 self._has[key] = max(point.step for point in history)
         return max(max(self._has.values(), default=0) - 1, 0)  # the last may be there in part
+
+    def _experiment(self) -> Any:
+        """The id of the experiment, which another process may make at the same moment."""
+        name = self.config.experiment
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            with suppress(self._mlflow.MlflowException):
+                return self._client.create_experiment(name)
+            found = self._client.get_experiment_by_name(name)
+        return found.experiment_id
 
     def _log_settings(self, settings: Mapping[str, Any]) -> None:
         param = self._mlflow.entities.Param
