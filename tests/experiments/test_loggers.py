@@ -373,3 +373,8 @@ def test_no_result_and_no_comparison_depends_on_loggers(tmp_path: Path, offered:
     assert (tmp_path / "lines.txt").read_text() == "lines 6\n"
     assert [line["iteration"] for line in read_metrics(mine)] == [*range(1, 13)]
     assert load(mine).config.loggers == ()
+
+
+def test_mlflow_gets_no_name_that_it_refuses() -> None:
+    mlflow = import_module("metaplug.experiments.loggers.mlflow")
+    assert mlflow._allowed("my-idea/rate of layer.0[a,b]") == "my-idea/rate of layer.0_a_b_"

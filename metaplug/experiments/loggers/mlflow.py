@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, final
@@ -55,9 +57,7 @@ class Mlflow(Logger):
             uri = (run.folder / "mlruns").resolve().as_uri()
         self._mlflow: Any = import_module("mlflow")
         self._client: Any = self._mlflow.MlflowClient(tracking_uri=uri)
-        found = self._client.get_experiment_by_name(self.config.experiment)
-        place = self._client.create_experiment(self.config.experiment) if found is None else None
-        where = found.experiment_id if place is None else place
+        where = self._experiment()
         runs = self._client.search_runs([where], f"tags.`{_TAG}` = '{run.id}'", max_results=1)
         self._waiting = list[Any]()
         self._has: dict[str, int] = {}
@@ -73,20 +73,31 @@ class Mlflow(Logger):
                 self._has[key] = max(point.step for point in history)
         return max(max(self._has.values(), default=0) - 1, 0)  # the last may be there in part
 
+    def _experiment(self) -> Any:
+        """The id of the experiment, which another process may make at the same moment."""
+        name = self.config.experiment
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            with suppress(self._mlflow.MlflowException):
+                return self._client.create_experiment(name)
+            found = self._client.get_experiment_by_name(name)
+        return found.experiment_id
+
     def _log_settings(self, settings: Mapping[str, Any]) -> None:
         param = self._mlflow.entities.Param
-        params = [param(name, plain(value)[:_LONGEST]) for name, value in settings.items()]
+        texts = {name: plain(value) for name, value in settings.items()}
+        params = [
+            param(name, text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…")
+            for name, text in texts.items()
+        ]
         for place in range(0, len(params), _MOST_PARAMS):
             self._client.log_batch(self._id, params=params[place : place + _MOST_PARAMS])
 
     def log(self, step: LoggedStep, *, durable: bool) -> None:
         """Keep the figures of an iteration, and send all that wait where a checkpoint follows."""
-        metric, now = self._mlflow.entities.Metric, int(time.time() * 1000)
-        self._waiting += [
-            metric(name, value, now, step.iteration)
-            for name, value in step.values.items()
-            if step.iteration > self._has.get(name, 0)
-        ]
+        named = {_allowed(name): value for name, value in step.values.items()}
+        new = {name: named[name] for name in named if step.iteration > self._has.get(name, 0)}
+        self._wait(new, step.iteration)
         if durable or len(self._waiting) >= _MOST_METRICS:
             self._send()
 
@@ -95,18 +106,23 @@ class Mlflow(Logger):
         self._client.log_dict(self._id, dict(summary), "summary.json")
         if curves is not None:
             self._client.log_artifact(self._id, str(curves))
-        metric, now = self._mlflow.entities.Metric, int(time.time() * 1000)
-        self._waiting += [
-            metric(name, value, now, summary["iterations"])
-            for name, value in final_figures(summary).items()
-        ]
+        self._wait(final_figures(summary), summary["iterations"])
 
     def close(self, ending: Ending) -> None:
         """Send what waits, and the status."""
         self._send()
         self._client.set_terminated(self._id, _STATUS[ending])
 
+    def _wait(self, figures: Mapping[str, float], iteration: int) -> None:
+        metric, now = self._mlflow.entities.Metric, int(time.time() * 1000)
+        self._waiting += [metric(name, value, now, iteration) for name, value in figures.items()]
+
     def _send(self) -> None:
         while self._waiting:
             self._client.log_batch(self._id, metrics=self._waiting[:_MOST_METRICS])
             self._waiting = self._waiting[_MOST_METRICS:]
+
+
+def _allowed(name: str) -> str:
+    """The name of a figure, with an underscore for what MLflow takes in none."""
+    return re.sub(r"[^\w./: -]", "_", name)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from metaplug.errors import RequestError
+from metaplug.errors import RequestError, one_line
 
 
 def check_installed(logger: str, package: str) -> None:
@@ -47,12 +47,13 @@ def final_figures(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def markdown(values: Mapping[str, Any], *columns: str) -> str:
-    """A table of names and values in Markdown, where a name or a list is written as JSON.
+    """A table of names and values in Markdown.
 
     >>> markdown({"seed": 0, "tasks.source": "glyphs"}, "field", "value").splitlines()[2:]
     ['| seed | 0 |', '| tasks.source | glyphs |']
     """
-    rows = [[name, plain(value).replace("|", "\\|")] for name, value in values.items()]
+    rows = [[name, one_line(plain(value), 1000)] for name, value in values.items()]
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in ([*columns], ["---"] * 2, *rows))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -44,6 +46,7 @@ class Tensorboard(Logger):
         folder = run.folder / "tensorboard" if own is None else Path(own, f"{run.name}-{run.id}")
         # A killed process may have written a part of its last iteration.
         has = min(max(_last_iteration(folder) - 1, 0), run.iteration)
+        _wait_for_a_later_name(folder)
         writer = import_module("torch.utils.tensorboard").SummaryWriter
         self._writer: Any = writer(folder, purge_step=has + 1)
         if not has:
@@ -78,6 +81,19 @@ def _last_iteration(folder: Path) -> int:
     if not folder.is_dir():
         return 0
     reader = import_module("tensorboard.backend.event_processing.event_accumulator")
-    events = reader.EventAccumulator(str(folder), size_guidance={"images": 1}).Reload()
+    log = logging.getLogger("tensorboard")
+    before = log.level
+    log.setLevel(logging.ERROR)  # it warns of every point that it purges, as it is asked to
+    try:
+        events = reader.EventAccumulator(str(folder), size_guidance={"images": 1}).Reload()
+    finally:
+        log.setLevel(before)
     tags = events.Tags()["scalars"]
     return max((events.Scalars(tag)[-1].step for tag in tags), default=0)
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait a second at most: files are read by name, and two of one second in no given order."""
+    begun = [file.name.split(".")[3] for file in folder.glob("events.out.tfevents.*")]
+    newest = max((int(second) for second in begun if second.isdigit()), default=0)
+    time.sleep(min(max(newest + 1 - time.time(), 0.0), 1.0))
