@@ -139,16 +139,24 @@ def _draw_acceleration(axes: Axes, result: StudyResult) -> None:
     if len(baselines) != 1:
         return  # each setting has a target of its own
     over, metric = baselines[0], result.metric
-    means = [result.acceleration_of_means(row, over) for row in result.rows]
-    [target], [start] = means[0].targets, result.acceleration_of_means(over, over).baseline
+    own = result.acceleration_of_means(over, over)
+    assert own is not None
+    [target], [start] = own.targets, own.baseline
     level = scale_of(metric)[0] * target
     axes.axhline(level, color="#888888", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     near = partial(axes.annotate, textcoords="offset points")
     place, text = axes.get_yaxis_transform(), f"best of {over.label}"
     near(text, (0, level), (4, 4), xycoords=place, fontsize=8, color=GREY)
+    means = {  # the mean curves that are drawn, so of the same seeds and at the same setting
+        index: found
+        for index, row in enumerate(result.rows)
+        if row.seeds == over.seeds
+        and result.baseline_of(row) is over
+        and (found := result.acceleration_of_means(row, over)) is not None
+    }
     faster = {
         index: point.iteration
-        for index, found in enumerate(means)
+        for index, found in means.items()
         if (point := found.reached[0]) is not None and (found.percent[0] or 0) > 0
     }
     if not faster or start is None:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from metaplug.evaluation.results import EvaluationResult, transductive_text
 from metaplug.experiments.study.acceleration import Acceleration
-from metaplug.experiments.study.results import Row, StudyResult
+from metaplug.experiments.study.results import Row, StudyResult, paired
 from metaplug.report.console import new_table
 from metaplug.report.terminal import scale_of, value_text
 
@@ -41,7 +41,7 @@ def _add_row(table: Table, result: StudyResult, row: Row, base: Row | None, seve
         "baseline" if is_baseline else first,
         *others,
         value_text(metric, test.mean, test.interval),
-        "" if is_baseline or over is None else difference_text(result.difference(row, over)),
+        "" if is_baseline or over is None else _difference(result, row, over),
         f"{row.seconds:.0f}",
     )
     shared = [] if over is None else [seed for seed in row.seeds if seed in over.seeds]
@@ -72,7 +72,7 @@ def _best_table(result: StudyResult, rows: Sequence[Row]) -> Table:
             Text(row.label, style="bold"),
             value_text(metric, row.best_validation),
             value_text(metric, row.test.mean, row.test.interval),
-            "" if over in (None, row) else difference_text(result.difference(row, over)),
+            "" if over is None or over is row else _difference(result, row, over),
         )
     return table
 
@@ -122,6 +122,12 @@ def _target_text(result: StudyResult) -> str:
     return f"{text}; {targets} for seed {', '.join(map(str, rows[0].seeds))}."
 
 
+def _difference(result: StudyResult, row: Row, over: Row) -> str:
+    if not paired(over, row):
+        return "other seeds"
+    return difference_text(result.difference(row, over))
+
+
 def difference_text(difference: EvaluationResult | None) -> str:
     """Write a difference of means with its sign: "+7.40 ± 0.90 pp", in percentage points."""
     if difference is None:
@@ -133,7 +139,7 @@ def difference_text(difference: EvaluationResult | None) -> str:
 
 def mean_text(acceleration: Acceleration | None) -> str:
     """Write the mean acceleration over seeds: "+140 % (2 of 3 seeds)"."""
-    if acceleration is None:
+    if acceleration is None or not acceleration.reached:
         return ""
     if acceleration.mean_percent is None:
         return "not reached"

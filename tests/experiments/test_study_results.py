@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import math
+from dataclasses import replace
 
 import pytest
+from rich.console import Console
 from support.studies import curve, result, row
 
 from metaplug.evaluation.curves import Point, best_point, first_reaching
 from metaplug.evaluation.results import Metric
 from metaplug.experiments.study.acceleration import Acceleration, accelerate
+from metaplug.experiments.study.results import StudyResult
 from metaplug.experiments.study.values import to_values
+from metaplug.report.console import show
+from metaplug.report.study import study_tables
 
 
 def iterations(found: Acceleration) -> tuple[tuple[float, ...], list[int | None], list[int | None]]:
@@ -97,7 +103,9 @@ def test_mean_curves_and_their_interval() -> None:
         Point(50, 0.5, pytest.approx(math.sqrt(2 * 0.01**2) / 2), 50.0),
         Point(100, pytest.approx(0.7), pytest.approx(math.sqrt(2 * 0.01**2) / 2), 100.0),
     )
-    assert both.acceleration_of_means(anil, maml).percent == (100.0,)
+    means = both.acceleration_of_means(anil, maml)
+    assert means is not None
+    assert means.percent == (100.0,)
     assert both.acceleration(anil, maml).percent == (100.0, 0.0)
     assert both.acceleration(anil, maml).mean_percent == 50.0
 
@@ -167,6 +175,74 @@ def test_an_axis_of_one_variants_plugin_leaves_the_others_to_compare_with() -> N
     made = result("accuracy", curves, settings=gates, axes=axes)
     base = made.baseline_of(made.rows[1])
     assert base is made.rows[0]
+
+
+def test_no_row_of_the_baseline_is_picked_where_an_axis_concerns_it_alone() -> None:
+    gates = {each: {"plugins.gradient-sharing.gate": each} for each in ("a", "b")}
+    curves = {
+        "maml+gradient-sharing@a": [curve(0.5)],
+        "maml+gradient-sharing@b": [curve(0.6)],
+        "maml": [curve(0.4)],
+    }
+    axes = {"plugins.gradient-sharing.gate": ["a", "b"]}
+    made = result("accuracy", curves, settings=gates, axes=axes)
+    assert [base and base.label for base in map(made.baseline_of, made.rows)] == [
+        "maml+gradient-sharing, gate a",
+        "maml+gradient-sharing, gate b",
+        None,
+    ]
+    assert [each.label for each in made.best_rows()[0]] == ["maml+gradient-sharing, gate b", "maml"]
+
+
+def with_seeds(found: StudyResult, **seeds: tuple[int, ...]) -> StudyResult:
+    """The result with only these seeds of some variants or settings."""
+    rows = tuple(
+        replace(each, runs=tuple(each.runs[seed] for seed in wanted))
+        for each in found.rows
+        for wanted in [next((seeds[name] for name in seeds if name in each.label), each.seeds)]
+    )
+    return replace(found, rows=rows)
+
+
+def test_means_of_other_seeds_are_not_compared() -> None:
+    # Seed 1 has the harder tasks.
+    lines = [curve(0.6, 0.8), curve(0.3, 0.4)]
+    whole = result("accuracy", {"maml": lines, "anil": lines})
+    part = with_seeds(whole, maml=(1,))
+    maml, anil = part.rows
+    means = part.acceleration_of_means(anil, maml)
+    assert means is not None
+    assert (means.targets, means.percent) == ((0.4,), (0.0,))
+    none = with_seeds(whole, maml=(1,), anil=(0,))
+    maml, anil = none.rows
+    assert none.acceleration_of_means(anil, maml) is None
+    [_, values] = to_values(none)["rows"]
+    assert (values["acceleration_percent"], values["test_minus_baseline"]) == (None, None)
+    text = io.StringIO()
+    show(study_tables(none), Console(file=text, width=120))
+    assert "other seeds" in text.getvalue()
+    assert "not reached" not in text.getvalue()
+
+
+def test_the_best_setting_is_chosen_in_the_seeds_that_all_have() -> None:
+    # The slow one validates worse in each seed, and lacks the harder one.
+    curves = {
+        "maml@slow": [curve(0.7), curve(0.3)],
+        "maml@fast": [curve(0.8), curve(0.4)],
+    }
+    axes = {"learner.inner_lr": [0.1, 0.4]}
+    part = with_seeds(
+        result("accuracy", curves, settings=RATES, axes=axes), **{"inner_lr 0.1": (0,)}
+    )
+    assert [each.label for each in part.best_rows()[0]] == ["maml, inner_lr 0.4"]
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "mean squared error"])
+def test_a_setting_without_a_finite_validation_is_never_the_best(metric: Metric) -> None:
+    curves = {"maml@slow": [curve(math.nan, math.nan)], "maml@fast": [curve(0.5, 0.6)]}
+    axes = {"learner.inner_lr": [0.1, 0.4]}
+    made = result(metric, curves, settings=RATES, axes=axes)
+    assert [each.label for each in made.best_rows()[0]] == ["maml, inner_lr 0.4"]
 
 
 def test_no_best_is_chosen_over_other_tasks() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -68,8 +69,12 @@ class Row:
     @property
     def best_validation(self) -> float:
         """The best validation of every seed, their mean."""
-        metric = self.runs[0].test.metric
-        return fmean(best_point(metric, run.curve).mean for run in self.runs)
+        return self.best_validation_of(self.seeds)
+
+    def best_validation_of(self, seeds: Container[int]) -> float:
+        """The same over some seeds, at least one of the row's."""
+        metric, runs = self.runs[0].test.metric, [run for run in self.runs if run.seed in seeds]
+        return fmean(best_point(metric, run.curve).mean for run in runs)
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,14 @@ class StudyResult:
         return row.variant == self.baseline
 
     def baseline_of(self, row: Row) -> Row | None:
-        """The baseline's row at the same setting, as far as the axes concern it; None for none."""
+        """The baseline's row at the same setting, as far as the axes concern it.
+
+        None for none, and where several would do, since an axis concerns the baseline alone.
+        """
+        every: tuple[Row | Cell, ...] = (*self.rows, *self.missing)
+        own = [each for each in every if each.variant == self.baseline]
+        if len({repr(each.setting) for each in own if _is_at(each, row)}) > 1:
+            return None
         return next((one for one in self.rows if self.is_baseline(one) and _is_at(one, row)), None)
 
     def base_of(self, row: Row) -> Row | None:
@@ -124,9 +136,17 @@ class StudyResult:
         pairs = [(one.curve, other.curve) for one, other in paired(over, row)]
         return accelerate(self.metric, pairs, self.study.target)
 
-    def acceleration_of_means(self, row: Row, over: Row) -> Acceleration:
-        """Of a row's mean curve over another's, as if it were one seed."""
-        return accelerate(self.metric, [(over.mean_curve, row.mean_curve)], self.study.target)
+    def acceleration_of_means(self, row: Row, over: Row) -> Acceleration | None:
+        """Of a row's mean curve over another's, as if it were one seed; None without a common one.
+
+        The means are over the seeds that both have, since other seeds have other tasks.
+        """
+        if not (pairs := paired(over, row)):
+            return None
+        before, after = (
+            mean_curve([run.curve for run in runs]) for runs in zip(*pairs, strict=True)
+        )
+        return accelerate(self.metric, [(before, after)], self.study.target)
 
     def difference(self, row: Row, over: Row) -> EvaluationResult | None:
         """A row's test value minus another's, task by task on the same tasks, seed by seed.
@@ -156,15 +176,24 @@ class StudyResult:
         if not self.tuned:
             return ()
         return tuple(
-            tuple(self._best(rows) for rows in group.values()) for group in groups.values()
+            tuple(self.best_validated(rows) for rows in group.values()) for group in groups.values()
         )
 
-    def _best(self, rows: Sequence[Row]) -> Row:
-        best = rows[0]
-        for row in rows[1:]:
-            if better(self.metric, row.best_validation, best.best_validation):
-                best = row
-        return best
+    def best_validated(self, rows: Sequence[Row]) -> Row:
+        """The row with the best validation, the earlier of equal ones.
+
+        By the seeds that all rows have, since other seeds have other tasks; where they have none
+        in common, by each row's own. NaN and Inf are never the best.
+        """
+        common = set(rows[0].seeds).intersection(*(row.seeds for row in rows))
+        values = [row.best_validation_of(common or row.seeds) for row in rows]
+        best = 0
+        for place, value in enumerate(values):
+            if math.isfinite(value) and not (
+                math.isfinite(values[best]) and not better(self.metric, value, values[best])
+            ):
+                best = place
+        return rows[best]
 
 
 def paired(over: Row, row: Row) -> list[tuple[RunResult, RunResult]]:
@@ -204,7 +233,7 @@ def read_results(study: Study, cells: Sequence[Cell], folder: Path) -> StudyResu
     )
 
 
-def _is_at(one: Row, row: Row) -> bool:
+def _is_at(one: Row | Cell, row: Row) -> bool:
     """Whether a row has the other's values on the axes that concern both."""
     common = one.setting.keys() & row.setting.keys()
     tasks = [path for path in one.setting.keys() ^ row.setting.keys() if not is_own(path)]

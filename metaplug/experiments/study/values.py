@@ -57,7 +57,7 @@ def _row_values(result: StudyResult, row: Row) -> dict[str, Any]:
         "config": row.runs[0].config.model_dump(mode="json", exclude={"seed"}),
         "plugins": row.runs[0].summary["plugins"],
         "acceleration_percent": None
-        if found is None or means is None
+        if found is None or means is None  # no row of the baseline, or none of the same seeds
         else {
             "mean_over_seeds_that_reached": found.mean_percent,
             "of_seconds": found.mean_percent_of_seconds,

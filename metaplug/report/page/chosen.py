@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from metaplug.evaluation.scores import better
 from metaplug.experiments.study.cells import setting_text
 from metaplug.experiments.study.results import Row, StudyResult
 from metaplug.report.page.material import Material
@@ -54,15 +52,6 @@ def reference_of(result: StudyResult, row: Row) -> Row | None:
         first = result.rows[0]
         return None if row is first else first
     return None if result.is_baseline(row) else result.baseline_of(row)
-
-
-def best_validated(result: StudyResult, rows: Sequence[Row]) -> Row:
-    """The row with the best validation, the earlier of equal ones."""
-    sign = 1 if better(result.metric, 1, 0) else -1
-    values = [sign * row.best_validation for row in rows]
-    return rows[
-        max(range(len(rows)), key=lambda k: values[k] if math.isfinite(values[k]) else -math.inf)
-    ]
 
 
 @dataclass(frozen=True)

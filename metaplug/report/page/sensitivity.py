@@ -9,7 +9,7 @@ from typing import Any
 from metaplug.experiments.json_values import to_json
 from metaplug.experiments.study.cells import setting_text
 from metaplug.experiments.study.results import Row, StudyResult, is_tuned
-from metaplug.report.page.chosen import best_validated, keys
+from metaplug.report.page.chosen import keys
 from metaplug.report.page.material import Material
 from metaplug.report.page.panels import Group, Line, Panel, Section
 from metaplug.report.terminal import scale_of
@@ -122,7 +122,7 @@ def _chosen(result: StudyResult, path: str, rows: list[Row]) -> dict[str, Row]:
     at: dict[str, list[Row]] = {}
     for row in rows:
         at.setdefault(to_json(row.setting[path]), []).append(row)
-    return {text: best_validated(result, own) for text, own in at.items()}
+    return {text: result.best_validated(own) for text, own in at.items()}
 
 
 def _baseline_at(result: StudyResult, path: str, row: Row) -> Row | None:
@@ -138,7 +138,7 @@ def _baseline_at(result: StudyResult, path: str, row: Row) -> Row | None:
         if result.is_baseline(one)
         and all(one.setting.get(each, value) == value for each, value in fixed.items())
     ]
-    return best_validated(result, rows) if rows else None
+    return result.best_validated(rows) if rows else None
 
 
 def _text(value: Any) -> str:
