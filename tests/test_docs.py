@@ -14,7 +14,8 @@ from support.tiny_language_models import save_language_models
 from support.tiny_tokenizer import write_texts
 
 from metaplug.cli.main import app, main
-from metaplug.cli.options import SHARED, resolve_options
+from metaplug.cli.options import SHARED
+from metaplug.cli.resolving import resolve_options
 from metaplug.contract import hookspecs, registry
 from metaplug.contract.presets import PluginUse, find_preset
 from metaplug.experiments.variant_texts import parse_plugin, parse_variant

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metaplug.cli.options import Set, examples, parse_setting, shared
+from metaplug.cli.options import Set, examples, shared
+from metaplug.cli.resolving import parse_setting
 from metaplug.cli.study import Address, BackendOption, Jobs, refuse_ranks, run, workers_of
 from metaplug.errors import RequestError
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metaplug.cli.options import Json, examples, parse_setting
+from metaplug.cli.options import Json, examples
+from metaplug.cli.resolving import parse_setting
 from metaplug.errors import RequestError, RunError
 from metaplug.report.console import CONSOLE, RESULTS, emit, line
 

@@ -8,17 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from metaplug.cli.options import (
-    Json,
-    RunModel,
-    RunPlugins,
-    RunSteps,
-    TaskSet,
-    examples,
-    sharing,
-    task_settings,
-)
+from metaplug.cli.options import Json, RunModel, RunPlugins, RunSteps, TaskSet, examples, sharing
 from metaplug.cli.ranks import ranks
+from metaplug.cli.resolving import task_settings
 from metaplug.evaluation.score_names import ScoreName
 from metaplug.report.console import emit, result
 

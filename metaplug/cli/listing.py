@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from metaplug.cli import options
+from metaplug.cli.resolving import resolve_options, task_settings
 from metaplug.errors import RequestError, unknown
 from metaplug.report.console import RESULTS, emit, line, result, show
 
@@ -36,7 +37,7 @@ def explain(
     from metaplug.contract.presets import find_preset, make_plugins
     from metaplug.report.tables import explanation
 
-    resolved = options.resolve_options(given, sets, config=config, preset=preset, uses=use)
+    resolved = resolve_options(given, sets, config=config, preset=preset, uses=use)
     algorithm = find_preset(resolved.config.preset)
     chain = Chain(make_plugins(algorithm, resolved.config.plugins))
     RESULTS.print(explanation(resolved, chain, algorithm.summary))
@@ -152,12 +153,12 @@ def tasks(
         raise unknown("task source", source, [entry.name for entry in found])
     whole = f"{source}:{argument or rest}" if argument or rest else source
     why = "what is shown are tasks alone"
-    paths = options.task_settings(given, sets, why, also=["seed"])
+    paths = task_settings(given, sets, why, also=["seed"])
     if "tasks.source" in paths:
         raise RequestError(
             f"--set tasks.source: the source is named already, {whole}: leave it out"
         )
-    config = options.resolve_options({**paths, "tasks.source": whole}, ()).config
+    config = resolve_options({**paths, "tasks.source": whole}, ()).config
     data = None if chosen.error else _describe(config.tasks)
     if draw is not None:
         _draw(config, split, draw)

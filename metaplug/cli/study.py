@@ -111,7 +111,7 @@ def workers_of(jobs: int | None, backend: Backend, address: str | None) -> Worke
 
 def _with_sets(asked: Study, sets: list[str] | None) -> Study:
     """The study with other fields in its base."""
-    from metaplug.cli.options import parse_setting
+    from metaplug.cli.resolving import parse_setting
     from metaplug.experiments.configuration import assign
 
     base = asked.base

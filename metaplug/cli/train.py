@@ -12,6 +12,7 @@ import typer
 
 from metaplug.cli import options
 from metaplug.cli.ranks import ranks
+from metaplug.cli.resolving import resolve_options
 from metaplug.cli.stopping import StoppedError, stop_on_signals
 from metaplug.errors import RequestError, RunError
 from metaplug.report.console import CONSOLE, line, result, warn
@@ -69,7 +70,7 @@ def train(
         config, name = _repeated(source, config), name or f"{source.resolve().name}-repeated"
     options.check_name(name)
     with ranks() as world:
-        settings = options.resolve_options(
+        settings = resolve_options(
             given, sets, config=config, preset=preset, uses=use, files=files, logs=log
         ).config
         folder = out / (name or _default_name(settings, config))
@@ -197,4 +198,4 @@ def _default_name(settings: ExperimentConfig, file: Path | None) -> str:
 
     if file is None:
         return name_of(settings)
-    return name_of(settings, file.stem, options.resolve_options({}, None, config=file).config)
+    return name_of(settings, file.stem, resolve_options({}, None, config=file).config)

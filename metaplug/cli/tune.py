@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from metaplug.cli import options
+from metaplug.cli.resolving import parse_setting, resolve_options
 from metaplug.cli.stopping import StoppedError, stop_on_signals
 from metaplug.cli.study import refuse_ranks
 from metaplug.errors import RequestError
@@ -70,7 +71,7 @@ def tune(
 
     content = {} if config is None else read_yaml(config)
     asked = _asked(content.pop("search", {}), config, search or ())
-    settings = options.resolve_options(
+    settings = resolve_options(
         given, sets, config=config, preset=preset, uses=use, logs=log, content=content
     ).config
     _check_not_set(asked, given, sets or (), use or ())
@@ -106,7 +107,7 @@ def _asked(in_file: Any, config: Path | None, texts: Any) -> list[Asked]:
             f"{config}: search is no mapping: write a line as learner.inner_lr: log:0.01..1"
         )
     found = [Asked(f"{config}, search:", path, value) for path, value in flatten(in_file).items()]
-    by_option = [Asked("--search", *options.parse_setting(text, "--search")) for text in texts]
+    by_option = [Asked("--search", *parse_setting(text, "--search")) for text in texts]
     paths = {one.path for one in by_option}
     return [*(one for one in found if one.path not in paths), *by_option]
 
@@ -116,7 +117,7 @@ def _check_not_set(asked: list[Asked], given: dict[str, Any], sets: Any, uses: A
     from metaplug.experiments.variant_texts import parse_plugin
 
     by = {path: options.flag(path) for path in given}
-    by |= {options.parse_setting(text)[0]: "--set" for text in sets}
+    by |= {parse_setting(text)[0]: "--set" for text in sets}
     for use in map(parse_plugin, uses):
         by |= {f"plugins.{use.label}.{field}": "--with" for field in use.settings}
     for one in asked:
@@ -129,5 +130,5 @@ def _default_name(settings: ExperimentConfig, file: Path | None, content: dict[s
 
     if file is None:
         return name_of(settings)
-    alone = options.resolve_options({}, None, config=file, content=content).config
+    alone = resolve_options({}, None, config=file, content=content).config
     return name_of(settings, file.stem, alone)

@@ -13,7 +13,7 @@ import yaml
 from support.tiny_runs import TINY
 
 from metaplug.cli.main import main
-from metaplug.cli.options import resolve_options
+from metaplug.cli.resolving import resolve_options
 from metaplug.contract import registry
 
 Command = Callable[..., tuple[int, list[str]]]

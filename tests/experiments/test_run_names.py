@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from metaplug.cli.options import resolve_options
+from metaplug.cli.resolving import resolve_options
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.run_names import LONGEST, differences, name_of
 
