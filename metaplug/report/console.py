@@ -63,9 +63,11 @@ class _Stream:
 
 _output = _Stream("stdout")
 
-CONSOLE = Console(file=cast("IO[str]", _Stream("stderr")), highlight=False, emoji=False)
+CONSOLE = Console(
+    file=cast("IO[str]", _Stream("stderr")), highlight=False, emoji=False, markup=False
+)
 """Progress, warnings and errors."""
-RESULTS = Console(file=cast("IO[str]", _output), highlight=False, emoji=False)
+RESULTS = Console(file=cast("IO[str]", _output), highlight=False, emoji=False, markup=False)
 """What a command was asked for. Not while a progress bar is shown, which redirects it to itself."""
 
 

@@ -37,11 +37,11 @@ class StudyProgress:
         self.console, self.watch = console, watch
         self.cells, self.finished = cells, finished
         self._bar = Progress(
-            TextColumn("{task.fields[cells]}"),
+            TextColumn("{task.fields[cells]}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=console,
             transient=True,
         )

@@ -151,11 +151,11 @@ class TrainingProgress:
     def __init__(self, console: Console, total: int) -> None:
         self.console, self.total = console, total
         self._bar = _Bar(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}{task.fields[validation]}"),
+            TextColumn("{task.fields[loss]}{task.fields[validation]}", markup=False),
             console=console,
             transient=True,
         )

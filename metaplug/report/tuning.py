@@ -38,11 +38,11 @@ class TuningProgress:
     def __init__(self, console: Console, config: ExperimentConfig) -> None:
         self.console, self._iterations = console, config.training.iterations
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[now]}{task.fields[best]}"),
+            TextColumn("{task.fields[now]}{task.fields[best]}", markup=False),
             console=console,
             transient=True,
         )
