@@ -204,7 +204,7 @@ def _publish(found: StudyResult, folder: Path, json_to: str | None) -> None:
     if json_to != "-":
         show(tables)
     text = io.StringIO()
-    show(tables, Console(file=text, width=120))
+    show(tables, Console(file=text, width=120, markup=False, emoji=False))
     files = {folder / RESULTS: f"{values}\n", folder / TABLE: text.getvalue()}
     if json_to not in (None, "-"):
         files[Path(json_to)] = f"{values}\n"

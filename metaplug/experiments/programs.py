@@ -187,6 +187,12 @@ def _on_cpu(module: nn.Module) -> nn.Module:
     copied = clone(module, shared=False)
     give_parameters(
         copied,
-        {id(each): nn.Parameter(each.detach().cpu(), False) for each in module.parameters()},
+        # Cloned, as a part of a larger tensor would be saved with the whole of it.
+        {
+            id(each): nn.Parameter(
+                each.detach().cpu().clone(memory_format=torch.contiguous_format), False
+            )
+            for each in module.parameters()
+        },
     )
     return copied.cpu()

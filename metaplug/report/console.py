@@ -64,9 +64,11 @@ class _Stream:
 
 _output = _Stream("stdout")
 
-CONSOLE = Console(file=cast("IO[str]", _Stream("stderr")), highlight=False, emoji=False)
+CONSOLE = Console(
+    file=cast("IO[str]", _Stream("stderr")), highlight=False, emoji=False, markup=False
+)
 """Progress, warnings and errors."""
-RESULTS = Console(file=cast("IO[str]", _output), highlight=False, emoji=False)
+RESULTS = Console(file=cast("IO[str]", _output), highlight=False, emoji=False, markup=False)
 """What a command was asked for. Not while a progress bar is shown, which redirects it to itself."""
 
 
@@ -134,7 +136,8 @@ def new_bar(console: Console, first: str, last: str, kind: type[B]) -> B:
         kind: Progress, or what adds to it.
     """
     middle = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return kind(TextColumn(first), *middle, TextColumn(last), console=console, transient=True)
+    before, after = (TextColumn(text, markup=False) for text in (first, last))
+    return kind(before, *middle, after, console=console, transient=True)
 
 
 def new_table(title: str, *columns: str) -> Table:

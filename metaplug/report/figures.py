@@ -124,7 +124,7 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 def _wrapped(label: str, width: int = 40) -> str:
     """Break a long variant into lines, before its plugins."""
-    first, *rest = label.split("+")
+    first, *rest = label.replace("$", r"\$").split("+")  # no formula of matplotlib's
     lines = [first]
     for part in rest:
         if len(f"{lines[-1]}+{part}") > width:
@@ -145,7 +145,7 @@ def _draw_acceleration(axes: Axes, result: StudyResult) -> None:
     level = scale_of(metric)[0] * target
     axes.axhline(level, color="#888888", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     near = partial(axes.annotate, textcoords="offset points")
-    place, text = axes.get_yaxis_transform(), f"best of {over.label}"
+    place, text = axes.get_yaxis_transform(), f"best of {over.label}".replace("$", r"\$")
     near(text, (0, level), (4, 4), xycoords=place, fontsize=8, color=GREY)
     means = {  # the mean curves that are drawn, so of the same seeds and at the same setting
         index: found

@@ -418,3 +418,13 @@ def test_the_command_writes_and_says_so(runs, tmp_path, capfd, adapted):
     values = json.loads((out / "labels.json").read_text())
     assert (values["run"], values["iteration"]) == (str(runs / "run"), 1)
     assert values["checkpoint_sha256"] == digest_of(runs / "run" / "best.safetensors")
+
+
+def test_weights_of_any_layout_are_saved_whole(tmp_path):
+    # A head that proto-maml makes has such ones; torch warns of them, and a warning fails a test.
+    model = nn.Linear(3, 2)
+    model.weight = nn.Parameter(torch.rand(5, 3, 2)[0].t())
+    files = export_adapted(model, torch.ones(2, 3), tmp_path / "out")
+    program = torch.export.load(files["model.pt2"]).module()
+    x = QUERY[:, 0, 0, :3]
+    torch.testing.assert_close(program(x), model(x), rtol=1e-5, atol=1e-6)

@@ -22,10 +22,11 @@ from metaplug import RequestError
 from metaplug.cli.main import main
 from metaplug.evaluation.curves import best_point
 from metaplug.experiments.build import build
+from metaplug.experiments.configuration import ExperimentConfig, ModelSettings
 from metaplug.experiments.json_values import to_json
 from metaplug.experiments.study.cells import Cell, cells_of
 from metaplug.experiments.study.folder import begin, cell_folder, finished, to_yaml
-from metaplug.experiments.study.identity import digest_of
+from metaplug.experiments.study.identity import _source, digest_of
 from metaplug.experiments.study.results import StudyResult, read_results
 from metaplug.experiments.study.running import Workers, check, compute
 from metaplug.experiments.study.schema import Study, read_study
@@ -88,6 +89,31 @@ def test_what_is_excluded_is_left_out() -> None:
     ]
 
 
+def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
+    axes = "variants: [maml]\naxes: {learner.inner_lr: [1e-2, 1E+1]}"
+    text = f"{axes}\nexclude: [{{learner.inner_lr: 1e1}}]"
+    (tmp_path / "mine.yaml").write_text(text)
+    [cell] = cells_of(read_study(tmp_path / "mine.yaml"), "")
+    assert cell.setting == {"learner.inner_lr": 0.01}
+    (tmp_path / "mine.yaml").write_text(text.replace("1E+1", "0.01"))
+    with pytest.raises(RequestError, match=r"a value of learner\.inner_lr stands twice"):
+        read_study(tmp_path / "mine.yaml")
+
+
+def test_labels_are_shown_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    label = "[red]x[/red] [/] $a_{b$ c$ :smile:"
+    Path("mine.yaml").write_text(to_yaml(tiny_study("maml", {"label": label, "preset": "anil"})))
+    for words in ((), ("--dry-run",)):
+        with pytest.raises(SystemExit) as stopped:
+            main(["study", "mine.yaml", *words])
+        assert not stopped.value.code
+        assert label in capfd.readouterr().out
+    assert label in Path("runs/mine/table.txt").read_text()
+
+
 def test_a_variant_may_set_fields_that_others_have_from_the_base() -> None:
     hot = {"label": "hot", "preset": "maml", "set": {"learner.inner_steps": 2}}
     plain, other = cells_of(tiny_study("maml", hot), "")
@@ -106,6 +132,31 @@ def test_a_cell_is_named_by_what_its_figures_depend_on(monkeypatch: pytest.Monke
     assert digest_of(config.model_copy(update={"runtime": coarse})) != cell.digest
     monkeypatch.setattr(torch, "__version__", "0.0.0")
     assert digest_of(config) != cell.digest
+
+
+def test_a_cell_is_computed_anew_after_its_models_code_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "package_of_models"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported to name a cell')")
+    files = tmp_path / "module_of_models.py", package / "inner.py"
+
+    def digests() -> list[str]:
+        _source.cache_clear()  # as in another process
+        names = "module_of_models:make", "package_of_models.inner:make"
+        models = [ModelSettings(name=name) for name in names]
+        return [digest_of(ExperimentConfig(model=model)) for model in models]
+
+    for file in files:
+        file.write_text("def make(inputs, outputs): ...")
+    before = digests()
+    assert digests() == before
+    for file in files:
+        file.write_text("def make(inputs, outputs, depth=2): ...")
+    assert not {*digests()} & {*before}
+    assert "package_of_models" not in sys.modules
 
 
 def test_a_study_is_read_back_from_what_it_writes(tmp_path: Path) -> None:
@@ -174,6 +225,25 @@ WRONG: list[tuple[str, str]] = [
         "variants: [maml]\nbase: {preset: maml}",
         "mine.yaml, base.preset: it would be the same for all runs; give it in variants",
     ),
+    (
+        "variants: [maml]\naxes: {tasks.settings.a: [1], tasks.settings: [{a: 2}]}",
+        "mine.yaml, axes: tasks.settings holds tasks.settings.a, so the one would replace the "
+        "other: write the values of tasks.settings.a into those of tasks.settings, or leave "
+        "tasks.settings out",
+    ),
+    (
+        "variants: [{label: slow, set: {learner.inner_lr: 0.1}}]\naxes: {learner.inner_lr: [0.2]}",
+        "mine.yaml, variant 'slow': it sets learner.inner_lr, and the axis learner.inner_lr would "
+        "replace that: leave one of them out",
+    ),
+    (
+        "variants: ['maml+gradient-sharing:gate=0.9']\n"
+        "axes: {plugins.gradient-sharing.gate: [0.1]}",
+        "mine.yaml, variant 'maml+gradient-sharing:gate=0.9': it sets "
+        "plugins.gradient-sharing.gate, and the axis plugins.gradient-sharing.gate would replace "
+        "that: leave one of them out",
+    ),
+    ('variants: [{label: "a\\nb"}]', "it names a row of tables: give one line of text"),
     ("variants: [maml]\nbase: none.yaml", "cannot read none.yaml: No such file"),
     (
         "variants: [maml]\nexclude: [{variant: anil}]",

@@ -73,11 +73,12 @@ def cells_of(study: Study, origin: str) -> tuple[Cell, ...]:
         origin: the file of the study, for errors.
 
     Raises:
-        RequestError: a field is unknown or a value refused; an exclusion concerns nothing, or
-            everything; two variants that would be compared differ in their tasks or training; or
-            there are too few validation tasks or too many cells.
+        RequestError: a field is unknown, given twice or a value refused; an exclusion concerns
+            nothing, or everything; two variants that would be compared differ in their tasks or
+            training; or there are too few validation tasks or too many cells.
     """
     _check_base(study, origin)
+    _check_once(study, origin)
     rows = [
         (variant, setting) for variant in study.variants for setting in _settings(study, variant)
     ]
@@ -162,6 +163,26 @@ def _check_base(study: Study, origin: str) -> None:
                 f"{origin}, axes: {path} is of a plugin that no variant has: add it to one, or "
                 "leave the axis out"
             )
+
+
+def _check_once(study: Study, origin: str) -> None:
+    """Refuse a field that an axis gives and another axis or a variant, too: one would not count."""
+    for path in study.axes:
+        for other in study.axes:
+            if other.startswith(f"{path}."):
+                raise RequestError(
+                    f"{origin}, axes: {path} holds {other}, so the one would replace the other: "
+                    f"write the values of {other} into those of {path}, or leave {path} out"
+                )
+    for variant in study.variants:
+        own = [*variant.set]
+        own += [f"plugins.{use.label}.{field}" for use in variant.plugins for field in use.settings]
+        for field, path in itertools.product(own, study.axes):
+            if f"{field}.".startswith(f"{path}.") or path.startswith(f"{field}."):
+                raise RequestError(
+                    f"{origin}, variant '{variant.label}': it sets {field}, and the axis {path} "
+                    "would replace that: leave one of them out"
+                )
 
 
 def _is_excluded(study: Study, label: str, setting: Mapping[str, Any], seed: int) -> bool:

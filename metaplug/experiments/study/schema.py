@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from metaplug.contract.presets import PluginUse, Preset, find_preset
 from metaplug.errors import RequestError, quoted
@@ -17,7 +18,18 @@ from metaplug.yaml_text import read_yaml
 MOST_CELLS = 10_000
 """Of a study."""
 
-Values = Annotated[tuple[Any, ...], Field(min_length=1, max_length=1000)]
+_POWER = re.compile(r"[-+]?\d+[eE][-+]?\d+")
+
+
+def _number(given: Any) -> Any:
+    """A number where a text is one, such as 1e-2, which YAML 1.1 takes for text; in lists, too."""
+    if isinstance(given, list | tuple):
+        return [_number(each) for each in given]
+    return float(given) if isinstance(given, str) and _POWER.fullmatch(given) else given
+
+
+Value = Annotated[Any, BeforeValidator(_number)]
+Values = Annotated[tuple[Value, ...], Field(min_length=1, max_length=1000)]
 
 
 class Variant(Settings):
@@ -35,6 +47,13 @@ class Variant(Settings):
             return given
         preset, plugins = parse_variant(given)
         return {"label": given.replace(" ", ""), "preset": preset, "plugins": plugins}
+
+    @field_validator("label")
+    @classmethod
+    def _one_line(cls, label: str) -> str:
+        if not label.isprintable() or not label.strip():
+            raise ValueError("it names a row of tables: give one line of text")
+        return label
 
     @field_validator("preset")
     @classmethod
@@ -60,7 +79,7 @@ class Study(Settings):
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(
         (0,), min_length=1, max_length=1000, description="A list, or a number: 3 is 0, 1, 2."
     )
-    exclude: tuple[dict[str, Any], ...] = Field(
+    exclude: tuple[dict[str, Value], ...] = Field(
         (), description="Cells to leave out: those that have all these values, or one of a list."
     )
     baseline: str | None = Field(
