@@ -68,7 +68,9 @@ _PLAIN = {
 def _fault(model: type[BaseModel], fault: Any) -> str:
     path = [one_line(part, 60) for part in fault["loc"]]
     if fault["type"] == "extra_forbidden":
-        hint = did_you_mean(path[-1], _fields_at(model, path[:-1]))
+        whole = _below(model, path[0]) if len(path) == 1 else None
+        known = _fields_at(model, path[:-1])
+        hint = f"did you mean '{whole}'?" if whole else did_you_mean(path[-1], known)
         return f"unknown field '{'.'.join(path)}': {hint}"
     if fault["type"] == "missing":
         return f"'{'.'.join(path)}' is required: give it a value"
@@ -96,6 +98,12 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
             field = kind.model_fields.get(part) if _is_model(kind) else None
             kind = None if field is None else field.annotation
     return list(kind.model_fields) if _is_model(kind) else []
+
+
+def _below(model: type[BaseModel], name: str) -> str | None:
+    """The path of the field of that name in a model's parts."""
+    found = (part for part in model.model_fields if name in _fields_at(model, [part]))
+    return next((f"{part}.{name}" for part in found), None)
 
 
 def _is_model(kind: Any) -> bool:

@@ -99,7 +99,7 @@ def _study(texts: list[str], seeds: int, given: dict[str, Any], sets: list[str] 
     for path, value in [*given.items(), *map(parse_setting, sets or ())]:
         base = assign(base, path, value)
     values = {"base": base, "variants": texts, "seeds": list(range(first, first + seeds))}
-    return validated(Study, values, "metaplug compare")
+    return validated(Study, values, "compare")
 
 
 def _name(cells: Sequence[Cell]) -> str:

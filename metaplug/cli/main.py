@@ -119,7 +119,7 @@ def _failure(error: BaseException) -> tuple[str, int]:
     """Put an error into one line, with its exit status."""
     # A usage error, whose class is click's, or that of typer's own copy of click.
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-        return error.format_message(), error.exit_code
+        return error.format_message().replace("Value error, ", ""), error.exit_code
     if isinstance(error, MetaplugError):
         return str(error), error.exit_status
     if isinstance(error, KeyboardInterrupt | typer.Abort):

@@ -100,8 +100,8 @@ def parse_setting(text: str, option: str = "--set") -> tuple[str, Any]:
     if not equals or not path.strip():
         form = "path.to.field=value" if option == "--set" else "FIELD=VALUE"
         raise RequestError(f"{option} {text}: no value is given; write {option} {form}")
-    if option == "--set" and (whole := _whole_path(path.strip())) is not None:
-        raise _short(text, whole)
+    if option in ("--set", "--search") and (whole := _whole_path(path.strip())) is not None:
+        raise _short(text, whole, option)
     return path.strip(), read_scalar(value)
 
 
@@ -115,10 +115,10 @@ def _whole_path(name: str) -> str | None:
     return next((path for path in paths if path.endswith(f".{name}")), None)
 
 
-def _short(text: str, path: str) -> RequestError:
+def _short(text: str, path: str, option: str = "--set") -> RequestError:
     value = text.partition("=")[2]
     return RequestError(
-        f"--set {text}: a field is given by its whole path in the configuration; write --set "
+        f"{option} {text}: a field is given by its whole path in the configuration; write {option} "
         f"{path}={value}"
     )
 

@@ -166,7 +166,14 @@ def find_preset(preset: str | Preset) -> Preset:
     if isinstance(preset, Preset):
         return preset
     if preset.endswith(YAML_ENDINGS):
-        return validated(Preset, {"name": Path(preset).stem, **read_yaml(Path(preset))}, preset)
+        values = read_yaml(Path(preset))
+        if "preset" in values:
+            raise RequestError(
+                f"{preset} is a whole configuration, not a preset: train it by metaplug train "
+                f"{preset}, or write its preset, plugins and fields into a variant of a study"
+            )
+        return validated(Preset, {"name": Path(preset).stem, **values}, preset)
+    _refuse_plugins(preset)
     found: Preset = registry.load("preset", preset)
     if own := [use.plugin for use in found.plugins if use.is_file]:
         raise RequestError(
@@ -175,6 +182,18 @@ def find_preset(preset: str | Preset) -> Preset:
             "or write the preset into a file of your own"
         )
     return found
+
+
+def _refuse_plugins(text: str) -> None:
+    """Refuse a variant, PRESET+PLUGIN, where a preset is asked for: it would only be unknown."""
+    names = registry.names("preset")
+    for name in () if text in names else names:
+        plugins = text.removeprefix(f"{name}+")
+        if plugins.partition("+")[0].partition(":")[0] in registry.names("plugin"):
+            raise RequestError(
+                f"'{text}' is a preset with plugins: give the preset '{name}' alone, and what "
+                "follows it as plugins (--with)"
+            )
 
 
 PluginLike: TypeAlias = Plugin | PluginUse | str | Shortest

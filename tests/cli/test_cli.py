@@ -190,6 +190,12 @@ ERRORS: list[tuple[str, str]] = [
     ),
     ("train --preset mamll", "unknown preset 'mamll': did you mean 'maml'?"),
     (
+        "train --preset maml+++gradient-sharing",
+        "'maml+++gradient-sharing' is a preset with plugins: give the preset 'maml++' alone, and "
+        "what follows it as plugins (--with)",
+    ),
+    ("train --set model.nme=mlp", "option: unknown field 'model.nme': did you mean 'name'?"),
+    (
         "train --with gradient-shering",
         "unknown plugin 'gradient-shering': did you mean 'gradient-sharing'?",
     ),
@@ -264,17 +270,17 @@ ERRORS: list[tuple[str, str]] = [
     ),
     (
         "compare --variant maml --variant maml",
-        "metaplug compare: the variant 'maml' stands twice, and would be compared with itself: "
+        "compare: the variant 'maml' stands twice, and would be compared with itself: "
         "leave one out",
     ),
     (
         "compare --variant maml --variant mamll",
-        "metaplug compare: variants.1 = 'mamll': unknown preset at the start of 'mamll': did you "
+        "compare: variants.1 = 'mamll': unknown preset at the start of 'mamll': did you "
         "mean 'maml'?",
     ),
     (
         "compare --variant maml --variant maml+",
-        "metaplug compare: variants.1 = 'maml+': '' names no plugin: write plugin or "
+        "compare: variants.1 = 'maml+': '' names no plugin: write plugin or "
         "plugin:field=value,field=value",
     ),
     (

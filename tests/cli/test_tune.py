@@ -119,6 +119,11 @@ ERRORS: list[tuple[str, str]] = [
         "--search learner.inner_lr: no value is given; write --search FIELD=VALUE",
     ),
     (
+        "--search inner_lr=0.1..1",
+        "--search inner_lr=0.1..1: a field is given by its whole path in the configuration; write "
+        "--search learner.inner_lr=0.1..1",
+    ),
+    (
         "--search learner.inner_lr=0.1",
         "--search learner.inner_lr=0.1: it is no range of values: write LOW..HIGH, log:LOW..HIGH, "
         "or a list as [sgd, adam]",

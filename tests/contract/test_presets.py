@@ -215,6 +215,10 @@ def test_commas_inside_a_list_do_not_separate_settings():
             "plugins: [meta-sgd]\ndefaults: {tasks: {ways: 2}}",
             "a preset sets no tasks by default: list plugins in its own field",
         ),
+        (
+            "preset: maml\nlearner: {inner_lr: 0.1}",
+            "bad.yaml is a whole configuration, not a preset: train it by metaplug train bad.yaml",
+        ),
         ("- meta-sgd", "bad.yaml holds a list, not a mapping of settings"),
         ("plugins: [meta-sgd\n", "bad.yaml, line 2 is not valid YAML"),
     ],

@@ -182,8 +182,16 @@ WRONG: list[tuple[str, str]] = [
         "mine.yaml: the variant 'maml' stands twice, and would be compared with itself: leave one "
         "out",
     ),
+    (
+        "variants: [maml]\naxes: {inner_lr: [0.1]}",
+        "variant 'maml, inner_lr 0.1': maml: unknown field 'inner_lr': did you mean "
+        "'learner.inner_lr'?",
+    ),
     ("variants: [maml]\nbaseline: anil", "the baseline 'anil' is no variant: give one of 'maml'"),
-    ("variants: [maml]\nseeds: 0", "mine.yaml: seeds = 0: "),
+    (
+        "variants: [maml]\nseeds: 0",
+        "mine.yaml: seeds = 0: give how many, from 1 to 1000, or a list of seeds",
+    ),
     (
         "variants: [maml]\nseeds: [1, 1]",
         "mine.yaml: seeds = [1, 1]: a seed stands twice, and would be counted twice: leave one out",

@@ -113,6 +113,8 @@ def test_a_study(tmp_path: Path) -> None:
         ],
     ]
     assert rows(html) == best + whole
+    assert "by the weights that validated best. Higher is better. The 95 %" in text
+    assert "Where some seeds reach it" not in text  # all do
     assert "finished runs 8 seeds 0 and 1 test tasks of a run 4 validation tasks 200" in text
     assert "This command trained it: metaplug study cells" in text
     assert "versions metaplug 0.1.0, torch 2.14.1 device cpu threads 1 precision float32" in text
@@ -226,6 +228,22 @@ def test_a_loss_is_told_too_and_seeds_that_disagree(
         values["per_task"] = [value - loss for value in TEST]
         summary.write_text(json.dumps(values))
     assert sentence in words(page(study))
+
+
+def test_a_mean_over_some_seeds_is_said_to_be_too_good(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "study")
+    for metrics in study.glob("cells/*/metrics.jsonl"):
+        text = (metrics.parent / "config.yaml").read_text()
+        if "gradient-sharing" in text and "seed: 1" in text:
+            metrics.write_text(re.sub(r'"mean": [0-9.]+', '"mean": 0.0', metrics.read_text()))
+    text = words(page(study))
+    assert "(1 of 2 seeds)" in text
+    assert "in half. Where some seeds reach it, it is their mean, and so too good." in text
+
+
+def test_an_error_is_better_where_it_is_lower(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", config(), metric="mean squared error")
+    assert "by the weights that validated best. Lower is better." in words(page(run))
 
 
 def test_several_variants_are_counted_and_the_best_is_named(tmp_path: Path) -> None:

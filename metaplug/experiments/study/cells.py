@@ -137,7 +137,8 @@ def _configuration(
     values: dict[str, Any] = {"preset": preset, "plugins": uses}
     for path, value in {**variant.set, **setting}.items():
         values = assign(values, path, value)
-    config = resolve([(f"{origin}, base", study.base), (variant.label, values)]).config
+    base = f"{origin}, base" if origin else "option"
+    config = resolve([(base, study.base), (variant.label, values)]).config
     if config.runtime.threads is None:
         # Sums differ by the number of threads, and a cell's must not differ by where it runs.
         runtime = config.runtime.model_copy(update={"threads": 1})

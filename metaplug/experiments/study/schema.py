@@ -96,6 +96,8 @@ class Study(Settings):
     def _counted(cls, given: Any) -> Any:
         if isinstance(given, int) and not isinstance(given, bool) and 1 <= given <= 1000:
             return tuple(range(given))
+        if isinstance(given, int):
+            raise ValueError("give how many, from 1 to 1000, or a list of seeds")
         return given
 
     @field_validator("seeds")

@@ -32,7 +32,7 @@ def sensitivity(material: Material) -> Section | None:
         return None
     text = (
         "Every value with the other axes at what validated best. Bands are 95 % intervals over the "
-        "test tasks of all seeds. The best validation of a run is the highest of many, and so a "
+        "test tasks of all seeds. The best validation of a run is the best of many, and so a "
         "little too good."
     )
     return Section("sensitivity", "Sensitivity", (text,), tuple(groups))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from metaplug.evaluation.results import transductive_text
+from metaplug.evaluation.scores import better
 from metaplug.experiments.study.acceleration import Acceleration
 from metaplug.experiments.study.cells import setting_text
 from metaplug.experiments.study.results import Row, StudyResult, paired
@@ -158,9 +159,10 @@ def notes(material: Material, shown: Sequence[Table]) -> list[str]:
     result = material.result
     used = {column.name for table in shown for column in table.columns}
     tasks = listed([f"{n:,}" for n in sorted({row.test.num_tasks for row in result.rows})])
+    way = "Higher" if better(result.metric, 1, 0) else "Lower"
     said = [
-        f"Test: unseen tasks, by the weights that validated best. The 95 % intervals are over the "
-        f"{tasks} tasks of a row's seeds, and say nothing about other seeds."
+        f"Test: unseen tasks, by the weights that validated best. {way} is better. The 95 % "
+        f"intervals are over the {tasks} tasks of a row's seeds, and say nothing about other seeds."
     ]
     if DIFFERENCE in used:
         said.append(
@@ -179,6 +181,8 @@ def notes(material: Material, shown: Sequence[Table]) -> list[str]:
             "Acceleration: (what the reference needs / what the row needs − 1) · 100 % to reach "
             f"{goal}; +100 % is in half."
         )
+        if any("seeds)" in row.texts.get(ITERATIONS, "") for table in shown for row in table.rows):
+            said[-1] += " Where some seeds reach it, it is their mean, and so too good."
     said.append("Seconds: of meta-training and its validations, the mean over seeds.")
     texts = dict.fromkeys(transductive_text(row.test.transductive) for row in result.rows)
     return [*said, *(f"{text[:1].upper()}{text[1:]}." for text in texts)]
