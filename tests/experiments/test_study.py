@@ -20,6 +20,7 @@ from support.studies import TINY, tiny_study
 
 from metaplug import RequestError
 from metaplug.cli.main import main
+from metaplug.cli.study import run
 from metaplug.evaluation.curves import best_point
 from metaplug.experiments.build import build
 from metaplug.experiments.configuration import ExperimentConfig, ModelSettings
@@ -582,6 +583,24 @@ def test_two_studies_in_one_folder_share_the_work(tmp_path: Path) -> None:
         for cell in cells_of(study, "")
     ]
     assert [len(each) for each in sessions] == [1] * 4
+
+
+def test_what_a_folder_says_is_of_the_study_that_ended_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, other = tiny_study("maml", seeds=[0]), tiny_study("anil", seeds=[0])
+    cells = cells_of(study, "")
+
+    def computes(*given: Any, **more: Any) -> Any:
+        begin(other, cells_of(other, ""), tmp_path)  # as another process does meanwhile
+        return compute(*given, **more)
+
+    monkeypatch.setattr("metaplug.experiments.study.running.compute", computes)
+    run(study, cells, tmp_path, Workers(), None)
+    assert begun(tmp_path)[0] == study
+    assert [
+        row["label"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]
+    ] == ["maml"]
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
