@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,12 +17,17 @@ from metaplug.errors import RunError
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write into, which then takes the place of `path`.
 
-    At every moment `path` is the whole old file or the whole new one.
+    At every moment `path` is the whole old file or the whole new one. A pipe or a character device,
+    as /dev/null, is written into, since nothing can take its place.
 
     Raises:
         RunError: the disk is full, or the folder cannot be written or is gone; an older file at
             `path` is as it was.
     """
+    if _is_stream(path):
+        with _into(path) as file:
+            yield file
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -48,6 +54,25 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _is_stream(path: Path) -> bool:
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
+
+
+@contextmanager
+def _into(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with path.open("wb") as file:
+            yield file
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {_reason(error)}; give another place, then do it again"
+        ) from error
 
 
 def append(path: Path, text: str, *, durable: bool) -> None:

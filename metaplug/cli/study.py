@@ -149,6 +149,9 @@ def run(
     line(f"{len(runs)} runs in {folder}, {len(runs) - len(left)} of them finished already")
     failed = _compute(runs, folder, workers) if left else []
     if (found := read_results(asked, cells, folder)) is not None:
+        begin(
+            asked, cells, folder
+        )  # of another study that began here meanwhile, nothing else stays
         _publish(found, folder, json_to)
     if failed:
         cell, text = failed[0]

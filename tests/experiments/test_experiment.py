@@ -388,6 +388,20 @@ def test_a_folder_that_cannot_be_made_sure_of_is_said_as_it_is(
     assert (tmp_path / "a").read_bytes() == b"new"
 
 
+def test_a_pipe_or_device_is_written_into_and_stays(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    (tmp_path / "none").symlink_to(os.devnull)
+    for name in ("pipe", "none"):
+        with files.replacing(tmp_path / name) as file:
+            file.write(b"text")
+    assert os.read(reader, 10) == b"text"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["none", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "none").is_char_device()
+    os.close(reader)
+
+
 def test_a_run_that_another_process_finishes_meanwhile_is_left_as_it_is(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,12 +20,13 @@ from support.studies import TINY, tiny_study
 
 from metaplug import RequestError
 from metaplug.cli.main import main
+from metaplug.cli.study import run
 from metaplug.evaluation.curves import best_point
 from metaplug.experiments.build import build
 from metaplug.experiments.configuration import ExperimentConfig, ModelSettings
 from metaplug.experiments.json_values import to_json
 from metaplug.experiments.study.cells import Cell, cells_of
-from metaplug.experiments.study.folder import begin, cell_folder, finished, to_yaml
+from metaplug.experiments.study.folder import begin, begun, cell_folder, finished, to_yaml
 from metaplug.experiments.study.identity import _source, digest_of
 from metaplug.experiments.study.results import StudyResult, read_results
 from metaplug.experiments.study.running import Workers, check, compute
@@ -166,6 +167,24 @@ def test_a_study_is_read_back_from_what_it_writes(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(TINY))
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**GRID, "base": "base.yaml"}))
     assert read_study(tmp_path / "mine.yaml") == Study.model_validate(GRID)
+
+
+def test_a_study_is_read_where_its_plugin_and_preset_files_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plugin = "from metaplug import hookimpl\n@hookimpl\ndef transform_gradients(gradients):\n    "
+    Path("my_idea.py").write_text(f'{plugin}"""None."""\n    return gradients\n')
+    Path("mine.yaml").write_text("plugins: [gradient-sharing]\n")
+    study = tiny_study("maml", "mine.yaml+./my_idea.py")
+    cells = cells_of(study, "")
+    begin(study, cells, tmp_path / "done")
+    Path("my_idea.py").unlink()
+    Path("mine.yaml").unlink()
+    monkeypatch.chdir("/")
+    found, again = begun(tmp_path / "done")
+    assert found == study
+    assert [cell.digest for cell in again] == [cell.digest for cell in cells]
 
 
 # Wrong files.
@@ -586,6 +605,24 @@ def test_two_studies_in_one_folder_share_the_work(tmp_path: Path) -> None:
         for cell in cells_of(study, "")
     ]
     assert [len(each) for each in sessions] == [1] * 4
+
+
+def test_what_a_folder_says_is_of_the_study_that_ended_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, other = tiny_study("maml", seeds=[0]), tiny_study("anil", seeds=[0])
+    cells = cells_of(study, "")
+
+    def computes(*given: Any, **more: Any) -> Any:
+        begin(other, cells_of(other, ""), tmp_path)  # as another process does meanwhile
+        return compute(*given, **more)
+
+    monkeypatch.setattr("metaplug.experiments.study.running.compute", computes)
+    run(study, cells, tmp_path, Workers(), None)
+    assert begun(tmp_path)[0] == study
+    assert [
+        row["label"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]
+    ] == ["maml"]
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,11 +66,13 @@ def setting_text(setting: Mapping[str, Any]) -> str:
     return ", ".join(f"{path.rpartition('.')[2]} {value}" for path, value in setting.items())
 
 
-def cells_of(study: Study, origin: str) -> tuple[Cell, ...]:
+def cells_of(study: Study, origin: str, *, to_compute: bool = True) -> tuple[Cell, ...]:
     """All cells of a study but the excluded ones: by seed, then by variant and setting.
 
     Args:
         origin: the file of the study, for errors.
+        to_compute: False for cells that were computed, whose code may be gone by now: no plugin
+            file is read, and their digests are those of `computed_as` alone.
 
     Raises:
         RequestError: a field is unknown, given twice or a value refused; an exclusion concerns
@@ -92,7 +94,9 @@ def cells_of(study: Study, origin: str) -> tuple[Cell, ...]:
     for variant, setting in rows:
         with naming(f"variant '{row_text(variant.label, setting)}'"):
             config = _configuration(study, variant, setting, origin)
-            digest_of(config)  # names what is not installed
+            if to_compute:
+                config = recorded(config)
+                digest_of(config)  # names what is not installed
         made += [
             Cell(variant.label, setting, config.model_copy(update={"seed": seed}))
             for seed in study.seeds
@@ -143,7 +147,7 @@ def _configuration(
         # Sums differ by the number of threads, and a cell's must not differ by where it runs.
         runtime = config.runtime.model_copy(update={"threads": 1})
         config = config.model_copy(update={"runtime": runtime})
-    return recorded(config)
+    return config
 
 
 def _check_base(study: Study, origin: str) -> None:

@@ -80,7 +80,8 @@ def begun(folder: Path) -> tuple[Study, tuple[Cell, ...]]:
         RunError: the index of its cells is damaged.
     """
     study = read_study(folder / CONFIG)
-    cells, path = cells_of(study, str(folder / CONFIG)), folder / INDEX
+    cells = cells_of(study, str(folder / CONFIG), to_compute=False)
+    path = folder / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         named = [replace(cell, computed_as=str(index[cell.label])) for cell in cells]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from metaplug.contract.presets import PluginUse, Preset, find_preset
+from metaplug.contract.presets import YAML_ENDINGS, PluginUse, Preset, find_preset
 from metaplug.errors import RequestError, quoted
 from metaplug.experiments.variant_texts import parse_variant
 from metaplug.settings import Settings, validated
@@ -58,8 +58,9 @@ class Variant(Settings):
     @field_validator("preset")
     @classmethod
     def _known(cls, preset: str | Preset) -> str | Preset:
-        find_preset(preset)
-        return preset
+        found = find_preset(preset)
+        is_file = isinstance(preset, str) and preset.endswith(YAML_ENDINGS)
+        return found if is_file else preset  # a study is whole in itself
 
 
 class Study(Settings):
