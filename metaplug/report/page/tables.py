@@ -15,10 +15,13 @@ from metaplug.report.page.findings import told
 from metaplug.report.page.material import Material
 from metaplug.report.page.panels import Key
 from metaplug.report.page.words import listed, signed
-from metaplug.report.terminal import value_text
+from metaplug.report.terminal import scale_of, value_text
 
-VARIANT, SETTING, TEST, SECONDS = "variant", "setting", "test", "seconds"
+VARIANT, SETTING, TEST, SEEDS, SECONDS = "variant", "setting", "test", "seeds", "seconds"
 DIFFERENCE, ITERATIONS, BY_SECONDS = "difference", "iterations", "by-seconds"
+NO_BREAK = "\N{NO-BREAK SPACE}"
+MOST_SEEDS = 5
+"""Whose tests stand one by one."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def _table(
         VARIANT: "Variant",
         SETTING: "Setting",
         TEST: f"Test {result.metric}",
+        SEEDS: "By seed",
         DIFFERENCE: f"Minus {label}",
         ITERATIONS: "Acceleration in iterations",
         BY_SECONDS: "Acceleration in seconds",
@@ -120,8 +124,9 @@ def _cells(material: Material, row: Row, over: Row | None, *, is_reference: bool
     result = material.result
     texts = {
         VARIANT: row.variant,
-        SETTING: setting_text(row.setting),
+        SETTING: setting_text(row.setting).replace(" ", NO_BREAK).replace(f",{NO_BREAK}", ", "),
         TEST: value_text(result.metric, row.test.mean, row.test.interval),
+        SEEDS: _by_seed(result.metric, row),
         SECONDS: f"{row.seconds:,.{1 if row.seconds < 100 else 0}f}",
     }
     difference = None if over is None else result.difference(row, over)
@@ -138,6 +143,16 @@ def _cells(material: Material, row: Row, over: Row | None, *, is_reference: bool
             texts[BY_SECONDS] = _percent(faster.mean_percent_of_seconds, faster)
     is_told = difference is not None and told(difference) != 0
     return Cells(Key(row.variant, material.look_of(row.variant)), texts, is_told, is_reference)
+
+
+def _by_seed(metric: str, row: Row) -> str:
+    """The test of every seed; of many the lowest and the highest, of one nothing."""
+    scale, digits, _ = scale_of(metric)
+    texts = [f"{run.test.mean * scale:.{digits}f}" for run in row.runs]
+    if len(texts) > MOST_SEEDS:
+        lowest, highest = (each(run.test.mean for run in row.runs) * scale for each in (min, max))
+        return f"{lowest:.{digits}f} to {highest:.{digits}f}"
+    return " · ".join(texts) if len(texts) > 1 else ""
 
 
 def _reference_label(result: StudyResult) -> str:
@@ -164,6 +179,8 @@ def notes(material: Material, shown: Sequence[Table]) -> list[str]:
         f"Test: unseen tasks, by the weights that validated best. {way} is better. The 95 % "
         f"intervals are over the {tasks} tasks of a row's seeds, and say nothing about other seeds."
     ]
+    if SEEDS in used:
+        said.append("By seed: the test of each seed, in their order; of many, the ends.")
     if DIFFERENCE in used:
         said.append(
             f"Minus {_reference_label(result)}: the mean difference, task by task on the same "
