@@ -237,6 +237,10 @@ WRONG: list[tuple[str, str]] = [
         "mine.yaml, axes: runtime.threads is no axis: it changes no result, so give it in base",
     ),
     (
+        "variants: [maml]\naxes: {loggers: [[tensorboard], []]}",
+        "mine.yaml, axes: loggers is no axis: it changes no result, so give it in base",
+    ),
+    (
         "variants: [maml]\nbase: {seed: 3}",
         "mine.yaml, base.seed: it would be the same for all runs; give it in seeds",
     ),

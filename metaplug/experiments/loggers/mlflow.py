@@ -55,9 +55,7 @@ class Mlflow(Logger):
             uri = (run.folder / "mlruns").resolve().as_uri()
         self._mlflow: Any = import_module("mlflow")
         self._client: Any = self._mlflow.MlflowClient(tracking_uri=uri)
-        found = self._client.get_experiment_by_name(self.config.experiment)
-        place = self._client.create_experiment(self.config.experiment) if found is None else None
-        where = found.experiment_id if place is None else place
+        where = self._experiment()
         runs = self._client.search_runs([where], f"tags.`{_TAG}` = '{run.id}'", max_results=1)
         self._waiting = list[Any]()
         self._has: dict[str, int] = {}
@@ -72,6 +70,19 @@ class Mlflow(Logger):
                 history = self._client.get_metric_history(self._id, key)
                 self._has[key] = max(point.step for point in history)
         return max(max(self._has.values(), default=0) - 1, 0)  # the last may be there in part
+
+    def _experiment(self) -> str:
+        """The id of the experiment, made where it is not there."""
+        name = self.config.experiment
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(name))
+            except self._mlflow.MlflowException:
+                # Runs of a study begin together, and another one may have made it just now.
+                if (found := self._client.get_experiment_by_name(name)) is None:
+                    raise
+        return str(found.experiment_id)
 
     def _log_settings(self, settings: Mapping[str, Any]) -> None:
         param = self._mlflow.entities.Param
