@@ -14,6 +14,7 @@ from metaplug.report.page.findings import told
 from metaplug.report.page.material import Material
 from metaplug.report.page.panels import Key
 from metaplug.report.page.words import listed, signed
+from metaplug.report.study import seeds_notes
 from metaplug.report.terminal import value_text
 
 VARIANT, SETTING, TEST, SECONDS = "variant", "setting", "test", "seconds"
@@ -179,6 +180,7 @@ def notes(material: Material, shown: Sequence[Table]) -> list[str]:
             "Acceleration: (what the reference needs / what the row needs − 1) · 100 % to reach "
             f"{goal}; +100 % is in half."
         )
+    said += seeds_notes(result)
     said.append("Seconds: of meta-training and its validations, the mean over seeds.")
     texts = dict.fromkeys(transductive_text(row.test.transductive) for row in result.rows)
     return [*said, *(f"{text[:1].upper()}{text[1:]}." for text in texts)]
