@@ -100,11 +100,22 @@ def _notes(result: StudyResult, several: bool) -> list[str]:
     if result.missing:
         count = f"{len(result.missing)} run{'s' * (len(result.missing) != 1)}"
         notes.append(f"Not finished: {count}, first {result.missing[0].label}.")
+    notes += seeds_notes(result)
     texts = {row.variant: transductive_text(row.test.transductive) for row in result.rows}
     if len(set(texts.values())) == 1:
         text = next(iter(texts.values()))
         return [*notes, f"{text[0].upper()}{text[1:]}."]
     return [*notes, *(f"{label}: {text}." for label, text in texts.items())]
+
+
+def seeds_notes(result: StudyResult) -> list[str]:
+    """Warn of rows that do not have the same seeds; none where all have."""
+    if len({frozenset(row.seeds) for row in result.rows}) < 2:
+        return []
+    return [
+        "The rows have different seeds, whose tasks differ in difficulty: compare them by their "
+        "differences, which are over the seeds that both have."
+    ]
 
 
 def _target_text(result: StudyResult) -> str:

@@ -131,6 +131,26 @@ def test_mlflow_reads_every_point_once_from_the_runs_folder(tmp_path: Path) -> N
     assert files == {"curves.png", "summary.json"}
 
 
+def test_an_experiment_of_mlflow_that_another_run_has_just_made_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = import_module("mlflow")
+    real, asked = mlflow.MlflowClient.get_experiment_by_name, list[str]()
+
+    def late(client: Any, name: str) -> Any:
+        asked.append(name)
+        if len(asked) > 1:
+            return real(client, name)
+        client.create_experiment(name)  # as the other run does, right after this look
+        return None
+
+    monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", late)
+    train(tiny(loggers=["mlflow"], training__iterations=1), tmp_path / "mine")
+    client = mlflow.MlflowClient(tracking_uri=(tmp_path / "mine/mlruns").as_uri())
+    (run,) = client.search_runs([client.get_experiment_by_name("metaplug").experiment_id])
+    assert run.info.status == "FINISHED"
+
+
 class Kept(Logger):
     """Keeps what it is asked, and does something of its own where it is told."""
 

@@ -187,6 +187,34 @@ def test_a_study_is_read_where_its_plugin_and_preset_files_are_gone(
     assert [cell.digest for cell in again] == [cell.digest for cell in cells]
 
 
+def test_a_variant_takes_the_algorithm_of_a_configuration(tmp_path: Path) -> None:
+    tuned = {
+        **TINY,
+        "plugins": ["gradient-sharing"],
+        "learner": {"inner_lr": 0.3, "inner_steps": 2},
+    }
+    (tmp_path / "best.yaml").write_text(yaml.safe_dump({**tuned, "seed": 5}))
+    variants = [
+        {"label": "tuned", "config": "best.yaml"},
+        {"label": "hotter", "config": "best.yaml", "set": {"learner.inner_lr": 0.6}},
+    ]
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"base": TINY, "variants": variants}))
+    tuned_cell, hotter = cells_of(read_study(file), str(file))
+    assert (tuned_cell.config.learner.inner_lr, hotter.config.learner.inner_lr) == (0.3, 0.6)
+    assert [cell.config.learner.inner_steps for cell in (tuned_cell, hotter)] == [2, 2]
+    assert [cell.seed for cell in (tuned_cell, hotter)] == [0, 0]
+    assert hotter.config.plugins[0].plugin == "gradient-sharing"
+    variants[0]["preset"] = "anil"
+    file.write_text(yaml.safe_dump({"base": TINY, "variants": variants}))
+    with pytest.raises(RequestError) as error:
+        read_study(file)
+    assert str(error.value) == (
+        f"{file}, variant 'tuned': both its config and the variant give preset; leave one of them "
+        "out"
+    )
+
+
 # Wrong files.
 
 WRONG: list[tuple[str, str]] = [
@@ -243,6 +271,10 @@ WRONG: list[tuple[str, str]] = [
     (
         "variants: [maml]\naxes: {runtime.threads: [1, 2]}",
         "mine.yaml, axes: runtime.threads is no axis: it changes no result, so give it in base",
+    ),
+    (
+        "variants: [maml]\naxes: {loggers: [[tensorboard], []]}",
+        "mine.yaml, axes: loggers is no axis: it changes no result, so give it in base",
     ),
     (
         "variants: [maml]\nbase: {seed: 3}",

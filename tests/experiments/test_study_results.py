@@ -16,7 +16,7 @@ from metaplug.experiments.study.acceleration import Acceleration, accelerate
 from metaplug.experiments.study.results import StudyResult
 from metaplug.experiments.study.values import to_values
 from metaplug.report.console import show
-from metaplug.report.study import study_tables
+from metaplug.report.study import seeds_notes, study_tables
 
 
 def iterations(found: Acceleration) -> tuple[tuple[float, ...], list[int | None], list[int | None]]:
@@ -221,6 +221,8 @@ def test_means_of_other_seeds_are_not_compared() -> None:
     text = io.StringIO()
     show(study_tables(none), Console(file=text, width=120))
     assert "other seeds" in text.getvalue()
+    assert "The rows have different seeds, whose tasks differ in difficulty:" in text.getvalue()
+    assert seeds_notes(whole) == []
     assert "not reached" not in text.getvalue()
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, final
@@ -73,15 +72,18 @@ class Mlflow(Logger):
                 self._has[key] = max(point.step for point in history)
         return max(max(self._has.values(), default=0) - 1, 0)  # the last may be there in part
 
-    def _experiment(self) -> Any:
-        """The id of the experiment, which another process may make at the same moment."""
+    def _experiment(self) -> str:
+        """The id of the experiment, made where it is not there."""
         name = self.config.experiment
         found = self._client.get_experiment_by_name(name)
         if found is None:
-            with suppress(self._mlflow.MlflowException):
-                return self._client.create_experiment(name)
-            found = self._client.get_experiment_by_name(name)
-        return found.experiment_id
+            try:
+                return str(self._client.create_experiment(name))
+            except self._mlflow.MlflowException:
+                # Runs of a study begin together, and another one may have made it just now.
+                if (found := self._client.get_experiment_by_name(name)) is None:
+                    raise
+        return str(found.experiment_id)
 
     def _log_settings(self, settings: Mapping[str, Any]) -> None:
         param = self._mlflow.entities.Param

@@ -157,7 +157,10 @@ def _check_base(study: Study, origin: str) -> None:
             raise RequestError(
                 f"{origin}, base.{field}: it would be the same for all runs; give it in {instead}"
             )
-    elsewhere = {"seed": "give seeds", "runtime": "it changes no result, so give it in base"}
+    elsewhere = {
+        "seed": "give seeds",
+        **dict.fromkeys(("runtime", "loggers"), "it changes no result, so give it in base"),
+    }
     for path in study.axes:
         head = path.partition(".")[0]
         if head in elsewhere or path in ("preset", "plugins"):

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from metaplug.contract.presets import YAML_ENDINGS, PluginUse, Preset, find_preset
 from metaplug.errors import RequestError, quoted
+from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.variant_texts import parse_variant
 from metaplug.settings import Settings, validated
 from metaplug.yaml_text import read_yaml
@@ -137,16 +138,36 @@ class Study(Settings):
 
 
 def read_study(path: Path) -> Study:
-    """The study in a YAML file; its `base` may be the path of a configuration beside it.
+    """The study in a YAML file.
+
+    Its `base` may be the path of a configuration beside it. So may the `config` of a variant, which
+    then has the algorithm of that file, such as the best.yaml of a search: preset, plugins, and the
+    fields of `learner`.
 
     Raises:
         RequestError: it is none; names the file and the field.
     """
     values = read_yaml(path)
-    base = values.get("base")
+    base, variants = values.get("base"), values.get("variants")
     if isinstance(base, str):
         values["base"] = read_yaml(path.parent / base)
-    try:
-        return validated(Study, values, str(path))
-    except RequestError as error:
-        raise error from None
+    if isinstance(variants, list):
+        values["variants"] = [_with_algorithm(variant, path) for variant in variants]
+    return validated(Study, values, str(path))
+
+
+def _with_algorithm(variant: Any, path: Path) -> Any:
+    """A variant whose `config` names a file, with the algorithm of that file in its place."""
+    if not isinstance(variant, dict) or not isinstance(variant.get("config"), str):
+        return variant
+    own = dict(variant)
+    file = path.parent / own.pop("config")
+    if both := own.keys() & {"preset", "plugins"}:
+        raise RequestError(
+            f"{path}, variant {variant.get('label')!r}: both its config and the variant give "
+            f"{' and '.join(sorted(both))}; leave one of them out"
+        )
+    found = validated(ExperimentConfig, read_yaml(file), str(file)).model_dump(mode="json")
+    learner = {f"learner.{name}": value for name, value in found["learner"].items()}
+    algorithm = {"preset": found["preset"], "plugins": found["plugins"]}
+    return {**algorithm, **own, "set": {**learner, **(own.get("set") or {})}}

@@ -15,6 +15,7 @@ from metaplug.report.page.findings import told
 from metaplug.report.page.material import Material
 from metaplug.report.page.panels import Key
 from metaplug.report.page.words import listed, signed
+from metaplug.report.study import seeds_notes
 from metaplug.report.terminal import scale_of, value_text
 
 VARIANT, SETTING, TEST, SEEDS, SECONDS = "variant", "setting", "test", "seeds", "seconds"
@@ -200,6 +201,7 @@ def notes(material: Material, shown: Sequence[Table]) -> list[str]:
         )
         if any("seeds)" in row.texts.get(ITERATIONS, "") for table in shown for row in table.rows):
             said[-1] += " Where some seeds reach it, it is their mean, and so too good."
+    said += seeds_notes(result)
     said.append("Seconds: of meta-training and its validations, the mean over seeds.")
     texts = dict.fromkeys(transductive_text(row.test.transductive) for row in result.rows)
     return [*said, *(f"{text[:1].upper()}{text[1:]}." for text in texts)]
