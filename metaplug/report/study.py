@@ -25,7 +25,9 @@ def study_tables(result: StudyResult) -> RenderableType:
     table.columns[0].no_wrap = True
     for row in result.rows:
         _add_row(table, result, row, bases[row.label], several)
-    best = [_best_table(result, rows) for rows in result.best_rows() if len(rows) > 1]
+    groups = result.best_rows()
+    is_chosen = sum(map(len, groups)) < len(result.rows)
+    best = [_best_table(result, rows) for rows in groups if is_chosen or len(rows) > 1]
     return Group(table, *best, *(Text(note, style="dim") for note in _notes(result, several)))
 
 

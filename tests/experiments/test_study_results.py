@@ -239,6 +239,16 @@ def test_the_best_setting_is_chosen_in_the_seeds_that_all_have() -> None:
     assert [each.label for each in part.best_rows()[0]] == ["maml, inner_lr 0.4"]
 
 
+def test_one_variant_alone_is_shown_at_its_best_setting_too() -> None:
+    curves = {"maml@slow": [curve(0.7)], "maml@fast": [curve(0.8)]}
+    made = result("accuracy", curves, settings=RATES, axes={"learner.inner_lr": [0.1, 0.4]})
+    text = io.StringIO()
+    show(study_tables(made), Console(file=text, width=120))
+    best = text.getvalue().partition("Each variant at its best setting")[2]
+    assert "maml, inner_lr 0.4  80.00 %" in best
+    assert "inner_lr 0.1" not in best
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "mean squared error"])
 def test_a_setting_without_a_finite_validation_is_never_the_best(metric: Metric) -> None:
     curves = {"maml@slow": [curve(math.nan, math.nan)], "maml@fast": [curve(0.5, 0.6)]}
