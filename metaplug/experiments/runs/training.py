@@ -91,7 +91,7 @@ def train(
             return world.from_main(lambda: read_summary(folder))
         if resume and world.from_main((folder / CONFIG).exists):
             keep_names(config)  # the digests are those of the run, as checked
-        experiment = build(config, tasks, world)
+        experiment = build(config, tasks=tasks, world=world)
         run = _begin(place, experiment, asked if world.is_main else [])
         with run.loggers:
             try:
