@@ -22,7 +22,6 @@ def study_tables(result: StudyResult) -> RenderableType:
     several = any(base is not None and not result.is_baseline(base) for base in bases.values())
     columns, metric = ["acceleration", *["over its base"][:several]], result.metric
     table = new_table("", "variant", *columns, f"test {metric}", _minus(result), "seconds")
-    table.columns[0].no_wrap = True
     for row in result.rows:
         _add_row(table, result, row, bases[row.label], several)
     groups = result.best_rows()
@@ -68,7 +67,6 @@ def _best_table(result: StudyResult, rows: Sequence[Row]) -> Table:
     metric, over = result.metric, next((row for row in rows if result.is_baseline(row)), None)
     title = "Each variant at its best setting, chosen on validation tasks"
     table = new_table(title, "variant", f"validation {metric}", f"test {metric}", _minus(result))
-    table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(
             Text(row.label, style="bold"),

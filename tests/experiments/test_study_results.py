@@ -239,6 +239,15 @@ def test_the_best_setting_is_chosen_in_the_seeds_that_all_have() -> None:
     assert [each.label for each in part.best_rows()[0]] == ["maml, inner_lr 0.4"]
 
 
+def test_numbers_stay_where_labels_are_longer_than_the_terminal_is_wide() -> None:
+    label = f"maml, {'long ' * 20}"
+    made = result("accuracy", {"maml": [curve(0.5)]}, {"maml": [[0.2, 0.6]]})
+    long = replace(made, rows=(replace(made.rows[0], setting={"a.b": label}),))
+    text = io.StringIO()
+    show(study_tables(long), Console(file=text, width=80, force_terminal=True))
+    assert "40.00" in text.getvalue()
+
+
 def test_one_variant_alone_is_shown_at_its_best_setting_too() -> None:
     curves = {"maml@slow": [curve(0.7)], "maml@fast": [curve(0.8)]}
     made = result("accuracy", curves, settings=RATES, axes={"learner.inner_lr": [0.1, 0.4]})
