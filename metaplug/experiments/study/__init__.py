@@ -1,8 +1,9 @@
 """Studies: a grid of runs, each computed once, in a folder of its own.
 
-`schema` is the file of a study, `cells` its grid, `identity` what names a cell's folder, `folder`
-what lies in the study's; `running` computes cells, `watching` sees what they write; `results` reads
-them back as rows to compare, by `acceleration` among others, and `values` writes these as JSON.
+`schema` is the file of a study, `cells` its grid, `checks` what is refused, `identity` what names a
+cell's folder, `folder` what lies in the study's; `running` computes cells, `watching` sees what
+they write; `results` reads them back as rows to compare, by `acceleration` among others, and
+`values` writes these as JSON.
 """
 
 from metaplug.experiments.study.cells import Cell, cells_of

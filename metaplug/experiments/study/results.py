@@ -17,7 +17,8 @@ from metaplug.evaluation.results import EvaluationResult, Metric
 from metaplug.evaluation.scores import better
 from metaplug.experiments.runs.result import RunResult, read_result
 from metaplug.experiments.study.acceleration import Acceleration, accelerate
-from metaplug.experiments.study.cells import Cell, is_own, row_text
+from metaplug.experiments.study.cells import Cell, row_text
+from metaplug.experiments.study.checks import is_own
 from metaplug.experiments.study.folder import cell_folder, finished
 from metaplug.experiments.study.schema import Study
 

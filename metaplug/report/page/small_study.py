@@ -12,7 +12,7 @@ from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.json_values import to_json
 from metaplug.experiments.plugin_files import comparable
 from metaplug.experiments.runs.result import RunResult
-from metaplug.experiments.study.cells import is_own
+from metaplug.experiments.study.checks import is_own
 from metaplug.experiments.study.results import Row, StudyResult
 from metaplug.experiments.study.schema import Study, Variant
 from metaplug.report.page.material import Begun, Material, Unfinished
