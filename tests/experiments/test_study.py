@@ -321,6 +321,11 @@ WRONG: list[tuple[str, str]] = [
         "mine.yaml, exclude: no cell is left; exclude less",
     ),
     (
+        "variants: [maml, anil]\nexclude: [{variant: maml}]",
+        "mine.yaml, exclude: no cell of the baseline 'maml' is left, so nothing would be compared; "
+        "exclude less, or give another baseline",
+    ),
+    (
         "variants: [maml]\nbase: {training: {validation_tasks: 50}}",
         "training.validation_tasks = 50: too few to compare by, as the target would be mostly "
         "noise; use at least 200",

@@ -66,8 +66,15 @@ def setting_text(setting: Mapping[str, Any]) -> str:
 
     >>> setting_text({"learner.inner_lr": 0.1, "learner.inner_steps": 3})
     'inner_lr 0.1, inner_steps 3'
+    >>> setting_text({"plugins.gradient-sharing.gate": 0.1, "plugins.mine.gate": 0.2})
+    'gradient-sharing.gate 0.1, mine.gate 0.2'
     """
-    return ", ".join(f"{path.rpartition('.')[2]} {value}" for path, value in setting.items())
+    last = [path.rpartition(".")[2] for path in setting]
+    named = [
+        name if last.count(name) == 1 else ".".join(path.split(".")[-2:])
+        for path, name in zip(setting, last, strict=True)
+    ]
+    return ", ".join(f"{name} {value}" for name, value in zip(named, setting.values(), strict=True))
 
 
 def cells_of(study: Study, origin: str, *, to_compute: bool = True) -> tuple[Cell, ...]:
@@ -108,6 +115,11 @@ def cells_of(study: Study, origin: str, *, to_compute: bool = True) -> tuple[Cel
         ]
     if not made:
         raise RequestError(f"{origin}, exclude: no cell is left; exclude less")
+    if not any(cell.variant == study.reference for cell in made):
+        raise RequestError(
+            f"{origin}, exclude: no cell of the baseline '{study.reference}' is left, so nothing "
+            "would be compared; exclude less, or give another baseline"
+        )
     check_fair(study, made, origin)
     return tuple(sorted(made, key=lambda cell: study.seeds.index(cell.seed)))
 
