@@ -24,7 +24,7 @@ class LoggedRun:
 
     Attributes:
         id: 16 letters and digits, the same whenever this run goes on, and of no other run.
-        name: of its folder.
+        name: of its folder, or a run of a study in words.
         folder: where it is kept; a logger writes into a folder or file of its own there.
         settings: the configuration by dotted path, as "training.iterations".
         iteration: how many iterations are done already.

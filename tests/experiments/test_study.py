@@ -25,6 +25,7 @@ from metaplug.evaluation.curves import best_point
 from metaplug.experiments.build import build
 from metaplug.experiments.configuration import ExperimentConfig, ModelSettings
 from metaplug.experiments.json_values import to_json
+from metaplug.experiments.loggers.jsonl import Jsonl
 from metaplug.experiments.study.cells import Cell, cells_of
 from metaplug.experiments.study.folder import begin, begun, cell_folder, finished, to_yaml
 from metaplug.experiments.study.identity import _source, digest_of
@@ -487,6 +488,14 @@ def test_a_run_that_fails_is_named_and_the_others_are_computed(
     assert "Not finished: 1 run, first wild, seed 0." in shown.out
 
 
+def test_a_logger_is_told_a_run_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    real = Jsonl.start
+    monkeypatch.setattr(Jsonl, "start", lambda self, run: told.append(run.name) or real(self, run))
+    computed(tiny_study(axes={"learner.inner_lr": [0.01]}), tmp_path)
+    assert told == ["maml, inner_lr 0.01, seed 0", "maml+gradient-sharing, inner_lr 0.01, seed 0"]
+
+
 def test_a_run_that_a_worker_left_elsewhere_is_no_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -573,8 +582,10 @@ def lines_of(folder: Path) -> int:
 
 
 def some_iterations(folder: Path, many: int = 1) -> None:
-    """Wait until cells have made some iterations."""
+    """Wait until cells have made some iterations, a minute at most."""
+    end = time.monotonic() + 60
     while lines_of(folder) < many:
+        assert time.monotonic() < end
         time.sleep(0.02)
 
 

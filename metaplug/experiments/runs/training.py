@@ -46,6 +46,7 @@ def train(
     on_trained: Callable[[], None] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
     loggers: Sequence[Logger] = (),
+    name: str | None = None,
     world: World = ALONE,
     tasks: TaskSource | None = None,
     test: bool = True,
@@ -70,6 +71,7 @@ def train(
         on_trained: called once, before the test or at a stop, while the folder is still locked.
         stop: asked after every iteration; True on any rank stops the run.
         loggers: of the caller's own, beside those of the configuration.
+        name: of the run for loggers; default: the folder's.
         world: the processes that train together; rank 0 calls the three functions and the loggers.
         tasks: the source that `build_tasks` made of the same configuration, to share it.
         test: whether the test follows; without it the run stays unfinished, to be resumed with it.
@@ -92,7 +94,7 @@ def train(
         if resume and world.from_main((folder / CONFIG).exists):
             keep_names(config)  # the digests are those of the run, as checked
         experiment = build(config, tasks=tasks, world=world)
-        run = _begin(place, experiment, asked if world.is_main else [])
+        run = _begin(place, experiment, asked if world.is_main else [], name)
         with run.loggers:
             try:
                 if world.is_main:
@@ -106,7 +108,9 @@ def train(
             return run.finish(stop) if ended else None
 
 
-def _begin(folder: RunFolder, experiment: Experiment, asked: Sequence[Logger]) -> _Run:
+def _begin(
+    folder: RunFolder, experiment: Experiment, asked: Sequence[Logger], name: str | None
+) -> _Run:
     """A new run, or the one in the folder from its last checkpoint on, without what came after."""
     learner, path, record = experiment.learner, folder.path, Jsonl()
     # A state that no file can hold is refused now, not after hours.
@@ -117,18 +121,20 @@ def _begin(folder: RunFolder, experiment: Experiment, asked: Sequence[Logger]) -
         file, state = found
         learner.load_state_dict(state, str(file))
         best, seconds, clock = state["best"], state["seconds"], [*state.get("clock", ())]
-    run = learner.world.from_main(lambda: _take_up(folder, experiment, record))
+    run = learner.world.from_main(lambda: _take_up(folder, experiment, record, name))
     loggers = RunLoggers(asked, run, lambda: [step_of(line) for line in read_metrics(path)])
     return _Run(experiment, folder, record, loggers, best, seconds, clock)
 
 
-def _take_up(folder: RunFolder, experiment: Experiment, record: Jsonl) -> LoggedRun:
+def _take_up(
+    folder: RunFolder, experiment: Experiment, record: Jsonl, name: str | None
+) -> LoggedRun:
     """Cut the record to where the run is, add this session, and say what loggers may know."""
     path, begun = folder.path, session(experiment)
     first = [*read_sessions(path), begun][0]
     run = LoggedRun(
         id=hashlib.sha256(to_json(first).encode()).hexdigest()[:16],
-        name=path.resolve().name,
+        name=name or path.resolve().name,
         folder=path,
         settings=flatten(experiment.config.model_dump(mode="json", exclude={"loggers"})),
         iteration=experiment.learner.iteration,

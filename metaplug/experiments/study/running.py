@@ -48,6 +48,7 @@ class Workers:
 @dataclass(frozen=True)
 class _Job:
     config: ExperimentConfig
+    name: str
     folder: Path
     stop_file: Path
 
@@ -104,7 +105,10 @@ def compute(
         while left and not stop():
             found = in_parallel(
                 _compute,
-                [_Job(cell.config, cell_folder(cell, folder), stop_file) for cell in left.values()],
+                [
+                    _Job(cell.config, cell.label, cell_folder(cell, folder), stop_file)
+                    for cell in left.values()
+                ],
                 jobs=workers.jobs,
                 backend=workers.backend,
                 address=workers.address,
@@ -125,7 +129,7 @@ def _compute(job: _Job) -> Ended:
     if is_finished(job.folder):
         return "finished"
     try:
-        summary = train(job.config, job.folder, resume=True, stop=job.stopped)
+        summary = train(job.config, job.folder, resume=True, stop=job.stopped, name=job.name)
     except BusyError:
         return "busy"
     return "stopped" if summary is None else "finished"
