@@ -64,7 +64,7 @@ def _add_row(table: Table, result: StudyResult, row: Row, base: Row | None, seve
 
 def _best_table(result: StudyResult, rows: Sequence[Row]) -> Table:
     """Lay out the variants, each at the setting that validated best."""
-    metric, over = result.metric, next((row for row in rows if result.is_baseline(row)), None)
+    metric, over = result.metric, result.baseline_among(rows)
     title = "Each variant at its best setting, chosen on validation tasks"
     table = new_table(title, "variant", f"validation {metric}", f"test {metric}", _minus(result))
     for row in rows:

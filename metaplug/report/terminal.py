@@ -151,7 +151,7 @@ class TrainingProgress:
         self._validation = ""
         self._curve: list[float] = []
         self._label: str | None = None
-        self._measured: tuple[torch.device, str] | None = None
+        self._measured: torch.device | None = None
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -166,21 +166,21 @@ class TrainingProgress:
         """Set what there was before this process: iterations, skipped ones, and validations."""
         self._done, self._skipped, self._curve = done, skipped, [*validations]
 
-    def measure_memory(self, experiment: Experiment, label: str = "") -> None:
+    def measure_memory(self, experiment: Experiment) -> None:
         """Measure the next iteration's peak of memory, and say it once that is done."""
-        self._measured = experiment.learner.engine.device, label
-        reset_peak_memory(self._measured[0])
+        self._measured = experiment.learner.engine.device
+        reset_peak_memory(self._measured)
 
-    def _show_memory(self, device: torch.device, label: str) -> None:
+    def _show_memory(self, device: torch.device) -> None:
         if (peak := peak_memory(device)) is not None:
             what = "given out by torch" if device.type == "cuda" else "of the whole process"
-            text = f"{label}memory: {size_text(peak)} at the peak of the first step, {what}"
+            text = f"memory: {size_text(peak)} at the peak of the first step, {what}"
             line(text, console=self.console)
 
     def record(self, record: Record, label: str = "training") -> None:
         """Show one more iteration, of the run that `label` names."""
         if self._measured is not None:
-            self._show_memory(*self._measured)
+            self._show_memory(self._measured)
             self._measured = None
         step, result = record.step, record.validation
         self._done += 1

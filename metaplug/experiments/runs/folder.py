@@ -1,8 +1,7 @@
 """The folder of a run: its files, the order of writing them, and the one process that may write.
 
-A crash at any moment leaves a run to resume: whatever a checkpoint counts on is on the disk before
-    it,
-and what is there beyond the checkpoint is cut away:
+A crash at any moment leaves a run to resume: whatever a checkpoint counts on is on the disk
+before it, and what is there beyond the checkpoint is cut away:
 
     config.yaml, run.json, metrics.jsonl (empty)
     →  lines of metrics  →  best.safetensors  →  last.safetensors  →  …  →  summary.json

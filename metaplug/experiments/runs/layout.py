@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from metaplug.experiments.loggers import jsonl
 
-CONFIG, RECORD, SUMMARY, CURVES = "config.yaml", "run.json", "summary.json", "curves.png"
 METRICS = jsonl.METRICS
+CONFIG, RECORD, SUMMARY, CURVES = "config.yaml", "run.json", "summary.json", "curves.png"
 """SUMMARY is written last: a run that has it is finished."""
 
 LAST, BEST = "last.safetensors", "best.safetensors"

@@ -58,9 +58,8 @@ def train(
     seconds that were spent. While this process lives, no other can train in the folder.
 
     Every rank of `world` calls this; rank 0 alone reads and writes the folder. A run may be
-    resumed on another number of ranks, and with other settings of the runtime but its precision:
-        then to
-    rounding.
+    resumed on another number of ranks, and with other settings of the runtime but its precision;
+    then it is the same to rounding.
 
     Args:
         folder: made here; a run that is there already is only touched to resume it.

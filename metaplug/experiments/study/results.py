@@ -103,6 +103,10 @@ class StudyResult:
         """Whether a row is of the baseline itself."""
         return row.variant == self.baseline
 
+    def baseline_among(self, rows: Sequence[Row]) -> Row | None:
+        """The baseline's row of a group, which has one of each variant; None for none."""
+        return next((row for row in rows if self.is_baseline(row)), None)
+
     def baseline_of(self, row: Row) -> Row | None:
         """The baseline's row at the same setting, as far as the axes concern it.
 
@@ -112,7 +116,7 @@ class StudyResult:
         own = [each for each in every if each.variant == self.baseline]
         if len({repr(each.setting) for each in own if _is_at(each, row)}) > 1:
             return None
-        return next((one for one in self.rows if self.is_baseline(one) and _is_at(one, row)), None)
+        return self.baseline_among([one for one in self.rows if _is_at(one, row)])
 
     def base_of(self, row: Row) -> Row | None:
         """The row of the longest variant that this one extends by plugins, at the same setting."""

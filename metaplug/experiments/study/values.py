@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from metaplug.evaluation.curves import Curve, Point, best_point
-from metaplug.evaluation.results import EvaluationResult
+from metaplug.evaluation.results import EvaluationResult, Metric
 from metaplug.experiments.json_values import result_values
 from metaplug.experiments.runs.result import RunResult
 from metaplug.experiments.study.acceleration import Acceleration
-from metaplug.experiments.study.results import Row, StudyResult
+from metaplug.experiments.study.results import Row, StudyResult, paired
 
 _MACHINE = ("versions", "device", "threads", "precision", "deterministic", "batching")
 
@@ -22,26 +22,16 @@ def to_values(result: StudyResult) -> dict[str, Any]:
         "seeds": list(result.study.seeds),
         "rows": [_row_values(result, row) for row in result.rows],
         "best": [
-            [
-                {
-                    "label": row.label,
-                    "minus_baseline": _difference(
-                        next(
-                            (
-                                result.difference(row, one)
-                                for one in rows
-                                if result.is_baseline(one)
-                            ),
-                            None,
-                        )
-                    ),
-                }
-                for row in rows
-            ]
+            [_best_values(result, row, result.baseline_among(rows)) for row in rows]
             for rows in result.best_rows()
         ],
         "missing": [cell.label for cell in result.missing],
     }
+
+
+def _best_values(result: StudyResult, row: Row, over: Row | None) -> dict[str, Any]:
+    difference = None if over is None else result.difference(row, over)
+    return {"label": row.label, "minus_baseline": _difference(difference)}
 
 
 def _row_values(result: StudyResult, row: Row) -> dict[str, Any]:
@@ -49,6 +39,7 @@ def _row_values(result: StudyResult, row: Row) -> dict[str, Any]:
     found = None if over is None else result.acceleration(row, over)
     means = None if over is None else result.acceleration_of_means(row, over)
     of_base = None if base is None else result.acceleration(row, base)
+    compared = {} if over is None or found is None else _compared(row, over, found)
     return {
         "label": row.label,
         "variant": row.variant,
@@ -69,31 +60,31 @@ def _row_values(result: StudyResult, row: Row) -> dict[str, Any]:
         "test": result_values(row.test),
         "test_minus_baseline": None if over is None else _difference(result.difference(row, over)),
         "mean_curve": _curve(row.mean_curve),
-        "runs": [_run_values(result, run, found, row) for run in row.runs],
+        "runs": [_run_values(result.metric, run, compared.get(run.seed, {})) for run in row.runs],
     }
 
 
-def _run_values(
-    result: StudyResult, run: RunResult, found: Acceleration | None, row: Row
-) -> dict[str, Any]:
-    over = result.baseline_of(row)
-    seeds = [] if over is None else [seed for seed in row.seeds if seed in over.seeds]
-    compared: dict[str, Any] = {}
-    if found is not None and run.seed in seeds:
-        place = seeds.index(run.seed)
-        compared = {
+def _compared(row: Row, over: Row, found: Acceleration) -> dict[int, dict[str, Any]]:
+    """By seed that both rows have, how much sooner the target is reached."""
+    return {
+        other.seed: {
             "target": found.targets[place],
             "baseline_iterations_to_target": _iterations(found.baseline[place]),
             "iterations_to_target": _iterations(found.reached[place]),
             "acceleration_percent": found.percent[place],
             "acceleration_percent_of_seconds": found.percent_of_seconds[place],
         }
+        for place, (_, other) in enumerate(paired(over, row))
+    }
+
+
+def _run_values(metric: Metric, run: RunResult, compared: dict[str, Any]) -> dict[str, Any]:
     return {
         "seed": run.seed,
         "folder": run.folder.name,
         "curve": _curve(run.curve),
         **compared,
-        "best_iteration": best_point(result.metric, run.curve).iteration,
+        "best_iteration": best_point(metric, run.curve).iteration,
         "test": result_values(run.test),
         "seconds": round(run.seconds, 3),
         **{name: run.summary[name] for name in _MACHINE if name in run.summary},

@@ -38,11 +38,6 @@ def heading(result: StudyResult, rows: Sequence[Row]) -> str:
     return setting_text(several)
 
 
-def baseline_among(result: StudyResult, rows: Sequence[Row]) -> Row | None:
-    """The baseline's row of a group, which has one of each variant."""
-    return next((row for row in rows if result.is_baseline(row)), None)
-
-
 def reference_of(result: StudyResult, row: Row) -> Row | None:
     """The row that another one is compared with at its own setting.
 

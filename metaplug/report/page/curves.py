@@ -11,7 +11,7 @@ from metaplug.evaluation.curves import Curve, Point, best_point
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.study.cells import setting_text
 from metaplug.experiments.study.results import Row
-from metaplug.report.page.chosen import baseline_among, compared, heading, keys, which
+from metaplug.report.page.chosen import compared, heading, keys, which
 from metaplug.report.page.material import Material, Unfinished
 from metaplug.report.page.panels import Group, Line, Panel, Points, Section, finite, thinned
 from metaplug.report.terminal import scale_of
@@ -139,7 +139,7 @@ def _level(material: Material, rows: Sequence[Row], scale: float) -> tuple[float
     result = material.result
     if result.study.target is not None:
         return scale * result.study.target, "target"
-    base = baseline_among(result, rows)
+    base = result.baseline_among(rows)
     if base is None or len(rows) == 1:
         return None
     best = best_point(result.metric, base.mean_curve)

@@ -11,7 +11,7 @@ from metaplug.evaluation.scores import better
 from metaplug.experiments.runs.result import RunResult
 from metaplug.experiments.study.cells import setting_text
 from metaplug.experiments.study.results import Row, StudyResult, paired
-from metaplug.report.page.chosen import baseline_among, compared, heading
+from metaplug.report.page.chosen import compared, heading
 from metaplug.report.page.material import Material
 from metaplug.report.page.words import counted, listed, signed
 from metaplug.report.terminal import value_text
@@ -35,7 +35,7 @@ def told(difference: EvaluationResult) -> int:
 
 
 def _finding(result: StudyResult, rows: Sequence[Row]) -> str:
-    base = baseline_among(result, rows)
+    base = result.baseline_among(rows)
     others = [row for row in rows if row is not base]
     if base is None or not others:
         return " ".join(_alone(result, row) for row in rows)

@@ -10,7 +10,7 @@ from metaplug.evaluation.scores import better
 from metaplug.experiments.study.acceleration import Acceleration
 from metaplug.experiments.study.cells import setting_text
 from metaplug.experiments.study.results import Row, StudyResult, paired
-from metaplug.report.page.chosen import baseline_among, compared, flat, reference_of
+from metaplug.report.page.chosen import compared, flat, reference_of
 from metaplug.report.page.findings import told
 from metaplug.report.page.material import Material
 from metaplug.report.page.panels import Key
@@ -79,7 +79,7 @@ def tables(material: Material) -> list[Table]:
     chosen = compared(result)
     if len(flat(chosen)) == len(result.rows):
         return [whole]
-    bases = {row.label: baseline_among(result, rows) for rows in chosen for row in rows}
+    bases = {row.label: result.baseline_among(rows) for rows in chosen for row in rows}
 
     def base_of(result: StudyResult, row: Row) -> Row | None:
         base = bases[row.label]
