@@ -81,7 +81,7 @@ def compare(
 
 def _study(texts: list[str], seeds: int, given: dict[str, Any], sets: list[str] | None) -> Study:
     """The study of variants with the shared options."""
-    from metaplug.experiments.configuration import assign
+    from metaplug.experiments.resolving import assign
     from metaplug.experiments.study.schema import Study
     from metaplug.settings import validated
 

@@ -58,8 +58,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a trained run on tasks that it has not seen, by the weights that validated best."""
-    from metaplug.experiments.configuration import assign
     from metaplug.experiments.json_values import environment, result_values, to_json
+    from metaplug.experiments.resolving import assign
     from metaplug.experiments.runs import load
     from metaplug.experiments.runs.layout import SUMMARY
     from metaplug.report.terminal import class_lines, result_line, show_own_code, statements

@@ -11,7 +11,7 @@ from metaplug.errors import RequestError
 
 if TYPE_CHECKING:
     from metaplug.contract.presets import PluginUse
-    from metaplug.experiments.configuration import Resolved
+    from metaplug.experiments.resolving import Resolved
 
 
 def resolve_options(
@@ -33,8 +33,9 @@ def resolve_options(
         logs: loggers after those of the file; one that it lists too takes its place.
         content: of `config`, where the caller has read it and taken out what is its own.
     """
-    from metaplug.experiments.configuration import ExperimentConfig, assign, resolve
+    from metaplug.experiments.configuration import ExperimentConfig
     from metaplug.experiments.plugin_files import permitted, recorded
+    from metaplug.experiments.resolving import assign, resolve
     from metaplug.experiments.variant_texts import parse_logger, parse_plugin
     from metaplug.settings import validated
     from metaplug.yaml_text import read_yaml
@@ -78,7 +79,7 @@ def _without(loggers: Any, names: Sequence[str]) -> list[Any]:
 def _check_not_of_preset(path: str, layers: Sequence[tuple[str, Any]]) -> None:
     """Refuse to change a plugin of the preset as if it were one of the plugins after it."""
     from metaplug.contract.presets import find_preset
-    from metaplug.experiments.configuration import resolve
+    from metaplug.experiments.resolving import resolve
 
     of_preset = [
         (origin, {"preset": layer["preset"]}) for origin, layer in layers if "preset" in layer

@@ -112,7 +112,7 @@ def workers_of(jobs: int | None, backend: Backend, address: str | None) -> Worke
 def _with_sets(asked: Study, sets: list[str] | None) -> Study:
     """The study with other fields in its base."""
     from metaplug.cli.resolving import parse_setting
-    from metaplug.experiments.configuration import assign
+    from metaplug.experiments.resolving import assign
 
     base = asked.base
     for text in sets or ():

@@ -117,6 +117,7 @@ def _check_program(run: Callable[..., Any], model: nn.Module, inputs: Inputs, le
         size = float(ours.double().abs().max())
         error = float((ours.double() - theirs.double()).abs().max())
         eps = torch.finfo(ours.dtype).eps if ours.is_floating_point() else 0
+        # Programs add in another order: as many roundings as a sum over 1000 inputs may make.
         if not error <= 1000 * eps * max(1.0, size):
             raise RunError(
                 f"the program of the model gives other outputs than the model, by up to "

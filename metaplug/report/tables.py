@@ -18,7 +18,8 @@ from metaplug.contract.chain import Chain
 from metaplug.contract.hookspecs import KINDS
 from metaplug.contract.inner_step import InnerStep
 from metaplug.errors import MetaplugError
-from metaplug.experiments.configuration import Resolved, flatten
+from metaplug.experiments.configuration import flatten
+from metaplug.experiments.resolving import Resolved
 from metaplug.report.catalogue import Entry, plain
 from metaplug.report.console import new_table
 from metaplug.settings import own_first

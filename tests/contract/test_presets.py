@@ -8,7 +8,8 @@ from metaplug import PluginUse, Preset, RequestError
 from metaplug.contract import registry
 from metaplug.contract.presets import find_preset
 from metaplug.experiments.build import build
-from metaplug.experiments.configuration import ExperimentConfig, resolve, to_yaml
+from metaplug.experiments.configuration import ExperimentConfig, to_yaml
+from metaplug.experiments.resolving import resolve
 from metaplug.experiments.runs import load, train
 from metaplug.experiments.variant_texts import parse_plugin, parse_variant
 from metaplug.settings import validated

@@ -12,7 +12,8 @@ import yaml
 from metaplug.cli.main import main
 from metaplug.contract.presets import Preset
 from metaplug.errors import RequestError
-from metaplug.experiments.configuration import Resolved, assign, from_yaml, resolve, to_yaml
+from metaplug.experiments.configuration import from_yaml, to_yaml
+from metaplug.experiments.resolving import Resolved, assign, resolve
 
 EPOCHS = "multi-step-loss.annealing_epochs"
 TINY = (

@@ -10,8 +10,9 @@ from functools import cached_property
 from typing import Any
 
 from metaplug.errors import MetaplugError, RequestError
-from metaplug.experiments.configuration import ExperimentConfig, assign, resolve
+from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.plugin_files import recorded
+from metaplug.experiments.resolving import assign, resolve
 from metaplug.experiments.study.checks import (
     check_base,
     check_exclude,

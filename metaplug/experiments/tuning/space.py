@@ -12,7 +12,8 @@ from pydantic import BaseModel
 from metaplug.contract.presets import find_preset, make_plugins
 from metaplug.errors import MetaplugError, RequestError, did_you_mean, one_line
 from metaplug.experiments.build import build
-from metaplug.experiments.configuration import ExperimentConfig, assign, resolve
+from metaplug.experiments.configuration import ExperimentConfig
+from metaplug.experiments.resolving import assign, resolve
 from metaplug.experiments.tuning.ranges import Range, choice_text, read_range
 from metaplug.settings import validated
 from metaplug.tasks.sources import TaskSource
