@@ -74,7 +74,8 @@ class MetaLearner:
         cache_frozen: compute what lies below the first adapted layer once a batch, not once a step:
             the same numbers, sooner, in more memory.
         compile: compile meta-steps: many times faster for small models, after a minute or more for
-            each form of batch. A plugin that cannot be compiled is named in a warning.
+            each form of batch, once: it is kept on disk. "auto": in a process beside the run, where
+            enough of the run is left. What cannot be compiled is named in a warning.
         capture: replay meta-steps from CUDA graphs. "auto": from the 11th step of one form in a
             row, where it can be had. What cannot be captured is named in a warning.
         metrics_every: fetch losses and figures from the device after this many meta-steps, so it
@@ -112,7 +113,7 @@ class MetaLearner:
         checkpoint_steps: int | None = None,
         chunk_size: int | None = None,
         cache_frozen: bool = False,
-        compile: bool = False,  # noqa: A002 -- the field's name, as in torch
+        compile: bool | Literal["auto"] = False,  # noqa: A002 -- the field's name, as in torch
         capture: bool | Literal["auto"] = False,
         metrics_every: int = 1,
         precision: Precision = "float32",

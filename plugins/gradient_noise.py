@@ -37,9 +37,9 @@ class GradientNoise(Plugin):
 
     @hookimpl
     def transform_gradients(self, gradients: Gradients, step: InnerStep) -> Gradients | None:
-        deviation = self._deviation(step.meta_iteration)
-        if not step.training or deviation == 0:
+        if not step.training or self.config.scale == 0:
             return None
+        deviation = self._deviation(step.meta_iteration)
         return {
             name: gradient + deviation * _normal(gradient) for name, gradient in gradients.items()
         }
@@ -49,7 +49,8 @@ class GradientNoise(Plugin):
         return {"deviation": self._deviation(iteration)}
 
     def _deviation(self, iteration: int) -> float:
-        return float((self.config.scale / (1 + iteration) ** self.config.decay) ** 0.5)
+        deviation: float = (self.config.scale / (1 + iteration) ** self.config.decay) ** 0.5
+        return deviation
 
 
 def _normal(like: Tensor) -> Tensor:

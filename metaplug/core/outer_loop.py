@@ -92,7 +92,7 @@ class OuterLoop:
         batch: TaskBatch,
         iteration: int,
         total: int,
-        weights: Mapping[int, float],
+        weights: Mapping[int, float | Tensor],
         *,
         orders: Sequence[int] | None = None,
         share: TaskShare | None = None,
@@ -157,7 +157,7 @@ class OuterLoop:
         batch: TaskBatch,
         iteration: int,
         total: int,
-        weights: Mapping[int, float],
+        weights: Mapping[int, float | Tensor],
         **options: Any,
     ) -> tuple[Outcome, Tensor]:
         """Adapt the tasks, and return how, with the mean of their outer losses ()."""

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from metaplug.errors import quoted, said_by
+from metaplug.execution.compiling import inductor
 from metaplug.execution.engine import Engine
-from metaplug.execution.traced import Compile, CompiledDerivation, inductor, warn_refusal
-
-PATIENCE = 10
-"""With "auto", uncaptured steps of one form in a row before a trace is paid for."""
+from metaplug.execution.traced import Compile, CompiledDerivation, warn_refusal
 
 WARM_UP = 3
 """Runs before a recording, as many as torch takes: what libraries set up first is not recorded."""

@@ -9,9 +9,9 @@ import torch
 
 from metaplug.errors import RequestError, quoted
 from metaplug.execution.chunks import ChunkedDerivation
-from metaplug.execution.cuda_graphs import PATIENCE, capturing
+from metaplug.execution.cuda_graphs import capturing
 from metaplug.execution.engine import Derivation, Engine
-from metaplug.execution.traced import CompiledDerivation
+from metaplug.execution.traced import PATIENCE, CompiledDerivation
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class StepPlan:
 
     checkpoint_steps: int | None
     chunk_size: int | None
-    compile: bool
+    compile: bool | Literal["auto"]
     capture: bool | Literal["auto"]
     cache_frozen: bool = False
 
@@ -40,8 +40,14 @@ class StepPlan:
             raise RequestError(
                 "cache_frozen keeps what checkpoint_steps recomputes: leave one of the two out"
             )
-        if self.capture not in (True, False, "auto"):
-            raise RequestError(f"unknown capture {self.capture!r}: give True, False or 'auto'")
+        for name in ("compile", "capture"):
+            if (value := getattr(self, name)) not in (True, False, "auto"):
+                raise RequestError(f"unknown {name} {value!r}: give True, False or 'auto'")
+        if self.compile == "auto" and self.capture:
+            raise RequestError(
+                "compile = 'auto' decides in the course of the run, and capture records what is "
+                "there: give compile True or False beside it, or leave capture out"
+            )
         if self._traced and (self.checkpoint_steps is not None or self.chunk_size is not None):
             raise RequestError(
                 f"a {self._traced}d step decides itself what it keeps: leave {self._traced} out, "
@@ -85,10 +91,15 @@ class StepPlan:
         may_trace = self.checkpoint_steps is None and not waits
         auto = self.capture == "auto" and engine.device.type == "cuda" and may_trace
         if auto or self.capture is True:
-            return capturing(engine, compiles=self.compile, patience=PATIENCE if auto else 0)
+            compiles = self.compile is True
+            return capturing(engine, compiles=compiles, patience=PATIENCE if auto else 0)
+        if self.compile == "auto":
+            # When a process beside the run is done is chance, and from then on rounding differs.
+            alone = may_trace and engine.world.size == 1 and not engine.deterministic
+            return CompiledDerivation(engine, patience=PATIENCE, auto=True) if alone else None
         return CompiledDerivation(engine) if self.compile else None
 
     @property
     def _traced(self) -> str:
         """The option that asks for a traced step, "auto" left out; "" for none."""
-        return "compile" if self.compile else "capture" if self.capture is True else ""
+        return "compile" if self.compile is True else "capture" if self.capture is True else ""

@@ -27,16 +27,6 @@ MOST_BYTES = 2**20
 """Of an array of NumPy whose contents are looked at."""
 
 
-class Unknown:
-    """An iteration that a trace would freeze: it can be shown, and nothing else."""
-
-    def __init__(self, value: int) -> None:
-        self.value = value
-
-    def __repr__(self) -> str:
-        return repr(self.value)
-
-
 class NothingRead(FunctionMode):
     """Refuses to give Python the numbers of a tensor, past which no trace sees.
 
@@ -53,22 +43,6 @@ class NothingRead(FunctionMode):
 
 
 _READING = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__})
-
-
-def _refused(self: Any, *_: Any) -> Any:
-    raise TypeError(
-        "it computes with the meta-iteration, which a compiled or captured step would freeze at "
-        "its first value"
-    )
-
-
-_NUMBERS_METHODS = """
-    add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow divmod rdivmod
-    matmul rmatmul and rand or ror xor rxor lshift rlshift rshift rrshift eq ne lt le gt ge neg pos
-    abs int float index bool hash round trunc floor ceil
-"""
-for _name in _NUMBERS_METHODS.split():
-    setattr(Unknown, f"__{_name}__", _refused)
 
 
 def python_state(engine: Engine) -> tuple[tuple[Any, ...], dict[str, Any]]:

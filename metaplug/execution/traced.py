@@ -2,21 +2,23 @@
 
 There is no second implementation: `make_fx` records what the engine, `higher` and the plugins do to
 tensors. What changes from step to step goes in as an input: weights, the plugins' parameters and
-buffers, the tasks. What Python decides, a trace would freeze. So it is part of the trace's key
-(shapes, outer weights, derivative orders, numbers that plugins keep), or the step is not traced:
-that is said, and the run goes on uncompiled. The second step of every trace is compared with the
-untraced one, for what nobody thought of.
+buffers, the tasks, the meta-iteration, the weights of the query losses. What Python decides, a
+trace would freeze. So it is part of the trace's key (shapes, which query losses count, derivative
+orders, numbers that plugins keep), or the step is not traced: that is said, and the steps of this
+form go on uncompiled, and no others. The second step of every trace is compared with the untraced
+one, for what nobody thought of; where they differ, no trace is trusted any more.
 
-`cuda_graphs` puts a recording in the place of the compiler.
+`compiling` makes a function of the graph; `cuda_graphs` puts a recording in the place of it.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,68 +28,56 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.core.outer_loop import MetaGradients
 from metaplug.errors import said_by
+from metaplug.execution.compiling import Beside, Function, inductor
 from metaplug.execution.engine import Engine
-from metaplug.execution.python_state import NothingRead, Unknown, python_state
+from metaplug.execution.python_state import NothingRead, python_state
+from metaplug.execution.step_inputs import Step, in_place, tensors_of
 from metaplug.random_streams import stream
 
 MOST_TRACES = 8
-"""Traces of one run (forms of batch, outer weights, derivative orders, plugins' numbers); steps of
+"""Traces of one run (forms of batch, query losses, derivative orders, plugins' numbers); steps of
 further ones are uncompiled."""
 
 APART = 0.05
 """The relative difference of a traced meta-gradient from the untraced that rounding cannot explain,
 not even where an inner loop amplifies it."""
 
-Compile = Callable[[torch.fx.GraphModule, Sequence[Tensor]], Callable[..., Any]]
+PATIENCE = 10
+"""With "auto", steps of one form in a row, as they are, before a trace of it is paid for."""
+
+WORTH = 3.0
+"""With "auto", what is left of the run must take so many times as long as compiling."""
+
+SECONDS_A_NODE = 0.06
+"""What compiling takes for each node of a graph: 0.04 to 0.1 on two CPU cores."""
+
+Compile = Callable[[torch.fx.GraphModule, Sequence[Tensor]], Function]
+
+_log = logging.getLogger(__name__)
 
 
-def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """The graph compiled by Inductor, with torch's own random numbers."""
-    _widen_products(graph)
-    with warnings.catch_warnings(), torch._inductor.config.patch(fallback_random=True):
-        warnings.simplefilter("ignore")  # the compiler's own, on how it does what it does
-        compiled: Callable[..., Any] = torch._inductor.compile(graph, list(inputs))
-    return compiled
-
-
-def _widen_products(graph: torch.fx.GraphModule) -> None:
-    """On a CPU, write A B with more rows than columns as (Bᵀ Aᵀ)ᵀ: the same numbers, sooner.
-
-    Such products come from differentiating a weight gradient once more. Autograd cannot choose
-    their form; a graph can.
-    """
-    aten = torch.ops.aten
-    for node in list(graph.graph.nodes):
-        if node.target is not aten.bmm.default or node.meta["val"].device.type != "cpu":
-            continue
-        _, rows, columns = node.meta["val"].shape
-        if rows > columns:
-            with graph.graph.inserting_before(node):
-                transposed = [
-                    graph.graph.call_function(aten.transpose.int, (factor, 1, 2))
-                    for factor in reversed(node.args)
-                ]
-                product = graph.graph.call_function(aten.bmm.default, tuple(transposed))
-                node.replace_all_uses_with(
-                    graph.graph.call_function(aten.transpose.int, (product, 1, 2))
-                )
-            graph.graph.erase_node(node)
-    graph.recompile()
-
-
-def warn_refusal(what: str, reason: str) -> None:
+def warn_refusal(what: str, reason: str, where: str = ", and the run goes on") -> None:
     """Say that steps are not `what` ("compiled", "captured") after all."""
-    warnings.warn(f"steps are not {what}, and the run goes on un{what}: {reason}", stacklevel=3)
+    warnings.warn(f"steps are not {what}{where} un{what}: {reason}", stacklevel=3)
 
 
 @dataclass
 class _Trace:
-    """A compiled derivation, the names of what it gives, and how often it was used."""
+    """A traced derivation, and the names of what it gives.
 
-    function: Callable[..., Any]
+    Attributes:
+        graph: what was traced.
+        function: the graph, compiled.
+        beside: the process that compiles it.
+        uses: how often the function was called.
+    """
+
+    graph: torch.fx.GraphModule
     gradients: tuple[str, ...]
     statistics: tuple[tuple[str, str], ...]
-    uses: int = field(default=0)
+    function: Function | None = None
+    beside: Beside | None = None
+    uses: int = 0
 
 
 class CompiledDerivation:
@@ -99,9 +89,10 @@ class CompiledDerivation:
         what: "compiled" or "captured", as warnings have it.
         patience: at least 0: compute this many steps of one form in a row as they are before a
             trace of it is made.
+        auto: compile in a process beside the run, where enough of it is left to gain by that.
 
     Attributes:
-        refusal: why steps are not, or no longer, compiled; None while they are.
+        refusal: why steps, or those of one form, are not compiled; None while all are.
     """
 
     def __init__(
@@ -111,12 +102,16 @@ class CompiledDerivation:
         *,
         what: str = "compiled",
         patience: int = 0,
+        auto: bool = False,
     ) -> None:
         self.engine, self.compile_graph, self.what = engine, compile_graph, what
-        self.patience = patience
+        self.patience, self.auto = patience, auto
         self.refusal: str | None = None
         self._traces: dict[Any, _Trace] = {}
-        self._row: tuple[Any, int] = (None, 0)
+        self._refused: set[Any] = set()
+        self._said: set[str] = set()
+        self._off = False
+        self._row = _Row()
         self._kept: dict[str, Any] | None = None
 
     def __call__(
@@ -124,42 +119,105 @@ class CompiledDerivation:
     ) -> MetaGradients:
         """Return the meta-gradients of a batch.
 
-        They are computed uncompiled where compiling was refused, and in a replay that looks for the
-        first non-finite value.
+        They are computed uncompiled where compiling was refused or is under way, and in a replay
+        that looks for the first non-finite value.
         """
-        engine = self.engine
-        if self.refusal or engine.chain.watch is not None:
-            return engine.derive(batch, iteration, total, weights)
-        tensors = batch.tensors()
-        orders = engine.inner.orders_of(iteration, total)
-        numbers, kept = python_state(engine)
-        self._refuse_changed(kept)
-        named = batch.named_tensors().items()
+        step = Step(batch, iteration, total, weights)
+        if self._off or self.engine.chain.watch is not None:
+            return self.engine.derive(*step)
+        numbers, kept = python_state(self.engine)
+        self._stop_where_changed(kept)
+        key = self._key(step, numbers)
+        self._row.count(key)
+        if self._off or key in self._refused or not self._due(key, step):
+            return self.engine.derive(*step)
+        self.engine.inner.functional.begin(True)
+        inputs = tensors_of(self.engine, step)
+        reason = trace = function = None
+        try:
+            trace = self._traces.get(key) or self._trace(inputs, step, key)
+            function = trace.function or self._compiled(trace, inputs, step)
+        except Exception as error:
+            reason = said_by(error)
+        if (
+            reason is not None
+        ):  # not in the handler: the error holds what the failed trace allocated
+            self._traces.pop(key, None)
+            self._refused.add(key)
+            self._refuse(reason, " in this form, and go on")
+        if trace is None or function is None:
+            return self.engine.derive(*step)
+        return self._checked(trace, function, inputs, step)
+
+    def _key(self, step: Step, numbers: Any) -> Any:
+        """What a trace is made for."""
+        named = step.batch.named_tensors().items()
         forms = tuple((name, tensor.shape, tensor.dtype) for name, tensor in named)
-        key = (forms, batch.sizes, tuple(weights.items()), orders, numbers)
-        if self.refusal or (key not in self._traces and self._waits(key)):
-            return engine.derive(batch, iteration, total, weights)
-        engine.inner.functional.begin(True)
-        inputs = [*(holder[name].detach() for holder, name in _places(engine)), *tensors]
-        if key not in self._traces:
-            try:
-                self._traces[key] = self._trace(
-                    inputs, batch, weights, orders, iteration=iteration, total=total
-                )
-            except Exception as error:
-                self.refusal = said_by(error)
-            if self.refusal:  # not in the handler: the error holds what the failed trace allocated
-                warn_refusal(self.what, self.refusal)
-                return engine.derive(batch, iteration, total, weights)
-        trace = self._traces[key]
+        orders = self.engine.inner.orders_of(step.iteration, step.total)
+        return forms, step.batch.sizes, tuple(step.weights), orders, numbers
+
+    def _due(self, key: Any, step: Step) -> bool:
+        """Whether a step may be traced by now, or was."""
+        if key in self._traces:
+            return True
+        return self._row.steps > self.patience and (not self.auto or self._left(step) > 60)
+
+    def _left(self, step: Step) -> float:
+        """The seconds that the rest of the run takes, if all its steps are as the last ones."""
+        left: int = step.total - step.iteration
+        return left * self._row.seconds
+
+    def _trace(self, inputs: list[Tensor], like: Step, key: Any) -> _Trace:
+        if len(self._traces) + len(self._refused) >= MOST_TRACES:
+            what = "forms, query losses, derivative orders or attributes of plugins"
+            raise RuntimeError(f"batches of more than {MOST_TRACES} {what} came along")
+        engine, named = self.engine, dict[str, Any]()
+        orders = engine.inner.orders_of(like.iteration, like.total)
+
+        def derivation(*tensors: Tensor) -> list[Tensor]:
+            with in_place(engine, tensors, like) as step, NothingRead():
+                found = engine.derive(*step, orders=orders)
+            named["gradients"] = tuple(found.gradients)
+            named["statistics"] = tuple(
+                (plugin, name) for plugin, kept in found.statistics.items() for name in kept
+            )
+            kept = [found.statistics[plugin][name] for plugin, name in named["statistics"]]
+            return [found.outer_loss, found.losses, *found.gradients.values(), *kept]
+
+        with stream(0, engine.device):  # the step must not miss what the trace draws
+            graph = make_fx(derivation)(*inputs)
+        self._traces[key] = trace = _Trace(graph, **named)
+        return trace
+
+    def _compiled(self, trace: _Trace, inputs: list[Tensor], step: Step) -> Function | None:
+        """Return the compiled function; None where it is not there yet, or not worth it."""
+        if self.auto:
+            seconds = SECONDS_A_NODE * len(trace.graph.graph.nodes)
+            if trace.beside is None:
+                if self._left(step) < WORTH * seconds:
+                    return None
+                trace.beside = Beside(trace.graph, inputs)
+                _log.info("steps are compiled beside the run: some %.0f seconds of work", seconds)
+            if not trace.beside.done():
+                return None
+        with stream(0, self.engine.device):
+            trace.function = self.compile_graph(trace.graph, inputs)
+        if self.auto:
+            _log.info("steps are compiled from iteration %d on", step.iteration + 1)
+        return trace.function
+
+    def _checked(
+        self, trace: _Trace, function: Function, inputs: list[Tensor], step: Step
+    ) -> MetaGradients:
+        """Return what a compiled function gives; in its second use, compared with the untraced."""
         trace.uses += 1
         exact: MetaGradients | None = None
         if trace.uses == 2:
-            devices = [engine.device] if engine.device.type == "cuda" else []
+            devices = [self.engine.device] if self.engine.device.type == "cuda" else []
             with torch.random.fork_rng(devices):
-                exact = engine.derive(batch, iteration, total, weights)
+                exact = self.engine.derive(*step)
         with torch.no_grad():
-            outer_loss, losses, *found = trace.function(*inputs)
+            outer_loss, losses, *found = function(*inputs)
         statistics: dict[str, dict[str, Tensor]] = {}
         ends = found[len(trace.gradients) :]
         for (plugin, name), tensor in zip(trace.statistics, ends, strict=True):
@@ -168,60 +226,50 @@ class CompiledDerivation:
         traced = MetaGradients(gradients, outer_loss, losses, statistics, None)
         if exact is None or (apart := _apart(traced, exact)) <= APART:
             return traced
-        self.refusal = (
+        self._off = True
+        self._refuse(
             f"its second meta-gradient is {100 * apart:.3g} % off the untraced one, so something "
             "that it computes with changes and is no tensor of the model, a plugin or the batch: "
             "find it, and make it a buffer"
         )
-        warn_refusal(self.what, self.refusal)
         return exact
 
-    def _trace(
-        self,
-        inputs: list[Tensor],
-        like: TaskBatch,
-        weights: Mapping[int, float],
-        orders: tuple[int, ...],
-        *,
-        iteration: int,
-        total: int,
-    ) -> _Trace:
-        if len(self._traces) >= MOST_TRACES:
-            what = "forms, outer weights, derivative orders or attributes of plugins"
-            raise RuntimeError(f"batches of more than {MOST_TRACES} {what} came along")
-        named: dict[str, Any] = {}
-        now: Any = Unknown(iteration)
-        length: Any = Unknown(total)
-
-        def derivation(*tensors: Tensor) -> list[Tensor]:
-            with _swapped(self.engine, tensors, like) as batch, NothingRead():
-                found = self.engine.derive(batch, now, length, weights, orders=orders)
-            named["gradients"] = tuple(found.gradients)
-            named["statistics"] = tuple(
-                (plugin, name) for plugin, kept in found.statistics.items() for name in kept
-            )
-            kept = [found.statistics[plugin][name] for plugin, name in named["statistics"]]
-            return [found.outer_loss, found.losses, *found.gradients.values(), *kept]
-
-        with stream(0, self.engine.device):  # the step must not miss what the trace draws
-            graph = make_fx(derivation)(*inputs)
-            return _Trace(self.compile_graph(graph, inputs), **named)
-
-    def _refuse_changed(self, kept: dict[str, Any]) -> None:
-        """Refuse what Python keeps beside numbers, where it has changed since the last step."""
+    def _stop_where_changed(self, kept: dict[str, Any]) -> None:
+        """Stop where what Python keeps beside numbers has changed since the last step."""
         before, self._kept = self._kept, kept
         changed = [name for name in kept if before is not None and kept[name] != before.get(name)]
         if changed:
-            self.refusal = (
+            self._off = True
+            self._refuse(
                 f"{changed[0]} changes from step to step, which a {self.what} step would freeze: "
                 "make it a tensor, registered as a buffer of a plugin"
             )
-            warn_refusal(self.what, self.refusal)
 
-    def _waits(self, key: Any) -> bool:
-        """Count one more step of this form; return whether it comes too early for a trace."""
-        self._row = (key, self._row[1] + 1 if key == self._row[0] else 1)
-        return self._row[1] <= self.patience
+    def _refuse(self, reason: str, where: str = ", and the run goes on") -> None:
+        """Note a reason, and say it once."""
+        self.refusal = reason
+        if reason not in self._said:
+            self._said.add(reason)
+            warn_refusal(self.what, reason, where)
+
+
+class _Row:
+    """The steps of one form in a row up to now, and the seconds that one of them takes."""
+
+    def __init__(self) -> None:
+        self.steps, self.seconds = 0, math.inf
+        self._key: Any = None
+        self._at = 0.0
+
+    def count(self, key: Any) -> None:
+        """Count one more step, which begins."""
+        now = time.perf_counter()
+        if key == self._key:
+            self.steps += 1
+            self.seconds = min(self.seconds, now - self._at)  # others have a validation in between
+        else:
+            self._key, self.steps, self.seconds = key, 1, math.inf
+        self._at = now
 
 
 def _apart(traced: MetaGradients, exact: MetaGradients) -> float:
@@ -235,41 +283,3 @@ def _apart(traced: MetaGradients, exact: MetaGradients) -> float:
         norm = torch.nn.utils.get_total_norm([other for _, other in pairs])
         found.append(float(apart / norm.clamp_min(torch.finfo(norm.dtype).tiny)))
     return max(0.0 if math.isnan(each) else each for each in found)
-
-
-def _places(engine: Engine) -> list[tuple[Any, str]]:
-    """Where tensors stand that may change from step to step: the model's and the plugins'."""
-    modules = [module for plugin in engine.chain.plugins for module in plugin.modules()]
-    holders: list[Any] = [
-        holder for module in modules for holder in (module._parameters, module._buffers)
-    ]
-    # The clone that runs takes over the buffers of the model itself at every step.
-    holders += [module._buffers for module in engine.inner.functional.model.modules()]
-    inner = engine.inner
-    found: list[tuple[Any, str]] = [
-        (holder, name) for holder in (inner.parameters, inner.variables) for name in holder
-    ]
-    for holder in holders:
-        found += [(holder, name) for name, tensor in holder.items() if tensor is not None]
-    return found
-
-
-@contextmanager
-def _swapped(engine: Engine, tensors: Sequence[Tensor], like: TaskBatch) -> Iterator[TaskBatch]:
-    """Inside, the engine computes with these tensors; yields the batch that they end with, in the
-    form of another."""
-    places = _places(engine)
-    before = [holder[name] for holder, name in places]
-    meta_parameters = dict(engine.meta_parameters)
-    new: dict[int, Any] = {}
-    try:
-        for (holder, name), old, tensor in zip(places, before, tensors, strict=False):
-            if id(old) not in new:  # a task parameter's start stands in two places, and is one
-                new[id(old)] = tensor.detach().requires_grad_(old.requires_grad)
-            holder[name] = new[id(old)]
-        engine.meta_parameters.update({name: new[id(old)] for name, old in meta_parameters.items()})
-        yield like.with_tensors(tensors[len(places) :])
-    finally:
-        for (holder, name), old in zip(places, before, strict=True):
-            holder[name] = old
-        engine.meta_parameters.update(meta_parameters)

@@ -105,10 +105,10 @@ class RuntimeSettings(Settings):
         description="Compute what lies below the first adapted layer once a batch, "
         "not once an inner step.",
     )
-    compile: bool = Field(
+    compile: Literal[True, False, "auto"] = Field(
         False,
-        description="Compile meta-steps: a minute or more once, "
-        "then many times faster for small models.",
+        description="Compile meta-steps: a minute or more once, then many times faster for small "
+        "models; auto: beside the run, where it is long enough.",
     )
     capture: Literal[True, False, "auto"] = Field(
         False,

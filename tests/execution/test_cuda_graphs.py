@@ -14,7 +14,8 @@ from torch import nn
 
 from metaplug import RequestError
 from metaplug.execution import cuda_graphs as captured
-from metaplug.execution.cuda_graphs import PATIENCE, WARM_UP, Capture, CudaGraphs, capturing
+from metaplug.execution.cuda_graphs import WARM_UP, Capture, CudaGraphs, capturing
+from metaplug.execution.traced import PATIENCE
 from metaplug.testing import Stream, assert_close, found, problem
 
 
@@ -159,7 +160,7 @@ def test_random_numbers_are_refused_and_training_goes_on_uncaptured():
         ours.fit(Stream(), iterations=2, tasks_per_batch=2)
     plain.fit(Stream(), iterations=2, tasks_per_batch=2)
     assert [str(warning.message) for warning in said] == [
-        "steps are not captured, and the run goes on uncaptured: RuntimeError: the step draws "
+        "steps are not captured in this form, and go on uncaptured: RuntimeError: the step draws "
         "random numbers ('aten.bernoulli.p'), "
         "which a captured step does not: leave capture out, or the layer or plugin that draws them"
     ]
@@ -180,23 +181,13 @@ def test_a_recording_that_fails_is_said_once_and_training_goes_on():
         ours.fit(Stream(), iterations=2, tasks_per_batch=2)
     plain.fit(Stream(), iterations=2, tasks_per_batch=2)
     assert [str(warning.message) for warning in said] == [
-        "steps are not captured, and the run goes on uncaptured: RuntimeError: operation not "
+        "steps are not captured in this form, and go on uncaptured: RuntimeError: operation not "
         "permitted when stream is capturing (details)"
     ]
     assert all(
         torch.equal(one, other)
         for one, other in zip(ours.model.parameters(), plain.model.parameters(), strict=True)
     )
-
-
-def test_a_plugin_that_computes_with_the_iteration_is_named():
-    learner = caught(problem().learner(plugins=["gradient-noise"]), Recorder())
-    with pytest.warns(
-        UserWarning,
-        match=r"^steps are not captured, and the run goes on uncaptured: .*plugin 'gradient-noise' "
-        r"in transform_g",
-    ):
-        learner.fit(Stream(), iterations=1, tasks_per_batch=2)
 
 
 def test_compiled_steps_are_captured_at_once_and_go_on_compiled_where_they_cannot_be(monkeypatch):

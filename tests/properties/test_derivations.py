@@ -100,10 +100,6 @@ def traced(learner):
     return learner
 
 
-TRACED = [name for name in plugins.NAMES if name != "gradient-noise"]
-"""Gradient noise computes with the meta-iteration, and so has no trace."""
-
-
 def assert_a_trace_is_the_engine(case, name):
     chain = [[plugins.make(name)] if name else [] for _ in range(2)]
     plain, ours = case.learner(plugins=chain[0]), traced(case.learner(plugins=chain[1]))
@@ -115,7 +111,7 @@ def assert_a_trace_is_the_engine(case, name):
         assert_close(dict(actual.statistics[plugin]), dict(kept), rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("name", plugins.NAMES)
 def test_a_trace_gives_the_meta_gradients_of_the_engine_with_every_plugin(name):
     assert_a_trace_is_the_engine(problem("batch-norm", tasks=3, steps=2), name)
 
@@ -126,7 +122,7 @@ def test_a_trace_gives_the_meta_gradients_of_the_engine_for_other_models(model):
 
 
 @pytest.mark.slow  # a trace takes seconds
-@pytest.mark.parametrize("name", [None, *TRACED])
+@pytest.mark.parametrize("name", [None, *plugins.NAMES])
 @settings(max_examples=2)
 @given(
     problems(
@@ -143,8 +139,8 @@ def test_a_trace_gives_the_meta_gradients_of_the_engine(name, case):
 
 @pytest.mark.parametrize("preset", ["maml", "maml++", "reptile"])
 def test_a_traced_run_is_the_untraced_run(preset):
-    """Weights, plugins' parameters and statistics go in anew at every step; changed orders and
-    outer weights are traced anew."""
+    """Weights, plugins' parameters and statistics, the iteration and outer weights go in anew at
+    every step; changed orders are traced anew."""
     case = problem("batch-norm", steps=2)
     plain, ours = (case.learner(preset=preset, plugins=["gradient-sharing"]) for _ in range(2))
     for learner in (plain, traced(ours)):
@@ -173,27 +169,97 @@ def test_after_a_trace_the_engine_has_its_own_tensors_again():
     assert learner.evaluate(Stream("batch-norm", split="test"), num_tasks=2).num_tasks == 2
 
 
-def test_a_plugin_that_computes_with_the_iteration_is_named_and_training_goes_on():
+def test_maml_plus_plus_with_its_schedules_is_traced_twice_and_runs_as_untraced():
+    """First order with a loss at every step, then second order with that of the last."""
+    case, schedules = problem("batch-norm", steps=2), []
+    plain, ours = (
+        case.learner(
+            preset="maml++",
+            plugins=["gradient-noise"],
+        )
+        for _ in range(2)
+    )
+    traced(ours)
+    weights = ours.engine.outer.weights
+    ours.engine.outer.weights = lambda *now: schedules.append(weights(*now)) or schedules[-1]
+    histories = [
+        learner.fit(Stream("batch-norm"), iterations=200, tasks_per_batch=2)
+        for learner in (plain, ours)
+    ]
+    assert len({tuple(each.items()) for each in schedules}) > 5
+    assert ours.engine.derivation.refusal is None
+    assert len(ours.engine.derivation._traces) <= 3
+    losses = [[record.step.outer_loss for record in history.records] for history in histories]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+class ByIteration(Plugin):
+    """Computes with the iteration and the length of the run as a plugin may."""
+
+    @hookimpl
+    def transform_gradients(self, gradients, step):
+        faded = 1 - step.meta_iteration / step.meta_iterations
+        late = (step.meta_iteration >= 2) * 1.0
+        return {name: gradient * (faded**2 + late) for name, gradient in gradients.items()}
+
+
+def test_the_iteration_and_the_length_of_the_run_are_inputs_of_a_trace():
     case = problem()
     plain, ours = (
-        case.learner(plugins=["gradient-noise"]),
-        traced(case.learner(plugins=["gradient-noise"])),
+        case.learner(plugins=[ByIteration()]),
+        traced(case.learner(plugins=[ByIteration()])),
     )
+    for learner in (plain, ours):
+        learner.fit(Stream(), iterations=4, tasks_per_batch=2, total=9)
+    assert ours.engine.derivation.refusal is None
+    assert len(ours.engine.derivation._traces) == 1
+    assert_close(dict(ours.model.state_dict()), dict(plain.model.state_dict()), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "decide",
+    [
+        lambda step: 2.0 if step.meta_iteration > 1 else 1.0,
+        lambda step: float(step.meta_iteration),
+        lambda step: 2.0 ** int(step.meta_iteration),
+        lambda step: [1.0, 2.0][step.meta_iteration],
+    ],
+)
+def test_a_plugin_that_decides_by_the_iteration_is_named_and_training_goes_on(decide):
+    class Decides(Plugin):
+        @hookimpl
+        def transform_gradients(self, gradients, step):
+            return {name: gradient * decide(step) for name, gradient in gradients.items()}
+
+    case = problem()
+    plain, ours = case.learner(plugins=[Decides()]), traced(case.learner(plugins=[Decides()]))
     with pytest.warns(
         UserWarning,
-        match=r"^steps are not compiled, and the run goes on uncompiled: .*plugin 'gradient-noise' "
-        r"in transform_g",
-    ):
+        match=r"^steps are not compiled in this form, and go on uncompiled: .*plugin 'decides' in "
+        r"transform_g",
+    ) as said:
         ours.fit(Stream(), iterations=2, tasks_per_batch=2)
+    assert len(said) == 1
     plain.fit(Stream(), iterations=2, tasks_per_batch=2)
-    assert (
-        "which a compiled or captured step would freeze at its first value"
-        in ours.engine.derivation.refusal
-    )
     assert all(
         torch.equal(one, other)
         for one, other in zip(ours.model.parameters(), plain.model.parameters(), strict=True)
     )
+
+
+def test_a_form_that_has_no_trace_leaves_the_others_compiled():
+    class NoThree(Plugin):
+        @hookimpl
+        def transform_inner_losses(self, losses):
+            return losses + 0 * float(losses.detach().sum()) if len(losses) == 3 else None
+
+    learner = traced(problem().learner(plugins=[NoThree()]))
+    with pytest.warns(UserWarning, match="plugin 'no-three' in transform_inner_losses") as said:
+        for tasks in (2, 3, 2, 3, 4):
+            learner.meta_gradients(problem(tasks=tasks).batch)
+    assert len(said) == 1
+    traces = learner.engine.derivation._traces.values()
+    assert [trace.uses for trace in traces] == [2, 1]
 
 
 def test_a_plugin_that_branches_on_state_is_named():
@@ -218,8 +284,12 @@ def test_batches_of_other_forms_are_traced_anew_up_to_a_number():
     for tasks in range(1, MOST_TRACES + 1):
         learner.meta_gradients(problem(tasks=tasks).batch)
     assert len(learner.engine.derivation._traces) == MOST_TRACES
-    with pytest.warns(UserWarning, match=f"batches of more than {MOST_TRACES} forms"):
-        learner.meta_gradients(problem(tasks=MOST_TRACES + 1).batch)
+    with pytest.warns(UserWarning, match=f"batches of more than {MOST_TRACES} forms") as said:
+        for tasks in (MOST_TRACES + 1, MOST_TRACES + 2, 1):
+            learner.meta_gradients(problem(tasks=tasks).batch)
+    assert len(said) == 1
+    traces = learner.engine.derivation._traces.values()
+    assert [trace.uses for trace in traces] == [2] + [1] * (MOST_TRACES - 1)
 
 
 class MakesNan(Plugin):

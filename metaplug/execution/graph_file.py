@@ -1,0 +1,75 @@
+"""A traced graph in a file, node by node, for another process.
+
+`pickle` would trace it anew, and make constants of tensors that it creates.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate, map_arg
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a node of this name gives."""
+
+    name: str
+
+
+def write_graph(path: Path, graph: GraphModule, **more: Any) -> None:
+    """Write a graph of torch's operators, and more of plain values and tensors.
+
+    Raises:
+        RuntimeError: it calls something else, which is named.
+    """
+    nodes = [
+        (
+            node.op,
+            node.name,
+            _name_of(node.target) if node.op == "call_function" else node.target,
+            map_arg(node.args, _result),
+            map_arg(node.kwargs, _result),
+        )
+        for node in graph.graph.nodes
+    ]
+    constants = {name: each.detach() for name, each in graph.named_buffers()}
+    torch.save({"nodes": nodes, "constants": constants, **more}, path, pickle_protocol=5)
+
+
+def read_graph(path: Path) -> tuple[GraphModule, dict[str, Any]]:
+    """Return what `write_graph` wrote: the graph and more. The file is one of our own."""
+    more = torch.load(path, weights_only=False)
+    graph, found = Graph(), dict[str, Node]()
+
+    def given(values: Any) -> Any:
+        return map_aggregate(
+            values, lambda each: found[each.name] if isinstance(each, _Result) else each
+        )
+
+    for op, name, target, args, kwargs in more.pop("nodes"):
+        called = _operator(target) if op == "call_function" else target
+        found[name] = graph.create_node(op, called, given(args), given(kwargs), name)
+    return GraphModule(more.pop("constants"), graph), more
+
+
+def _result(node: Node) -> Any:
+    return _Result(node.name)
+
+
+def _name_of(target: Any) -> tuple[str, ...]:
+    """The name of an operator: (namespace, name, overload), or () for taking an item."""
+    if target is operator.getitem:
+        return ()
+    if not isinstance(target, torch._ops.OpOverload):
+        raise RuntimeError(f"the step calls {target}, which is no operator of torch")
+    return (*target._schema.name.split("::"), target._overloadname)
+
+
+def _operator(name: tuple[str, ...]) -> Any:
+    return operator.attrgetter(".".join(name))(torch.ops) if name else operator.getitem

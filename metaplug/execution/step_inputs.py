@@ -1,0 +1,82 @@
+"""What changes from one meta-step to the next, as a flat list of tensors, and back in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaplug.contract.task_batch import TaskBatch
+from metaplug.execution.engine import Engine
+from metaplug.execution.traced_number import TracedNumber
+
+
+class Step(NamedTuple):
+    """The arguments of `Engine.derive`: the numbers are plain, or tensors of shape ()."""
+
+    batch: TaskBatch
+    iteration: Any
+    total: Any
+    weights: Mapping[int, Any]
+
+
+def tensors_of(engine: Engine, step: Step) -> list[Tensor]:
+    """Return all that a step reads: the model's and plugins' tensors, the tasks, the numbers."""
+    inner = engine.inner
+    numbers = [step.iteration, step.total, *step.weights.values()]
+    return [
+        *(holder[name].detach() for holder, name in _places(engine)),
+        *step.batch.tensors(),
+        # Made on the device: a copy from the host would wait for it.
+        *(torch.full((), number, dtype=inner.dtype, device=inner.device) for number in numbers),
+    ]
+
+
+@contextmanager
+def in_place(engine: Engine, tensors: Sequence[Tensor], like: Step) -> Iterator[Step]:
+    """Inside, the engine computes with these tensors; yields the rest of them, in a step's form."""
+    places = _places(engine)
+    before = [holder[name] for holder, name in places]
+    meta_parameters = dict(engine.meta_parameters)
+    own, rest = tensors[: len(places)], tensors[len(places) :]
+    tasks, (iteration, total, *weights) = (
+        rest[: -2 - len(like.weights)],
+        rest[-2 - len(like.weights) :],
+    )
+    new: dict[int, Any] = {}
+    try:
+        for (holder, name), old, tensor in zip(places, before, own, strict=True):
+            if id(old) not in new:  # a task parameter's start stands in two places, and is one
+                new[id(old)] = tensor.detach().requires_grad_(old.requires_grad)
+            holder[name] = new[id(old)]
+        engine.meta_parameters.update({name: new[id(old)] for name, old in meta_parameters.items()})
+        yield Step(
+            like.batch.with_tensors(tasks),
+            TracedNumber(like.iteration, iteration),
+            TracedNumber(like.total, total),
+            dict(zip(like.weights, weights, strict=True)),
+        )
+    finally:
+        for (holder, name), old in zip(places, before, strict=True):
+            holder[name] = old
+        engine.meta_parameters.update(meta_parameters)
+
+
+def _places(engine: Engine) -> list[tuple[Any, str]]:
+    """Where tensors stand that may change from step to step: the model's and the plugins'."""
+    modules = [module for plugin in engine.chain.plugins for module in plugin.modules()]
+    holders: list[Any] = [
+        holder for module in modules for holder in (module._parameters, module._buffers)
+    ]
+    # The clone that runs takes over the buffers of the model itself at every step.
+    holders += [module._buffers for module in engine.inner.functional.model.modules()]
+    inner = engine.inner
+    found: list[tuple[Any, str]] = [
+        (holder, name) for holder in (inner.parameters, inner.variables) for name in holder
+    ]
+    for holder in holders:
+        found += [(holder, name) for name, tensor in holder.items() if tensor is not None]
+    return found

@@ -1,0 +1,196 @@
+"""Steps that are compiled in a process beside the run, and what Inductor is given."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from metaplug import RequestError
+from metaplug.execution import compiling, traced
+from metaplug.execution.compiling import Beside, inductor
+from metaplug.execution.graph_file import read_graph, write_graph
+from metaplug.execution.traced import PATIENCE, CompiledDerivation
+from metaplug.testing import Stream, assert_close, found, problem
+
+
+def graph_of(case):
+    """The traced meta-step of a problem, and its inputs."""
+    seen, learner = [], case.learner()
+    learner.engine.derivation = CompiledDerivation(
+        learner.engine, lambda graph, inputs: seen.append((graph, inputs)) or graph
+    )
+    learner.meta_gradients(case.batch)
+    return seen[0]
+
+
+@pytest.mark.parametrize("model", ["batch-norm", "layer-norm"])
+def test_a_graph_comes_out_of_its_file_as_it_went_in(model, tmp_path):
+    graph, inputs = graph_of(problem(model))
+    write_graph(tmp_path / "graph", graph, threads=3)
+    again, more = read_graph(tmp_path / "graph")
+    assert more == {"threads": 3}
+    assert str(again.graph) == str(graph.graph)  # what Inductor's cache goes by
+    with torch.no_grad():
+        for one, other in zip(again(*inputs), graph(*inputs), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_graph_that_calls_something_else_is_not_written(tmp_path):
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.ReLU()))
+    graph.graph.call_function(len, ([],))
+    with pytest.raises(RuntimeError, match="the step calls <built-in function len>, which is no"):
+        write_graph(tmp_path / "graph", graph)
+
+
+def test_views_and_wide_products_are_rewritten_to_the_same_numbers():
+    def step(x, y):
+        return torch.bmm(x, y).view(-1), torch.bmm(y.mT, x.mT).reshape(2, -1)
+
+    x, y = torch.rand(2, 5, 3), torch.rand(2, 3, 4)
+    graph = make_fx(step)(x, y)
+    expected = step(x, y)
+    compiling._rewrite(graph)
+    for _ in range(2):  # twice is once
+        called = [node.target for node in graph.graph.nodes]
+        assert torch.ops.aten.view.default not in called
+        assert_close(dict(enumerate(graph(x, y))), dict(enumerate(expected)))
+        compiling._rewrite(graph)
+        assert len(called) == len(graph.graph.nodes)
+
+
+class Process:
+    """Stands in for the process beside the run: done when it is told."""
+
+    made, finished = 0, False
+
+    def __init__(self, graph, inputs):
+        Process.made += 1
+
+    def done(self):
+        if self.finished == "failed":
+            raise RuntimeError("the process that compiled beside the run failed: no compiler")
+        return self.finished
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    monkeypatch.setattr(traced, "Beside", Process)
+    Process.made, Process.finished = 0, False
+    return Process
+
+
+def auto(learner):
+    compiled = []
+    learner.engine.derivation = CompiledDerivation(
+        learner.engine,
+        lambda graph, _: compiled.append(graph) or graph,
+        patience=PATIENCE,
+        auto=True,
+    )
+    return learner, compiled
+
+
+def test_auto_compiles_beside_a_long_run_and_says_so(beside, caplog):
+    case = problem(steps=1)
+    plain, (learner, compiled) = case.learner(), auto(case.learner())
+    with caplog.at_level(logging.INFO, logger="metaplug"):
+        for each in (plain, learner):
+            each.fit(Stream(), iterations=PATIENCE + 3, tasks_per_batch=2, total=10**9)
+        assert (beside.made, compiled) == (1, [])
+        beside.finished = True
+        for each in (plain, learner):
+            each.fit(Stream(), iterations=3, tasks_per_batch=2, total=10**9)
+    assert len(compiled) == 1
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "steps are compiled beside the run",
+        f"steps are compiled from iteration {PATIENCE + 4} on",
+    ]
+    assert_close(dict(learner.model.state_dict()), dict(plain.model.state_dict()))
+
+
+def test_auto_leaves_a_short_run_as_it_is(beside):
+    learner, compiled = auto(problem(steps=1).learner())
+    learner.fit(Stream(), iterations=2 * PATIENCE, tasks_per_batch=2)
+    assert (beside.made, compiled, learner.engine.derivation._traces) == (0, [], {})
+
+
+def test_a_process_that_fails_is_told_and_the_run_goes_on(beside):
+    learner, compiled = auto(problem(steps=1).learner())
+    beside.finished = "failed"
+    with pytest.warns(UserWarning) as said:
+        learner.fit(Stream(), iterations=PATIENCE + 3, tasks_per_batch=2, total=10**9)
+    assert [str(warning.message) for warning in said] == [
+        "steps are not compiled in this form, and go on uncompiled: RuntimeError: the process that "
+        "compiled beside the run failed: no compiler"
+    ]
+    assert not compiled
+
+
+def test_auto_does_nothing_where_it_cannot_and_goes_with_no_capture():
+    case = problem()
+    for options in ({"chunk_size": 2}, {"checkpoint_steps": 1}, {"deterministic": True}):
+        derivation = case.learner(compile="auto", **options).engine.derivation
+        assert not isinstance(derivation, CompiledDerivation)
+    assert case.learner(compile="auto").engine.derivation.auto
+    for capture in (True, "auto"):
+        with pytest.raises(
+            RequestError,
+            match=r"^compile = 'auto' decides in the course of the run, and capture records what "
+            r"is there: give compile True or False beside it, or leave capture out$",
+        ):
+            case.learner(compile="auto", capture=capture)
+    with pytest.raises(RequestError, match=r"^unknown compile 'often': give True, False or 'auto'"):
+        case.learner(compile="often")
+
+
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [("echo it; echo no compiler; exit 3", "no compiler"), ("exit 3", "status 3")],
+)
+def test_a_process_tells_why_it_failed(script, text, tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(compiling.sys, "executable", str(program))
+    process = Beside(make_fx(lambda x: x + 1)(torch.zeros(2)), [torch.zeros(2)])
+    process._process.wait(60)
+    with pytest.raises(RuntimeError) as failed:
+        process.done()
+    assert str(failed.value) == f"the process that compiled beside the run failed: {text}"
+
+
+def test_a_process_ends_with_its_run():
+    process = Beside(make_fx(lambda x: x + 1)(torch.zeros(2)), [torch.zeros(2)])
+    folder, running = process._said.parent, process._process
+    del process
+    assert running.poll() is not None
+    assert not folder.exists()
+
+
+@pytest.mark.slow  # half a minute of compiling
+def test_what_a_process_compiled_is_in_the_cache_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    graph, inputs = graph_of(problem(steps=1, tasks=2))
+    process = Beside(graph, inputs)
+    assert process._process.wait(300) == 0
+    assert process.done()
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    function = inductor(graph, inputs)
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+    with torch.no_grad():
+        for one, other in zip(function(*inputs), graph(*inputs), strict=True):
+            assert_close({"": one}, {"": other})
+
+
+@pytest.mark.slow  # minutes of compiling each
+@pytest.mark.parametrize("name", ["conv4", "max-pool", "layer-norm"])
+def test_inductor_gives_the_meta_gradients_of_models_in_float64(name):
+    case = problem(name, steps=2, tasks=2)
+    plain, ours = case.learner(), case.learner(compile=True)
+    expected, actual = found(plain, case.batch), found(ours, case.batch)
+    assert ours.engine.derivation.refusal is None
+    assert_close(actual.gradients, dict(expected.gradients), rtol=1e-10, atol=1e-11)
