@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -74,6 +75,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     warnings.filterwarnings("ignore", r'"is" with|invalid escape', SyntaxWarning)
     warnings.filterwarnings("ignore", "invalid escape", DeprecationWarning)
     warnings.showwarning = _show_warning
+    _show_turns()
     ranks.quiet_other_ranks()
     if "" not in sys.path:
         # A model's MODULE:FACTORY may lie in the current folder; last, where it shadows nothing.
@@ -126,6 +128,19 @@ def _failure(error: BaseException) -> tuple[str, int]:
         return "stopped", INTERRUPTED
     said = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
     return f"unexpected {said}; `metaplug --debug ...` shows the traceback", 1
+
+
+def _show_turns() -> None:
+    """Show as lines what turns the course of a run takes, such as compiled steps."""
+    log = logging.getLogger("metaplug.execution")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        log.addHandler(_Lines())
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        line(record.getMessage())
 
 
 def _show_warning(
