@@ -118,7 +118,8 @@ def by_metaplug(
 ) -> Prepared:
     """Prepare metaplug as a user runs it; `chainless` takes the calls of hooks out."""
     # A learner sees to its own precision, whatever is set around it.
-    tf32 = in_tf32(batch.device) and batch.support_x.dtype == torch.float32
+    single = next(model.parameters()).dtype == torch.float32
+    tf32 = single and in_tf32(batch.device)
     rounding: dict[str, Any] = {"precision": "tf32"} if tf32 else {}
 
     def learner(*more: Plugin) -> MetaLearner:
@@ -174,7 +175,7 @@ def by_loss(
     outer_loss: OuterLoss, model: nn.Module, batch: TaskBatch, workload: Workload
 ) -> Prepared:
     """Prepare a contestant that gives the outer loss of all tasks together."""
-    weights = dict(model.named_parameters())
+    weights = trainable(model)
 
     def gradient() -> MetaGradient:
         loss = outer_loss(model, batch, workload)
@@ -189,10 +190,11 @@ def by_gradient(
     graph: Callable[[], object] | None = None,
 ) -> Prepared:
     """Prepare a contestant that gives the meta-gradient, in the order of the parameters."""
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    parameters = [*trainable(model).values()]
+    optimizer = torch.optim.Adam(parameters, 1e-3)
 
     def step() -> None:
-        for parameter, found in zip(model.parameters(), gradient().values(), strict=True):
+        for parameter, found in zip(parameters, gradient().values(), strict=True):
             parameter.grad = found
         optimizer.step()
 
@@ -221,7 +223,7 @@ def gradients_of(model: nn.Module) -> MetaGradient:
 
 def torch_loop(model: nn.Module, batch: TaskBatch, workload: Workload) -> Tensor:
     """The mean query loss by a plain loop over tasks: every other meta-gradient is held to it."""
-    loss, weights = _functional(model, workload), dict(model.named_parameters())
+    loss, weights = _functional(model, workload), trainable(model)
     tasks = zip(*tensors_of(batch), strict=True)
     return torch.stack([_adapted(loss, weights, task, workload) for task in tasks]).mean()
 
@@ -234,10 +236,16 @@ def stacked(
 ) -> Tensor:
     """The engine's own computation without hooks or checks: the floor for a chain of plugins."""
     tasks = batch.num_tasks
-    initial = dict(model.named_parameters()) if start is None else start
+    initial = trainable(model) if start is None else start
     weights = {name: value.expand(tasks, *value.shape) for name, value in initial.items()}
     loss = torch.vmap(_functional(model, workload))
     return _adapted(loss, weights, tensors_of(batch), workload).mean()
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """Return by name the parameters that are adapted and meta-learned; frozen ones are neither."""
+    named = model.named_parameters()
+    return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 
 def tensors_of(batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -272,26 +280,27 @@ def _adapted(
 
 def compiled(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
     """Trace and compile the stacked loop with its meta-gradient: half a minute, or minutes."""
-    names = [name for name, _ in model.named_parameters()]
+    parameters = trainable(model)
 
     def gradients(values: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
-        start = dict(zip(names, values, strict=True))
+        start = dict(zip(parameters, values, strict=True))
         return torch.autograd.grad(stacked(model, TaskBatch(*tensors), workload, start), values)
 
     tensors = tensors_of(batch)
-    leaves = [parameter.detach().requires_grad_() for parameter in model.parameters()]
+    leaves = [parameter.detach().requires_grad_() for parameter in parameters.values()]
     function = torch.compile(make_fx(gradients)(leaves, *tensors))
 
     def gradient() -> MetaGradient:
         with torch.no_grad():
-            values = [parameter.detach() for parameter in model.parameters()]
-            return dict(zip(names, function(values, *tensors), strict=True))
+            values = [parameter.detach() for parameter in parameters.values()]
+            return dict(zip(parameters, function(values, *tensors), strict=True))
 
     return by_gradient(model, gradient)
 
 
 def _higher(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
-    loss, inner = LOSSES[workload.kind], torch.optim.SGD(model.parameters(), lr=workload.inner_lr)
+    loss, weights = LOSSES[workload.kind], trainable(model).values()
+    inner = torch.optim.SGD(weights, lr=workload.inner_lr)
 
     def query_loss(task: int) -> Tensor:
         with higher.innerloop_ctx(model, inner, copy_initial_weights=False) as (network, optimizer):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch._C._autograd import DeviceType
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from metaplug.execution.precision import arithmetic
@@ -52,9 +53,14 @@ class Meter:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Make the device torch's current one, and round as configured."""
+        """Make the device torch's current one, round as configured, and let attention be derived.
+
+        Its fused kernels, which torch prefers, have no second derivative; metaplug itself, whatever
+        is set around it, takes the one that has.
+        """
         current = torch.cuda.device(self.device) if self.cuda else nullcontext()
-        with arithmetic("tf32" if self.tf32 else "float32", self.device), current:
+        rounding = arithmetic("tf32" if self.tf32 else "float32", self.device)
+        with rounding, current, sdpa_kernel(SDPBackend.MATH):
             yield
 
     def wait(self) -> None:

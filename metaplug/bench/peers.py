@@ -21,6 +21,7 @@ from metaplug.bench.contestants import (
     gradients_of,
     task_by_task,
     tensors_of,
+    trainable,
 )
 from metaplug.bench.meters import in_tf32
 from metaplug.bench.workloads import Workload
@@ -46,7 +47,8 @@ def peers() -> dict[str, Contestant]:
 def _learn2learn(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
     import learn2learn
 
-    loss, maml = LOSSES[workload.kind], learn2learn.algorithms.MAML(model, lr=workload.inner_lr)
+    loss, rate = LOSSES[workload.kind], workload.inner_lr
+    maml = learn2learn.algorithms.MAML(model, lr=rate, allow_nograd=True)  # of frozen parameters
 
     def query_loss(task: int) -> Tensor:
         learner = maml.clone()
@@ -60,7 +62,9 @@ def _learn2learn(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prep
 def _torchopt(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
     import torchopt
 
-    loss, inner = LOSSES[workload.kind], torchopt.MetaSGD(model, lr=workload.inner_lr)
+    loss, parts = LOSSES[workload.kind], (each for each in model.modules() if _trains(each))
+    # It differentiates by every parameter of its module, frozen ones too.
+    inner = torchopt.MetaSGD(nn.ModuleList(parts), lr=workload.inner_lr)
     start = [torchopt.extract_state_dict(part, by="reference") for part in (model, inner)]
 
     def query_loss(task: int) -> Tensor:
@@ -72,6 +76,11 @@ def _torchopt(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepare
         return query
 
     return task_by_task(model, batch, query_loss)
+
+
+def _trains(module: nn.Module) -> bool:
+    """Whether a module has trainable parameters, beside those of its children."""
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
 def _betty(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
@@ -87,12 +96,12 @@ def _betty(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
     from betty.problems import ImplicitProblem, IterativeProblem
 
     logging.getLogger("betty").disabled = True  # it would write every problem to standard output
-    loss, names = LOSSES[workload.kind], [name for name, _ in model.named_parameters()]
+    loss, weights = LOSSES[workload.kind], trainable(model)
     found: dict[str, Tensor] = {}
 
     class Task(IterativeProblem):  # type: ignore[misc]
         def on_inner_loop_start(self) -> None:
-            self.params = tuple(parameter.clone() for parameter in model.parameters())
+            self.params = tuple(parameter.clone() for parameter in weights.values())
             # betty would keep the graph of every step so far.
             self.optimizer.state = [{} for _ in self.params]
 
@@ -103,7 +112,8 @@ def _betty(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
                 parameter.grad = None  # a tensor and a graph that hold each other are never freed
 
         def forward(self, x: Tensor) -> Any:
-            return self.fmodule(self.params, self.buffers, x)
+            values = dict(zip(weights, self.params, strict=True))
+            return torch.func.functional_call(model, values, (x,))
 
         def training_step(self, task: int) -> Tensor:
             return loss(self(batch.support_x[task]), batch.support_y[task])
@@ -120,17 +130,19 @@ def _betty(model: nn.Module, batch: TaskBatch, workload: Workload) -> Prepared:
             return None
 
         def param_callback(self, parameters: list[nn.Parameter]) -> None:
-            for name, parameter in zip(names, parameters, strict=True):
+            for name, parameter in zip(weights, parameters, strict=True):
                 if parameter.grad is not None:
                     found[name] = parameter.grad
 
     settings: dict[str, Any] = {"first_order": False, "retain_graph": True}
-    # Without a device it would move the model to CUDA wherever that is.
-    place: dict[str, Any] = {"module": model, "device": batch.device}
-    adam = torch.optim.Adam(model.parameters(), 1e-3)
+    # It differentiates by every parameter of its module, frozen ones too; without a device it would
+    # move the module to CUDA wherever that is.
+    trained = nn.ParameterList(weights.values())
+    place: dict[str, Any] = {"module": trained, "device": batch.device}
+    adam = torch.optim.Adam(weights.values(), 1e-3)
     outer = Outer("outer", Config(**settings), optimizer=adam, **place)
     unrolled = Config(unroll_steps=workload.inner_steps, **settings)
-    sgd = torch.optim.SGD(model.parameters(), lr=workload.inner_lr)
+    sgd = torch.optim.SGD(weights.values(), lr=workload.inner_lr)
     numbers = range(batch.num_tasks)
     tasks = [Task(f"task {task}", unrolled, optimizer=sgd, **place) for task in numbers]
     engine = Engine(
@@ -173,12 +185,14 @@ def _parallel_metalearn(model: nn.Module, batch: TaskBatch, workload: Workload) 
 
     wrapped = MAML_Model(backbone=Body(), head=Head())
     weights = wrapped.get_fast_weights()
-    inner = InnerSGD(weights, inner_lr=workload.inner_lr, learn_lr=False).to(batch.query_x)
+    inner = InnerSGD(weights, inner_lr=workload.inner_lr, learn_lr=False).to(
+        next(model.parameters())
+    )
     for rate in inner.parameters():
         rate.data.fill_(workload.inner_lr)  # it was made in single precision
     algorithm = MAML(
         model=wrapped,
-        optimizer=torch.optim.Adam(model.parameters(), 1e-3),
+        optimizer=torch.optim.Adam(trainable(model).values(), 1e-3),
         inner_optimizer=inner,
         support_loss_fn=OurLoss(),
         inner_steps=workload.inner_steps,
