@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from support import plugins
-from support.ranks import forked, on_ranks, shard
+from support.ranks import forked, free_port, on_ranks, shard
+from torch.distributed import TCPStore
 from torch.utils.data import DataLoader
 
 from metaplug import MetaLearner, Plugin, RequestError, RunError, checkpoint, hookimpl
@@ -413,6 +414,40 @@ def test_a_rank_that_is_killed_ends_the_others():
         "rank 0 of 2 lost another rank, whose process ended without a word, killed or out of "
         "memory: "
         "go on with --resume, on as many ranks as you like"
+    )
+
+
+def kept_store():
+    """Return a store that outlives ranks, and the environment of ranks that use it."""
+    store = TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    return store, {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": f"{store.port}"}
+
+
+def test_ranks_that_start_again_find_nothing_of_the_former_ones_in_the_store():
+    """As torchrun starts them: it holds the store, and keeps it."""
+    store, kept = kept_store()
+
+    def end(world):
+        if world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        world.any()
+
+    for _ in range(2):
+        survivor, killed = on_ranks(end, **kept)
+        assert killed is None
+        assert isinstance(survivor, RankError)
+        assert str(survivor).startswith("rank 0 of 2 lost another rank")
+    assert on_ranks(lambda world: world.gather(world.rank), size=3, **kept) == [[0, 1, 2]] * 3
+    assert store.check(["metaplug/ask/1"])  # it was the store of all
+
+
+def test_ranks_that_nobody_joins_end_in_time():
+    _, kept = kept_store()
+    [error] = on_ranks(World.any, size=1, timeout=1.0, **{**kept, "WORLD_SIZE": "2"})
+    assert isinstance(error, RunError)
+    assert str(error) == (
+        "rank 0 of 2 does not reach the others (they have not come within 1 seconds): see that "
+        "torchrun started all of them"
     )
 
 
