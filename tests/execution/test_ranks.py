@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import plugins
-from support.ranks import forked, free_port, on_ranks, shard
-from torch.distributed import TCPStore
+from support.ranks import forked, kept_store, on_ranks, shard
 from torch.utils.data import DataLoader
 
 from metaplug import MetaLearner, Plugin, RequestError, RunError, checkpoint, hookimpl
@@ -417,12 +416,6 @@ def test_a_rank_that_is_killed_ends_the_others():
     )
 
 
-def kept_store():
-    """Return a store that outlives ranks, and the environment of ranks that use it."""
-    store = TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
-    return store, {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": f"{store.port}"}
-
-
 def test_ranks_that_start_again_find_nothing_of_the_former_ones_in_the_store():
     """As torchrun starts them: it holds the store, and keeps it."""
     store, kept = kept_store()
@@ -805,9 +798,10 @@ def test_the_command_line_says_everything_once(folder):
     )
 
 
-def torchrun(*arguments):
+def torchrun(*arguments, restarts=3):
     """Start a command on two ranks by torchrun itself, and wait until it trains."""
-    launch = shlex.split("-m torch.distributed.run --standalone --nproc-per-node 2 -m metaplug")
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts"
+    launch = [*launch.split(), f"{restarts}", "-m", "metaplug"]
     process = subprocess.Popen(
         [sys.executable, *launch, *arguments],
         stderr=subprocess.PIPE,
@@ -842,7 +836,7 @@ def test_a_signal_stops_what_torchrun_started_with_a_checkpoint(folder, number):
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_ends_what_torchrun_started(folder):
-    process = torchrun("train", *ENDLESS)
+    process = torchrun("train", *ENDLESS, restarts=0)
     ranks = subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
     ).stdout.split()

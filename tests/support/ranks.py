@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from torch.distributed import TCPStore
 
 from metaplug import TaskBatch
 from metaplug.execution.ranks import joined
@@ -55,6 +56,12 @@ def forked(action, size=2, **environment):
         return [
             torch.load(file, weights_only=False) if file.exists() else None for file in files
         ], words.read_text()
+
+
+def kept_store():
+    """Return a store that outlives ranks, and the environment of ranks that use it."""
+    store = TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    return store, {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": f"{store.port}"}
 
 
 _ports = itertools.count()
