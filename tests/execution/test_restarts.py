@@ -34,6 +34,7 @@ Checkpoints come after iterations 3, 4 (a validation), 7, 8, 11 and 12.
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
+    train(CONFIG, folder.with_name("alone"))  # or each forked rank imports all that it needs anew
     on_ranks(lambda world: train(CONFIG, folder, world=world))
     return folder
 
