@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.dying_rank import die_at
@@ -71,7 +72,7 @@ OPTIONS = (
 def test_torchrun_starts_a_killed_run_again(tmp_path, kill):
     rank, moment, number, left = KILLS[kill]
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 3"
-    script = [f"{__file__}/../../support/dying_rank.py", str(rank), moment]
+    script = [str(Path(__file__).parents[1] / "support" / "dying_rank.py"), str(rank), moment]
     for name, at in (("whole", 10**6), ("killed", number)):
         done = subprocess.run(
             [sys.executable, *launch.split(), *script, f"{at}", *OPTIONS.split(), "--name", name],
