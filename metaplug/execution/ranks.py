@@ -14,8 +14,6 @@ the graph, with gradients weighted afterwards, is not exact.
 from __future__ import annotations
 
 import os
-import time
-import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,10 +24,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from metaplug.errors import MetaplugError, RankError, RequestError, RunError
+from metaplug.execution.rank_store import store_of_this_start
 
 T = TypeVar("T")
 
@@ -245,30 +243,6 @@ class _Mean(torch.autograd.Function):
         return ctx.share.mean(gradient), None
 
 
-def _store_of_this_start(store: Store, rank: int, size: int, timeout: float) -> Store:
-    """Return a part of the store that holds nothing of ranks which have ended.
-
-    torchrun keeps one store when it starts ranks again, with the addresses of the former ones, and
-    counts restarts on each machine for itself. So rank 0 draws a name for this start. Another rank
-    asks for it under a word of its own, and confirms it, as rank 0 may read a former rank's word.
-    """
-    word = uuid.uuid4().hex
-    if rank:
-        store.set(f"metaplug/ask/{rank}", word)
-        name = store.get(f"metaplug/answer/{word}").decode()
-        store.set(f"metaplug/{name}/{rank}", "")
-        return PrefixStore(f"metaplug/{name}", store)
-    deadline, others = time.monotonic() + timeout, range(1, size)
-    while not store.check([f"metaplug/{word}/{other}" for other in others]):
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"they have not come within {timeout:g} seconds")
-        for ask in [f"metaplug/ask/{other}" for other in others]:
-            if store.check([ask]):
-                store.set(f"metaplug/answer/{store.get(ask).decode()}", word)
-        time.sleep(0.01)
-    return PrefixStore(f"metaplug/{word}", store)
-
-
 @contextmanager
 def joined(timeout: float | None = None) -> Iterator[World]:
     """Join this process and those that `torchrun` started; one started alone is its own World.
@@ -298,7 +272,7 @@ def joined(timeout: float | None = None) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     try:
         shared, own, count = next(rendezvous("env://", timeout=wait))
-        store = _store_of_this_start(shared, own, count, timeout)
+        store = store_of_this_start(shared, own, count, timeout)
         dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=wait)
     except ValueError as error:
         raise RequestError(
