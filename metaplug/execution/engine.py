@@ -151,7 +151,10 @@ class Engine:
             if self.derivation is not None:
                 found = self.derivation(transformed, iteration, total, weights)
             else:
-                found = self.derive(transformed, iteration, total, weights, share=share)
+                # Where no plugin couples tasks, the shares need not be known before the end.
+                coupled = any(plugin.couples_tasks for plugin in self.chain.plugins)
+                known = share if coupled else None
+                found = self.derive(transformed, iteration, total, weights, share=known)
             if share is not None:
                 found = self._over_ranks(found, share)
             with self._common_stream(iteration):
@@ -365,7 +368,7 @@ class Engine:
         form = ", ".join(
             f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in named.items()
         )
-        present = self.world.any(
+        present = share.agree(
             *(name in found.gradients for name in self.meta_parameters), form=form
         )
         names = [

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from metaplug.errors import MetaplugError, RankError, RequestError, RunError
+from metaplug.execution.rank_store import store_of_this_start
 
 T = TypeVar("T")
 
@@ -71,7 +72,7 @@ class World:
 
     def share(self, tasks: int) -> Share | None:
         """Return this rank's share of a meta-batch with `tasks` of its own; None if it is alone."""
-        return None if self.size == 1 else Share(self, tasks / int(self.sum(torch.tensor(tasks))))
+        return None if self.size == 1 else Share(self, tasks)
 
     def sum(self, x: Tensor) -> Tensor:
         """Return Σ over ranks, the same bits on all; into `x` itself, where that is contiguous."""
@@ -81,27 +82,19 @@ class World:
         self._exchange(dist.all_reduce, x)
         return x
 
-    def any(self, *flags: bool, form: str = "") -> list[bool]:
-        """Return by place whether the flag is set on some rank.
-
-        Args:
-            form: describes what the ranks are about to exchange.
-
-        Raises:
-            RunError: `form` is not the same on all ranks.
-        """
+    def any(self, *flags: bool) -> list[bool]:
+        """Return by place whether the flag is set on some rank."""
         if self.size == 1:
             return list(flags)
-        code = zlib.crc32(form.encode())
-        words = torch.tensor([code, -code, *flags])
-        self._exchange(dist.all_reduce, words, dist.ReduceOp.MAX)
-        high, low, *found = words.tolist()
-        if high != -low:
-            raise RunError(
-                f"the ranks' plugins kept different statistics (rank {self.rank}: {form}), which "
-                "have no mean: keep the same names and shapes in every iteration"
-            )
-        return [bool(flag) for flag in found]
+        _, *columns = zip(*self.table(0, *flags), strict=True)
+        return [any(column) for column in columns]
+
+    def table(self, *numbers: int) -> list[list[int]]:
+        """Return the whole numbers of every rank, by rank; each gives as many."""
+        rows = torch.zeros(self.size, len(numbers), dtype=torch.int64)
+        rows[self.rank] = torch.tensor(numbers)
+        found: list[list[int]] = self.sum(rows).tolist()
+        return found
 
     def gather(self, value: T) -> list[T]:
         """Return the value of every rank, by rank: of plain Python, as it is pickled."""
@@ -181,17 +174,45 @@ ALONE = World()
 """The world of one process."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Share:
     """A rank's part of a meta-batch.
 
     Attributes:
         world: of the ranks that have its tasks.
-        weight: this rank's tasks / the tasks of all ranks; above 0, below 1.
+        tasks: of this rank, at least 1.
+        total: of all ranks; None until it is known.
     """
 
     world: World
-    weight: float
+    tasks: int
+    total: int | None = None
+
+    @property
+    def weight(self) -> float:
+        """This rank's tasks / the tasks of all ranks; where it is not known yet, they exchange."""
+        if self.total is None:
+            self.total = int(self.world.sum(torch.tensor(self.tasks)))
+        return self.tasks / self.total
+
+    def agree(self, *flags: bool, form: str) -> list[bool]:
+        """Return by place whether the flag is set on some rank; afterwards the weight is known.
+
+        Args:
+            form: describes what the ranks are about to exchange.
+
+        Raises:
+            RunError: `form` is not the same on all ranks.
+        """
+        rows = self.world.table(self.tasks, zlib.crc32(form.encode()), *flags)
+        tasks, codes, *columns = zip(*rows, strict=True)
+        if len({*codes}) > 1:
+            raise RunError(
+                f"the ranks' plugins kept different statistics (rank {self.world.rank}: {form}), "
+                "which have no mean: keep the same names and shapes in every iteration"
+            )
+        self.total = sum(tasks)
+        return [any(column) for column in columns]
 
     def mean(self, x: Tensor) -> Tensor:
         """Return M(x), differentiable to any order; x has one shape and dtype on all ranks."""
@@ -250,7 +271,8 @@ def joined(timeout: float | None = None) -> Iterator[World]:
         torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     try:
-        store, own, count = next(rendezvous("env://", timeout=wait))
+        shared, own, count = next(rendezvous("env://", timeout=wait))
+        store = store_of_this_start(shared, own, count, timeout)
         dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=wait)
     except ValueError as error:
         raise RequestError(

@@ -94,7 +94,7 @@ def build(
         with world.main_first():
             tasks = build_tasks(config)
     tasks = tasks.to(device)
-    options = runtime.model_dump(exclude={"device", "threads"})
+    options = runtime.model_dump(exclude={"device", "threads", "save_every"})
     learner = make_learner(config, tasks, device, world=world, **options)
     first = tasks.train.batch(0, [0]).to(device)
     check_outputs(learner.engine.inner, first, tasks.outputs, tasks.kind)

@@ -82,7 +82,7 @@ class TrainingSettings(Settings):
 
 
 class RuntimeSettings(Settings):
-    """How a step is computed: the same numbers up to rounding, which only `precision` coarsens."""
+    """How a run is computed and kept: the same up to rounding, which only `precision` coarsens."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     task_batching: Literal["auto", "vectorized", "sequential"] = Field(
@@ -121,6 +121,12 @@ class RuntimeSettings(Settings):
         le=10_000,
         description="Meta-steps after which losses and figures are fetched from the device, "
         "so that it need not wait.",
+    )
+    save_every: int | None = Field(
+        None,
+        ge=1,
+        description="Iterations after which a checkpoint is written between validations too; "
+        "null: at validations alone.",
     )
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
         "float32",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import plugins
-from support.ranks import forked, on_ranks, shard
+from support.ranks import forked, kept_store, on_ranks, shard
 from torch.utils.data import DataLoader
 
 from metaplug import MetaLearner, Plugin, RequestError, RunError, checkpoint, hookimpl
@@ -32,37 +32,6 @@ pytestmark = pytest.mark.filterwarnings(
 TRAIN, TEST = Stream(split="train"), Stream(split="test")
 
 
-class Coupled(Plugin):
-    """Takes means over tasks wherever a plugin may: all gradients flow across tasks."""
-
-    couples_tasks = True
-
-    @hookimpl
-    def transform_parameters(self, parameters, step):
-        return {
-            name: value + 0.1 * (step.task_mean(value.tanh()) - value)
-            for name, value in parameters.items()
-        }
-
-    @hookimpl
-    def transform_inner_losses(self, losses, step):
-        return losses + (losses - step.task_mean(losses)).square() if step.training else None
-
-    @hookimpl
-    def transform_gradients(self, gradients, step):
-        return {
-            name: gradient - 0.3 * step.task_mean(gradient, step.losses.sigmoid())
-            for name, gradient in gradients.items()
-        }
-
-    @hookimpl
-    def transform_learning_rates(self, learning_rates, step):
-        return {
-            name: rate * step.task_mean(step.losses).sigmoid()
-            for name, rate in learning_rates.items()
-        }
-
-
 def sharing(**settings):
     return lambda: [plugins.make("gradient-sharing", **settings)]
 
@@ -74,14 +43,10 @@ ALGORITHMS = {
     "sharing, checkpointed": ("maml", sharing(), {"checkpoint_steps": 1}),
     "maml, no inner step": ("maml", list, {"inner_steps": 0}),
     "fomaml": ("fomaml", sharing(), {}),
-    "maml++": ("maml++", list, {}),
     "maml++ and sharing": ("maml++", sharing(), {}),
-    "reptile": ("reptile", list, {}),
     "reptile and sharing": ("reptile", sharing(), {}),
     "reptile and learned rates": ("reptile", lambda: [plugins.make("meta-sgd")], {}),
-    "sharing": ("maml", sharing(), {}),
     "sharing, by tensor": ("maml", sharing(granularity="step-and-tensor", scope="tensor"), {}),
-    "sharing, conditioned": ("maml", sharing(conditioning="task"), {}),
     "sharing, plain mean": ("maml", sharing(normalisation="none"), {}),
     "sharing, unit mean": ("maml", sharing(normalisation="mean-unit"), {}),
     "sharing, constant mean": ("maml", sharing(through_mean=False), {}),
@@ -95,10 +60,8 @@ ALGORITHMS = {
         ],
         {},
     ),
-    "aruba": ("maml", lambda: [plugins.make("aruba", zeta=0.1)], {}),
     "entropy": ("maml", lambda: [plugins.make("taml")], {"chunk_size": 2}),
     "inequality": ("maml", lambda: [plugins.make("taml", measure="atkinson")], {}),
-    "coupled everywhere": ("maml", lambda: [Coupled()], {}),
 }
 COUNTS = (4, 5)
 
@@ -450,6 +413,34 @@ def test_a_rank_that_is_killed_ends_the_others():
         "rank 0 of 2 lost another rank, whose process ended without a word, killed or out of "
         "memory: "
         "go on with --resume, on as many ranks as you like"
+    )
+
+
+def test_ranks_that_start_again_find_nothing_of_the_former_ones_in_the_store():
+    """As torchrun starts them: it holds the store, and keeps it."""
+    store, kept = kept_store()
+
+    def end(world):
+        if world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        world.any()
+
+    for _ in range(2):
+        survivor, killed = on_ranks(end, **kept)
+        assert killed is None
+        assert isinstance(survivor, RankError)
+        assert str(survivor).startswith("rank 0 of 2 lost another rank")
+    assert on_ranks(lambda world: world.gather(world.rank), size=3, **kept) == [[0, 1, 2]] * 3
+    assert store.check(["metaplug/ask/1"])  # it was the store of all
+
+
+def test_ranks_that_nobody_joins_end_in_time():
+    _, kept = kept_store()
+    [error] = on_ranks(World.any, size=1, timeout=1.0, **{**kept, "WORLD_SIZE": "2"})
+    assert isinstance(error, RunError)
+    assert str(error) == (
+        "rank 0 of 2 does not reach the others (they have not come within 1 seconds): see that "
+        "torchrun started all of them"
     )
 
 
@@ -807,9 +798,10 @@ def test_the_command_line_says_everything_once(folder):
     )
 
 
-def torchrun(*arguments):
+def torchrun(*arguments, restarts=3):
     """Start a command on two ranks by torchrun itself, and wait until it trains."""
-    launch = shlex.split("-m torch.distributed.run --standalone --nproc-per-node 2 -m metaplug")
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts"
+    launch = [*launch.split(), f"{restarts}", "-m", "metaplug"]
     process = subprocess.Popen(
         [sys.executable, *launch, *arguments],
         stderr=subprocess.PIPE,
@@ -844,7 +836,7 @@ def test_a_signal_stops_what_torchrun_started_with_a_checkpoint(folder, number):
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_ends_what_torchrun_started(folder):
-    process = torchrun("train", *ENDLESS)
+    process = torchrun("train", *ENDLESS, restarts=0)
     ranks = subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
     ).stdout.split()

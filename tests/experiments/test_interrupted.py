@@ -25,12 +25,13 @@ from typing import Any
 
 import pytest
 from support.power import LOSSES, Disk, Tree, lay_out
-from support.tiny_runs import assert_same_run, die, exit_status, in_child, tiny
+from support.tiny_runs import assert_same, assert_same_run, die, exit_status, in_child, tiny
 
-from metaplug import MetaLearner, RequestError, RunError
+from metaplug import MetaLearner, RequestError, RunError, checkpoint
 from metaplug.cli.main import main
 from metaplug.experiments.configuration import to_yaml
 from metaplug.experiments.runs import train
+from metaplug.experiments.runs.folder import RunFolder
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This process .* is multi-threaded:DeprecationWarning"
@@ -130,6 +131,27 @@ def test_killed_at_a_random_moment_a_run_goes_on_bit_for_bit(
             raise AssertionError(place) from error
         shutil.rmtree(folder)
     assert killed >= kills // 2
+
+
+@pytest.mark.parametrize(
+    ("fetched", "expected"), [(1, [2, 3, 5, 6, 8, 9, 11, 12]), (3, [3, 6, 9, 12])]
+)
+def test_checkpoints_between_validations_change_no_run(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetched: int, expected: list[int]
+) -> None:
+    """A checkpoint holds the weights of the newest iteration: others wait for the end of theirs."""
+    saved, save = list[int](), RunFolder.save
+
+    def noted(self: RunFolder, name: str, state: dict[str, Any]) -> None:
+        saved.extend([state["iteration"]] * (name == "last.safetensors"))
+        save(self, name, state)
+
+    monkeypatch.setattr(RunFolder, "save", noted)
+    runtime = CONFIG.runtime.model_copy(update={"save_every": 2, "metrics_every": fetched})
+    assert train(CONFIG.model_copy(update={"runtime": runtime}), tmp_path / "run") is not None
+    assert saved == expected
+    one, other = (checkpoint.read(each / "last.safetensors") for each in (whole, tmp_path / "run"))
+    assert_same(one["model"], other["model"])
 
 
 def test_killed_time_and_again_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from torch.distributed import TCPStore
 
 from metaplug import TaskBatch
 from metaplug.execution.ranks import joined
@@ -25,17 +26,17 @@ def shard(batch, world):
     return TaskBatch(*(getattr(batch, field)[world.rank :: world.size] for field in FIELDS))
 
 
-def on_ranks(action, size=2, timeout=60.0):
+def on_ranks(action, size=2, timeout=60.0, **environment):
     """Return what `action(world)` returned or raised on each rank; None of one that was killed."""
 
     def join():
         with joined(timeout) as world:
             return action(world)
 
-    return forked(join, size)[0]
+    return forked(join, size, **environment)[0]
 
 
-def forked(action, size=2):
+def forked(action, size=2, **environment):
     """Do the same for processes that have not joined; return also all that they wrote."""
     with tempfile.TemporaryDirectory() as folder:
         files, words = [Path(folder) / f"{rank}.pt" for rank in range(size)], Path(folder) / "words"
@@ -43,13 +44,24 @@ def forked(action, size=2):
         port = free_port()
         meeting = {"WORLD_SIZE": f"{size}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
         children = [
-            _fork(action, {**meeting, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}, file, words)
+            _fork(
+                action,
+                {**meeting, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}", **environment},
+                file,
+                words,
+            )
             for rank, file in enumerate(files)
         ]
         _wait(children)
         return [
             torch.load(file, weights_only=False) if file.exists() else None for file in files
         ], words.read_text()
+
+
+def kept_store():
+    """Return a store that outlives ranks, and the environment of ranks that use it."""
+    store = TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    return store, {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": f"{store.port}"}
 
 
 _ports = itertools.count()

@@ -53,9 +53,10 @@ def train(
 ) -> dict[str, Any] | None:
     """Run an experiment in a folder: meta-train, then test the best validation on unseen tasks.
 
-    A checkpoint is written at every validation and at a stop. Killed at any moment and resumed, a
-    run gives bit for bit the checkpoints and the metrics of one that was left alone, but for the
-    seconds that were spent. While this process lives, no other can train in the folder.
+    A checkpoint is written at every validation, at a stop, and after `runtime.save_every` other
+    iterations. Killed at any moment and resumed, a run gives bit for bit the checkpoints and the
+    metrics of one that was left alone, but for the seconds that were spent. While this process
+    lives, no other can train in the folder.
 
     Every rank of `world` calls this; rank 0 alone reads and writes the folder. A run may be
     resumed on another number of ranks, and with other settings of the runtime but its precision;
@@ -155,6 +156,7 @@ class _Run:
         best: its best validation so far.
         seconds: spent before this process.
         clock: the seconds that were spent before each validation ended.
+        unsaved: the iterations since the last checkpoint.
     """
 
     experiment: Experiment
@@ -164,6 +166,7 @@ class _Run:
     best: dict[str, Any] | None
     seconds: float
     clock: list[float]
+    unsaved: int = 0
 
     def __post_init__(self) -> None:
         self._begun = time.monotonic() - self.seconds
@@ -175,14 +178,17 @@ class _Run:
         apart = {"iterations", "test_tasks", "score"}
         options = self.experiment.config.training.model_dump(exclude=apart)
         left = self.experiment.config.training.iterations - learner.iteration
+        save_every = self.experiment.config.runtime.save_every or math.inf
         for record in learner.iterate(
             tasks.train, iterations=left, validation=tasks.val, **options
         ):
             is_newest = record.step.iteration == learner.iteration  # of which the weights are
             [stopped] = self._world.any(stop() and is_newest)
+            self.unsaved += 1
+            due = stopped or (self.unsaved >= save_every and is_newest)
             if self._world.is_main:
-                self._log(record, durable=stopped or record.validation is not None)
-            self._save(record, stopped)
+                self._log(record, durable=due or record.validation is not None)
+            self._save(record, due)
             if self._world.is_main:
                 on_record(record)
             if stopped:
@@ -248,7 +254,7 @@ class _Run:
         self.record.log(logged, durable=durable)
         self.loggers.log(logged, durable=durable)
 
-    def _save(self, record: Record, stopped: bool) -> None:
+    def _save(self, record: Record, due: bool) -> None:
         """Write the best checkpoint first: killed between the two, a run writes it again."""
         validation = record.validation
         if validation is not None:
@@ -259,8 +265,9 @@ class _Run:
                 best = {"iteration": record.step.iteration, "mean": mean, "interval": interval}
                 self.best = best
                 self._write(BEST)
-        if validation is not None or stopped:
+        if validation is not None or due:
             self._write(LAST)
+            self.unsaved = 0
 
     def _write(self, name: str) -> None:
         if self._world.is_main:
