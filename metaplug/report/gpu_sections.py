@@ -12,6 +12,7 @@ from metaplug.report.markdown import bullets, percent, plain, table
 Values = Mapping[str, Any]
 
 LOOP, STACKED = "plain torch loop", "metaplug, vectorized"
+SHARING = "metaplug + gradient-sharing"
 
 
 def _tests(units: Sequence[Values]) -> list[str]:
@@ -74,8 +75,8 @@ def _traced(units: Sequence[Values]) -> list[str]:
     for unit in units:
         of = {row["contestant"]: row for row in unit["rows"]}
         for name, row in of.items():
-            usual = of.get(name.removesuffix(", compiled"), of.get(STACKED))
-            if name in (STACKED, "metaplug + gradient-sharing") or not usual:
+            usual = of.get(SHARING if name.startswith(SHARING) else STACKED)
+            if name in (STACKED, SHARING) or not usual:
                 continue
             faster = f"{times:.2f}×" if (times := _faster(usual, row)) else ""
             cells = _time(row), _time(usual), faster, percent(row["busy"])
