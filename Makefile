@@ -6,6 +6,7 @@ BIN := .venv/bin
 READY := .venv/ready
 PEERS := .venv-peers/bin
 ARGS ?=
+CHECK := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "metaplug needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 # Two workers of one thread each take two cores; a worker that has no test left takes over half of
 # another's.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
@@ -27,7 +28,7 @@ help:
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "metaplug needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	@$(CHECK)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,lint,docs,torchmeta]'
 	$(BIN)/pip install --quiet --no-deps torchmeta==1.8.0
@@ -75,6 +76,7 @@ bench-peers: .venv-peers/ready
 
 # With the Python that is given, as it is: torch with CUDA is there, and may be all that is.
 gpu-report:
+	@$(CHECK)
 	$(PYTHON) -m metaplug.gpu_report $(ARGS)
 
 lint: $(READY)

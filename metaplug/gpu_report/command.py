@@ -130,8 +130,6 @@ def _run(record: Record, runner: Runner, parts: Sequence[Part], out: Path | None
         for unit in record.every_unit():
             if unit["state"] == "running":
                 unit.update(state="stopped", reason=f"the report was stopped by {error}")
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not break the last writing
     record.save()
     failed = any(unit["state"] == "failed" for unit in record.every_unit())
     return status or int(failed)
@@ -171,9 +169,11 @@ def _environment(root: Path | None, temporary: Path) -> dict[str, Any]:
 
 @contextmanager
 def _signals_raised() -> Iterator[None]:
-    """Raise a SignalError where a signal arrives; one that was ignored stays so."""
+    """Raise a SignalError where the first signal arrives; one that was ignored stays so."""
 
     def handle(number: int, _: object) -> None:
+        for each in SIGNALS:  # a second Ctrl-C must not break the last writing
+            signal.signal(each, signal.SIG_IGN)
         raise SignalError(number)
 
     before = {number: signal.getsignal(number) for number in SIGNALS}

@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
+GRACE = 10.0
+"""Seconds after which a process that was killed is given up: a driver may hold it for ever."""
 LAST_LINES = 25
 """Of what a process that failed wrote on standard error, for the JSON."""
 
@@ -71,7 +74,7 @@ class Process:
 
     def stop(self, reason: str) -> None:
         """End it and all that it started, at once."""
-        self.stopped, self.limit = self.stopped or reason, float("inf")
+        self.stopped, self.limit = self.stopped or reason, time.monotonic() + GRACE
         with suppress(OSError):
             if hasattr(os, "killpg"):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -83,8 +86,11 @@ class Process:
         assert self._process.stdin is not None
         with suppress(OSError):
             self._process.stdin.close()
-        status = self._process.wait()
-        self._reader.join()
+        try:
+            status = self._process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            return "its process does not end"
+        self._reader.join(GRACE)
         if status >= 0:
             return f"its process ended with status {status}"
         return f"its process was ended by {signal.Signals(-status).name}"

@@ -55,9 +55,14 @@ class Runner:
                     process, told = events.get(timeout=min(max(0.0, patience), 3600.0))
                 except Empty:
                     for process in active:
-                        if process.limit <= time.monotonic():
-                            process.stop("its time was over")
+                        if process.limit > time.monotonic():
+                            continue
+                        if process.stopped is not None:
+                            events.put((process, None))
+                        process.stop("its time was over")
                     continue
+                if process not in active:
+                    continue  # it was given up
                 if told is not None:
                     job, place = active[process], told["unit"]
                     last = place + 1 == len(job)
