@@ -120,7 +120,7 @@ def parts_of(
     """
     size = "small" if small else device
     made = [
-        _tests(device, tests, at_once=max(1, min(4, processors // 2))),
+        _tests(device, tests, at_once=max(1, min(6, processors // 2))),
         _steps(device, size),
         _memory(size),
         _training(device, size),
