@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -117,9 +117,7 @@ def _run(record: Record, runner: Runner, parts: Sequence[Part], out: Path | None
         runner.run(MACHINE, record.begun + record.values["budget"] * MACHINE.ends)
         (machine,) = record.units(MACHINE).values()
         if machine["state"] != "done":
-            instead = "give a Python that has it, as in make gpu-report PYTHON=python3"
-            missing = "is not installed" in machine["reason"]
-            raise RequestError(machine["reason"] + f", in {sys.executable}: {instead}" * missing)
+            raise RequestError(_refusal(machine, record.values["budget"]))
         record.folder = _folder(out)
         record.save()
         for part in parts:
@@ -128,11 +126,27 @@ def _run(record: Record, runner: Runner, parts: Sequence[Part], out: Path | None
     except SignalError as error:
         record.values["state"], status = f"stopped by {error}", 128 + error.number
         for unit in record.every_unit():
+            if unit["state"] in ("running", "waiting"):
+                unit["reason"] = unit["reason"] or f"the report was stopped by {error}"
             if unit["state"] == "running":
-                unit.update(state="stopped", reason=f"the report was stopped by {error}")
+                unit["state"] = "stopped"
     record.save()
     failed = any(unit["state"] == "failed" for unit in record.every_unit())
     return status or int(failed)
+
+
+def _refusal(machine: Mapping[str, Any], budget: float) -> str:
+    """Say why not even the versions and the device could be found out."""
+    if machine["state"] == "stopped":
+        return (
+            f"--budget {budget:g}: torch did not start in the {budget * MACHINE.ends:g} s that it "
+            "has of it; give more"
+        )
+    reason = str(machine["reason"])
+    if "is not installed" in reason:
+        python = "give a Python that has it, as in make gpu-report PYTHON=python3"
+        return f"{reason}, in {sys.executable}: {python}"
+    return reason
 
 
 def _folder(out: Path | None) -> Path:

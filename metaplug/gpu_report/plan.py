@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from metaplug.errors import unknown
@@ -100,7 +100,7 @@ class Part:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-MACHINE = Part("machine", f"{_HERE}.machine", 0.25, ((Unit("versions and device"),),))
+MACHINE = Part("machine", f"{_HERE}.machine", 0.5, ((Unit("versions and device"),),))
 """What all others need to know, and whether there is such a device at all."""
 
 
@@ -129,7 +129,9 @@ def parts_of(
     for name in only:
         if name not in (names := [part.name for part in made]):
             raise unknown("part", name, names)
-    return [part for part in made if not only or part.name in only]
+    chosen = [part for part in made if not only or part.name in only]
+    # Fewer parts have all of the budget, too.
+    return [replace(part, ends=part.ends * made[-1].ends / chosen[-1].ends) for part in chosen]
 
 
 def _tests(device: str, folder: str | None, at_once: int) -> Part:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -50,17 +50,7 @@ class Runner:
                 while waiting and len(active) < part.at_once and time.monotonic() < until:
                     job = waiting.popleft()
                     active[self._start(part, job, until, events)] = job
-                patience = min(process.limit for process in active) - time.monotonic()
-                try:
-                    process, told = events.get(timeout=min(max(0.0, patience), 3600.0))
-                except Empty:
-                    for process in active:
-                        if process.limit > time.monotonic():
-                            continue
-                        if process.stopped is not None:
-                            events.put((process, None))
-                        process.stop("its time was over")
-                    continue
+                process, told = _next_event(events, active)
                 if process not in active:
                     continue  # it was given up
                 if told is not None:
@@ -76,6 +66,9 @@ class Runner:
                 behind = job[max(process.unit, 0) + 1 :]
                 if behind and units[behind[0].name]["state"] == "waiting":
                     waiting.appendleft(behind)
+            for unit in units.values():
+                if unit["state"] == "waiting":
+                    unit["reason"] = "no time was left"
         finally:
             for process in active:
                 process.stop("")
@@ -136,7 +129,7 @@ class Runner:
         now = time.monotonic() - self.record.begun
         unit.update(state=state, reason=reason, seconds=round(now - unit.get("begun", now), 1))
         unit.pop("at", None)
-        if state == "failed":
+        if state != "done":
             unit["log"] = process.last_lines()
 
     def _give_up(self, units: Mapping[str, dict[str, Any]], reason: str) -> None:
@@ -145,6 +138,21 @@ class Runner:
             if unit["state"] == "waiting":
                 unit.update(state="failed", reason=reason, seconds=0.0)
         self.record.save()
+
+
+def _next_event(
+    events: Events, active: Collection[Process]
+) -> tuple[Process, dict[str, Any] | None]:
+    """Wait for an event, and stop the processes whose time is over meanwhile."""
+    while True:
+        patience = min(process.limit for process in active) - time.monotonic()
+        with suppress(Empty):
+            return events.get(timeout=min(max(0.0, patience), 3600.0))
+        for process in active:
+            if process.limit <= time.monotonic():
+                if process.stopped is not None:  # a while ago, and it has not ended
+                    events.put((process, None))
+                process.stop("its time was over")
 
 
 def say(text: str, stream: IO[str] | None = None) -> None:

@@ -11,7 +11,12 @@ from collections.abc import Sequence
 from metaplug.report.gpu_sections import SECTIONS, Values
 from metaplug.report.markdown import bullets, plain, table
 
-_LACKING = {"failed": "failed", "stopped": "stopped midway", "waiting": "not begun"}
+_LACKING = {
+    "failed": "failed",
+    "stopped": "stopped midway",
+    "waiting": "not begun",
+    "running": "not finished",
+}
 
 
 def page(values: Values) -> str:
@@ -44,9 +49,7 @@ def _head(values: Values, machine: Values) -> str:
         "torch": named(
             ("torch", "{}"), ("cuda", "CUDA {}"), ("cudnn", "cuDNN {}"), ("driver", "driver {}")
         ),
-        "Device": named(
-            ("device", "{}"), ("memory_mib", "{:,} MiB"), ("capability", "compute capability {}")
-        ),
+        "Device": named(("memory_mib", "{:,} MiB"), ("capability", "compute capability {}")),
         "Computer": named(("processor", "{}"), ("processors", "{} cores"), ("python", "Python {}")),
         "Not installed here": ", ".join(f"`{name}`" for name in machine.get("missing", ())),
     }
@@ -88,16 +91,11 @@ def _overview(parts: Sequence[Values]) -> str:
 
 def _lacks(part: Values) -> list[str]:
     """List what is not there, and why: what has one cause together."""
-    causes: dict[tuple[str, str], list[str]] = {}
+    causes: dict[str, list[str]] = {}
     for unit in part["units"]:
-        reason = {"waiting": "no time was left", "running": "it was not finished"}.get(
-            unit["state"], unit["reason"]
-        )
-        if reason:
+        if unit["state"] != "done":
             told = _LACKING.get(unit["state"], unit["state"])
-            causes.setdefault((told, reason), []).append(unit["name"])
-    lines = [
-        f"{'; '.join(names)}: **{told}**: {plain(reason)}."
-        for (told, reason), names in causes.items()
-    ]
+            reason = f": {plain(unit['reason'])}" if unit["reason"] else ""
+            causes.setdefault(f"**{told}**{reason}.", []).append(unit["name"])
+    lines = [f"{'; '.join(names)}: {cause}" for cause, names in causes.items()]
     return lines + [f"{name}: left out: {reason}." for name, reason in part["left_out"].items()]

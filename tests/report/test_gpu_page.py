@@ -82,7 +82,7 @@ def test_the_head_says_on_what_it_was_measured() -> None:
 * **Measured:** 2026-11-29 02:00 UTC, by `metaplug gpu-report`
 * **metaplug:** 0.1.0, commit abc
 * **torch:** 2.14.1, CUDA 13.0
-* **Device:** A device, 143,771 MiB
+* **Device:** 143,771 MiB
 * **Not installed here:** `higher`
 
 **Finished** after 420 of 600 seconds: 0 of 0 pieces of work are whole.
@@ -145,7 +145,7 @@ def test_tests_are_counted_by_file_and_each_failure_is_named() -> None:
                 reason="1 of 1 failed",
                 seconds=14.0,
             ),
-            unit("test_b.py", state="waiting", seconds=None),
+            unit("test_b.py", state="waiting", seconds=None, reason="no time was left"),
         )
     )
     assert (
@@ -207,7 +207,7 @@ def test_memory_training_and_growth_have_their_tables() -> None:
 def test_a_report_that_was_killed_says_where() -> None:
     text = written(part("bench", unit("sinusoid-25x5", LOOP, state="running")), state="running")
     assert "**Not finished.** This was written 420 s after the start, at sinusoid-25x5." in text
-    assert "* sinusoid-25x5: **running**: it was not finished." in text
+    assert "* sinusoid-25x5: **not finished**." in text
 
 
 def test_a_column_without_values_is_left_out() -> None:
