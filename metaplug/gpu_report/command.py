@@ -129,7 +129,8 @@ def _run(record: Record, runner: Runner, parts: Sequence[Part], out: Path | None
             if unit["state"] in ("running", "waiting"):
                 unit["reason"] = unit["reason"] or f"the report was stopped by {error}"
             if unit["state"] == "running":
-                unit["state"] = "stopped"
+                spent = time.monotonic() - record.begun - unit["begun"]
+                unit.update(state="stopped", seconds=round(spent, 1))
     record.save()
     failed = any(unit["state"] == "failed" for unit in record.every_unit())
     return status or int(failed)
