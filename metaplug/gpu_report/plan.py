@@ -141,7 +141,7 @@ def _tests(device: str, folder: str | None, at_once: int) -> Part:
     elif folder is None:
         reason = "metaplug is installed without them: run it from the repository"
     if reason:
-        return Part("tests", f"{_HERE}.cuda_tests", 0.4, left_out={"tests/cuda": reason})
+        return Part("tests", f"{_HERE}.cuda_tests", 0.38, left_out={"tests/cuda": reason})
     jobs = [
         Unit(
             f"test_{name}.py" + f" ({shard + 1} of {shards})" * (shards > 1),
@@ -150,7 +150,7 @@ def _tests(device: str, folder: str | None, at_once: int) -> Part:
         for name, shards in TEST_FILES.items()
         for shard in range(shards)
     ]
-    return Part("tests", f"{_HERE}.cuda_tests", 0.4, tuple((unit,) for unit in jobs), at_once)
+    return Part("tests", f"{_HERE}.cuda_tests", 0.38, tuple((unit,) for unit in jobs), at_once)
 
 
 def _bench(name: str, contestants: Iterable[str], size: str, what: str = "", **more: Any) -> Unit:
@@ -175,12 +175,12 @@ def _steps(device: str, size: str) -> Part:
                 # The smaller graphs first.
                 for name in sorted(WORKLOADS[size], key=lambda name: "sinusoid" not in name):
                     units.append(_bench(name, made, size, what, traced=True))
-    return Part("bench", f"{_HERE}.steps", 0.7, (tuple(units),), left_out=left_out)
+    return Part("bench", f"{_HERE}.steps", 0.66, (tuple(units),), left_out=left_out)
 
 
 def _memory(size: str) -> Part:
     units = [_bench(name, MEMORY, size, memory=True, repeats=2) for name in WORKLOADS[size]]
-    return Part("memory", f"{_HERE}.steps", 0.76, (tuple(units),))
+    return Part("memory", f"{_HERE}.steps", 0.75, (tuple(units),))
 
 
 def _training(device: str, size: str) -> Part:
@@ -200,7 +200,7 @@ def _training(device: str, size: str) -> Part:
         for name, own in algorithms.items()
     ]
     left_out = {} if device == "cuda" else {"captured training": "a CPU has no CUDA graphs"}
-    return Part("training", f"{_HERE}.training", 0.9, (tuple(units),), left_out=left_out)
+    return Part("training", f"{_HERE}.training", 0.89, (tuple(units),), left_out=left_out)
 
 
 def _large(size: str) -> Part:

@@ -21,6 +21,10 @@ MOST = 0.75
 one that hangs does not take all."""
 
 
+LEAST = 3.0
+"""Seconds that must be left for a process to be started: torch alone takes as long."""
+
+
 class Runner:
     """Runs parts one after the other, and records what their units tell.
 
@@ -46,8 +50,8 @@ class Runner:
         waiting: deque[Sequence[Unit]] = deque(part.jobs)
         active: dict[Process, Sequence[Unit]] = {}
         try:
-            while active or (waiting and time.monotonic() < until):
-                while waiting and len(active) < part.at_once and time.monotonic() < until:
+            while active or (waiting and time.monotonic() < until - LEAST):
+                while waiting and len(active) < part.at_once and time.monotonic() < until - LEAST:
                     job = waiting.popleft()
                     active[self._start(part, job, until, events)] = job
                 process, told = _next_event(events, active)

@@ -20,8 +20,13 @@ def run(work: dict[str, Any], device: str, emit: Callable[[str, Any], None]) -> 
 
     def validated(record: Record) -> None:
         if record.validation is not None:
-            row = {"iteration": record.step.iteration, "validation": record.validation.mean}
-            emit("row", {**row, "seconds": round(time.monotonic() - begun, 2)})
+            row = {
+                "iteration": record.step.iteration,
+                "validation": record.validation.mean,
+                "metric": record.validation.metric,
+                "seconds": round(time.monotonic() - begun, 2),
+            }
+            emit("row", row)
 
     with tempfile.TemporaryDirectory() as folder:
         summary = train(config, Path(folder) / "run", on_record=validated)

@@ -113,7 +113,8 @@ def _training(units: Sequence[Values]) -> list[str]:
                 "validated best."
             )
             if "test" not in row:
-                so_far = f"{row['validation']:.4g} at {row['iteration']}, the last one"
+                last = _score(row["validation"], row["metric"])
+                so_far = f"{last} at {row['iteration']}, the last one"
                 made.append((unit["name"], "", so_far, f"{row['seconds']:.1f}", ""))
                 continue
             test, best, metric = row["test"], row["best_validation"], row["test"]["metric"]
@@ -189,7 +190,10 @@ def _refusals(units: Sequence[Values]) -> str:
 
 def _time_cell(row: Values, loop: Values | None) -> str:
     faster = _faster(loop, row) if loop and row is not loop else None
-    return _time(row) + (f" ({faster:.2g}×)" if faster else "")
+    if faster is None:
+        return _time(row)
+    digits = sum(faster < bound for bound in (1, 10))
+    return f"{_time(row)} ({faster:.{digits}f}×)"
 
 
 def _time(row: Values) -> str:

@@ -283,6 +283,9 @@ def test_the_plan_names_what_exists(device: str, small: bool) -> None:
             assert set(work.get("only", ())) <= known.keys()
             if part.name == "training":
                 ExperimentConfig.model_validate(work)
+    documented = (ROOT / "docs" / "gpu-report.md").read_text(encoding="utf-8")
+    shares = re.findall(r"^\| `(\w+)` \|.*\| (\d+) %", documented, re.MULTILINE)
+    assert shares == [(name, f"{100 * part.ends:.0f}") for name, part in made.items()]
     only = parts(device, only=["memory"])
     assert [part.ends for part in only.values()] == [made["large"].ends]
 

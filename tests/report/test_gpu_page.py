@@ -167,7 +167,7 @@ def test_tests_are_counted_by_file_and_each_failure_is_named() -> None:
 
 
 def test_memory_training_and_growth_have_their_tables() -> None:
-    validation = {"iteration": 25, "validation": 0.5, "seconds": 3.0}
+    validation = {"iteration": 25, "validation": 0.5, "metric": "accuracy", "seconds": 3.0}
     test = {
         "test": {"metric": "accuracy", "mean": 0.5, "interval": 0.01},
         "best_validation": {"mean": 0.6, "interval": 0.01, "iteration": 50},
@@ -197,7 +197,7 @@ def test_memory_training_and_growth_have_their_tables() -> None:
         "| plain torch loop | 100.0 |\n| metaplug, vectorized | 80.0 (0.80×) |\n",
         "| algorithm | test accuracy | best validation | seconds of training | with the test |\n",
         "| maml | 50.00 % ± 1.00 % | 60.00 % at 50 | 9.0 | 11.0 |\n",
-        "| maml, captured | | 0.5 at 25, the last one | 3.0 | |\n",
+        "| maml, captured | | 50.00 % at 25, the last one | 3.0 | |\n",
         "* maml, captured: **stopped midway**: r.\n* captured: left out: no graphs.\n",
         "| sinusoid-25x5 | 1,024 | 4.00 ± 0.10 | 0.004 | 2,000.0 |\n",
     ):
