@@ -97,5 +97,9 @@ def _lacks(part: Values) -> list[str]:
             told = _LACKING.get(unit["state"], unit["state"])
             reason = f": {plain(unit['reason'])}" if unit["reason"] else ""
             causes.setdefault(f"**{told}**{reason}.", []).append(unit["name"])
-    lines = [f"{'; '.join(names)}: {cause}" for cause, names in causes.items()]
+    whole = len(part["units"]) if len(part["units"]) > 1 else -1
+    lines = [
+        f"{'all of it' if len(names) == whole else '; '.join(names)}: {cause}"
+        for cause, names in causes.items()
+    ]
     return lines + [f"{name}: left out: {reason}." for name, reason in part["left_out"].items()]

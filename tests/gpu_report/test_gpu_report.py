@@ -136,7 +136,7 @@ def test_a_unit_that_hangs_leaves_time_for_those_behind_it(
 def test_what_has_no_time_is_not_begun_and_the_page_says_so(ran: Any, tmp_path: Path) -> None:
     units = ran([{}], [{}], seconds=-1.0)
     assert state(units) == ["waiting", "waiting"]
-    assert "* 0.0; 1.0: **not begun**: no time was left." in (tmp_path / PAGE).read_text()
+    assert "* all of it: **not begun**: no time was left." in (tmp_path / PAGE).read_text()
 
 
 def test_jobs_run_at_the_same_time_where_they_may(ran: Any, tmp_path: Path) -> None:
