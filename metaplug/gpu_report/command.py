@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,22 +20,12 @@ from metaplug.gpu_report.checkout import find_checkout, write_metadata
 from metaplug.gpu_report.plan import MACHINE, Part, parts_of
 from metaplug.gpu_report.record import PAGE, Record
 from metaplug.gpu_report.running import Runner, say
+from metaplug.gpu_report.signals import SignalError, signals_raised
 
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
 BUDGET = 600.0
 """Seconds that a report takes at most."""
 LEAST, MOST = 10.0, 86_400.0
 """Seconds between which a budget is taken: below, no part would begin."""
-
-
-class SignalError(Exception):
-    """A signal that ends the report, with its number."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
 
 
 def report(
@@ -104,7 +92,7 @@ def report(
         temporary = Path(name)
         record = Record(head, [MACHINE, *parts], begun)
         runner = Runner(record, device, _environment(root, temporary), temporary)
-        with _signals_raised():
+        with signals_raised():
             status = _run(record, runner, parts, out)
     if record.folder:
         say(f"the report is {record.folder / PAGE}", sys.stdout)
@@ -180,23 +168,3 @@ def _environment(root: Path | None, temporary: Path) -> dict[str, Any]:
         "KINETO_LOG_LEVEL": "99",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
-
-
-@contextmanager
-def _signals_raised() -> Iterator[None]:
-    """Raise a SignalError where the first signal arrives; one that was ignored stays so."""
-
-    def handle(number: int, _: object) -> None:
-        for each in SIGNALS:  # a second Ctrl-C must not break the last writing
-            signal.signal(each, signal.SIG_IGN)
-        raise SignalError(number)
-
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
-        if before[number] is not signal.SIG_IGN:
-            signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number in SIGNALS:
-            signal.signal(number, before[number])

@@ -19,7 +19,7 @@ from metaplug.bench import WORKLOADS, contestants, measuring
 from metaplug.bench.limits import Speed
 from metaplug.errors import RequestError
 from metaplug.experiments.configuration import ExperimentConfig
-from metaplug.gpu_report import plan, running, steps
+from metaplug.gpu_report import plan, running, steps, works
 from metaplug.gpu_report.checkout import find_checkout, write_metadata
 from metaplug.gpu_report.command import report
 from metaplug.gpu_report.plan import Part, Unit, parts_of
@@ -207,9 +207,9 @@ def test_a_checkout_that_was_never_installed_is_measured(tmp_path: Path) -> None
 def test_memory_and_more_tasks_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "measure_speed", lambda meter: Speed(1e9, 1e-6))
     told: list[Any] = []
-    work = {"workload": "sinusoid-25x1", "only": [plan.LOOP, plan.STACKED], "memory": True}
+    work = {"workload": "sinusoid-25x1", "only": [works.LOOP, works.STACKED], "memory": True}
     assert steps.run({**work, "repeats": 1}, "cpu", lambda *event: told.append(event)) is None
-    assert [row["contestant"] for _, row in told] == [plan.LOOP, plan.STACKED]
+    assert [row["contestant"] for _, row in told] == [works.LOOP, works.STACKED]
     assert all(row["peak_mib"] > 0 for _, row in told)
     told.clear()
     grow = {"grow": "sinusoid-25x5", "tasks": [2, 4], "repeats": 1}
