@@ -1,15 +1,17 @@
-# Everything runs in .venv, which the first call makes from pyproject.toml and constraints.txt.
+# Everything but gpu-report runs in .venv, which the first call makes from pyproject.toml and
+# constraints.txt.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 PEERS := .venv-peers/bin
 ARGS ?=
+CHECK := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "metaplug needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 # Two workers of one thread each take two cores; a worker that has no test left takes over half of
 # another's.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: help setup demo test test-long test-isa test-torchmeta bench-peers lint docs clean
+.PHONY: help setup demo test test-long test-isa test-torchmeta bench-peers gpu-report lint docs clean
 
 help:
 	@echo "make demo       MAML against MAML + gradient sharing on letters of unseen scripts (under 4 minutes)"
@@ -18,6 +20,7 @@ help:
 	@echo "make test-isa   the tests as processors without AVX, with AVX2 and with AVX-512 would run them"
 	@echo "make test-torchmeta  torchmeta's own tests, with our fixes"
 	@echo "make bench-peers  metaplug bench beside the libraries of others, in .venv-peers; options as ARGS=\"--workload sinusoid-25x5\""
+	@echo "make gpu-report  one page about a GPU: tests, times, memory, a short training (10 minutes); installs nothing: PYTHON=python3"
 	@echo "make lint       format, lint, types, and the direction of imports"
 	@echo "make docs       the documentation site, in site/"
 	@echo "make clean      remove what these made (but not runs/)"
@@ -25,7 +28,7 @@ help:
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "metaplug needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	@$(CHECK)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,lint,docs,torchmeta]'
 	$(BIN)/pip install --quiet --no-deps torchmeta==1.8.0
@@ -70,6 +73,11 @@ bench-peers: .venv-peers/ready
 		tar -xzf learn2learn-0.2.0.tar.gz && ../$(PEERS)/cython -3 learn2learn-0.2.0/learn2learn/data/*.pyx && \
 		../$(PEERS)/pip install --quiet --no-deps --no-build-isolation ./learn2learn-0.2.0 || true
 	@touch .venv-peers/ready
+
+# With the Python that is given, as it is: torch with CUDA is there, and may be all that is.
+gpu-report:
+	@$(CHECK)
+	$(PYTHON) -m metaplug.gpu_report $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check

@@ -5,9 +5,9 @@
 * `execution`: how a step runs; `checks`: what is refused or diagnosed; `evaluation`: results.
 * `tasks`, `models`: where tasks come from, and the models of the field.
 * `checkpoint`: a learner in a safetensors file; `experiments`: runs in folders, and comparisons.
-* `cli`, `report`, `bench`: commands, tables and pictures, measurements.
+* `cli`, `report`, `bench`, `gpu_report`: commands, tables and pictures, measurements.
 * `testing`, `templates`: the conformance suite, and new packages, for authors of plugins.
-* `errors`, `files`, `settings`, `yaml_text`, `random_streams`: what every room uses.
+* `errors`, `files`, `commits`, `settings`, `yaml_text`, `random_streams`: what every room uses.
 """
 
 from importlib import import_module

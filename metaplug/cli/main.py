@@ -17,6 +17,7 @@ from metaplug.cli.compare import compare
 from metaplug.cli.conformance import test_plugin
 from metaplug.cli.evaluate import evaluate
 from metaplug.cli.export import export
+from metaplug.cli.gpu_report import gpu_report
 from metaplug.cli.hooks import hooks
 from metaplug.cli.listing import explain, plugins, tasks
 from metaplug.cli.new_plugin import new_plugin
@@ -44,6 +45,7 @@ _PARTS = (explain, plugins, tasks, hooks, new_plugin, test_plugin)
 for _command in (*_RUNS, *_PARTS):
     app.command(epilog=_command.epilog)(_command)
 bench.register(app)
+app.command(epilog=gpu_report.epilog)(gpu_report)
 
 
 def _version(asked: bool) -> None:

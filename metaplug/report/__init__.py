@@ -5,5 +5,5 @@ lines and the progress of a run, with its curve by `sparkline`; `study` the tabl
 `study_progress` its progress; `tables` those of a configuration and of installed parts, which
 `catalogue` describes. `figures` draws curves and `episodes` a task. `page` writes the HTML page of
 a study or runs, `tuning` shows a search. `bench`, `scaling` and `soak` show what `metaplug bench`
-measures.
+measures, `gpu_page`, of `gpu_sections` and pieces of `markdown`, what `metaplug gpu-report` does.
 """

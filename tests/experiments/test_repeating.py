@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.tiny_runs import assert_same_run, stop_after, tiny
 
-from metaplug import MetaLearner, RequestError, RunError, hookimpl
+from metaplug import MetaLearner, RequestError, RunError, commits, hookimpl
 from metaplug.cli.main import main
 from metaplug.execution.determinism import repeatable
 from metaplug.experiments.runs import sessions, train
@@ -125,22 +125,22 @@ def test_the_commit_is_that_of_a_checkout_that_tracks_the_folder(tmp_path: Path)
             text=True,
         ).stdout.strip()
 
-    sessions._commit.cache_clear()
-    assert sessions._commit(tmp_path) is None
+    commits.commit_of.cache_clear()
+    assert commits.commit_of(tmp_path) is None
     git("init")
     (tmp_path / "mine.py").write_text("1")
     (tmp_path / "ignored").mkdir()
     git("add", "mine.py")
     git("commit", "-m", "one")
-    sessions._commit.cache_clear()
-    assert sessions._commit(tmp_path) == git("rev-parse", "HEAD")
-    assert sessions._commit(tmp_path / "ignored") is None
+    commits.commit_of.cache_clear()
+    assert commits.commit_of(tmp_path) == git("rev-parse", "HEAD")
+    assert commits.commit_of(tmp_path / "ignored") is None
     (tmp_path / "mine.py").write_text("2")
     (tmp_path / os.fsdecode(b"\xff.py")).write_text("1")
     git("config", "core.quotepath", "false")
     git("add", ".")
-    sessions._commit.cache_clear()
-    assert sessions._commit(tmp_path) == f"{git('rev-parse', 'HEAD')}-dirty"
+    commits.commit_of.cache_clear()
+    assert commits.commit_of(tmp_path) == f"{git('rev-parse', 'HEAD')}-dirty"
 
 
 @pytest.mark.parametrize(

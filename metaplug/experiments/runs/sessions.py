@@ -7,14 +7,13 @@ import os
 import platform
 import shlex
 import socket
-import subprocess
 import sys
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import metaplug
+from metaplug.commits import commit_of
 from metaplug.errors import RunError
 from metaplug.experiments.build import Experiment
 from metaplug.experiments.json_values import environment
@@ -34,8 +33,8 @@ def session(experiment: Experiment) -> dict[str, Any]:
         "process": {"pid": os.getpid(), "host": socket.gethostname()},
         "platform": platform.platform(),
         "commits": {
-            "metaplug": _commit(Path(metaplug.__file__).parent),
-            "folder": _commit(Path.cwd()),
+            "metaplug": commit_of(Path(metaplug.__file__).parent),
+            "folder": commit_of(Path.cwd()),
         },
         **surroundings,
     }
@@ -65,30 +64,3 @@ def _command() -> str:
     program, *arguments = sys.argv
     name = "metaplug" if Path(program).name in ("metaplug", "__main__.py") else program
     return shlex.join([name, *arguments])
-
-
-@cache
-def _commit(folder: Path) -> str | None:
-    """The commit of the checkout that tracks a folder, with "-dirty" where tracked files differ."""
-    if not _git(folder, "ls-tree", "HEAD", "./"):
-        return None
-    head = _git(folder, "rev-parse", "--verify", "HEAD")
-    is_dirty = head and _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return f"{head}-dirty" if is_dirty else head
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """The output of git, or None where it fails; it writes nothing there, and starts no monitor."""
-    options = ["--no-optional-locks", "-c", "core.fsmonitor=false", "-C", str(folder)]
-    try:
-        done = subprocess.run(
-            ["git", *options, *arguments],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
