@@ -28,12 +28,14 @@ from torch._C._functorch import (  # type: ignore[attr-defined]
     current_level,
     get_unwrapped,
     is_batchedtensor,
+    maybe_current_level,
     maybe_get_bdim,
     maybe_get_level,
 )
 from torch.nn import functional as F
 
 from metaplug.contract.inputs import Inputs, map_inputs
+from metaplug.core.batch_norm import batch_norm, takes
 from metaplug.core.function_mode import FunctionMode
 
 LARGE = 2**16
@@ -111,10 +113,17 @@ def _batch_norm(  # noqa: PLR0917
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    if not _is_stacked(input) or not training or running_mean is not None:
+    if not training or running_mean is not None:
+        return NotImplemented
+    if maybe_current_level() is None:
+        own = takes(input, weight, bias)
+        return batch_norm(input, weight, bias, eps) if own else NotImplemented
+    if not _is_stacked(input):
         return NotImplemented
     folded, tasks = _folded(input)
     scale, shift = (_by_channel(parameter, tasks) for parameter in (weight, bias))
+    if takes(folded, scale, shift):
+        return _unfolded(batch_norm(folded, scale, shift, eps), tasks)
     return _unfolded(F.batch_norm(folded, None, None, scale, shift, training=True, eps=eps), tasks)
 
 
