@@ -33,7 +33,7 @@ def takes(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     return (
         x.device.type == "cpu"
         and x.numel() >= max(LARGE, 2 * x.shape[1])
-        and (dtypes == {torch.float32} or dtypes == {torch.float64})
+        and dtypes in ({torch.float32}, {torch.float64})
     )
 
 
@@ -88,7 +88,7 @@ class _Backward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917
         gradient: Tensor,
         x: Tensor,
         weight: Tensor | None,
@@ -107,7 +107,8 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         if torch.is_grad_enabled():
-            found = _by_autograd(*ctx.saved_tensors[:3], ctx.eps, cotangents)
+            gradient, x, weight, *_ = ctx.saved_tensors
+            found = _by_autograd(gradient, x, weight, ctx.eps, cotangents)
         else:
             found = _second_derivatives(*ctx.saved_tensors, *cotangents)
         return *found, None, None, None
@@ -190,8 +191,7 @@ def _by_autograd(
 def _line(x: Tensor, slope: Tensor, start: Tensor) -> Tensor:
     """slope · x + start, channel by channel, in one pass: batch norm by statistics 0 and 1."""
     zero, one = torch.zeros_like(slope), torch.ones_like(slope)
-    line, _, _ = torch.native_batch_norm(x, slope, start, zero, one, False, 0.0, 0.0)
-    return cast("Tensor", line)
+    return torch.native_batch_norm(x, slope, start, zero, one, False, 0.0, 0.0)[0]
 
 
 def _alike(gradient: Tensor, x: Tensor) -> Tensor:
