@@ -9,10 +9,9 @@ where vmap's rule protects it in the first task alone. Differentiation is torch'
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,16 +27,16 @@ from torch._C._functorch import (  # type: ignore[attr-defined]
     current_level,
     get_unwrapped,
     is_batchedtensor,
+    maybe_current_level,
     maybe_get_bdim,
     maybe_get_level,
 )
 from torch.nn import functional as F
 
 from metaplug.contract.inputs import Inputs, map_inputs
+from metaplug.core.batch_norm import batch_norm, takes
 from metaplug.core.function_mode import FunctionMode
-
-LARGE = 2**16
-"""Elements from which a change of layout pays off for max-pooling on a CPU."""
+from metaplug.core.max_pool import LARGE, activate, pool
 
 TaskFunction = Callable[[list[Tensor], Inputs, Tensor], tuple[Tensor, Tensor]]
 """(parameters, x, y) of one task → two tensors."""
@@ -92,10 +91,25 @@ def _load_decompositions() -> None:
 class TaskRules(FunctionMode):
     """While it is active, these layers follow the rules of this module."""
 
+    _activation: _Activated | None = None
+
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Of the very call before: others in between might write to these tensors.
+        before, self._activation = self._activation, None
         rule = _RULES.get(func)
-        result = rule(*args, **kwargs) if rule else NotImplemented
+        known = {"before": before} if rule is _max_pool2d else {}
+        result = rule(*args, **kwargs, **known) if rule else NotImplemented
+        if isinstance(result, _Activated):
+            self._activation, result = result, result.result
         return func(*args, **kwargs) if result is NotImplemented else result
+
+
+class _Activated(NamedTuple):
+    """What an activation made of its input, and its slope below zero."""
+
+    result: Tensor
+    source: Tensor
+    slope: float
 
 
 # The rules below take torch's arguments by torch's names, as callers may give them by name.
@@ -111,20 +125,67 @@ def _batch_norm(  # noqa: PLR0917
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    if not _is_stacked(input) or not training or running_mean is not None:
+    if not training or running_mean is not None:
+        return NotImplemented
+    if maybe_current_level() is None:
+        own = takes(input, weight, bias)
+        return batch_norm(input, weight, bias, eps) if own else NotImplemented
+    if not _is_stacked(input):
         return NotImplemented
     folded, tasks = _folded(input)
     scale, shift = (_by_channel(parameter, tasks) for parameter in (weight, bias))
+    if takes(folded, scale, shift):
+        return _unfolded(batch_norm(folded, scale, shift, eps), tasks)
     return _unfolded(F.batch_norm(folded, None, None, scale, shift, training=True, eps=eps), tasks)
 
 
-def _max_pool2d(input: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
-    if kwargs.pop("return_indices", False) or len(args) > 5 or input.dim() != 4:
+def _max_pool2d(  # noqa: PLR0917
+    input: Tensor,  # noqa: A002
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+    *,
+    before: _Activated | None = None,
+) -> Any:
+    if return_indices or input.dim() != 4:
         return NotImplemented
-    if not _is_stacked(input):
-        return _pooled(input, *args, **kwargs)
-    folded, tasks = _folded(input)
-    return _unfolded(_pooled(folded, *args, **kwargs), tasks)
+    settings = (kernel_size, stride or [], padding, dilation, ceil_mode)
+    given = [input] if before is None or before.result is not input else [input, before.source]
+    slope = before.slope if before is not None and len(given) > 1 else None
+    stacked = _is_stacked(input)
+    folded = [_folded(each)[0] if stacked else each for each in given]
+    x = folded[0]
+    if x.device.type == "cpu" and x.numel() >= LARGE and x.is_contiguous():
+        pooled = pool(x, folded[-1], slope, settings)
+    else:
+        pooled = F.max_pool2d(x, *settings)
+    return _unfolded(pooled, x.shape[1] // input.shape[1]) if stacked else pooled
+
+
+def _relu(input: Tensor, inplace: bool = False) -> Any:  # noqa: A002
+    return NotImplemented if inplace else _activated(input, 0.0)
+
+
+def _leaky_relu(
+    input: Tensor,  # noqa: A002
+    negative_slope: float = 0.01,
+    inplace: bool = False,
+) -> Any:
+    return NotImplemented if inplace or negative_slope <= 0 else _activated(input, negative_slope)
+
+
+def _activated(x: Tensor, slope: float) -> Any:
+    stacked = _is_stacked(x)
+    values = get_unwrapped(x) if stacked else x
+    if not stacked and maybe_current_level() is not None:
+        return NotImplemented
+    if values.device.type != "cpu" or values.numel() < LARGE or not values.is_floating_point():
+        return NotImplemented
+    result = activate(values, slope)
+    return _Activated(from_stacked(result, maybe_get_bdim(x) if stacked else None), x, slope)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
@@ -162,57 +223,13 @@ def _embedding(  # noqa: PLR0917
 _RULES: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.embedding: _embedding,
+    F.leaky_relu: _leaky_relu,
     F.linear: _linear,
     F.max_pool2d: _max_pool2d,
+    F.relu: _relu,
+    torch.relu: _relu,
+    Tensor.relu: _relu,
 }
-
-
-def _pooled(  # noqa: PLR0917
-    x: Tensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-) -> Tensor:
-    settings = (kernel_size, stride or [], padding, dilation, ceil_mode)
-    if x.device.type != "cpu" or x.numel() < LARGE or not x.is_contiguous():
-        return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
-    return cast("Tensor", _MaxPool2d.apply(x, settings)[0])
-
-
-class _MaxPool2d(torch.autograd.Function):
-    """Max-pooling by torch's kernel for channels that lie last: the same numbers, in less time.
-
-    Its derivative is torch's own, on planes again, since mixed layouts slow down all that follows.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        channels = x.shape[1] if x.shape[1] <= 128 else math.gcd(x.shape[1], 64)
-        planes = x.view(-1, channels, *x.shape[2:]).contiguous(memory_format=torch.channels_last)
-        pooled, indices = torch.ops.aten.max_pool2d_with_indices(planes, *settings)
-        form = (*x.shape[:2], *pooled.shape[2:])
-        return pooled.contiguous().view(form), indices.contiguous().view(form)
-
-    @staticmethod
-    def vmap(
-        _: Any, in_dims: Any, x: Tensor, settings: tuple[Any, ...]
-    ) -> tuple[tuple[Tensor, Tensor], tuple[None, None]]:
-        return _MaxPool2d.apply(x, settings), (None, None)  # the tasks are folded already
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.settings = inputs[1]
-        ctx.save_for_backward(inputs[0], output[1])
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Any) -> Any:
-        x, indices = ctx.saved_tensors
-        return torch.ops.aten.max_pool2d_with_indices_backward(
-            gradient.contiguous(), x, *ctx.settings, indices
-        ), None
 
 
 def as_stacked(value: Any) -> tuple[Any, int | None]:
