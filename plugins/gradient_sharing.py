@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metaplug import Context, Gradients, InnerStep, Plugin, hookimpl
 
-from .gradient_sharing_fused import Blend
+from .gradient_sharing_fused import blend
 from .gradient_sharing_options import SharingOptions, SharingParts, plus_outer
 
 
@@ -87,10 +87,8 @@ class GradientSharing(Plugin, SharingParts):
     def _fused(self, gradients: Gradients, step: InnerStep) -> Gradients:
         """The same in one operation, where one gate and one momentum are all there is."""
         k, parts = step.slot, [gradients[name] for name in self._sizes]
-        momentum = self.started[k] * self.weight("momentum", k)
-        _, _, _, r, *directions = Blend.apply(
-            step.over_ranks, self.weight("gate", k), momentum, self.running[k], *parts
-        )
+        gate, momentum = self.weight("gate", k), self.started[k] * self.weight("momentum", k)
+        r, directions = blend(parts, gate, momentum, self.running[k], step.over_ranks)
         step.keep(f"{k}", r)
         return dict(zip(self._sizes, directions, strict=True))
 

@@ -14,7 +14,24 @@ from torch import Tensor
 EPSILON = 1e-12
 
 
-class Blend(torch.autograd.Function):
+def blend(
+    gradients: Sequence[Tensor], s: Tensor, m: Tensor, r_old: Tensor, mean: Callable[..., Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return r (P,), detached, and each gradient's direction (T, *shape); see `_Blend`.
+
+    A linear layer's weights have gradients that lie transposed in memory. Products with what has
+    another layout are up to three times slower, so these are shared, and given back, transposed.
+    """
+    turned = [each.dim() == 3 and _lies_transposed(each) for each in gradients]
+    given = [each.mT if turn else each for each, turn in zip(gradients, turned, strict=True)]
+    there, back = ([each.shape[1:] for each in sides] for sides in (gradients, given))
+    outputs = _Blend.apply(mean, s, m, _turned(r_old, there, turned), *given)
+    r, directions = outputs[3].detach(), outputs[4:]
+    found = [each.mT if turn else each for each, turn in zip(directions, turned, strict=True)]
+    return _turned(r, back, turned), found
+
+
+class _Blend(torch.autograd.Function):
     """Blend T tasks' gradients with r, for a gate s and a momentum m of one number each.
 
         l[t] = max(‖g[t]‖, ε),   ū = M(Σ_t g[t] / (T l[t])),   r = m r_old + (1 − m) ū
@@ -86,3 +103,20 @@ def _plus(one: Tensor, other: Tensor | None) -> Tensor:
 def _split(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     parts = flat.split([shape[1:].numel() for shape in shapes], 1)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _lies_transposed(matrices: Tensor) -> bool:
+    return not matrices.is_contiguous() and matrices.mT.is_contiguous()
+
+
+def _turned(flat: Tensor, shapes: Sequence[torch.Size], turned: Sequence[bool]) -> Tensor:
+    """Transpose some of the matrices that a (P,) vector is made of."""
+    if not any(turned):
+        return flat
+    parts = flat.split([shape.numel() for shape in shapes])
+    return torch.cat(
+        [
+            part.view(shape).mT.reshape(-1) if turn else part
+            for part, shape, turn in zip(parts, shapes, turned, strict=True)
+        ]
+    )
