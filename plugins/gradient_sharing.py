@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metaplug import Context, Gradients, InnerStep, Plugin, hookimpl
 
+from .gradient_sharing_fused import blend
 from .gradient_sharing_options import SharingOptions, SharingParts, plus_outer
 
 
@@ -67,9 +68,11 @@ class GradientSharing(Plugin, SharingParts):
     def transform_gradients(self, gradients: Gradients, step: InnerStep) -> Gradients | None:
         if self.config.gate == 0:
             return None
+        shares = step.training or self.config.share_at_evaluation
+        if shares and self.is_plain and len(gradients) == len(self._sizes):
+            return self._fused(gradients, step)
         k, g = step.slot, self.flatten(gradients)
         length = self.length(g)
-        shares = step.training or self.config.share_at_evaluation
         if shares and self.config.statistics == "accumulated":
             blend = self.streamed if self.config.streaming else self._accumulated
             r, traits, stored = blend(g, length, step)
@@ -80,6 +83,14 @@ class GradientSharing(Plugin, SharingParts):
             gate = self.started[k] * self.weight("gate", k, self.traits(g, r))
         scale = gate if self.config.normalisation == "none" else gate * length
         return self.unflatten(plus_outer((1 - gate) * g, scale, r), gradients)
+
+    def _fused(self, gradients: Gradients, step: InnerStep) -> Gradients:
+        """The same in one operation, where one gate and one momentum are all there is."""
+        k, parts = step.slot, [gradients[name] for name in self._sizes]
+        gate, momentum = self.weight("gate", k), self.started[k] * self.weight("momentum", k)
+        r, directions = blend(parts, gate, momentum, self.running[k], step.over_ranks)
+        step.keep(f"{k}", r)
+        return dict(zip(self._sizes, directions, strict=True))
 
     def _accumulated(
         self, g: Tensor, length: Tensor, step: InnerStep

@@ -121,6 +121,20 @@ class SharingParts(nn.Module):
         if config.start is not None:
             self._begin_with(config.start)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether options leave a step as the paper has it."""
+        config = self.config
+        return (
+            config.granularity in ("step", "one")
+            and config.conditioning == "none"
+            and config.normalisation == "unit"
+            and config.scope == "all"
+            and config.statistics == "accumulated"
+            and config.through_mean
+            and not config.streaming
+        )
+
     def weight(self, name: str, k: int, traits: Tensor | None = None) -> Tensor:
         """σ(λ) or σ(m) in step k: () or (1,), (P,) by tensor, (T, 1) or (T, P) given traits."""
         logits, by_task = self._parameters.get(name), self._parameters.get(f"{name}_by_task")

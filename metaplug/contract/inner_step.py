@@ -214,6 +214,24 @@ class InnerStep:
             RequestError: at evaluation, where tasks must not see each other, unless the plugin is
                 transductive; or the plugin does not declare `couples_tasks`.
         """
+        if weights is None:
+            mean = x.mean(0)
+        else:  # one matrix product
+            mean = ((weights / len(weights)) @ x.reshape(len(x), -1)).view(x.shape[1:])
+        return self.over_ranks(mean)
+
+    def over_ranks(self, mean: Tensor) -> Tensor:
+        """Make a mean over this rank's tasks one over all tasks; linear, and its own transpose.
+
+        `task_mean` ends with it. A derivative written by hand calls it once more, on the derivative
+        of its result. On one rank it returns what it is given.
+
+        Args:
+            mean: of any shape, which is the same on all ranks; they wait for each other.
+
+        Raises:
+            RequestError: as of `task_mean`.
+        """
         if not self._owner.couples_tasks:
             fault = f"plugin '{self._owner.name}' takes a mean over tasks but does not say so"
             raise RequestError(f"{fault}: set couples_tasks = True on its class, or in its module")
@@ -222,10 +240,6 @@ class InnerStep:
                 f"plugin '{self._owner.name}' takes a mean over test tasks, which must not see "
                 "each other: use what was stored in training when step.training is False"
             )
-        if weights is None:
-            mean = x.mean(0)
-        else:  # one matrix product
-            mean = ((weights / len(weights)) @ x.reshape(len(x), -1)).view(x.shape[1:])
         return mean if self.share is None else self.share.mean(mean)
 
     def keep(self, name: str, tensor: Tensor) -> None:

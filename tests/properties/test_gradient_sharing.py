@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from metaplug_plugins.gradient_sharing import GradientSharing
+from metaplug_plugins.gradient_sharing_fused import blend
 from support.plugins import Spy
 
 from metaplug import Plugin, TaskBatch, hookimpl
@@ -313,3 +314,31 @@ def test_a_gate_learns_within_every_granularity():
         )
         assert gradients["gradient-sharing.gate"].shape == shape
         assert bool((gradients["gradient-sharing.gate"] != 0).all())
+
+
+# The derivative by hand.
+
+
+def test_the_blend_is_differentiable_twice_however_its_gradients_lie_in_memory():
+    torch.manual_seed(0)
+    rows, columns = (torch.randn(3, *shape, dtype=torch.float64) for shape in ((2,), (4, 2)))
+    rows[0], columns[0] = 0, 0  # a task without a gradient
+    weights = torch.rand(2, 1, dtype=torch.float64)
+    r_old = torch.randn(10, dtype=torch.float64)
+
+    def directions(rows, columns, s, m, *, turned=True):
+        matrices = columns.mT if turned else columns.mT.contiguous()
+        r, (row, matrix) = blend([rows, matrices], s, m, r_old, lambda mean: mean)
+        assert r.shape == r_old.shape and not r.requires_grad
+        return row, matrix, r
+
+    given = [each.requires_grad_() for each in (rows, columns, *weights)]
+    for one, other in zip(directions(*given), directions(*given, turned=False), strict=True):
+        assert_close(one, other)
+    # Near 0 the norm is no smooth function, so finite differences look at the other tasks.
+    kept = [each[1:].detach().requires_grad_() for each in given[:2]] + given[2:]
+    assert torch.autograd.gradcheck(lambda *x: directions(*x)[:2], kept)
+    assert torch.autograd.gradgradcheck(lambda *x: directions(*x)[:2], kept)
+    second = torch.autograd.grad(directions(*given)[1].sum(), given, create_graph=True)
+    ends = torch.autograd.grad(sum(each.square().sum() for each in second), given)
+    assert all(bool(torch.isfinite(each).all()) for each in (*second, *ends))
