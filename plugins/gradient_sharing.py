@@ -74,8 +74,8 @@ class GradientSharing(Plugin, SharingParts):
         k, g = step.slot, self.flatten(gradients)
         length = self.length(g)
         if shares and self.config.statistics == "accumulated":
-            blend = self.streamed if self.config.streaming else self._accumulated
-            r, traits, stored = blend(g, length, step)
+            accumulate = self.streamed if self.config.streaming else self._accumulated
+            r, traits, stored = accumulate(g, length, step)
             gate = self.weight("gate", k, traits)
             step.keep(f"{k}", stored)
         else:

@@ -57,7 +57,7 @@ class _Blend(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Return g (T, P), l (T,), ū (P,), r (P,), and d, each as its gradient (T, *shape)."""
         tasks, shapes = len(gradients[0]), [gradient.shape for gradient in gradients]
-        g = torch.cat([gradient.reshape(tasks, -1) for gradient in gradients], 1)
+        g = torch.cat([_rows(gradient) for gradient in gradients], 1)
         length = torch.linalg.vector_norm(g, dim=1).clamp_min(EPSILON)
         shared = mean((tasks * length).reciprocal() @ g)
         r = torch.lerp(shared, r_old, m)
@@ -75,7 +75,7 @@ class _Blend(torch.autograd.Function):
         tasks = len(length)
         d = torch.cat(
             [
-                (g.new_zeros(shape) if part is None else part).reshape(tasks, -1)
+                _rows(g.new_zeros(shape) if part is None else part)
                 for part, shape in zip(parts, ctx.shapes, strict=True)
             ],
             1,
@@ -100,9 +100,14 @@ def _plus(one: Tensor, other: Tensor | None) -> Tensor:
     return one if other is None else one + other
 
 
+def _rows(stacked: Tensor) -> Tensor:
+    return stacked if stacked.dim() == 2 else stacked.reshape(len(stacked), -1)
+
+
 def _split(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     parts = flat.split([shape[1:].numel() for shape in shapes], 1)
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    pairs = zip(parts, shapes, strict=True)
+    return [part if len(shape) == 2 else part.view(shape) for part, shape in pairs]
 
 
 def _lies_transposed(matrices: Tensor) -> bool:
