@@ -87,8 +87,8 @@ class GradientSharing(Plugin, SharingParts):
     def _fused(self, gradients: Gradients, step: InnerStep) -> Gradients:
         """The same in one operation, where one gate and one momentum are all there is."""
         k, parts = step.slot, [gradients[name] for name in self._sizes]
-        gate, momentum = self.weight("gate", k), self.started[k] * self.weight("momentum", k)
-        r, directions = blend(parts, gate, momentum, self.running[k], step.over_ranks)
+        logits = self.logit("gate", k), self.logit("momentum", k)
+        r, directions = blend(parts, *logits, self.started[k], self.running[k], step.over_ranks)
         step.keep(f"{k}", r)
         return dict(zip(self._sizes, directions, strict=True))
 
@@ -121,7 +121,14 @@ class GradientSharing(Plugin, SharingParts):
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
         names = ("gate", "momentum") if self.config.statistics == "accumulated" else ("gate",)
-        places = [(name, k) for name in names for k in range(len(self.started))]
         with torch.no_grad():
-            weights = torch.stack([self.weight(name, k).mean() for name, k in places]).tolist()
-        return {f"{name}/{k}": value for (name, k), value in zip(places, weights, strict=True)}
+            weights = [
+                self.weight(name, slice(None)).mean(-1).broadcast_to(len(self.started))
+                for name in names
+            ]
+        values = torch.stack(weights).tolist()
+        return {
+            f"{name}/{k}": value
+            for name, own in zip(names, values, strict=True)
+            for k, value in enumerate(own)
+        }

@@ -127,6 +127,7 @@ class SharingParts(nn.Module):
         config = self.config
         return (
             config.granularity in ("step", "one")
+            and config.gate_function == "sigmoid"
             and config.conditioning == "none"
             and config.normalisation == "unit"
             and config.scope == "all"
@@ -135,15 +136,20 @@ class SharingParts(nn.Module):
             and not config.streaming
         )
 
-    def weight(self, name: str, k: int, traits: Tensor | None = None) -> Tensor:
+    def logit(self, name: str, k: Any) -> Tensor:
+        """λ or m of step k, (1,) or by tensor; infinite where the weight is exactly 0 or 1."""
+        logits = self._parameters.get(name)
+        if logits is None:
+            return self.running.new_tensor(math.inf if getattr(self.config, name) else -math.inf)
+        return logits[k if len(logits) > 1 else 0]
+
+    def weight(self, name: str, k: Any, traits: Tensor | None = None) -> Tensor:
         """σ(λ) or σ(m) in step k: () or (1,), (P,) by tensor, (T, 1) or (T, P) given traits."""
-        logits, by_task = self._parameters.get(name), self._parameters.get(f"{name}_by_task")
-        if logits is None:  # exactly 0 or 1, which σ does not reach
-            return self.started.new_tensor(getattr(self.config, name), dtype=self.running.dtype)
-        row = k if len(logits) > 1 else 0
-        logit = logits[row]
+        if name not in self._parameters:  # exactly 0 or 1, which σ does not reach
+            return self.running.new_tensor(getattr(self.config, name))
+        logit, by_task = self.logit(name, k), self._parameters.get(f"{name}_by_task")
         if traits is not None and by_task is not None:
-            logit = logit + traits @ by_task[row].T
+            logit = logit + traits @ by_task[k if len(by_task) > 1 else 0].T
         weight = SQUASH[self.config.gate_function][0](logit)
         return weight[..., self.tensor_of] if "tensor" in self.config.granularity else weight
 

@@ -323,12 +323,13 @@ def test_the_blend_is_differentiable_twice_however_its_gradients_lie_in_memory()
     torch.manual_seed(0)
     rows, columns = (torch.randn(3, *shape, dtype=torch.float64) for shape in ((2,), (4, 2)))
     rows[0], columns[0] = 0, 0  # a task without a gradient
-    weights = torch.rand(2, 1, dtype=torch.float64)
+    weights = torch.randn(2, 1, dtype=torch.float64)
+    begun = torch.tensor(True)
     r_old = torch.randn(10, dtype=torch.float64)
 
     def directions(rows, columns, s, m, *, turned=True):
         matrices = columns.mT if turned else columns.mT.contiguous()
-        r, (row, matrix) = blend([rows, matrices], s, m, r_old, lambda mean: mean)
+        r, (row, matrix) = blend([rows, matrices], s, m, begun, r_old, lambda mean: mean)
         assert r.shape == r_old.shape and not r.requires_grad
         return row, matrix, r
 
