@@ -23,7 +23,7 @@ from metaplug.random_streams import stream
 
 Batching = Literal["auto", "vectorized", "sequential"]
 
-CPU_TASK_BYTES = 2**20
+CPU_TASK_BYTES = 2**23
 """On a CPU, tasks are vectorised while the support pass of one saves at most this for backward
 (docs/performance.md)."""
 
@@ -45,8 +45,8 @@ def choose_batching(
     """Decide by rule, never by timing, so the same seed is the same run.
 
     "auto" is vectorised, except where vmap refuses the model or gets its numbers wrong, or where on
-    a CPU one task saves more than CPU_TASK_BYTES for its backward pass: the activations of all
-    tasks then fall out of the cache, and one after the other is faster.
+    a CPU one task saves more than CPU_TASK_BYTES for its backward pass: an operation on one task
+    then fills the cache and outweighs its call, and stacked tasks only fall out of the cache.
 
     Args:
         difference: says how stacked tasks differ from one at a time; None where they agree.
