@@ -6,11 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+from metaplug import MetaLearner, TaskBatch
 from metaplug.core import batch_norm as module
+from metaplug.core import max_pool, vmap_rules
 from metaplug.core.batch_norm import batch_norm
 from metaplug.core.vmap_rules import TaskRules, for_all_tasks
+from metaplug.models.conv4 import Conv4
 
 EPS = 1e-5
 SHAPES = [(6, 3), (5, 3, 4), (5, 3, 4, 2), (1, 3, 4, 2), (2, 3, 2, 2, 3)]
@@ -139,6 +143,17 @@ def test_layers_of_models_take_it_where_they_are_large(stacked, monkeypatch):
     assert "_BatchNormBackward" not in names(small)
 
 
+def test_a_trace_gives_the_second_derivative():
+    given = inputs((5, 3, 4, 2), 0)
+
+    def second(*values):
+        leaves = [each.detach().requires_grad_() for each in values]
+        return derivatives(ours, leaves)
+
+    for one, other in zip(make_fx(second)(*given)(*given), second(*given), strict=True):
+        agree(one, other)
+
+
 @pytest.mark.parametrize("x", [torch.ones(1, 3), torch.ones(5, 3, dtype=torch.bfloat16)], ids=str)
 def test_torch_decides_on_what_it_does_not_take(x, monkeypatch):
     monkeypatch.setattr(module, "LARGE", 0)
@@ -160,3 +175,35 @@ def names(tensor):
             found.add(node.name())
             waiting += [source for source, _ in node.next_functions]
     return found
+
+
+@pytest.mark.parametrize("pooling", ["max", "stride"])
+@pytest.mark.parametrize(
+    "runtime",
+    [{}, {"checkpoint_steps": 1}, {"chunk_size": 2}, {"plugins": ["per-step-batch-norm"]}],
+    ids=str,
+)
+def test_meta_gradients_of_convolutional_models_are_those_by_torchs_layers(
+    pooling, runtime, monkeypatch
+):
+    """Tasks stacked, and one by one."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Conv4((1, 16, 16), 3, filters=4, pooling=pooling).double()
+    x = torch.randn(2, 3, 6, 1, 16, 16, generator=generator, dtype=torch.float64)
+    y = torch.arange(3).repeat(3, 2)
+    batch = TaskBatch(x[0], y, x[1], y)
+
+    def gradients(batching):
+        learner = MetaLearner(model, inner_steps=2, inner_lr=0.1, task_batching=batching, **runtime)
+        return learner.meta_gradients(batch)
+
+    expected = gradients("sequential")
+    for each in (module, max_pool, vmap_rules):
+        monkeypatch.setattr(each, "LARGE", 0)
+    found = [gradients("vectorized"), gradients("sequential")]
+    for each in found:
+        assert each.keys() == expected.keys()
+        for name, value in expected.items():
+            agree(each[name], value)
