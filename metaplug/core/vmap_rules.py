@@ -4,7 +4,8 @@ Stacked convolutions keep their activations as (n, tasks · channels, height, wi
 max-pooling treat channels one by one, so they work on that layout as it is; a linear layer with
 weights of each task is one batched matrix product: the same numbers as vmap's rules, with less
 memory and time (docs/performance.md). An embedding's padding row gets no gradient in any task,
-where vmap's rule protects it in the first task alone. Differentiation is torch's own, outside vmap.
+where vmap's rule protects it in the first task alone. Differentiation is outside vmap; on a CPU
+large batch norms, activations and poolings have derivatives of `batch_norm` and `max_pool`.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch import Tensor
 from metaplug.contract.inputs import map_inputs
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_groups import uniform
+from metaplug.core.autograd_graph import graph_nodes
 from metaplug.core.function_mode import FunctionMode
 from metaplug.core.inner_loop import InnerLoop
 from metaplug.core.vmap_rules import for_all_tasks
@@ -26,6 +27,10 @@ Batching = Literal["auto", "vectorized", "sequential"]
 CPU_TASK_BYTES = 2**20
 """On a CPU, tasks are vectorised while the support pass of one saves at most this for backward
 (docs/performance.md)."""
+
+CPU_NORMALIZED_TASK_BYTES = 2**23
+"""The same for models with batch norm by the statistics of the batch, which all tasks share a few
+passes for (`core.batch_norm`)."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,9 @@ def choose_batching(
     """Decide by rule, never by timing, so the same seed is the same run.
 
     "auto" is vectorised, except where vmap refuses the model or gets its numbers wrong, or where on
-    a CPU one task saves more than CPU_TASK_BYTES for its backward pass: the activations of all
-    tasks then fall out of the cache, and one after the other is faster.
+    a CPU one task saves more than CPU_TASK_BYTES for its backward pass, or with batch norm
+    CPU_NORMALIZED_TASK_BYTES: an operation on one task then outweighs its call, and stacked tasks
+    only fall out of the cache.
 
     Args:
         difference: says how stacked tasks differ from one at a time; None where they agree.
@@ -72,18 +78,21 @@ def choose_batching(
     if batch.device.type != "cpu":
         return BatchingChoice("vectorized", f"tasks are stacked on {batch.device.type}")
     try:
-        kept = kept_bytes(inner, batch)
+        kept, bound = kept_bytes(inner, batch)
     except RuntimeError as error:  # torch.func.grad in forward allows no look at what is saved
         why = f"what a task keeps for its backward pass cannot be measured: {said_by(error)}"
         return BatchingChoice("sequential", why)
-    small = kept <= CPU_TASK_BYTES
-    bound = f"{'at most' if small else 'more than'} {CPU_TASK_BYTES / 2**20:g} MiB"
-    reason = f"a task keeps {kept / 2**20:.2f} MiB for its backward pass, {bound} on a CPU"
+    small = kept <= bound
+    side = f"{'at most' if small else 'more than'} {bound / 2**20:g} MiB"
+    reason = f"a task keeps {kept / 2**20:.2f} MiB for its backward pass, {side} on a CPU"
     return BatchingChoice("vectorized" if small else "sequential", reason)
 
 
-def kept_bytes(inner: InnerLoop, batch: TaskBatch) -> int:
-    """Return the bytes that autograd saves for one task's support pass, parameters left out."""
+def kept_bytes(inner: InnerLoop, batch: TaskBatch) -> tuple[int, int]:
+    """Return the bytes that autograd saves for one task's support pass, and the bound on them.
+
+    Parameters are left out. It is counted with torch's own layers.
+    """
     weights = [parameter.detach().requires_grad_() for parameter in inner.parameters.values()]
     own = {weight.data_ptr() for weight in weights}
     kept: dict[int, int] = {}
@@ -98,8 +107,13 @@ def kept_bytes(inner: InnerLoop, batch: TaskBatch) -> int:
         x = map_inputs(
             lambda each: each.select(0, 0), inner.functional.inputs(batch.support_x, inner.dtype)
         )
-        _loss, _ = inner.task(weights, x, batch.support_y[0])
-    return sum(kept.values())
+        loss, _ = inner.task(weights, x, batch.support_y[0])
+    normalized = any(
+        node.name().startswith("NativeBatchNorm") and node._saved_training
+        for node in graph_nodes(loss)
+    )
+    bound = CPU_NORMALIZED_TASK_BYTES if normalized else CPU_TASK_BYTES
+    return sum(kept.values()), bound
 
 
 def refusal(inner: InnerLoop, batch: TaskBatch) -> str | None:

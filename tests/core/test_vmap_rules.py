@@ -41,6 +41,12 @@ LAYERS = {
         (3,),
         (5, 3, 4, 4),
     ),
+    "max-pooling of ReLU": (
+        lambda x, w, b: F.max_pool2d(F.relu(x * w[:, None, None] + b[:, None, None]), 2),
+        (3,),
+        (3,),
+        (5, 3, 4, 4),
+    ),
     "vmap within": (
         lambda x, w, b: torch.vmap(lambda row: F.linear(row, w, b))(x),
         (6, 4),
@@ -128,6 +134,57 @@ def test_pooling_by_channels_is_torchs_bit_for_bit(channels, kernel, stride, cei
         answers.append((pooled, gradient, torch.autograd.grad(gradient.square().sum(), x)[0]))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*answers, strict=True))
     assert answers[0][0].grad_fn.name() == "_MaxPool2dBackward"
+
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "torch.relu": torch.relu,
+    "method": torch.Tensor.relu,
+    "leaky": lambda x: F.leaky_relu(x, 0.25),
+    "by name": lambda x: F.leaky_relu(input=x, negative_slope=0.25),
+    "in place": lambda x: F.relu(x + 0, inplace=True),
+    "read again": lambda x: F.relu(x) + 0,
+    "of slope 0": lambda x: F.leaky_relu(x, 0.0),
+    "falling": lambda x: F.leaky_relu(x, -0.5),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kernel", [(2, 2), (3, 1)], ids=["apart", "overlapping"])
+def test_activation_and_pooling_are_torchs_bit_for_bit(activation, kernel):
+    """Ties and zeros too, derivatives to third order, and where the activation is used twice."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randint(7, (2, 3, 7, 6), generator=generator) - 3).double().requires_grad_()
+    size, stride = kernel
+    answers = []
+    for mode in (TaskRules, nullcontext):
+        with mode(), pytest.MonkeyPatch.context() as patched:
+            patched.setattr(folding, "LARGE", 0)
+            activated = ACTIVATIONS[activation](x)
+            pooled = F.max_pool2d(activated, size, stride)
+        found = [pooled, activated]
+        total = pooled.pow(4).sum() + activated.pow(3).sum()
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(total, x, create_graph=True)
+            found.append(gradient)
+            total = gradient.square().sum()
+        answers.append(found)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*answers, strict=True))
+
+
+def test_pooling_right_after_an_activation_keeps_neither():
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64).requires_grad_()
+    sizes = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: sizes.append(saved.numel()) or saved, lambda saved: saved
+    )
+    with pytest.MonkeyPatch.context() as patched, TaskRules():
+        patched.setattr(folding, "LARGE", 0)
+        activated = F.relu(x)
+        with hooks:
+            pooled = F.max_pool2d(activated, 2)
+    assert max(sizes) == pooled.numel()
+    assert pooled.grad_fn.next_functions[1][0].variable is x
 
 
 def test_random_numbers_differ_from_task_to_task():
