@@ -86,7 +86,8 @@ class _MaxPool2d(torch.autograd.Function):
         indices, *results = ctx.saved_tensors
         for result in results:
             gradient = _sloped(gradient, result, ctx.slope)
-        planes = gradient.new_zeros(ctx.form).flatten(2)
+        # Written to as it was made: autograd copies what is written to as a view.
+        planes = gradient.new_zeros(*ctx.form[:2], ctx.form[2] * ctx.form[3])
         planes.scatter_add_(2, indices.flatten(2), gradient.flatten(2))
         return None, planes.view(ctx.form), None, None
 

@@ -201,6 +201,24 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  
     return _add_batch_dim(outputs, 0, current_level())
 
 
+def _conv2d(  # noqa: PLR0917
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    """One grouped convolution with its bias, which vmap would add in passes of their own."""
+    if bias is None or input.dim() != 4 or not all(map(_is_stacked, (input, weight, bias))):
+        return NotImplemented
+    folded, tasks = _folded(input)
+    weights, shifts = _stacked(weight).flatten(0, 1), _stacked(bias).flatten()
+    groups = groups * tasks
+    return _unfolded(F.conv2d(folded, weights, shifts, stride, padding, dilation, groups), tasks)
+
+
 def _embedding(  # noqa: PLR0917
     input: Tensor,  # noqa: A002
     weight: Tensor,
@@ -223,6 +241,7 @@ def _embedding(  # noqa: PLR0917
 
 _RULES: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
+    F.conv2d: _conv2d,
     F.embedding: _embedding,
     F.leaky_relu: _leaky_relu,
     F.linear: _linear,

@@ -21,7 +21,7 @@ from metaplug.contract.schedule import iteration_text
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.core.adaptation import StepObserver, adapt
 from metaplug.core.inner_loop import InnerLoop
-from metaplug.core.outer_loop import MetaGradients, OuterLoop
+from metaplug.core.outer_loop import MetaGradients, OuterLoop, largest
 from metaplug.core.recording import recording
 from metaplug.errors import RankError, RunError, quoted
 from metaplug.execution.determinism import repeatable
@@ -216,7 +216,9 @@ class Engine:
         values = {
             name: each.detach() for name, each in self.meta_parameters.items() if each.numel()
         }
-        if torch.isfinite(torch.nn.utils.get_total_norm(values.values(), math.inf)):
+        if torch.isfinite(
+            torch.stack([largest(value).to(self.device) for value in values.values()])
+        ).all():
             return None
         return next(name for name, value in values.items() if not torch.isfinite(value).all())
 
@@ -278,11 +280,9 @@ class Engine:
             tensor
             for tensors in found.statistics.values()
             for name, tensor in tensors.items()
-            if tensor.is_floating_point() and not name.startswith(LOGGED)
+            if tensor.is_floating_point() and tensor.numel() and not name.startswith(LOGGED)
         ]
-        single = [norm.square(), found.outer_loss]
-        if kept:
-            single.append(torch.nn.utils.get_total_norm(kept, math.inf))
+        single = [norm.square(), found.outer_loss, *map(largest, kept)]
         values = torch.stack([value.to(norm) for value in single])
         finite = torch.isfinite(torch.cat([values, found.losses.to(norm)])).all()
         if batch is not None:
