@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +96,9 @@ class TaskRules(FunctionMode):
     _activation: _Activated | None = None
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _attention(*args, **kwargs)
         # Of the very call before: others in between might write to these tensors.
         before, self._activation = self._activation, None
         rule = _RULES.get(func)
@@ -103,6 +107,15 @@ class TaskRules(FunctionMode):
         if isinstance(result, _Activated):
             self._activation, result = result, result.result
         return func(*args, **kwargs) if result is NotImplemented else result
+
+
+_attention = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda _: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+"""torch's own, which hands itself over as a whole where a mode is active: no rule would then see
+the layers within."""
 
 
 class _Activated(NamedTuple):

@@ -24,7 +24,7 @@ from metaplug.random_streams import stream
 
 Batching = Literal["auto", "vectorized", "sequential"]
 
-CPU_TASK_BYTES = 2**20
+CPU_TASK_BYTES = 2**22
 """On a CPU, tasks are vectorised while the support pass of one saves at most this for backward
 (docs/performance.md)."""
 

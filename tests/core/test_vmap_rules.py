@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from metaplug.core import vmap_rules as folding
 from metaplug.core.vmap_rules import TaskRules, for_all_tasks
-from metaplug.execution.traced import _widen_products
+from metaplug.execution.compiling import _widen_products
 
 LAYERS = {
     "linear": (F.linear, (6, 4), (6,), (5, 4)),
@@ -29,6 +29,26 @@ LAYERS = {
         (5, 4),
     ),
     "a row as the input": (lambda x, w, b: F.linear(w, x) + b[:, None], (6, 4), (6,), (5, 4)),
+    "convolution": (
+        lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1, groups=2),
+        (6, 1, 3, 3),
+        (6,),
+        (5, 2, 4, 4),
+    ),
+    "convolution of one image": (
+        lambda x, w, b: F.conv2d(x, w, b, padding="same"),
+        (3, 2, 3, 3),
+        (3,),
+        (2, 4, 4),
+    ),
+    "attention": (
+        lambda x, w, b: F.multi_head_attention_forward(
+            *[x] * 3, 4, 2, w, b, None, None, False, 0.0, torch.eye(4).to(x), None
+        )[0],
+        (12, 4),
+        (12,),
+        (3, 5, 4),
+    ),
     "batch norm": (
         lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True),
         (3,),
@@ -185,6 +205,25 @@ def test_pooling_right_after_an_activation_keeps_neither():
             pooled = F.max_pool2d(activated, 2)
     assert max(sizes) == pooled.numel()
     assert pooled.grad_fn.next_functions[1][0].variable is x
+
+
+def test_layers_within_attention_follow_the_rules(monkeypatch):
+    """vmap's own rule would copy the projection's weights for every token."""
+    shapes, rule = [], folding._RULES[F.linear]
+    monkeypatch.setitem(
+        folding._RULES, F.linear, lambda x, w, b: shapes.append(w.shape) or rule(x, w, b)
+    )
+    layer, x = nn.MultiheadAttention(4, 2), torch.rand(2, 3, 5, 4)
+    weights = [each.detach().expand(2, *each.shape) for each in layer.parameters()]
+    names = [name for name, _ in layer.named_parameters()]
+
+    def task(own, x, y):
+        call = torch.func.functional_call(layer, dict(zip(names, own, strict=True)), (x, x, x))
+        return call[0], y
+
+    found, _ = for_all_tasks(task, weights, [False] * 4, x, x)
+    assert shapes == [(12, 4), (4, 4)]
+    torch.testing.assert_close(found[1], layer(*[x[1]] * 3)[0])
 
 
 def test_random_numbers_differ_from_task_to_task():
