@@ -29,10 +29,29 @@ def tensors_of(engine: Engine, step: Step) -> list[Tensor]:
     numbers = [step.iteration, step.total, *step.weights.values()]
     return [
         *(holder[name].detach() for holder, name in _places(engine)),
-        *step.batch.tensors(),
+        *(tensor.contiguous() for tensor in step.batch.tensors()),
         # Made on the device: a copy from the host would wait for it.
         *(torch.full((), number, dtype=inner.dtype, device=inner.device) for number in numbers),
     ]
+
+
+def form_of(engine: Engine, step: Step) -> tuple[Any, ...]:
+    """Return what a trace takes for granted of its inputs, whatever their numbers.
+
+    A plugin may give a buffer another shape, make one of None, or part two that were one tensor.
+    """
+    first: dict[int, int] = {}
+    own = []
+    for holder, name in _places(engine):
+        each = holder[name]
+        same = first.setdefault(id(each), len(first))
+        own.append((name, same, *_form(each), each.stride(), each.requires_grad))
+    tasks = [(name, *_form(each)) for name, each in step.batch.named_tensors().items()]
+    return tuple(own), tuple(tasks), step.batch.sizes, tuple(step.weights)
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 @contextmanager

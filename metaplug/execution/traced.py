@@ -31,7 +31,7 @@ from metaplug.errors import said_by
 from metaplug.execution.compiling import Beside, Function, inductor
 from metaplug.execution.engine import Engine
 from metaplug.execution.python_state import NothingRead, python_state
-from metaplug.execution.step_inputs import Step, in_place, tensors_of
+from metaplug.execution.step_inputs import Step, form_of, in_place, tensors_of
 from metaplug.random_streams import stream
 
 MOST_TRACES = 8
@@ -143,7 +143,8 @@ class CompiledDerivation:
             reason is not None
         ):  # not in the handler: the error holds what the failed trace allocated
             self._traces.pop(key, None)
-            self._refused.add(key)
+            if len(self._refused) < MOST_TRACES:  # else none has a trace any more
+                self._refused.add(key)
             self._refuse(reason, " in this form, and go on")
         if trace is None or function is None:
             return self.engine.derive(*step)
@@ -151,10 +152,8 @@ class CompiledDerivation:
 
     def _key(self, step: Step, numbers: Any) -> Any:
         """What a trace is made for."""
-        named = step.batch.named_tensors().items()
-        forms = tuple((name, tensor.shape, tensor.dtype) for name, tensor in named)
         orders = self.engine.inner.orders_of(step.iteration, step.total)
-        return forms, step.batch.sizes, tuple(step.weights), orders, numbers
+        return form_of(self.engine, step), orders, numbers
 
     def _due(self, key: Any, step: Step) -> bool:
         """Whether a step may be traced by now, or was."""

@@ -262,6 +262,58 @@ def test_a_form_that_has_no_trace_leaves_the_others_compiled():
     assert [trace.uses for trace in traces] == [2, 1]
 
 
+class OtherBuffers(Plugin):
+    """Its buffers come to be, grow, change their dtype and part in the course of a run."""
+
+    @hookimpl
+    def setup(self):
+        start = torch.zeros(1, dtype=torch.float64)
+        self.register_buffer("late", None)
+        self.register_buffer("history", start)
+        self.register_buffer("once_the_same", start)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    @hookimpl
+    def transform_gradients(self, gradients, step):
+        mean = self.history.sum() / len(self.history) + self.once_the_same / 3 + self.count // 2
+        late = 0 if self.late is None else self.late
+        return {name: gradient * (1 + mean + late) for name, gradient in gradients.items()}
+
+    @hookimpl
+    def transform_inner_losses(self, losses, step):
+        step.keep("loss", losses.mean())
+
+    @hookimpl
+    def commit(self, kept):
+        self.late, self.once_the_same = kept["loss"], kept["loss"].reshape(1)
+        if len(self.history) < 3:
+            self.history = torch.cat([self.history, self.once_the_same])
+        self.count = self.count + kept["loss"]
+
+
+def test_buffers_of_another_form_are_traced_anew():
+    learners = [problem().learner(plugins=[OtherBuffers()], meta_optimizer="sgd") for _ in "12"]
+    for learner in (learners[0], traced(learners[1])):
+        learner.fit(Stream(), iterations=5, tasks_per_batch=2)
+    derivation = learners[1].engine.derivation
+    assert derivation.refusal is None
+    assert [trace.uses for trace in derivation._traces.values()] == [1, 1, 3]
+    assert_close(*(dict(learner.model.state_dict()) for learner in reversed(learners)))
+
+
+def test_tasks_may_be_laid_out_in_another_way():
+    batch, seen = problem().batch, []
+    learner = problem().learner()
+    learner.engine.derivation = CompiledDerivation(
+        learner.engine, lambda graph, _: lambda *inputs: seen.append(inputs) or graph(*inputs)
+    )
+    turned = batch.map(lambda each: each.mT.contiguous().mT)
+    for each in (batch, turned):
+        learner.meta_gradients(each)
+    assert not turned.support_x.is_contiguous()
+    assert {tensor.stride() for tensor in seen[0]} == {tensor.stride() for tensor in seen[1]}
+
+
 def test_a_plugin_that_branches_on_state_is_named():
     class Branches(Plugin):
         @hookimpl
@@ -285,9 +337,10 @@ def test_batches_of_other_forms_are_traced_anew_up_to_a_number():
         learner.meta_gradients(problem(tasks=tasks).batch)
     assert len(learner.engine.derivation._traces) == MOST_TRACES
     with pytest.warns(UserWarning, match=f"batches of more than {MOST_TRACES} forms") as said:
-        for tasks in (MOST_TRACES + 1, MOST_TRACES + 2, 1):
+        for tasks in (*range(MOST_TRACES + 1, 2 * MOST_TRACES + 3), 1):
             learner.meta_gradients(problem(tasks=tasks).batch)
     assert len(said) == 1
+    assert len(learner.engine.derivation._refused) == MOST_TRACES
     traces = learner.engine.derivation._traces.values()
     assert [trace.uses for trace in traces] == [2] + [1] * (MOST_TRACES - 1)
 
