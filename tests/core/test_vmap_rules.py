@@ -187,6 +187,29 @@ def test_pooling_right_after_an_activation_keeps_neither():
     assert pooled.grad_fn.next_functions[1][0].variable is x
 
 
+@pytest.mark.parametrize("activation", ["relu", "leaky", "none"])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_what_follows_a_pooling_may_write_to_its_result(activation, stacked, monkeypatch):
+    """As an activation in place does, or a position that is added."""
+    x = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    x = x.requires_grad_()
+    function = ACTIVATIONS.get(activation, lambda x: x)
+
+    def task(values, x, y):
+        return y, F.relu(F.max_pool2d(function(x), 2).add_(1), inplace=True)
+
+    gradients = []
+    for large in (0, folding.LARGE):
+        monkeypatch.setattr(folding, "LARGE", large)
+        if stacked:
+            _, result = for_all_tasks(task, [], [], x, torch.zeros(2))
+        else:
+            with TaskRules():
+                _, result = task([], x[0], None)
+        gradients.append(torch.autograd.grad(result.pow(2).sum(), x)[0])
+    assert torch.equal(*gradients)
+
+
 def test_random_numbers_differ_from_task_to_task():
     x = torch.ones(3, 50)
     _, outputs = for_all_tasks(lambda values, x, y: (x.sum(), F.dropout(x)), [], [], x, x)
