@@ -2,7 +2,8 @@
 
 A maximum of max(h, 0) is max(h, 0) of a maximum, and the same with a slope s > 0 below zero: so
 the activation's derivative is taken after pooling, at a part of the places, and its result need not
-be kept. Places, values and gradients are those of one after the other, bit for bit.
+be kept. Places, values and gradients are those of one after the other, bit for bit; of a slope
+where windows overlap, sums of gradients to rounding.
 
 torch differentiates both with respect to their results too, which gives zeros that it fills and
 adds; here results are detached.
