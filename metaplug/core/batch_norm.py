@@ -32,6 +32,7 @@ def takes(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     dtypes = {each.dtype for each in (x, weight, bias) if each is not None}
     return (
         x.device.type == "cpu"
+        and x.dim() > 1
         and x.numel() >= max(LARGE, 2 * x.shape[1])
         and dtypes in ({torch.float32}, {torch.float64})
     )

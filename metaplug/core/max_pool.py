@@ -2,7 +2,8 @@
 
 A maximum of max(h, 0) is max(h, 0) of a maximum, and the same with a slope s > 0 below zero: so
 the activation's derivative is taken after pooling, at a part of the places, and its result need not
-be kept. Places, values and gradients are those of one after the other, bit for bit.
+be kept. Places, values and gradients are those of one after the other, bit for bit; of a slope
+where windows overlap, sums of gradients to rounding.
 
 torch differentiates both with respect to their results too, which gives zeros that it fills and
 adds; here results are detached.
@@ -55,7 +56,10 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (result,) = ctx.saved_tensors
-        return _sloped(gradient, result, ctx.slope), None
+        aten, result = torch.ops.aten, result.detach()
+        if ctx.slope:
+            return aten.leaky_relu_backward(gradient, result, ctx.slope, True), None
+        return aten.threshold_backward(gradient, result, 0), None
 
 
 class _MaxPool2d(torch.autograd.Function):
@@ -67,7 +71,9 @@ class _MaxPool2d(torch.autograd.Function):
         planes = x.view(-1, channels, *x.shape[2:]).contiguous(memory_format=torch.channels_last)
         pooled, indices = torch.ops.aten.max_pool2d_with_indices(planes, *settings)
         form = (*x.shape[:2], *pooled.shape[2:])
-        return pooled.contiguous().view(form), indices.contiguous().view(form)
+        # No view: what a Function returns as a view cannot be written to in place.
+        pooled = torch.ops.aten._unsafe_view(pooled.contiguous(), form)
+        return pooled, indices.contiguous().view(form)
 
     @staticmethod
     def vmap(_: Any, in_dims: Any, *inputs: Any) -> tuple[Any, tuple[None, None]]:
@@ -78,23 +84,21 @@ class _MaxPool2d(torch.autograd.Function):
         x, _, ctx.slope, _ = inputs
         pooled, indices = output
         ctx.form = x.shape
-        ctx.save_for_backward(indices, *(() if ctx.slope is None else (pooled,)))
+        # Of the maxima the signs alone are kept: others may write to what follows a pooling.
+        kept = () if ctx.slope is None else (pooled > 0 if ctx.slope else pooled <= 0,)
+        ctx.save_for_backward(indices, *kept)
         ctx.mark_non_differentiable(indices)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Any) -> Any:
-        indices, *results = ctx.saved_tensors
-        for result in results:
-            gradient = _sloped(gradient, result, ctx.slope)
+        indices, *signs = ctx.saved_tensors
+        for sign in signs:
+            gradient = (
+                torch.where(sign, gradient, gradient * ctx.slope)
+                if ctx.slope
+                else torch.where(sign, 0.0, gradient)
+            )
         # Written to as it was made: autograd copies what is written to as a view.
         planes = gradient.new_zeros(*ctx.form[:2], ctx.form[2] * ctx.form[3])
         planes.scatter_add_(2, indices.flatten(2), gradient.flatten(2))
         return None, planes.view(ctx.form), None, None
-
-
-def _sloped(gradient: Tensor, result: Tensor, slope: float) -> Tensor:
-    """The gradient before an activation, of that after it."""
-    aten, result = torch.ops.aten, result.detach()
-    if slope:
-        return cast("Tensor", aten.leaky_relu_backward(gradient, result, slope, True))
-    return cast("Tensor", aten.threshold_backward(gradient, result, 0))

@@ -29,10 +29,12 @@ from torch._C._functorch import (  # type: ignore[attr-defined]
     current_level,
     get_unwrapped,
     is_batchedtensor,
+    is_functorch_wrapped_tensor,
     maybe_current_level,
     maybe_get_bdim,
     maybe_get_level,
 )
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from metaplug.contract.inputs import Inputs, map_inputs
@@ -142,13 +144,13 @@ def _batch_norm(  # noqa: PLR0917
     if not training or running_mean is not None:
         return NotImplemented
     if maybe_current_level() is None:
-        own = takes(input, weight, bias)
+        own = _is_plain(input, weight, bias) and takes(input, weight, bias)
         return batch_norm(input, weight, bias, eps) if own else NotImplemented
     if not _is_stacked(input):
         return NotImplemented
     folded, tasks = _folded(input)
     scale, shift = (_by_channel(parameter, tasks) for parameter in (weight, bias))
-    if takes(folded, scale, shift):
+    if _is_plain(folded, scale, shift) and takes(folded, scale, shift):
         return _unfolded(batch_norm(folded, scale, shift, eps), tasks)
     return _unfolded(F.batch_norm(folded, None, None, scale, shift, training=True, eps=eps), tasks)
 
@@ -166,13 +168,13 @@ def _max_pool2d(  # noqa: PLR0917
 ) -> Any:
     if return_indices or input.dim() != 4:
         return NotImplemented
-    settings = (kernel_size, stride or [], padding, dilation, ceil_mode)
+    settings = (kernel_size, [] if stride is None else stride, padding, dilation, ceil_mode)
     given = [input] if before is None or before.result is not input else [input, before.source]
     slope = before.slope if before is not None and len(given) > 1 else None
     stacked = _is_stacked(input)
     folded = [_folded(each)[0] if stacked else each for each in given]
     x = folded[0]
-    if x.device.type == "cpu" and x.numel() >= LARGE and x.is_contiguous():
+    if _is_plain(*folded) and _is_large(x) and x.is_contiguous():
         pooled = pool(x, folded[-1], slope, settings)
     else:
         pooled = F.max_pool2d(x, *settings)
@@ -188,15 +190,15 @@ def _leaky_relu(
     negative_slope: float = 0.01,
     inplace: bool = False,
 ) -> Any:
-    return NotImplemented if inplace or negative_slope <= 0 else _activated(input, negative_slope)
+    if inplace or not isinstance(negative_slope, int | float) or negative_slope <= 0:
+        return NotImplemented
+    return _activated(input, negative_slope)
 
 
 def _activated(x: Tensor, slope: float) -> Any:
     stacked = _is_stacked(x)
     values = get_unwrapped(x) if stacked else x
-    if not stacked and maybe_current_level() is not None:
-        return NotImplemented
-    if values.device.type != "cpu" or values.numel() < LARGE or not values.is_floating_point():
+    if not _is_plain(values) or not _is_large(values):
         return NotImplemented
     result = activate(values, slope)
     return _Activated(from_stacked(result, maybe_get_bdim(x) if stacked else None), x, slope)
@@ -263,6 +265,24 @@ _RULES: dict[Any, Callable[..., Any]] = {
     torch.relu: _relu,
     Tensor.relu: _relu,
 }
+
+
+def _is_plain(*values: Tensor | None) -> bool:
+    """Whether autograd alone sees these: no other vmap, transform of torch.func or forward mode.
+
+    The Functions of this package have a backward pass, and no rule for any of these.
+    """
+    wrapped = (each is not None and is_functorch_wrapped_tensor(each) for each in values)
+    return forward_ad._current_level < 0 and not any(wrapped)
+
+
+def _is_large(x: Tensor) -> bool:
+    """Whether pooling and activations of this package take less time than torch's.
+
+    Where windows overlap, torch sums gradients of fewer digits in float32.
+    """
+    kinds = (torch.float32, torch.float64)
+    return x.device.type == "cpu" and x.numel() >= LARGE and x.dtype in kinds
 
 
 def as_stacked(value: Any) -> tuple[Any, int | None]:

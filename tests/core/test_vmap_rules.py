@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
+from metaplug.core import batch_norm
 from metaplug.core import vmap_rules as folding
 from metaplug.core.vmap_rules import TaskRules, for_all_tasks
 from metaplug.execution.compiling import _widen_products
@@ -224,6 +226,87 @@ def test_layers_within_attention_follow_the_rules(monkeypatch):
     found, _ = for_all_tasks(task, weights, [False] * 4, x, x)
     assert shapes == [(12, 4), (4, 4)]
     torch.testing.assert_close(found[1], layer(*[x[1]] * 3)[0])
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky", "none"])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_what_follows_a_pooling_may_write_to_its_result(activation, stacked, monkeypatch):
+    """As an activation in place does, or a position that is added."""
+    x = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    x = x.requires_grad_()
+    function = ACTIVATIONS.get(activation, lambda x: x)
+
+    def task(values, x, y):
+        return y, F.relu(F.max_pool2d(function(x), 2).add_(1), inplace=True)
+
+    gradients = []
+    for large in (0, folding.LARGE):
+        monkeypatch.setattr(folding, "LARGE", large)
+        if stacked:
+            _, result = for_all_tasks(task, [], [], x, torch.zeros(2))
+        else:
+            with TaskRules():
+                _, result = task([], x[0], None)
+        gradients.append(torch.autograd.grad(result.pow(2).sum(), x)[0])
+    assert torch.equal(*gradients)
+
+
+def in_two(x, function):
+    return torch.vmap(lambda s: function(x * s))(torch.arange(1, 3).to(x))
+
+
+def in_forward_mode(x, function):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, x.cos()))).tangent
+
+
+def torchs_norm(x):
+    return F.batch_norm(x, None, None, training=True)
+
+
+LEFT_TO_TORCH = {
+    "ReLU in a vmap": lambda x: in_two(x, F.relu),
+    "pooling in a vmap": lambda x: in_two(x, lambda x: F.max_pool2d(F.relu(x), 2)),
+    "batch norm in a vmap": lambda x: in_two(x, torchs_norm),
+    "a constant in a vmap": lambda x: in_two(x, lambda s: F.max_pool2d(x, 2) + s[:, :, 1::2, ::2]),
+    "pooling in a derivative": torch.func.grad(lambda x: F.max_pool2d(F.relu(x), 2).sin().sum()),
+    "pooling, from its input on": lambda x: in_forward_mode(x, lambda x: F.max_pool2d(x, 2)),
+    "ReLU, from its input on": lambda x: in_forward_mode(x, F.relu),
+    "batch norm, from its input on": lambda x: in_forward_mode(x, torchs_norm),
+    "16 bits": lambda x: F.max_pool2d(x.bfloat16(), 3, 1, 1),
+    "a stride of 0": lambda x: F.max_pool2d(x, 2, 0),
+    "a slope in a tensor": lambda x: F.leaky_relu(x, torch.tensor(0.2)),
+}
+
+
+# torch loads the rules of its forward mode by what it warns of itself.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+@pytest.mark.parametrize("case", LEFT_TO_TORCH)
+@pytest.mark.parametrize("stacked", [True, False])
+def test_what_own_derivatives_do_not_know_is_left_to_torch(case, stacked, monkeypatch):
+    x = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    x = x.requires_grad_()
+
+    def answer(large):
+        for module, name in ((folding, "LARGE"), (batch_norm, "LARGE")):
+            monkeypatch.setattr(module, name, large)
+        try:
+            if stacked:
+                task = lambda values, x, y: (y, LEFT_TO_TORCH[case](x))  # noqa: E731
+                _, result = for_all_tasks(task, [], [], x, torch.zeros(2))
+            else:
+                with nullcontext() if large else TaskRules():
+                    result = LEFT_TO_TORCH[case](x[0])
+        except RuntimeError as error:
+            return str(error)
+        return result, *torch.autograd.grad(result.double().pow(2).sum(), x)
+
+    ours, theirs = answer(0), answer(2**16)
+    if isinstance(theirs, str):
+        assert ours == theirs
+    else:
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_random_numbers_differ_from_task_to_task():

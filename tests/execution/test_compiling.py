@@ -1,5 +1,6 @@
 """Steps that are compiled in a process beside the run, and what Inductor is given."""
 
+import copy
 import logging
 
 import pytest
@@ -7,11 +8,14 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from metaplug import RequestError
+from metaplug import MetaLearner, RequestError, TaskBatch
+from metaplug.bench.encoder import TOKENS, VOCABULARY, Encoder, with_adapters
 from metaplug.execution import compiling, traced
 from metaplug.execution.compiling import Beside, inductor
 from metaplug.execution.graph_file import read_graph, write_graph
 from metaplug.execution.traced import PATIENCE, CompiledDerivation
+from metaplug.models.conv4 import Conv4
+from metaplug.models.resnet12 import ResNet12
 from metaplug.testing import Stream, assert_close, found, problem
 
 
@@ -184,6 +188,51 @@ def test_what_a_process_compiled_is_in_the_cache_of_the_run(tmp_path, monkeypatc
     with torch.no_grad():
         for one, other in zip(function(*inputs), graph(*inputs), strict=True):
             assert_close({"": one}, {"": other})
+
+
+def conv4_with_pooling():
+    return Conv4((1, 28, 28), 3, filters=8, pooling="max"), torch.rand(2, 3, 1, 28, 28)
+
+
+def resnet12():
+    return ResNet12((1, 16, 16), 3, filters=(2, 3, 4, 4)), torch.rand(2, 3, 1, 16, 16)
+
+
+def encoder():
+    return Encoder(8, layers=1, heads=2, ways=3), torch.randint(VOCABULARY, (2, 3, TOKENS))
+
+
+def encoder_with_adapters():
+    model, x = encoder()
+    return with_adapters(model, rank=2), x
+
+
+def packed_attention():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    pooled = nn.Sequential(nn.Flatten(), nn.Linear(40, 3))
+    return nn.Sequential(layer, pooled), torch.rand(2, 3, 5, 8)
+
+
+@pytest.mark.slow  # half a minute to minutes of compiling each
+@pytest.mark.parametrize(
+    "make", [conv4_with_pooling, resnet12, encoder, encoder_with_adapters, packed_attention]
+)
+def test_inductor_compiles_models_of_every_kind(make):
+    torch.manual_seed(0)
+    model, x = make()
+    model = model.double()
+    x = x.double() if x.is_floating_point() else x
+    y = torch.arange(3).repeat(2, 1)
+    batch = TaskBatch(x, y, x.flip(1), y.flip(1))
+    plain, ours = (
+        MetaLearner(
+            copy.deepcopy(model), inner_lr=0.05, inner_steps=2, task_batching="vectorized", **more
+        )
+        for more in ({}, {"compile": True})
+    )
+    expected, actual = plain.meta_gradients(batch), ours.meta_gradients(batch)
+    assert ours.engine.derivation.refusal is None
+    assert_close(actual, expected, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.slow  # minutes of compiling each
