@@ -45,6 +45,9 @@ not even where an inner loop amplifies it."""
 PATIENCE = 10
 """With "auto", steps of one form in a row, as they are, before a trace of it is paid for."""
 
+LEAST = 60.0
+"""With "auto", nothing is traced where less than so many seconds of the run are left."""
+
 WORTH = 3.0
 """With "auto", what is left of the run must take so many times as long as compiling."""
 
@@ -159,7 +162,7 @@ class CompiledDerivation:
         """Whether a step may be traced by now, or was."""
         if key in self._traces:
             return True
-        return self._row.steps > self.patience and (not self.auto or self._left(step) > 60)
+        return self._row.steps > self.patience and (not self.auto or self._left(step) > LEAST)
 
     def _left(self, step: Step) -> float:
         """The seconds that the rest of the run takes, if all its steps are as the last ones."""
