@@ -114,21 +114,16 @@ class GradientSharing(Plugin, SharingParts):
 
     @hookimpl
     def commit(self, kept: Mapping[str, Tensor]) -> None:
-        for k, r in kept.items():
-            self.running[int(k)] = r
-            self.started[int(k)] = True
+        if kept:  # by all steps, in their order
+            self.running[: len(kept)] = torch.stack([*kept.values()])
+            self.started[: len(kept)] = True
 
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
         names = ("gate", "momentum") if self.config.statistics == "accumulated" else ("gate",)
-        with torch.no_grad():
-            weights = [
-                self.weight(name, slice(None)).mean(-1).broadcast_to(len(self.started))
-                for name in names
-            ]
-        values = torch.stack(weights).tolist()
-        return {
-            f"{name}/{k}": value
-            for name, own in zip(names, values, strict=True)
-            for k, value in enumerate(own)
-        }
+        figures, slots = dict[str, float](), len(self.started)
+        for name in names:
+            with torch.no_grad():
+                weights = self.weight(name, slice(None)).mean(-1).expand(slots).tolist()
+            figures |= {f"{name}/{k}": weight for k, weight in enumerate(weights)}
+        return figures
