@@ -26,13 +26,17 @@ class Step(NamedTuple):
 def tensors_of(engine: Engine, step: Step) -> list[Tensor]:
     """Return all that a step reads: the model's and plugins' tensors, the tasks, the numbers."""
     inner = engine.inner
-    numbers = [step.iteration, step.total, *step.weights.values()]
     return [
         *(holder[name].detach() for holder, name in _places(engine)),
         *(tensor.contiguous() for tensor in step.batch.tensors()),
-        # Made on the device: a copy from the host would wait for it.
-        *(torch.full((), number, dtype=inner.dtype, device=inner.device) for number in numbers),
+        *(_full(each, torch.float64, inner.device) for each in (step.iteration, step.total)),
+        *(_full(each, inner.dtype, inner.device) for each in step.weights.values()),
     ]
+
+
+def _full(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Made on the device: a copy from the host would wait for it.
+    return torch.full((), number, dtype=dtype, device=device)
 
 
 def form_of(engine: Engine, step: Step) -> tuple[Any, ...]:
