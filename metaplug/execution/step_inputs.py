@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.execution.engine import Engine
@@ -64,6 +64,8 @@ def in_place(engine: Engine, tensors: Sequence[Tensor], like: Step) -> Iterator[
     places = _places(engine)
     before = [holder[name] for holder, name in places]
     meta_parameters = dict(engine.meta_parameters)
+    # What a hook keeps of a trace, such as its figures, is of use to nobody.
+    attributes = [(vars(module), dict(vars(module))) for module in _modules(engine)]
     own, rest = tensors[: len(places)], tensors[len(places) :]
     tasks, (iteration, total, *weights) = (
         rest[: -2 - len(like.weights)],
@@ -86,13 +88,15 @@ def in_place(engine: Engine, tensors: Sequence[Tensor], like: Step) -> Iterator[
         for (holder, name), old in zip(places, before, strict=True):
             holder[name] = old
         engine.meta_parameters.update(meta_parameters)
+        for now, then in attributes:
+            now.clear()
+            now.update(then)
 
 
 def _places(engine: Engine) -> list[tuple[Any, str]]:
     """Where tensors stand that may change from step to step: the model's and the plugins'."""
-    modules = [module for plugin in engine.chain.plugins for module in plugin.modules()]
     holders: list[Any] = [
-        holder for module in modules for holder in (module._parameters, module._buffers)
+        holder for module in _modules(engine) for holder in (module._parameters, module._buffers)
     ]
     # The clone that runs takes over the buffers of the model itself at every step.
     holders += [module._buffers for module in engine.inner.functional.model.modules()]
@@ -103,3 +107,7 @@ def _places(engine: Engine) -> list[tuple[Any, str]]:
     for holder in holders:
         found += [(holder, name) for name, tensor in holder.items() if tensor is not None]
     return found
+
+
+def _modules(engine: Engine) -> list[nn.Module]:
+    return [module for plugin in engine.chain.plugins for module in plugin.modules()]

@@ -283,6 +283,49 @@ def test_a_plugin_that_decides_by_the_iteration_is_named_and_training_goes_on(de
     )
 
 
+@pytest.mark.parametrize(
+    "of", [lambda step: step.meta_iteration, lambda step: step.losses.detach().sum()]
+)
+def test_what_a_hook_remembers_of_a_trace_is_forgotten_and_named(of):
+    class Remembers(Plugin):
+        @hookimpl
+        def transform_gradients(self, gradients, step):
+            if step.index == 0:
+                self.last = of(step)
+
+        @hookimpl
+        def end_meta_step(self):
+            return {"last": float(self.last)}
+
+    case = problem()
+    plain, ours = case.learner(plugins=[Remembers()]), traced(case.learner(plugins=[Remembers()]))
+    with pytest.warns(UserWarning, match="'last' of plugin 'remembers' changes from step to step"):
+        histories = [
+            learner.fit(Stream(), iterations=3, tasks_per_batch=2) for learner in (ours, plain)
+        ]
+    one, other = ([record.step for record in history.records] for history in histories)
+    assert one == other
+
+
+def test_a_plugin_that_counts_is_refused_before_it_is_compiled():
+    class Counts(Plugin):
+        calls = 0
+
+        @hookimpl
+        def transform_gradients(self, gradients):
+            self.calls += 1
+            return {name: gradient / self.calls for name, gradient in gradients.items()}
+
+    learner, compiled = problem().learner(plugins=[Counts()]), []
+    learner.engine.derivation = CompiledDerivation(
+        learner.engine, lambda graph, _: compiled.append(graph) or graph
+    )
+    with pytest.warns(UserWarning, match="a number that a plugin keeps changes from step to step"):
+        learner.fit(Stream(), iterations=3, tasks_per_batch=2)
+    assert not compiled
+    assert learner.chain.plugins[0].calls == 6
+
+
 def test_a_form_that_has_no_trace_leaves_the_others_compiled():
     class NoThree(Plugin):
         @hookimpl
