@@ -40,6 +40,30 @@ def test_a_graph_comes_out_of_its_file_as_it_went_in(model, tmp_path):
             assert torch.equal(one, other)
 
 
+def test_a_frozen_parameter_of_the_loss_is_in_the_file(tmp_path):
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            weight = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+            self.weight = nn.Parameter(weight, requires_grad=False)
+
+        def forward(self, predictions, targets):
+            return nn.functional.cross_entropy(predictions, targets, weight=self.weight)
+
+    case, seen = problem(steps=1), []
+    learner = case.learner(loss=Weighted())
+    learner.engine.derivation = CompiledDerivation(
+        learner.engine, lambda graph, inputs: seen.append((graph, inputs)) or graph
+    )
+    learner.meta_gradients(case.batch)
+    graph, inputs = seen[0]
+    write_graph(tmp_path / "graph", graph)
+    again, _ = read_graph(tmp_path / "graph")
+    with torch.no_grad():
+        for one, other in zip(again(*inputs), graph(*inputs), strict=True):
+            assert torch.equal(one, other)
+
+
 def test_a_graph_that_calls_something_else_is_not_written(tmp_path):
     graph = torch.fx.symbolic_trace(nn.Sequential(nn.ReLU()))
     graph.graph.call_function(len, ([],))
