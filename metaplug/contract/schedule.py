@@ -16,7 +16,8 @@ def iteration_text(iteration: Any) -> str:
     >>> iteration_text(0)
     'iteration 1'
     """
-    return f"iteration {int(str(iteration)) + 1}"  # by str: a trace lets it be shown, not computed
+    # A trace lets its number be shown, not computed.
+    return f"iteration {getattr(iteration, 'shown', iteration) + 1}"
 
 
 def step_text(iteration: Any, index: int, *, training: bool) -> str:

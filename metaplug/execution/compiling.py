@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +30,7 @@ from metaplug.execution.graph_file import read_graph, write_graph
 Function = Callable[..., Any]
 
 _Graph = torch.fx.GraphModule
+_Process = subprocess.Popen[bytes]
 _aten = torch.ops.aten
 
 
@@ -49,7 +53,7 @@ def _compiled(graph: _Graph, inputs: Sequence[Tensor]) -> Function:
 class Beside:
     """A process that compiles a graph, so that Inductor has it in its cache.
 
-    It ends with this object, or with the run.
+    It ends with this object, or with the run, however that ends.
 
     Raises:
         Exception: the graph cannot be handed over.
@@ -58,19 +62,21 @@ class Beside:
     def __init__(self, graph: _Graph, inputs: Sequence[Tensor]) -> None:
         forms = [(each.shape, each.stride(), each.dtype, each.device) for each in inputs]
         _rewrite(graph)  # by what its nodes know of their results, which is not handed over
-        self._folder = tempfile.TemporaryDirectory(prefix="metaplug-compile-")
-        task, said = (Path(self._folder.name) / name for name in ("task", "said"))
-        write_graph(task, graph, forms=forms, threads=torch.get_num_threads())
-        self._said = said
-        with said.open("wb") as output:
+        folder, running = Path(tempfile.mkdtemp(prefix="metaplug-compile-")), list[_Process]()
+        self._end = weakref.finalize(self, _stop, folder, running, os.getpid())
+        task, self._said = folder / "task", folder / "said"
+        write_graph(task, graph, forms=forms, settings=_settings())
+        with self._said.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(task)],
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-P", "-W", "ignore", "-m", __name__, str(task)],
+                stdin=subprocess.PIPE,  # it closes with the run, however that ends
                 stdout=output,
                 stderr=output,
+                # The run's own modules, which a folder of the run's may shadow.
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
                 start_new_session=True,  # Ctrl-C is for the run, which ends it
             )
-        self._end = weakref.finalize(self, _stop, self._process, self._folder)
+        running.append(self._process)
 
     def done(self) -> bool:
         """Whether the process has ended.
@@ -89,23 +95,65 @@ class Beside:
         return True
 
 
-def _stop(process: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str]) -> None:
-    process.kill()
-    process.wait()
-    folder.cleanup()
+def _stop(folder: Path, running: Sequence[_Process], owner: int) -> None:
+    if os.getpid() != owner:  # a fork of the run, which ends before it
+        return
+    for process in running:
+        if process.poll() is None:
+            _kill(process.pid)
+        process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kill(process: int) -> None:
+    """End a process that leads a session, and the compilers that it started."""
+    if hasattr(os, "killpg"):
+        os.killpg(process, signal.SIGKILL)
+    else:
+        os.kill(process, signal.SIGTERM)
+
+
+def _end_with_run(folder: Path) -> None:
+    """Wait for the end of the run, and end this process."""
+    os.read(0, 1)  # not sys.stdin, whose lock this thread would hold when Python ends
+    shutil.rmtree(folder, ignore_errors=True)
+    _kill(os.getpid())
 
 
 def _compile_for_another(task: Path) -> None:
-    """Compile what a `Beside` has written, with the threads of its process."""
+    """Compile what a `Beside` has written, with the settings of its process."""
+    threading.Thread(target=_end_with_run, args=(task.parent,), daemon=True).start()
     graph, more = read_graph(task)
     if hasattr(os, "nice"):
         os.nice(10)  # the run goes first
-    torch.set_num_threads(more["threads"])
+    _set(more["settings"])
     inputs = [
         torch.empty_strided(shape, stride, dtype=dtype, device=device)
         for shape, stride, dtype, device in more["forms"]
     ]
     _compiled(graph, inputs)
+
+
+_Settings = tuple[int, torch.dtype, dict[str, Any]]
+
+
+def _settings() -> _Settings:
+    """The settings of this process by which Inductor finds a graph in its cache."""
+    matmul = torch.backends.cuda.matmul
+    names = ["fp32_precision" if hasattr(torch.backends.cudnn, "conv") else "allow_tf32"]
+    names += [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("fp16", "bf16")]
+    products = {name: getattr(matmul, name) for name in names}
+    return torch.get_num_threads(), torch.get_default_dtype(), products
+
+
+def _set(settings: _Settings) -> None:
+    threads, dtype, products = settings
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    for name, value in products.items():
+        setattr(torch.backends.cuda.matmul, name, value)
 
 
 def _rewrite(graph: _Graph) -> None:

@@ -38,7 +38,8 @@ def write_graph(path: Path, graph: GraphModule, **more: Any) -> None:
         )
         for node in graph.graph.nodes
     ]
-    constants = {name: each.detach() for name, each in graph.named_buffers()}
+    named = (*graph.named_buffers(), *graph.named_parameters())  # such as frozen ones of a loss
+    constants = {name: each.detach() for name, each in named}
     torch.save({"nodes": nodes, "constants": constants, **more}, path, pickle_protocol=5)
 
 

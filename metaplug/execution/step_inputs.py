@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.execution.engine import Engine
@@ -26,13 +26,17 @@ class Step(NamedTuple):
 def tensors_of(engine: Engine, step: Step) -> list[Tensor]:
     """Return all that a step reads: the model's and plugins' tensors, the tasks, the numbers."""
     inner = engine.inner
-    numbers = [step.iteration, step.total, *step.weights.values()]
     return [
         *(holder[name].detach() for holder, name in _places(engine)),
         *(tensor.contiguous() for tensor in step.batch.tensors()),
-        # Made on the device: a copy from the host would wait for it.
-        *(torch.full((), number, dtype=inner.dtype, device=inner.device) for number in numbers),
+        *(_full(each, torch.float64, inner.device) for each in (step.iteration, step.total)),
+        *(_full(each, inner.dtype, inner.device) for each in step.weights.values()),
     ]
+
+
+def _full(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Made on the device: a copy from the host would wait for it.
+    return torch.full((), number, dtype=dtype, device=device)
 
 
 def form_of(engine: Engine, step: Step) -> tuple[Any, ...]:
@@ -60,6 +64,8 @@ def in_place(engine: Engine, tensors: Sequence[Tensor], like: Step) -> Iterator[
     places = _places(engine)
     before = [holder[name] for holder, name in places]
     meta_parameters = dict(engine.meta_parameters)
+    # What a hook keeps of a trace, such as its figures, is of use to nobody.
+    attributes = [(vars(module), dict(vars(module))) for module in _modules(engine)]
     own, rest = tensors[: len(places)], tensors[len(places) :]
     tasks, (iteration, total, *weights) = (
         rest[: -2 - len(like.weights)],
@@ -82,13 +88,15 @@ def in_place(engine: Engine, tensors: Sequence[Tensor], like: Step) -> Iterator[
         for (holder, name), old in zip(places, before, strict=True):
             holder[name] = old
         engine.meta_parameters.update(meta_parameters)
+        for now, then in attributes:
+            now.clear()
+            now.update(then)
 
 
 def _places(engine: Engine) -> list[tuple[Any, str]]:
     """Where tensors stand that may change from step to step: the model's and the plugins'."""
-    modules = [module for plugin in engine.chain.plugins for module in plugin.modules()]
     holders: list[Any] = [
-        holder for module in modules for holder in (module._parameters, module._buffers)
+        holder for module in _modules(engine) for holder in (module._parameters, module._buffers)
     ]
     # The clone that runs takes over the buffers of the model itself at every step.
     holders += [module._buffers for module in engine.inner.functional.model.modules()]
@@ -99,3 +107,7 @@ def _places(engine: Engine) -> list[tuple[Any, str]]:
     for holder in holders:
         found += [(holder, name) for name, tensor in holder.items() if tensor is not None]
     return found
+
+
+def _modules(engine: Engine) -> list[nn.Module]:
+    return [module for plugin in engine.chain.plugins for module in plugin.modules()]

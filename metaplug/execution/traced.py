@@ -175,10 +175,12 @@ class CompiledDerivation:
             raise RuntimeError(f"batches of more than {MOST_TRACES} {what} came along")
         engine, named = self.engine, dict[str, Any]()
         orders = engine.inner.orders_of(like.iteration, like.total)
+        before = python_state(engine)
 
         def derivation(*tensors: Tensor) -> list[Tensor]:
             with in_place(engine, tensors, like) as step, NothingRead():
                 found = engine.derive(*step, orders=orders)
+                _check_unchanged(before, python_state(engine))
             named["gradients"] = tuple(found.gradients)
             named["statistics"] = tuple(
                 (plugin, name) for plugin, kept in found.statistics.items() for name in kept
@@ -242,10 +244,7 @@ class CompiledDerivation:
         changed = [name for name in kept if before is not None and kept[name] != before.get(name)]
         if changed:
             self._off = True
-            self._refuse(
-                f"{changed[0]} changes from step to step, which a {self.what} step would freeze: "
-                "make it a tensor, registered as a buffer of a plugin"
-            )
+            self._refuse(_changes(changed[0]))
 
     def _refuse(self, reason: str, where: str = ", and the run goes on") -> None:
         """Note a reason, and say it once."""
@@ -253,6 +252,21 @@ class CompiledDerivation:
         if reason not in self._said:
             self._said.add(reason)
             warn_refusal(self.what, reason, where)
+
+
+def _check_unchanged(before: tuple[Any, Any], after: tuple[Any, Any]) -> None:
+    """Refuse a step that writes what Python keeps, so that a later one may read it."""
+    (numbers, kept), (numbers_after, kept_after) = before, after
+    changed = [name for name in kept_after if kept_after[name] != kept.get(name)]
+    if changed or numbers_after != numbers:
+        raise RuntimeError(_changes(changed[0] if changed else "a number that a plugin keeps"))
+
+
+def _changes(name: str) -> str:
+    return (
+        f"{name} changes from step to step, which a compiled or captured step would freeze: make "
+        "it a tensor, registered as a buffer of a plugin"
+    )
 
 
 class _Row:

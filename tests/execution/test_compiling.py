@@ -2,6 +2,9 @@
 
 import copy
 import logging
+import os
+import signal
+import sys
 
 import pytest
 import torch
@@ -36,6 +39,30 @@ def test_a_graph_comes_out_of_its_file_as_it_went_in(model, tmp_path):
     again, more = read_graph(tmp_path / "graph")
     assert more == {"threads": 3}
     assert str(again.graph) == str(graph.graph)  # what Inductor's cache goes by
+    with torch.no_grad():
+        for one, other in zip(again(*inputs), graph(*inputs), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_frozen_parameter_of_the_loss_is_in_the_file(tmp_path):
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            weight = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+            self.weight = nn.Parameter(weight, requires_grad=False)
+
+        def forward(self, predictions, targets):
+            return nn.functional.cross_entropy(predictions, targets, weight=self.weight)
+
+    case, seen = problem(steps=1), []
+    learner = case.learner(loss=Weighted())
+    learner.engine.derivation = CompiledDerivation(
+        learner.engine, lambda graph, inputs: seen.append((graph, inputs)) or graph
+    )
+    learner.meta_gradients(case.batch)
+    graph, inputs = seen[0]
+    write_graph(tmp_path / "graph", graph)
+    again, _ = read_graph(tmp_path / "graph")
     with torch.no_grad():
         for one, other in zip(again(*inputs), graph(*inputs), strict=True):
             assert torch.equal(one, other)
@@ -173,8 +200,48 @@ def test_a_process_ends_with_its_run():
     assert not folder.exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="there are no sessions on this system")
+def test_a_process_finds_the_run_s_modules_and_ends_where_the_run_is_killed(tmp_path, monkeypatch):
+    (tmp_path / "random.py").write_text("raise SystemExit('not the one that torch means')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each])
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    process = Beside(make_fx(lambda x: x + 1)(torch.zeros(2)), [torch.zeros(2)])
+    process._process.stdin.close()  # as the end of the run does
+    assert process._process.wait(60) == -signal.SIGKILL
+    assert not process._said.parent.exists()
+
+
+def test_a_fork_of_the_run_leaves_the_process_alone(tmp_path):
+    compiling._stop(tmp_path, [], os.getpid() + 1)
+    assert tmp_path.exists()
+
+
+@pytest.fixture
+def other_settings():
+    """Settings of torch by which Inductor keeps what it compiles."""
+    before = compiling._settings()
+    torch.set_default_dtype(torch.float64)
+    torch.set_float32_matmul_precision("high")
+    yield
+    compiling._set(before)
+
+
+def test_a_process_has_the_settings_of_the_run(other_settings, tmp_path, monkeypatch):
+    seen, before = [], compiling._settings()
+    graph = make_fx(lambda x: x + 1)(torch.zeros(2))
+    write_graph(tmp_path / "task", graph, forms=[], settings=before)
+    torch.set_default_dtype(torch.float32)
+    torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(compiling.os, "nice", lambda by: None)
+    monkeypatch.setattr(compiling, "_end_with_run", lambda folder: None)
+    monkeypatch.setattr(compiling, "_compiled", lambda *_: seen.append(compiling._settings()))
+    compiling._compile_for_another(tmp_path / "task")
+    assert seen == [before]
+
+
 @pytest.mark.slow  # half a minute of compiling
-def test_what_a_process_compiled_is_in_the_cache_of_the_run(tmp_path, monkeypatch):
+def test_what_a_process_compiled_is_in_the_cache_of_the_run(tmp_path, monkeypatch, other_settings):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     graph, inputs = graph_of(problem(steps=1, tasks=2))
     process = Beside(graph, inputs)

@@ -217,12 +217,48 @@ def test_the_iteration_and_the_length_of_the_run_are_inputs_of_a_trace():
 
 
 @pytest.mark.parametrize(
+    "compute",
+    [
+        lambda i, total: torch.zeros(3) + i / total * 100 // 1,  # 28 where i is 29
+        lambda i, total: torch.arange(3) * (i // 2),
+        lambda i, total: torch.arange(3) * (i / total),
+        lambda i, total: torch.arange(3) < i,
+        lambda i, total: torch.ones(3) * (1 - 0.99999 ** (i + 1)),
+        lambda i, total: torch.ones((), dtype=torch.float64) * ((i >= 2) / 3 + (i > 0) - (i < 9)),
+        lambda i, total: torch.lerp(torch.zeros(2), torch.ones(2), i / total),
+        lambda i, total: torch.where(torch.zeros(()) + i > 2, torch.ones(2), 0.1 ** -(i**0.5)),
+        lambda i, total: torch.ones(2) * (i * 1103515245 % 2**31) / 2**31,
+    ],
+)
+def test_numbers_of_the_run_round_and_promote_as_python_s_own(compute):
+    class Computes(Plugin):
+        @hookimpl
+        def transform_gradients(self, gradients, step):
+            step.keep("of", compute(step.meta_iteration, step.meta_iterations))
+
+    case = problem(steps=1).to(torch.float32)
+    learners = [case.learner(plugins=[Computes()]) for _ in "12"]
+    traced(learners[1])
+    for iteration in (0, 1, 29, 58):
+        plain, ours = (
+            learner.engine.meta_gradients(learner.prepare_batch(case.batch), iteration, 100)
+            for learner in learners
+        )
+        assert learners[1].engine.derivation.refusal is None
+        one, other = plain.statistics["computes"]["of"], ours.statistics["computes"]["of"]
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
     "decide",
     [
         lambda step: 2.0 if step.meta_iteration > 1 else 1.0,
         lambda step: float(step.meta_iteration),
         lambda step: 2.0 ** int(step.meta_iteration),
         lambda step: [1.0, 2.0][step.meta_iteration],
+        lambda step: {0: 1.0}.get(step.meta_iteration, 2.0),
+        lambda step: 1.0 + 1e-3 * len(f"{step.meta_iteration + 9}"),
     ],
 )
 def test_a_plugin_that_decides_by_the_iteration_is_named_and_training_goes_on(decide):
@@ -245,6 +281,49 @@ def test_a_plugin_that_decides_by_the_iteration_is_named_and_training_goes_on(de
         torch.equal(one, other)
         for one, other in zip(ours.model.parameters(), plain.model.parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    "of", [lambda step: step.meta_iteration, lambda step: step.losses.detach().sum()]
+)
+def test_what_a_hook_remembers_of_a_trace_is_forgotten_and_named(of):
+    class Remembers(Plugin):
+        @hookimpl
+        def transform_gradients(self, gradients, step):
+            if step.index == 0:
+                self.last = of(step)
+
+        @hookimpl
+        def end_meta_step(self):
+            return {"last": float(self.last)}
+
+    case = problem()
+    plain, ours = case.learner(plugins=[Remembers()]), traced(case.learner(plugins=[Remembers()]))
+    with pytest.warns(UserWarning, match="'last' of plugin 'remembers' changes from step to step"):
+        histories = [
+            learner.fit(Stream(), iterations=3, tasks_per_batch=2) for learner in (ours, plain)
+        ]
+    one, other = ([record.step for record in history.records] for history in histories)
+    assert one == other
+
+
+def test_a_plugin_that_counts_is_refused_before_it_is_compiled():
+    class Counts(Plugin):
+        calls = 0
+
+        @hookimpl
+        def transform_gradients(self, gradients):
+            self.calls += 1
+            return {name: gradient / self.calls for name, gradient in gradients.items()}
+
+    learner, compiled = problem().learner(plugins=[Counts()]), []
+    learner.engine.derivation = CompiledDerivation(
+        learner.engine, lambda graph, _: compiled.append(graph) or graph
+    )
+    with pytest.warns(UserWarning, match="a number that a plugin keeps changes from step to step"):
+        learner.fit(Stream(), iterations=3, tasks_per_batch=2)
+    assert not compiled
+    assert learner.chain.plugins[0].calls == 6
 
 
 def test_a_form_that_has_no_trace_leaves_the_others_compiled():
