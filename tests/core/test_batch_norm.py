@@ -111,6 +111,15 @@ def test_channels_far_from_zero_keep_their_digits():
     torch.testing.assert_close(batch_norm(x, None, None, EPS), exact, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("shape", [(25, 2, 18, 18), (2000, 2), (2000, 2, 1, 1)], ids=str)
+def test_one_value_far_from_the_others_costs_no_digits(shape):
+    """As at a padded corner."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x[0].view(2, -1)[:, 0] = 1000.0
+    exact = batch_norm(x.double(), None, None, EPS).float()
+    torch.testing.assert_close(batch_norm(x, None, None, EPS), exact, rtol=2e-6, atol=2e-6)
+
+
 def test_a_batch_of_gradients_is_taken_at_once():
     x, weight, bias = inputs((5, 3, 4, 2), 0)
     gradients = torch.randn(4, 5, 3, 4, 2, dtype=torch.float64)
