@@ -187,7 +187,9 @@ def _by_autograd(
         of_x = of_x * _by_channel(weight, x)
     derivatives = of_x, (gradient * normal).sum(axes), gradient.sum(axes)
     wanted = [each for each in given if each is not None and each.requires_grad]
-    found = iter(torch.autograd.grad(derivatives, wanted, cotangents, create_graph=True))
+    pairs = zip(derivatives, cotangents, strict=True)  # of a constant gradient, Σ g is constant too
+    ends, into = zip(*((one, to) for one, to in pairs if one.requires_grad), strict=True)
+    found = iter(torch.autograd.grad(ends, wanted, into, create_graph=True))
     return tuple(next(found) if any(each is one for one in wanted) else None for each in given)
 
 

@@ -81,6 +81,18 @@ def test_derivatives_to_third_order_are_those_of_the_equation(shape, weight, bia
         agree(one, other)
 
 
+def test_a_constant_gradient_is_differentiated_to_third_order():
+    found = []
+    for norm in (ours, by_equation):
+        x, weight, _ = inputs((5, 3, 4, 2), 0, bias=False)
+        total = (norm(x, weight.detach(), None) * uneven(x)).sum()
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(total, x, create_graph=True)
+            total = gradient.square().sum()
+        found.append(gradient)
+    agree(*found)
+
+
 @pytest.mark.parametrize("case", ["zero scale", "constant channel", "channels last", "strided"])
 def test_second_derivatives_are_torchs(case):
     x, weight, bias = inputs((5, 3, 4, 6), 0)
