@@ -98,6 +98,8 @@ class _MaxPool2d(torch.autograd.Function):
                 if ctx.slope
                 else torch.where(sign, 0.0, gradient)
             )
-        planes = gradient.new_zeros(ctx.form).flatten(2)
-        planes.scatter_add_(2, indices.flatten(2), gradient.flatten(2))
+        # Views, as a batch of gradients (is_grads_batched) has no rule for flatten.
+        form = (*ctx.form[:2], -1)
+        planes = gradient.new_zeros(ctx.form).view(form)
+        planes.scatter_add_(2, indices.view(form), gradient.contiguous().view(form))
         return None, planes.view(ctx.form), None, None
