@@ -55,7 +55,7 @@ class _BatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Moments about a value of the channel: torch's own take three times as long, and those
         # about 0 would cancel. A constant channel is exactly 0 from here on, as in torch.
-        pivot = x[0].flatten(1)[:, 0] if x.dim() > 2 else x[0]
+        pivot = _typical(x)
         apart = x - _by_channel(pivot, x)
         zero, one = torch.zeros_like(pivot), torch.ones_like(pivot)
         _, square, offset = _derivatives(apart, apart, None, zero, one, of_x=False)
@@ -187,8 +187,17 @@ def _by_autograd(
         of_x = of_x * _by_channel(weight, x)
     derivatives = of_x, (gradient * normal).sum(axes), gradient.sum(axes)
     wanted = [each for each in given if each is not None and each.requires_grad]
-    found = iter(torch.autograd.grad(derivatives, wanted, cotangents, create_graph=True))
+    pairs = zip(derivatives, cotangents, strict=True)  # of a constant gradient, Σ g is constant too
+    ends, into = zip(*((one, to) for one, to in pairs if one.requires_grad), strict=True)
+    found = iter(torch.autograd.grad(ends, wanted, into, create_graph=True))
     return tuple(next(found) if any(each is one for one in wanted) else None for each in given)
+
+
+def _typical(x: Tensor) -> Tensor:
+    """A value of every channel (channels,), the median of a few: one at a border may be far off."""
+    values = x[0].flatten(1) if x[0, 0].numel() > 1 else x.flatten(1).mT
+    stride = -(-values.shape[1] // 9)
+    return values[:, stride // 3 :: stride].median(1).values
 
 
 def _line(x: Tensor, slope: Tensor, start: Tensor) -> Tensor:

@@ -98,7 +98,9 @@ class _MaxPool2d(torch.autograd.Function):
                 if ctx.slope
                 else torch.where(sign, 0.0, gradient)
             )
-        # Written to as it was made: autograd copies what is written to as a view.
+        # Written to as it was made: autograd copies what is written to as a view. The others are
+        # views, as a batch of gradients (is_grads_batched) has no rule for flatten.
+        form = (*ctx.form[:2], -1)
         planes = gradient.new_zeros(*ctx.form[:2], ctx.form[2] * ctx.form[3])
-        planes.scatter_add_(2, indices.flatten(2), gradient.flatten(2))
+        planes.scatter_add_(2, indices.view(form), gradient.contiguous().view(form))
         return None, planes.view(ctx.form), None, None

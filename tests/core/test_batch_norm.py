@@ -81,6 +81,18 @@ def test_derivatives_to_third_order_are_those_of_the_equation(shape, weight, bia
         agree(one, other)
 
 
+def test_a_constant_gradient_is_differentiated_to_third_order():
+    found = []
+    for norm in (ours, by_equation):
+        x, weight, _ = inputs((5, 3, 4, 2), 0, bias=False)
+        total = (norm(x, weight.detach(), None) * uneven(x)).sum()
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(total, x, create_graph=True)
+            total = gradient.square().sum()
+        found.append(gradient)
+    agree(*found)
+
+
 @pytest.mark.parametrize("case", ["zero scale", "constant channel", "channels last", "strided"])
 def test_second_derivatives_are_torchs(case):
     x, weight, bias = inputs((5, 3, 4, 6), 0)
@@ -109,6 +121,15 @@ def test_channels_far_from_zero_keep_their_digits():
     x = torch.randn(8, 2, 16, 16, generator=torch.Generator().manual_seed(0)) + 1000
     exact = batch_norm(x.double(), None, None, EPS).float()
     torch.testing.assert_close(batch_norm(x, None, None, EPS), exact, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(25, 2, 18, 18), (2000, 2), (2000, 2, 1, 1)], ids=str)
+def test_one_value_far_from_the_others_costs_no_digits(shape):
+    """As at a padded corner."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x[0].view(2, -1)[:, 0] = 1000.0
+    exact = batch_norm(x.double(), None, None, EPS).float()
+    torch.testing.assert_close(batch_norm(x, None, None, EPS), exact, rtol=2e-6, atol=2e-6)
 
 
 def test_a_batch_of_gradients_is_taken_at_once():

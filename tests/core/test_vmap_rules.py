@@ -309,6 +309,19 @@ def test_what_own_derivatives_do_not_know_is_left_to_torch(case, stacked, monkey
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("activation", ["relu", "leaky"])
+def test_a_batch_of_gradients_is_taken_at_once(activation, monkeypatch):
+    monkeypatch.setattr(folding, "LARGE", 0)
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    gradients = torch.randn(5, 2, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    answers = []
+    for mode in (TaskRules, nullcontext):
+        with mode():
+            pooled = F.max_pool2d(ACTIVATIONS[activation](x), 2)
+        answers += torch.autograd.grad(pooled, x, gradients, is_grads_batched=True)
+    assert torch.equal(*answers)
+
+
 def test_random_numbers_differ_from_task_to_task():
     x = torch.ones(3, 50)
     _, outputs = for_all_tasks(lambda values, x, y: (x.sum(), F.dropout(x)), [], [], x, x)
