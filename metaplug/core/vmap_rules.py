@@ -169,7 +169,11 @@ def _max_pool2d(  # noqa: PLR0917
     if return_indices or input.dim() != 4:
         return NotImplemented
     settings = (kernel_size, [] if stride is None else stride, padding, dilation, ceil_mode)
-    given = [input] if before is None or before.result is not input else [input, before.source]
+    # Past a result whose gradient somebody waits for, there is no shorter way.
+    waited_for = input.retains_grad or input._backward_hooks
+    given = [input]
+    if before is not None and before.result is input and not waited_for:
+        given.append(before.source)
     slope = before.slope if before is not None and len(given) > 1 else None
     stacked = _is_stacked(input)
     folded = [_folded(each)[0] if stacked else each for each in given]

@@ -322,6 +322,22 @@ def test_a_batch_of_gradients_is_taken_at_once(activation, monkeypatch):
     assert torch.equal(*answers)
 
 
+@pytest.mark.parametrize("wait", ["retain_grad", "register_hook"])
+def test_the_gradient_of_an_activation_before_a_pooling_may_be_waited_for(wait, monkeypatch):
+    monkeypatch.setattr(folding, "LARGE", 0)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64).requires_grad_()
+    seen = []
+    with TaskRules():
+        hidden = F.relu(x)
+        if wait == "retain_grad":
+            hidden.retain_grad()
+        else:
+            hidden.register_hook(seen.append)
+        F.max_pool2d(hidden, 2).sum().backward()
+    (found,) = [hidden.grad] if wait == "retain_grad" else seen
+    assert int(found.sum()) == 2 * 3 * 4
+
+
 def test_random_numbers_differ_from_task_to_task():
     x = torch.ones(3, 50)
     _, outputs = for_all_tasks(lambda values, x, y: (x.sum(), F.dropout(x)), [], [], x, x)
