@@ -12,12 +12,19 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import map_aggregate
 
 
 @dataclass(frozen=True)
 class _Result:
     """What a node of this name gives."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A constant of torch, which `pickle` would look for in whichever module imports torch."""
 
     name: str
 
@@ -33,8 +40,8 @@ def write_graph(path: Path, graph: GraphModule, **more: Any) -> None:
             node.op,
             node.name,
             _name_of(node.target) if node.op == "call_function" else node.target,
-            map_arg(node.args, _result),
-            map_arg(node.kwargs, _result),
+            map_aggregate(node.args, _written),
+            map_aggregate(node.kwargs, _written),
         )
         for node in graph.graph.nodes
     ]
@@ -49,9 +56,12 @@ def read_graph(path: Path) -> tuple[GraphModule, dict[str, Any]]:
     graph, found = Graph(), dict[str, Node]()
 
     def given(values: Any) -> Any:
-        return map_aggregate(
-            values, lambda each: found[each.name] if isinstance(each, _Result) else each
-        )
+        return map_aggregate(values, read)
+
+    def read(value: Any) -> Any:
+        if isinstance(value, _Result):
+            return found[value.name]
+        return getattr(torch, value.name) if isinstance(value, _Constant) else value
 
     for op, name, target, args, kwargs in more.pop("nodes"):
         called = _operator(target) if op == "call_function" else target
@@ -59,8 +69,12 @@ def read_graph(path: Path) -> tuple[GraphModule, dict[str, Any]]:
     return GraphModule(more.pop("constants"), graph), more
 
 
-def _result(node: Node) -> Any:
-    return _Result(node.name)
+def _written(value: Any) -> Any:
+    if isinstance(value, Node):
+        return _Result(value.name)
+    if isinstance(value, torch.memory_format | torch.layout):
+        return _Constant(str(value).removeprefix("torch."))
+    return value
 
 
 def _name_of(target: Any) -> tuple[str, ...]:
