@@ -114,9 +114,9 @@ class GradientSharing(Plugin, SharingParts):
 
     @hookimpl
     def commit(self, kept: Mapping[str, Tensor]) -> None:
-        if kept:  # by all steps, in their order
-            self.running[: len(kept)] = torch.stack([*kept.values()])
-            self.started[: len(kept)] = True
+        if places := [int(k) for k in kept]:
+            self.running[places] = torch.stack([*kept.values()])
+            self.started[places] = True
 
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:

@@ -215,7 +215,7 @@ def largest(values: Tensor) -> Tensor:
         >>> largest(torch.tensor([1.0, -3.0]))
         tensor(3.)
     """
-    low, high = torch.aminmax(values)
+    low, high = torch.aminmax(values.abs() if values.is_complex() else values)
     return torch.maximum(-low, high)
 
 

@@ -8,7 +8,8 @@ from support import hook_plugins, plugins
 from torch import nn
 
 from metaplug import MetaLearner
-from metaplug.execution.cuda_graphs import PATIENCE, CudaGraphs
+from metaplug.execution.cuda_graphs import CudaGraphs
+from metaplug.execution.traced import PATIENCE
 from metaplug.testing import Stream, assert_close, problem
 
 pytestmark = pytest.mark.cuda
