@@ -75,6 +75,20 @@ class SharingOptions(LearnedPluginConfig):
                 )
         return self
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a step is as the paper has it."""
+        return (
+            self.granularity in ("step", "one")
+            and self.gate_function == "sigmoid"
+            and self.conditioning == "none"
+            and self.normalisation == "unit"
+            and self.scope == "all"
+            and self.statistics == "accumulated"
+            and self.through_mean
+            and not self.streaming
+        )
+
 
 class SharingParts(nn.Module):
     """State and parts of a step of gradient sharing that depend on its options."""
@@ -84,6 +98,7 @@ class SharingParts(nn.Module):
     running: Tensor
     started: Tensor
     tensor_of: Tensor
+    is_plain: bool
 
     def create(self, context: Context) -> None:
         """Make r (K, P), whether each of its rows has begun (K,), and the logits of λ and m."""
@@ -120,21 +135,7 @@ class SharingParts(nn.Module):
                     self.register_parameter(key, nn.Parameter(start, requires_grad=learn))
         if config.start is not None:
             self._begin_with(config.start)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether options leave a step as the paper has it."""
-        config = self.config
-        return (
-            config.granularity in ("step", "one")
-            and config.gate_function == "sigmoid"
-            and config.conditioning == "none"
-            and config.normalisation == "unit"
-            and config.scope == "all"
-            and config.statistics == "accumulated"
-            and config.through_mean
-            and not config.streaming
-        )
+        self.is_plain = config.is_plain
 
     def logit(self, name: str, k: Any) -> Tensor:
         """λ or m of step k, (1,) or by tensor; infinite where the weight is exactly 0 or 1."""

@@ -66,11 +66,9 @@ def in_place(engine: Engine, tensors: Sequence[Tensor], like: Step) -> Iterator[
     meta_parameters = dict(engine.meta_parameters)
     # What a hook keeps of a trace, such as its figures, is of use to nobody.
     attributes = [(vars(module), dict(vars(module))) for module in _modules(engine)]
-    own, rest = tensors[: len(places)], tensors[len(places) :]
-    tasks, (iteration, total, *weights) = (
-        rest[: -2 - len(like.weights)],
-        rest[-2 - len(like.weights) :],
-    )
+    last = len(tensors) - len(like.weights)
+    own, tasks = tensors[: len(places)], tensors[len(places) : last - 2]
+    (iteration, total), weights = tensors[last - 2 : last], tensors[last:]
     new: dict[int, Any] = {}
     try:
         for (holder, name), old, tensor in zip(places, before, own, strict=True):
