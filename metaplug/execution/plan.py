@@ -91,8 +91,8 @@ class StepPlan:
         may_trace = self.checkpoint_steps is None and not waits
         auto = self.capture == "auto" and engine.device.type == "cuda" and may_trace
         if auto or self.capture is True:
-            compiles = self.compile is True
-            return capturing(engine, compiles=compiles, patience=PATIENCE if auto else 0)
+            patience = PATIENCE if auto else 0
+            return capturing(engine, compiles=bool(self.compile), patience=patience)
         if self.compile == "auto":
             # When a process beside the run is done is chance, and from then on rounding differs.
             alone = may_trace and engine.world.size == 1 and not engine.deterministic
@@ -102,4 +102,10 @@ class StepPlan:
     @property
     def _traced(self) -> str:
         """The option that asks for a traced step, "auto" left out; "" for none."""
-        return "compile" if self.compile is True else "capture" if self.capture is True else ""
+        return (
+            "compile"
+            if self.compile not in (False, "auto")
+            else "capture"
+            if self.capture is True
+            else ""
+        )

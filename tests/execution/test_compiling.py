@@ -173,6 +173,8 @@ def test_auto_does_nothing_where_it_cannot_and_goes_with_no_capture():
             r"is there: give compile True or False beside it, or leave capture out$",
         ):
             case.learner(compile="auto", capture=capture)
+    with pytest.raises(RequestError, match=r"^a compiled step decides itself what it keeps"):
+        case.learner(compile=1, chunk_size=2)
     with pytest.raises(RequestError, match=r"^unknown compile 'often': give True, False or 'auto'"):
         case.learner(compile="often")
 
