@@ -114,16 +114,17 @@ class GradientSharing(Plugin, SharingParts):
 
     @hookimpl
     def commit(self, kept: Mapping[str, Tensor]) -> None:
-        if places := [int(k) for k in kept]:
-            self.running[places] = torch.stack([*kept.values()])
-            self.started[places] = True
+        for k, r in kept.items():
+            self.running[int(k)].copy_(r)
+            self.started[int(k)].fill_(True)
 
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
         names = ("gate", "momentum") if self.config.statistics == "accumulated" else ("gate",)
-        figures, slots = dict[str, float](), len(self.started)
-        for name in names:
-            with torch.no_grad():
-                weights = self.weight(name, slice(None)).mean(-1).expand(slots).tolist()
-            figures |= {f"{name}/{k}": weight for k, weight in enumerate(weights)}
-        return figures
+        slots = len(self.started)
+        with torch.no_grad():
+            means = [self.weight(name, slice(None)).mean(-1).expand(slots) for name in names]
+            by_name = zip(names, torch.stack(means).tolist(), strict=True)
+        return {
+            f"{name}/{k}": weight for name, weights in by_name for k, weight in enumerate(weights)
+        }
