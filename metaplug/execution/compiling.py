@@ -41,7 +41,9 @@ def inductor(graph: _Graph, inputs: Sequence[Tensor]) -> Function:
 
 
 def _compiled(graph: _Graph, inputs: Sequence[Tensor]) -> Function:
-    with _quiet(), torch._inductor.config.patch(fallback_random=True):
+    on_cpu = all(each.device.type == "cpu" for each in inputs)
+    # In Python the calls between a CPU's kernels take as long as those of a small model.
+    with _quiet(), torch._inductor.config.patch(fallback_random=True, cpp_wrapper=on_cpu):
         compiled: Function
         if make := getattr(torch._inductor, "standalone_compile", None):  # it caches more
             compiled = make(graph, list(inputs), dynamic_shapes="from_example_inputs")
@@ -159,6 +161,7 @@ def _set(settings: _Settings) -> None:
 def _rewrite(graph: _Graph) -> None:
     """Write what autograd cannot choose in the form that suits the compiler; twice is once."""
     _widen_products(graph)
+    _sum_products(graph)
     _free_views(graph)
     graph.recompile()
 
@@ -186,6 +189,30 @@ def _widen_products(graph: _Graph) -> None:
             graph.graph.erase_node(node)
 
 
+def _sum_products(graph: _Graph) -> None:
+    """On a CPU, write products with a vector as sums, which the compiler joins with what is around.
+
+    A product of a library walks over the matrix once for itself.
+    """
+    for node in list(graph.graph.nodes):
+        if node.target not in (_aten.mv.default, _aten.mm.default, _aten.dot.default):
+            continue
+        (one, other), value = node.args, node.meta["val"]
+        is_row = node.target is _aten.mm.default and value.shape[0] == 1
+        if value.device.type != "cpu" or (node.target is _aten.mm.default and not is_row):
+            continue
+        with graph.graph.inserting_before(node):
+            if is_row:  # (1, n) (n, m)
+                one = graph.graph.call_function(_aten.transpose.int, (one, 0, 1))
+            product = graph.graph.call_function(_aten.mul.Tensor, (one, other))
+            total = graph.graph.call_function(
+                _aten.sum.dim_IntList, (product, [0 if is_row else -1], is_row)
+            )
+        total.meta["val"] = value
+        node.replace_all_uses_with(total)
+        graph.graph.erase_node(node)
+
+
 def _free_views(graph: _Graph) -> None:
     """Let views be copies where they must: Inductor lays out some results otherwise than torch."""
     for node in graph.graph.nodes:
@@ -196,15 +223,17 @@ def _free_views(graph: _Graph) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Inside, the compiler keeps to itself how it does what it does."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(f"torch.{name}") for name in ("utils.cpp_extension", "_inductor")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 if __name__ == "__main__":
