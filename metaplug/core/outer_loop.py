@@ -43,6 +43,7 @@ class MetaGradients:
         statistics: what plugins kept, by plugin and name.
         outcome: how the tasks of this rank were adapted (everything else is over all ranks). None
             where it was not kept.
+        told: what `Engine.told` makes of all this, where it came along; else None.
     """
 
     gradients: Mapping[str, Tensor]
@@ -50,6 +51,7 @@ class MetaGradients:
     losses: Tensor
     statistics: Mapping[str, Mapping[str, Tensor]]
     outcome: Outcome | None
+    told: Tensor | None = None
 
 
 class OuterLoop:

@@ -25,15 +25,10 @@ from metaplug.core.outer_loop import MetaGradients, OuterLoop, largest
 from metaplug.core.recording import recording
 from metaplug.errors import RankError, RunError, quoted
 from metaplug.execution.determinism import repeatable
+from metaplug.execution.meta_optimizer import META_OPTIMIZERS, step_fused
 from metaplug.execution.precision import Precision, arithmetic
 from metaplug.execution.ranks import ALONE, Share, World
 from metaplug.random_streams import mix, random_state, stream
-
-META_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "sgd": torch.optim.SGD,
-}
-"""The optimizers of the outer loop, by name."""
 
 SKIPS_IN_A_ROW = 10
 """This many skipped batches in a row are no fault of a batch: the last of them stops the run."""
@@ -161,7 +156,9 @@ class Engine:
                 gradients = self.chain.fold(
                     "transform_meta_gradients", found.gradients, iteration=iteration
                 )
-        return replace(found, gradients=gradients)
+        if gradients is found.gradients:
+            return found
+        return replace(found, gradients=gradients, told=None)
 
     def meta_step(self, batch: TaskBatch, total: int, *, skip: bool = False) -> MetaStep:
         """Make one meta-update on `batch`, in a run of `total` iterations.
@@ -203,9 +200,10 @@ class Engine:
             group["lr"] = rate * factor
         for name, parameter in self.meta_parameters.items():
             parameter.grad = found.gradients.get(name)
-        with recording():  # under inference_mode the optimizer would make a state for good
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with torch.inference_mode(False):  # else the optimizer would make a state for good
+            step_fused(self.optimizer)
+        for parameter in self.meta_parameters.values():
+            parameter.grad = None
         self.chain.commit(found.statistics, iteration)
         self.iteration, self.total, self.skipped_in_a_row = iteration + 1, total, 0
         meta_lr: float = self.optimizer.param_groups[0]["lr"]
@@ -213,14 +211,12 @@ class Engine:
 
     def nonfinite_parameter(self) -> str | None:
         """Return the first meta-parameter that is NaN or Inf; None for none."""
-        values = {
-            name: each.detach() for name, each in self.meta_parameters.items() if each.numel()
-        }
-        if torch.isfinite(
-            torch.stack([largest(value).to(self.device) for value in values.values()])
-        ).all():
+        values = {name: each.detach() for name, each in self.meta_parameters.items()}
+        sums = torch.stack([value.sum() for value in values.values()])
+        if torch.isfinite(sums).all():
             return None
-        return next(name for name, value in values.items() if not torch.isfinite(value).all())
+        found = (name for name, value in values.items() if not torch.isfinite(value).all())
+        return next(found, None)  # the sum may overflow where no entry does
 
     def _check_update(self) -> None:
         """Look at what the meta-optimizer wrote: finite gradients may leave the dtype's range.
@@ -275,7 +271,18 @@ class Engine:
         With a batch, whose tasks are other ones on other ranks, the ranks agree. A norm whose
         square overflows counts as Inf: optimizers square the gradient.
         """
-        norm = torch.nn.utils.get_total_norm(found.gradients.values())
+        told = self._told(found) if found.told is None else found.told
+        if batch is None:
+            return told
+        for tensor in batch.tensors():
+            told[2] *= torch.isfinite(tensor).all()
+        told[2] = self.world.sum(1 - told[2]) == 0
+        return told
+
+    @staticmethod
+    def _told(found: MetaGradients) -> Tensor:
+        norms = [torch.linalg.vector_norm(each) for each in found.gradients.values()]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         kept = [
             tensor
             for tensors in found.statistics.values()
@@ -285,10 +292,6 @@ class Engine:
         single = [norm.square(), found.outer_loss, *map(largest, kept)]
         values = torch.stack([value.to(norm) for value in single])
         finite = torch.isfinite(torch.cat([values, found.losses.to(norm)])).all()
-        if batch is not None:
-            for tensor in batch.tensors():
-                finite = finite & torch.isfinite(tensor).all()
-            finite = self.world.sum((~finite).to(norm.dtype)) == 0
         return torch.stack([found.outer_loss.to(norm), norm, finite.to(norm.dtype)])
 
     def _adapt(

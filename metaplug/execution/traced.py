@@ -186,7 +186,8 @@ class CompiledDerivation:
                 (plugin, name) for plugin, kept in found.statistics.items() for name in kept
             )
             kept = [found.statistics[plugin][name] for plugin, name in named["statistics"]]
-            return [found.outer_loss, found.losses, *found.gradients.values(), *kept]
+            told = engine.told(found, None)
+            return [told, found.outer_loss, found.losses, *found.gradients.values(), *kept]
 
         with stream(0, engine.device):  # the step must not miss what the trace draws
             graph = make_fx(derivation)(*inputs)
@@ -221,13 +222,13 @@ class CompiledDerivation:
             with torch.random.fork_rng(devices):
                 exact = self.engine.derive(*step)
         with torch.no_grad():
-            outer_loss, losses, *found = function(*inputs)
+            told, outer_loss, losses, *found = function(*inputs)
         statistics: dict[str, dict[str, Tensor]] = {}
         ends = found[len(trace.gradients) :]
         for (plugin, name), tensor in zip(trace.statistics, ends, strict=True):
             statistics.setdefault(plugin, {})[name] = tensor
         gradients = dict(zip(trace.gradients, found, strict=False))
-        traced = MetaGradients(gradients, outer_loss, losses, statistics, None)
+        traced = MetaGradients(gradients, outer_loss, losses, statistics, None, told)
         if exact is None or (apart := _apart(traced, exact)) <= APART:
             return traced
         self._off = True
