@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from metaplug.bench.contestants import by_loss, stacked, torch_loop
 from metaplug.bench.meters import CPU, ON_CPU, Meter
@@ -79,6 +78,8 @@ def limit(workload: Workload, speed: Speed, device: torch.device = CPU) -> Limit
     The arithmetic is the plain loop's, as the counter takes the grouped convolutions of stacked
     tasks for dense ones; the calls are the stacked loop's, which makes the fewest.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415 -- imports triton
+
     model, batch = workload.build(device)
     with FlopCounterMode(display=False) as counted:
         by_loss(torch_loop, model, batch, workload).gradient()

@@ -32,6 +32,9 @@ CPU_NORMALIZED_TASK_BYTES = 2**23
 """The same for models with batch norm by the statistics of the batch, which all tasks share a few
 passes for (`core.batch_norm`)."""
 
+# Frozen weights raise either bound to their own size: one task alone reads all of them, and puts
+# what it keeps out of the cache, while stacked tasks share one pass over them.
+
 
 @dataclass(frozen=True)
 class BatchingChoice:
@@ -52,7 +55,8 @@ def choose_batching(
     "auto" is vectorised, except where vmap refuses the model or gets its numbers wrong, or where on
     a CPU one task saves more than CPU_TASK_BYTES for its backward pass, or with batch norm
     CPU_NORMALIZED_TASK_BYTES: an operation on one task then outweighs its call, and stacked tasks
-    only fall out of the cache.
+    only fall out of the cache. Frozen weights that the backward pass reads raise the bound to their
+    own bytes.
 
     Args:
         difference: says how stacked tasks differ from one at a time; None where they agree.
@@ -83,7 +87,7 @@ def choose_batching(
         why = f"what a task keeps for its backward pass cannot be measured: {said_by(error)}"
         return BatchingChoice("sequential", why)
     small = kept <= bound
-    side = f"{'at most' if small else 'more than'} {bound / 2**20:g} MiB"
+    side = f"{'at most' if small else 'more than'} {bound / 2**20:.3g} MiB"
     reason = f"a task keeps {kept / 2**20:.2f} MiB for its backward pass, {side} on a CPU"
     return BatchingChoice("vectorized" if small else "sequential", reason)
 
@@ -93,13 +97,20 @@ def kept_bytes(inner: InnerLoop, batch: TaskBatch) -> tuple[int, int]:
 
     Parameters are left out. It is counted with torch's own layers.
     """
-    weights = [parameter.detach().requires_grad_() for parameter in inner.parameters.values()]
-    own = {weight.data_ptr() for weight in weights}
+    weights = [
+        parameter.detach().requires_grad_(learned)
+        for parameter, learned in zip(inner.parameters.values(), _learned(inner), strict=True)
+    ]
+    own = {weight.data_ptr(): weight for weight in weights}
     kept: dict[int, int] = {}
+    frozen: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in own:
-            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        place, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        if place not in own:
+            kept[place] = size
+        elif not own[place].requires_grad:
+            frozen[place] = size
         return tensor.detach()  # the tensor itself would hold the graph that holds it, for good
 
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
@@ -113,7 +124,15 @@ def kept_bytes(inner: InnerLoop, batch: TaskBatch) -> tuple[int, int]:
         for node in graph_nodes(loss)
     )
     bound = CPU_NORMALIZED_TASK_BYTES if normalized else CPU_TASK_BYTES
-    return sum(kept.values()), bound
+    return sum(kept.values()), max(bound, sum(frozen.values()))
+
+
+def _learned(inner: InnerLoop) -> list[bool]:
+    """Of each parameter, whether a step may differentiate by it, itself or by what it came from."""
+    if any(map(inner.chain.links, ("initialize_parameters", "transform_parameters"))):
+        return [True] * len(inner.parameters)
+    trained = (parameter.requires_grad for parameter in inner.parameters.values())
+    return [one or other for one, other in zip(inner.is_adapted, trained, strict=True)]
 
 
 def refusal(inner: InnerLoop, batch: TaskBatch) -> str | None:

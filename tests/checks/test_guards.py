@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from metaplug import MetaLearner, RequestError
+from metaplug import MetaLearner, RequestError, TaskBatch
 from metaplug.checks.probe_model import CHECKPOINTED, OTHER_WEIGHTS
+from metaplug.execution.batching import CPU_TASK_BYTES, kept_bytes
 from metaplug.testing import Problem, Stream, assert_close, problem, reference, regression
 
 BATCH = problem(dtype=torch.float32).batch
@@ -360,3 +361,30 @@ def test_the_choice_of_batching_is_a_rule_and_says_why():
         learner = problem().learner(task_batching=batching)
         learner.evaluate(Stream(), num_tasks=1)
         assert (learner.batching.batching, learner.batching.reason) == (batching, "as configured")
+
+
+def kept_by(model, batch, **more):
+    return kept_bytes(MetaLearner(model, **more).engine.inner, batch)
+
+
+def test_what_a_task_keeps_for_frozen_weights_alone_is_not_counted():
+    n, wide = 6, 2**16
+    x, y = torch.rand(2, n, 4), torch.randint(3, (2, n))
+    batch = TaskBatch(x, y, x, y)
+
+    def model():
+        return nn.Sequential(nn.Linear(4, wide), nn.Tanh(), nn.Linear(wide, 3))
+
+    logits, hidden, inputs = 4 * n * 3, 4 * n * wide, 4 * n * 4
+    ends, bound = logits + 8 * n + 4, CPU_TASK_BYTES  # log-softmax, labels, total weight
+    assert kept_by(model(), batch) == (inputs + hidden + ends, bound)
+    head, body = model(), model()
+    head[0].requires_grad_(False)
+    body[2].requires_grad_(False)
+    assert kept_by(head, batch) == (hidden + ends, bound)  # tanh is not differentiated
+    # The frozen head is read for the derivative by the body: 0.75 MiB, below the bound.
+    assert kept_by(body, batch) == (inputs + hidden + ends, bound)
+    frozen = nn.Sequential(nn.Linear(4, 16), nn.Linear(16, wide), nn.Linear(wide, 3))
+    frozen[1:].requires_grad_(False)
+    read = 4 * (16 + 3) * wide  # 4.75 MiB
+    assert kept_by(frozen, batch) == (inputs + ends, read)

@@ -1,6 +1,7 @@
 """Steps that are compiled in a process beside the run, and what Inductor is given."""
 
 import copy
+import gc
 import logging
 import os
 import signal
@@ -94,6 +95,19 @@ def test_views_and_products_are_rewritten_to_the_same_numbers():
         assert_close(dict(enumerate(graph(x, y))), dict(enumerate(expected)))
         compiling._rewrite(graph)
         assert len(called) == len(graph.graph.nodes)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_is_off_inside_and_as_it_was_after(enabled):
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(KeyError), compiling.uncollected():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 class Process:
