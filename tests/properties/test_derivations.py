@@ -11,7 +11,9 @@ from torch import nn
 from metaplug import Plugin, RequestError, RunError, hookimpl
 from metaplug.bench.meters import torch_memory
 from metaplug.execution.traced import MOST_TRACES, CompiledDerivation
-from metaplug.testing import Stream, assert_close, found, problem
+from metaplug.testing import CLAUSES, FIRST_PARTY, Stream, assert_close, found, problem
+from metaplug.testing import derivations as clauses
+from metaplug.testing.clauses import Subject
 from metaplug.testing.strategies import problems
 
 APART = [name for name in plugins.NAMES if name not in (*plugins.COUPLING, *plugins.DRAWING)]
@@ -112,8 +114,18 @@ def assert_a_trace_is_the_engine(case, name):
 
 
 @pytest.mark.parametrize("name", plugins.NAMES)
-def test_a_trace_gives_the_meta_gradients_of_the_engine_with_every_plugin(name):
-    assert_a_trace_is_the_engine(problem("batch-norm", tasks=3, steps=2), name)
+def test_every_plugin_keeps_the_clause_on_traces_and_is_not_refused(name, monkeypatch):
+    """Over three iterations, its meta-parameters moved; a plugin of others may be refused."""
+    made = []
+
+    class Seen(CompiledDerivation):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(clauses, "CompiledDerivation", Seen)
+    CLAUSES["traced-equals-eager"].hold(Subject(name, FIRST_PARTY[name], models=("batch-norm",)))
+    assert [trace.refusal for trace in made] == [None]
 
 
 @pytest.mark.parametrize("model", ["conv4", "layer-norm", "tied"])

@@ -1,6 +1,7 @@
 """Evaluation changes nothing, depends on nothing around it, and keeps test tasks apart."""
 
 import copy
+from functools import lru_cache
 
 import pytest
 import torch
@@ -121,12 +122,9 @@ def algorithm(which, **settings):
     return learner, Stream(model, split="test")
 
 
-@pytest.mark.parametrize("batching", ["vectorized", "sequential"])
-@pytest.mark.parametrize("which", ALGORITHMS)
-@given(together=st.integers(1, 4), order=st.permutations(range(4)), broken=st.integers(0, 3))
-@settings(max_examples=3)
-def test_a_task_of_any_algorithm_is_alone(which, batching, together, order, broken):
-    """Alone, in any batch, in any order, and beside tasks whose inputs are NaN."""
+@lru_cache(maxsize=1)
+def evaluated_alone(which, batching):
+    """The learner and the test tasks of every example of the next test, each predicted alone."""
     learner, test = algorithm(which, task_batching=batching)
     assert learner.batching.batching == batching
     steps = learner.settings.inner_steps
@@ -134,6 +132,16 @@ def test_a_task_of_any_algorithm_is_alone(which, batching, together, order, brok
         learner.engine.evaluate(test.batch(0, [index]), steps).query_predictions[0]
         for index in range(4)
     ]
+    return learner, test, steps, alone
+
+
+@pytest.mark.parametrize("batching", ["vectorized", "sequential"])
+@pytest.mark.parametrize("which", ALGORITHMS)
+@given(together=st.integers(1, 4), order=st.permutations(range(4)), broken=st.integers(0, 3))
+@settings(max_examples=3)
+def test_a_task_of_any_algorithm_is_alone(which, batching, together, order, broken):
+    """Alone, in any batch, in any order, and beside tasks whose inputs are NaN."""
+    learner, test, steps, alone = evaluated_alone(which, batching)
     for start in range(0, 4, together):
         indices = order[start : start + together]
         batch = test.batch(0, indices)
