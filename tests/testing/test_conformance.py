@@ -49,7 +49,7 @@ def _suite(name):
         "off": plugins.OFF.get(name),
         "models": MODELS_OF.get(name, PluginConformance.models),
         "exceptions": {**ELSEWHERE, **(DRAWN if name in DRAWING else {})},
-        "examples": min(profile().max_examples // 2, 25),
+        "examples": min(profile().max_examples // 3, 25),
     }
     return type(f"Test{registry.load('plugin', name).__name__}", (PluginConformance,), fields)
 
