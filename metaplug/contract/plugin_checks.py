@@ -37,15 +37,17 @@ def check_plugin(plugin: type[Plugin], name: str) -> None:
     seen: dict[str, str] = {}
     for attribute, function in inspect.getmembers(plugin, callable):
         marks, hook = _marks(function), _hook(attribute, function)
+        if not marks and attribute not in KINDS:
+            continue
         raw = inspect.getattr_static(plugin, attribute)
         is_static = isinstance(raw, staticmethod)
         member = f"function {function.__name__}" if is_static else f"method {attribute}"
         where = f"plugin '{name}': {member}"
-        if not marks and attribute in KINDS:
+        if not marks:
             raise RequestError(
                 f"{where} overrides a hook but is not marked: put @hookimpl above it, or rename it"
             )
-        if not marks or (hook not in KINDS and marks["optionalhook"]):
+        if hook not in KINDS and marks["optionalhook"]:
             continue
         if hook not in KINDS:
             raise RequestError(

@@ -11,6 +11,7 @@ Listing names imports nothing; `load` imports the one part that is asked for, an
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
@@ -103,16 +104,15 @@ def load(kind: str, name: str) -> Any:
     found = _found(kind, name)
     if not found:
         raise unknown(kind, name, names(kind))
-    origins = sorted({_origin(entry) for entry in found})
     if len({entry.value for entry in found}) > 1:
-        fault = f"two installed packages offer the {kind} '{name}': {' and '.join(origins)}"
+        fault = f"two installed packages offer the {kind} '{name}': {' and '.join(_origins(found))}"
         raise RequestError(f"{fault}; uninstall one of them")
     try:
         value = found[0].load()
     except (Exception, SystemExit) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise RunError(
-            f"the {kind} '{name}' of {origins[0]} does not load: {reason}; "
+            f"the {kind} '{name}' of {_origins(found)[0]} does not load: {reason}; "
             "correct it there, or uninstall it"
         ) from error
     part = _checked(kind, name, value)
@@ -120,7 +120,7 @@ def load(kind: str, name: str) -> Any:
         is_class = isinstance(value, type)
         given = f"the class {value.__name__}" if is_class else f"of type {type(value).__name__}"
         raise RunError(
-            f"the {kind} '{name}' of {origins[0]} is {given}, not {_EXPECTED[kind]}: "
+            f"the {kind} '{name}' of {_origins(found)[0]} is {given}, not {_EXPECTED[kind]}: "
             "correct its entry point, or uninstall it"
         )
     return part
@@ -165,7 +165,7 @@ def parts(kind: str) -> list[Part]:
 
 def origin_of(kind: str, name: str) -> str:
     """Name the distributions, with versions, that offer a part, without importing it."""
-    return ", ".join(sorted({_origin(entry) for entry in _found(kind, name)}))
+    return ", ".join(_origins(_found(kind, name)))
 
 
 def module_of(kind: str, name: str) -> str:
@@ -196,8 +196,9 @@ def _found(kind: str, name: str) -> list[EntryPoint]:
     return [entry for entry in entry_points(group=GROUPS[kind]) if entry.name == name]
 
 
-def _origin(entry: EntryPoint) -> str:
-    return " ".join(filter(None, _package(entry)))
+def _origins(found: Iterable[EntryPoint]) -> list[str]:
+    """Name their distributions, with versions: read anew from files, so for messages alone."""
+    return sorted({" ".join(filter(None, _package(entry))) for entry in found})
 
 
 def _package(entry: EntryPoint) -> tuple[str, str | None]:

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from metaplug.contract.task_batch import TaskBatch
@@ -189,7 +191,10 @@ class CompiledDerivation:
             told = engine.told(found, None)
             return [told, found.outer_loss, found.losses, *found.gradients.values(), *kept]
 
-        with stream(0, engine.device):  # the step must not miss what the trace draws
+        # Without one at hand, make_fx makes a fake mode for each node: half the time of a trace.
+        forms = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
+        # The step must not miss what the trace draws.
+        with stream(0, engine.device), tracing(forms):
             graph = make_fx(derivation)(*inputs)
         self._traces[key] = trace = _Trace(graph, **named)
         return trace

@@ -76,8 +76,7 @@ def test_any_chain_trains_evaluates_and_goes_on_from_its_state(chain, vectorized
 
 
 @pytest.mark.parametrize("name", plugins.NAMES)
-@pytest.mark.parametrize("extra", [0, 1, 4])
-def test_more_inner_steps_than_trained_repeat_the_last_slot(name, extra):
+def test_more_inner_steps_than_trained_repeat_the_last_slot(name):
     """A plugin trained for 2 steps acts in every later step as in its second: compared with values
     that are repeated by hand."""
     case, stream = problem("conv4", steps=2), Stream("conv4", split="test")
@@ -85,16 +84,16 @@ def test_more_inner_steps_than_trained_repeat_the_last_slot(name, extra):
     learner.fit(Stream("conv4"), iterations=2, tasks_per_batch=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        result = learner.evaluate(stream, num_tasks=3, inner_steps=2 + extra)
+        result = learner.evaluate(stream, num_tasks=3, inner_steps=6)
     longer = MetaLearner(
-        learner.model, plugins=[plugins.make(name)], inner_lr=case.lr, inner_steps=2 + extra
+        learner.model, plugins=[plugins.make(name)], inner_lr=case.lr, inner_steps=6
     )
     state = learner.chain.plugins[0].state_dict()
     own = longer.chain.plugins[0].state_dict()
     repeated = {key: _repeated(value, own[key]) for key, value in state.items()}
     longer.chain.plugins[0].load_state_dict(repeated)
     assert torch.equal(longer.evaluate(stream, num_tasks=3).per_task, result.per_task)
-    assert result.inner_steps == 2 + extra
+    assert result.inner_steps == 6
 
 
 def _repeated(value, like):

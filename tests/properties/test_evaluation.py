@@ -1,6 +1,7 @@
 """Evaluation changes nothing, depends on nothing around it, and keeps test tasks apart."""
 
 import copy
+from functools import lru_cache
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from metaplug import MetaLearner, Plugin, PluginUse, RequestError, TaskBatch, hookimpl
 from metaplug.contract import registry
+from metaplug.contract.presets import find_preset
 from metaplug.testing import FIRST_PARTY, Stream, assert_close, problem, reference
 from metaplug.testing.strategies import problems
 
@@ -100,9 +102,14 @@ def test_a_task_does_not_depend_on_its_batch_mates(case, together, order):
         )
 
 
-ALGORITHMS = [f"plugin {name}" for name in registry.names("plugin")] + [
-    f"preset {name}" for name in registry.names("preset")
-]
+def algorithms(but=()):
+    """Every first-party plugin and preset; slow are presets of one plugin, which is there alone."""
+    for name in registry.names("plugin"):
+        if name not in but:
+            yield f"plugin {name}"
+    for name in registry.names("preset"):
+        alone = len(find_preset(name).plugins) == 1
+        yield pytest.param(f"preset {name}", marks=pytest.mark.slow if alone else ())
 
 
 def algorithm(which, **settings):
@@ -121,12 +128,9 @@ def algorithm(which, **settings):
     return learner, Stream(model, split="test")
 
 
-@pytest.mark.parametrize("batching", ["vectorized", "sequential"])
-@pytest.mark.parametrize("which", ALGORITHMS)
-@given(together=st.integers(1, 4), order=st.permutations(range(4)), broken=st.integers(0, 3))
-@settings(max_examples=3)
-def test_a_task_of_any_algorithm_is_alone(which, batching, together, order, broken):
-    """Alone, in any batch, in any order, and beside tasks whose inputs are NaN."""
+@lru_cache(maxsize=1)
+def evaluated_alone(which, batching):
+    """The learner and the test tasks of every example of the next test, each predicted alone."""
     learner, test = algorithm(which, task_batching=batching)
     assert learner.batching.batching == batching
     steps = learner.settings.inner_steps
@@ -134,6 +138,16 @@ def test_a_task_of_any_algorithm_is_alone(which, batching, together, order, brok
         learner.engine.evaluate(test.batch(0, [index]), steps).query_predictions[0]
         for index in range(4)
     ]
+    return learner, test, steps, alone
+
+
+@pytest.mark.parametrize("batching", ["vectorized", "sequential"])
+@pytest.mark.parametrize("which", [*algorithms()])
+@given(together=st.integers(1, 4), order=st.permutations(range(4)), broken=st.integers(0, 3))
+@settings(max_examples=3)
+def test_a_task_of_any_algorithm_is_alone(which, batching, together, order, broken):
+    """Alone, in any batch, in any order, and beside tasks whose inputs are NaN."""
+    learner, test, steps, alone = evaluated_alone(which, batching)
     for start in range(0, 4, together):
         indices = order[start : start + together]
         batch = test.batch(0, indices)
@@ -148,7 +162,7 @@ def test_a_task_of_any_algorithm_is_alone(which, batching, together, order, brok
                 assert_close(found, alone[index], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("which", ALGORITHMS)
+@pytest.mark.parametrize("which", [*algorithms()])
 def test_an_evaluation_between_two_steps_changes_no_later_step(which):
     """Weights, plugins, optimizer, metrics and the caller's random stream, bit for bit; as a
     validation and as a call of one's own."""
@@ -176,11 +190,11 @@ def test_an_evaluation_between_two_steps_changes_no_later_step(which):
     assert_same(*states)
 
 
-COUPLING = ("plugin gradient-sharing", "plugin sharp-maml", "plugin taml")
+COUPLING = ("gradient-sharing", "sharp-maml", "taml")
 """Those that couple training tasks, as configured here, and so are refused in chunks."""
 
 
-@pytest.mark.parametrize("which", [each for each in ALGORITHMS if each not in COUPLING])
+@pytest.mark.parametrize("which", [*algorithms(COUPLING)])
 def test_a_learner_in_chunks_evaluates_as_one_without(which):
     whole, test = algorithm(which)
     chunked, _ = algorithm(which, chunk_size=1)

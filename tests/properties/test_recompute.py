@@ -140,7 +140,7 @@ def test_memory_hardly_grows_with_the_inner_steps():
                 task_batching="vectorized",
                 checkpoint_steps=checkpoint,
             )
-            batch = batch_of(8)
+            batch = batch_of(2)
             learner.meta_gradients(batch)
             peaks[steps, checkpoint] = _memory(
                 lambda learner=learner, batch=batch: learner.meta_gradients(batch)

@@ -22,6 +22,27 @@ DRAWING = ("drop-grad", "gradient-noise", "meta-mix", "mr-maml")
 COUPLING = ("gradient-sharing", "sharp-maml")
 """Those that couple tasks by their default settings."""
 
+OFF = {
+    "alfa": {"rates": False, "factors": False},
+    "cosine-meta-lr": {"final_factor": 1.0},
+    "derivative-order": {"switch": 0},
+    "drop-grad": {"rate": 0.0},
+    "gradient-clipping": {"max_norm": 1e9, "max_meta_norm": 1e9},
+    "gradient-noise": {"scale": 0.0},
+    "gradient-sharing": {"gate": 0.0},
+    "l2f": {"strength": 0.0},
+    "label-smoothing": {"smoothing": 0.0},
+    "meta-mix": {"alpha": 0.0},
+    "metal": {"strength": 0.0},
+    "mr-maml": {"beta": 0.0, "deviation": 0.0},
+    "multi-step-loss": {"annealing_epochs": 0},
+    "partial-adaptation": {"head": ["*"]},
+    "sharp-maml": {"lower_rho": 0.0, "upper_rho": 0.0},
+    "taml": {"strength": 0.0},
+    "weight-decay-to-init": {"strength": 0.0},
+}
+"""Settings at which a plugin adds nothing: the conformance suite holds it to that, bit for bit."""
+
 NAMES = registry.names("plugin")
 
 
@@ -71,7 +92,12 @@ def covering(size, names=NAMES):
 
 def in_order(names):
     """The same plugins, those that must run after others behind them."""
-    return sorted(names, key=lambda name: len({*make(name).runs_after} & {*names}))
+    return sorted(names, key=lambda name: len({*_runs_after(name)} & {*names}))
+
+
+@cache
+def _runs_after(name):
+    return make(name).runs_after
 
 
 @cache

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import settings as profile
+from support import plugins
 from torch import nn
 
 from metaplug import Plugin, RequestError, hookimpl
@@ -32,39 +33,23 @@ from metaplug.testing.suite import verdicts
 
 DOCS = Path(__file__).parents[2] / "docs"
 
-OFF = {
-    "alfa": {"rates": False, "factors": False},
-    "cosine-meta-lr": {"final_factor": 1.0},
-    "derivative-order": {"switch": 0},
-    "drop-grad": {"rate": 0.0},
-    "gradient-clipping": {"max_norm": 1e9, "max_meta_norm": 1e9},
-    "gradient-noise": {"scale": 0.0},
-    "gradient-sharing": {"gate": 0.0},
-    "l2f": {"strength": 0.0},
-    "label-smoothing": {"smoothing": 0.0},
-    "meta-mix": {"alpha": 0.0},
-    "metal": {"strength": 0.0},
-    "mr-maml": {"beta": 0.0, "deviation": 0.0},
-    "multi-step-loss": {"annealing_epochs": 0},
-    "partial-adaptation": {"head": ["*"]},
-    "sharp-maml": {"lower_rho": 0.0, "upper_rho": 0.0},
-    "taml": {"strength": 0.0},
-    "weight-decay-to-init": {"strength": 0.0},
-}
 MODELS_OF = {"per-step-batch-norm": ("batch-norm", "conv4")}
 DRAWING = ("drop-grad", "gradient-noise", "meta-mix")
 DRAWN = {"task-permutation": "its numbers follow a task's place"}
-TOGETHER = {"composes": "tests/experiments/test_compositions.py has every pair in both orders"}
+ELSEWHERE = {
+    "composes": "tests/experiments/test_compositions.py has every pair in both orders",
+    "traced-equals-eager": "tests/properties/test_derivations.py holds each to it, unrefused",
+}
 
 
 def _suite(name):
     fields = {
         "plugin": name,
         "settings": FIRST_PARTY[name],
-        "off": OFF.get(name),
+        "off": plugins.OFF.get(name),
         "models": MODELS_OF.get(name, PluginConformance.models),
-        "exceptions": {**TOGETHER, **(DRAWN if name in DRAWING else {})},
-        "examples": min(profile().max_examples // 2, 25),
+        "exceptions": {**ELSEWHERE, **(DRAWN if name in DRAWING else {})},
+        "examples": min(profile().max_examples // 3, 25),
     }
     return type(f"Test{registry.load('plugin', name).__name__}", (PluginConformance,), fields)
 
