@@ -1,0 +1,58 @@
+"""Seconds from the start of a process to after its first compiled step, Inductor's cache warm.
+
+`python docs/studies/second_start.py sinusoid-25x5` prints the median of five processes, after one
+that fills the cache: by the clock, and on the processor.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from metaplug import MetaLearner
+from metaplug.bench.workloads import WORKLOADS
+
+ONCE = "--once"
+
+
+def once(name: str) -> None:
+    """Take the first compiled step of a workload of the bench, and print CPU seconds."""
+    torch.set_num_threads(1)
+    workload = WORKLOADS[name]
+    model, batch = workload.build()
+    learner = MetaLearner(
+        model,
+        kind=workload.kind,
+        inner_lr=workload.inner_lr,
+        inner_steps=workload.inner_steps,
+        compile=True,
+    )
+    learner.meta_gradients(batch)
+    if learner.engine.derivation.refusal:
+        sys.exit(learner.engine.derivation.refusal)
+    print(time.process_time())
+
+
+def main(name: str, repeats: int = 5) -> None:
+    """Measure processes one after the other."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        command = [sys.executable, __file__, name, ONCE]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+        )
+        seconds.append((time.perf_counter() - start, float(ended.stdout)))
+    for what, measured in zip(("clock", "processor"), zip(*seconds[1:], strict=True), strict=True):
+        print(
+            f"{name}: {statistics.median(measured):.2f} s by the {what}",
+            *map("{:.2f}".format, measured),
+        )
+
+
+if __name__ == "__main__":
+    once(sys.argv[1]) if ONCE in sys.argv else main(sys.argv[1])
