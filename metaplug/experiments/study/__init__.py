@@ -2,8 +2,8 @@
 
 `schema` is the file of a study, `cells` its grid, `checks` what is refused, `identity` what names a
 cell's folder, `folder` what lies in the study's; `running` computes cells, `watching` sees what
-they write; `results` reads them back as rows to compare, by `acceleration` among others, and
-`values` writes these as JSON.
+they write; `keeping` has them small in a file of a repository. `results` reads them back as rows to
+compare, by `acceleration` among others, and `values` writes these as JSON.
 """
 
 from metaplug.experiments.study.cells import Cell, cells_of
