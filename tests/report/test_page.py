@@ -94,19 +94,20 @@ def test_a_study(tmp_path: Path) -> None:
     )
     columns = ["Variant", "Setting", "Test accuracy", "By seed", "Minus maml"]
     columns += ["Acceleration in iterations", "Acceleration in seconds", "Seconds"]
+    maml = ["maml", "inner_lr 0.01", "50.50 ± 6.34 %", "50.00 · 51.00", "reference"]
+    shared = ["maml+gradient-sharing", "inner_lr 0.01", "70.50 ± 6.34 %", "70.00 · 71.00"]
+    shared += ["+20.00 ± 0.00 pp"]
+    rest = ["+200 %", "+200 %", "6.0"]
     best = [
-        columns,
-        ["maml", "inner_lr 0.01", "50.50 ± 6.34 %", "50.00 · 51.00", "reference", "", "", "6.0"],
-        [
-            *("maml+gradient-sharing", "inner_lr 0.01", "70.50 ± 6.34 %", "70.00 · 71.00"),
-            *("+20.00 ± 0.00 pp", "+200 %", "+200 %", "6.0"),
-        ],
+        [*columns[:5], "The same by seed", "p (Holm)", *columns[5:]],
+        [*maml, "", "", "", "", "6.0"],
+        [*shared, "+20.00 · +20.00", "< 0.001", *rest],
     ]
     whole = [
         columns,
-        best[1],
+        [*maml, "", "", "6.0"],
         ["maml", "inner_lr 0.1", "40.50 ± 6.34 %", "40.00 · 41.00", "reference", "", "", "6.0"],
-        best[2],
+        [*shared, *rest],
         [
             *("maml+gradient-sharing", "inner_lr 0.1", "60.50 ± 6.34 %", "60.00 · 61.00"),
             *("+20.00 ± 0.00 pp", "+200 %", "+200 %", "6.0"),
@@ -115,6 +116,8 @@ def test_a_study(tmp_path: Path) -> None:
     assert rows(html) == best + whole
     assert "by the weights that validated best. Higher is better. The 95 %" in text
     assert "Where some seeds reach it" not in text  # all do
+    assert "corrected by Holm's method for 1 comparison." in unescape(text)
+    assert "of another training run they say nothing" in text
     assert "finished runs 8 seeds 0 and 1 test tasks of a run 4 validation tasks 200" in text
     assert "This command trained it: metaplug study cells" in text
     assert "versions metaplug 0.1.0, torch 2.14.1 device cpu threads 1 precision float32" in text

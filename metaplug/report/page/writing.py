@@ -19,11 +19,12 @@ from metaplug.report.page.findings import findings
 from metaplug.report.page.gather import gather
 from metaplug.report.page.inner_steps import by_inner_step
 from metaplug.report.page.material import Material
+from metaplug.report.page.notes import notes
 from metaplug.report.page.over_training import over_training
 from metaplug.report.page.panels import Panel
 from metaplug.report.page.repeating import repeating
 from metaplug.report.page.sensitivity import sensitivity
-from metaplug.report.page.tables import notes, tables
+from metaplug.report.page.tables import tables
 from metaplug.report.page.words import unbroken
 
 
