@@ -184,7 +184,8 @@ def run(
 
 def _kept(path: Path, cells: Sequence[Cell], folder: Path) -> Sequence[Cell]:
     """The cells, what is kept of them unpacked in the folder; keep what the folder has of them."""
-    from metaplug.experiments.study.keeping import found_in, keep, read_kept, unpack
+    from metaplug.experiments.study.keeping import found_in, keep, read_kept
+    from metaplug.experiments.study.unpacking import unpack
 
     keep(path, found_in(cells, folder), folder)
     return unpack(read_kept(path), cells, folder)

@@ -17,9 +17,11 @@ from metaplug.evaluation.curves import best_point
 from metaplug.experiments.study import keeping
 from metaplug.experiments.study.cells import cells_of
 from metaplug.experiments.study.folder import to_yaml
-from metaplug.experiments.study.keeping import found_in, keep, read_kept, unpack
+from metaplug.experiments.study.keeping import found_in, keep, read_kept
 from metaplug.experiments.study.results import StudyResult, read_results
 from metaplug.experiments.study.schema import read_study
+from metaplug.experiments.study.unpacking import kept_results, unpack
+from metaplug.experiments.study.values import to_values
 
 INNER = {
     "support_losses": [1.5, 0.123456789, 0.1],
@@ -81,6 +83,9 @@ def test_a_line_has_validations_with_exact_means_and_no_weights(kept: Path) -> N
     assert validation["inner"]["support_losses"] == [1.5, 0.123457, 0.1]
     # A target is the mean of another run: rounded, it might never be reached.
     [whole, fresh] = (result_in(folder, kept) for folder in ("runs/study", "fresh/study"))
+    asked = read_study(Path("study.yaml"))
+    alone = kept_results(asked, cells_of(asked, "", to_compute=False), read_kept(kept))
+    assert to_values(alone) == to_values(fresh)
     for one, other in zip(whole.rows, fresh.rows, strict=True):
         assert other.mean_curve == one.mean_curve
         assert [best_point("accuracy", run.curve) for run in other.runs] == [
@@ -180,6 +185,7 @@ MEND = "take it from a backup, or remove the line, and the run is computed anew"
         (lambda line: line.replace('"digest":"', '"digest":"../'), "digest: string should match"),
         (lambda line: line.replace('"maml"', "7"), "config.preset."),
         (lambda line: line.replace('"seconds":6.0', '"seconds":"6"'), "summary.seconds: input "),
+        (lambda line: line.replace('"per_task"', '"by_task"'), "summary.per_task: field required"),
         (lambda line: line.replace('"iteration":20,', ""), "metrics.1.iteration: field required"),
     ],
 )

@@ -34,14 +34,16 @@ class _Inner(Values):
     learning_rates: list[Figure]
 
 
-class _Validation(Values):
+class Validation(Values):
+    """Of a line of metrics.jsonl."""
+
     metric: StrictStr
     mean: Figure
     interval: Figure
     inner: _Inner | None = None  # of runs before this was kept, or with profile_tasks 0
 
 
-class _Result(_Validation):
+class _Result(Validation):
     num_tasks: Count
     inner_steps: Count
     transductive: list[StrictStr]
@@ -55,7 +57,7 @@ class MetricsLine(Values):
     meta_gradient_norm: Figure
     meta_lr: Figure
     figures: dict[StrictStr, Figure]
-    validation: _Validation | None = None
+    validation: Validation | None = None
 
 
 class _Best(Values):

@@ -7,32 +7,30 @@ configuration, whatever code computed it.
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 from pydantic import Field, StrictStr
 
 from metaplug.errors import RequestError, RunError, reason
-from metaplug.experiments.configuration import ExperimentConfig, to_yaml
+from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.json_values import to_json
-from metaplug.experiments.runs.layout import CONFIG, METRICS, RECORD, SUMMARY
+from metaplug.experiments.runs.layout import CONFIG, SUMMARY
 from metaplug.experiments.runs.reading import (
+    Figure,
     MetricsLine,
     Summary,
+    Validation,
     Values,
     read_as,
-    read_metrics,
-    read_summary,
 )
-from metaplug.experiments.runs.result import is_finished
+from metaplug.experiments.runs.result import is_finished, read_result
 from metaplug.experiments.runs.sessions import read_sessions
 from metaplug.experiments.study.cells import Cell
-from metaplug.experiments.study.folder import CELLS, cell_folder, finished
+from metaplug.experiments.study.folder import CELLS, cell_folder
 from metaplug.experiments.study.identity import asked_by
 from metaplug.files import make_folder
 from metaplug.settings import validated
@@ -46,13 +44,21 @@ _OF_THE_MACHINE = ("folder", "process")
 """Of every session: what says nothing on another machine."""
 
 
+class _Summary(Summary):
+    per_task: list[Figure] = Field(min_length=1)
+
+
+class _Line(MetricsLine):
+    validation: Validation
+
+
 class _Form(Values):
     label: StrictStr
     digest: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     config: ExperimentConfig
     sessions: list[dict[str, Any]]
-    summary: Summary
-    metrics: list[MetricsLine] = Field(min_length=1)
+    summary: _Summary
+    metrics: list[_Line] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -109,36 +115,24 @@ def keep(path: Path, cells: Iterable[Cell], folder: Path) -> None:
         _append(path, to_json(_line(cell, cell_folder(cell, folder)), dense=True))
 
 
-def unpack(kept: Sequence[KeptRun], cells: Sequence[Cell], folder: Path) -> tuple[Cell, ...]:
-    """The cells of a study, those that were kept as run folders without weights in the study's.
-
-    A cell that is finished there already stays as it is. Of several runs of one configuration the
-    last one counts.
-
-    Raises:
-        RunError: the folder cannot be written.
-    """
-    latest = {_key(run.config): run for run in kept}
-    return tuple(_unpacked(latest.get(_key(cell.config)), cell, folder) for cell in cells)
-
-
 def found_in(cells: Sequence[Cell], folder: Path) -> list[Cell]:
     """The finished runs of a study's folder that are its cells, by whatever code; oldest first.
 
     Raises:
         RequestError: the configuration of a run cannot be read.
     """
-    asked = {_key(cell.config): cell for cell in cells}
+    asked = {key_of(cell.config): cell for cell in cells}
     runs = [run for run in (folder / CELLS).glob("*") if is_finished(run)]
     runs.sort(key=lambda run: (run / SUMMARY).stat().st_mtime)
     return [
         replace(cell, computed_as=run.name)
         for run in runs
-        if (cell := asked.get(_key(_config_in(run)))) is not None
+        if (cell := asked.get(key_of(_config_in(run)))) is not None
     ]
 
 
-def _key(config: ExperimentConfig) -> str:
+def key_of(config: ExperimentConfig) -> str:
+    """The same for all configurations that ask for the same figures."""
     return to_json(asked_by(config))
 
 
@@ -146,19 +140,19 @@ def _config_in(run: Path) -> ExperimentConfig:
     return validated(ExperimentConfig, read_yaml(run / CONFIG), str(run / CONFIG))
 
 
-def _line(cell: Cell, run: Path) -> dict[str, Any]:
-    sessions = [_without(session, _OF_THE_MACHINE) for session in read_sessions(run)]
+def _line(cell: Cell, folder: Path) -> dict[str, Any]:
+    run = read_result(folder)
     validations = [
         {**line, "validation": _without(line["validation"], _SAME_FOR_ALL)}
-        for line in read_metrics(run)
+        for line in run.metrics
         if line.get("validation")
     ]
     return {
         "label": cell.label,
         "digest": cell.digest,
-        "config": _config_in(run).model_dump(mode="json"),
-        "sessions": sessions,
-        "summary": _short(read_summary(run)),
+        "config": run.config.model_dump(mode="json"),
+        "sessions": [_without(session, _OF_THE_MACHINE) for session in read_sessions(folder)],
+        "summary": _short(run.summary),
         "metrics": _short(validations),
     }
 
@@ -190,37 +184,3 @@ def _append(path: Path, line: str) -> None:
     except OSError as error:
         mend = "give another --keep, and do it again"
         raise RunError(f"cannot write {path}: {reason(error)}; {mend}") from error
-
-
-def _unpacked(kept: KeptRun | None, cell: Cell, folder: Path) -> Cell:
-    """The cell as it was kept, with a folder; or as it is, where it need not or cannot be."""
-    if kept is None or finished(cell, folder):
-        return cell
-    named = replace(cell, computed_as=kept.digest)
-    place = cell_folder(named, folder)
-    if not place.exists():
-        _write(kept, place)
-    return named if finished(named, folder) else cell  # else it has begun there, and goes on
-
-
-def _write(kept: KeptRun, place: Path) -> None:
-    """Write the folder of a run, whole or not at all."""
-    values = kept.values
-    texts = {
-        CONFIG: to_yaml(kept.config),
-        RECORD: to_json({"sessions": values["sessions"]}, indent=2) + "\n",
-        METRICS: "".join(f"{json.dumps(line)}\n" for line in values["metrics"]),
-        SUMMARY: to_json(values["summary"], indent=2) + "\n",
-    }
-    try:
-        make_folder(place.parent)
-        with TemporaryDirectory(dir=place.parent, prefix=".", suffix=".tmp") as temporary:
-            run = Path(temporary) / place.name
-            run.mkdir()
-            for name, text in texts.items():
-                (run / name).write_text(text, encoding="utf-8")
-            if not place.exists():
-                run.rename(place)
-    except OSError as error:
-        if not is_finished(place):  # or another command has unpacked it meanwhile
-            raise RunError(f"cannot write {place}: {reason(error)}; give another --out") from error

@@ -224,6 +224,13 @@ def read_results(study: Study, cells: Sequence[Cell], folder: Path) -> StudyResu
     found = {
         cell: read_result(cell_folder(cell, folder)) for cell in cells if finished(cell, folder)
     }
+    return collected(study, cells, found)
+
+
+def collected(
+    study: Study, cells: Sequence[Cell], found: Mapping[Cell, RunResult]
+) -> StudyResult | None:
+    """The results of a study's cells in rows; None of none."""
     rows: dict[tuple[str, str], list[Cell]] = {}
     order = {variant.label: place for place, variant in enumerate(study.variants)}
     for cell in sorted(found, key=lambda cell: order[cell.variant]):
