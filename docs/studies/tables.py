@@ -29,7 +29,7 @@ from metaplug.experiments.study.over_fitting import OverFitting, over_fitting
 from metaplug.experiments.study.tuned import Comparison, comparisons
 from metaplug.experiments.study.unpacking import kept_results
 from metaplug.report.best import best_notes
-from metaplug.report.comparing import by_seed_text, difference_text, p_text
+from metaplug.report.comparing import by_seed_text, difference_text, losses_text, p_text
 from metaplug.report.markdown import table
 from metaplug.report.terminal import value_text
 
@@ -148,25 +148,27 @@ def equal_rate(result: StudyResult) -> str:
 def over_fitted(result: StudyResult) -> str:
     """The inner loop early in training: the gap of losses, and the query loss by step."""
     found = {each.row.label: each for each in over_fitting(result)}
+    if not found:
+        return "No run has figures by inner step."
     iterations = next(iter(found.values())).iterations
 
     def of(text: Callable[[OverFitting], str]) -> str:
         return _grid(result, lambda row: text(found[row.label]) if row.label in found else "")
 
     def gap(each: OverFitting) -> str:
-        seeds = ", ".join(f"{value:.2f}" for value in each.gap_by_seed)
-        mean = f"{sum(each.gaps) / len(each.gaps):.2f}"
-        return mean if len(each.gap_by_seed) == 1 else f"{mean} ({seeds})"
-
-    def query(each: OverFitting) -> str:
-        return ", ".join(f"{loss:.2f}" for loss in each.query_by_step)
+        seeds = f" ({losses_text(each.gap_by_seed, 2)})" if each.gap_by_seed[1:] else ""
+        return f"{losses_text([each.gap], 2)}{seeds}"
 
     when = f"validations of iterations {iterations[0]} to {iterations[-1]}"
     titles = (
         f"Query loss − support loss after the last inner step, mean over the {when} (by seed)",
         f"Query loss before the first inner step and after each, mean over the {when}",
     )
-    return "\n\n".join(_titled(zip(titles, (of(gap), of(query)), strict=True)))
+    return "\n\n".join(
+        _titled(
+            zip(titles, (of(gap), of(lambda each: losses_text(each.query_by_step, 2))), strict=True)
+        )
+    )
 
 
 KINDS: dict[str, Callable[[StudyResult], str]] = {

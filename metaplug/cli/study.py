@@ -99,7 +99,7 @@ def study(
     folder = out / (name or file.stem)
     cells = cells_of(asked, str(file))
     if dry_run:
-        show(_listing(cells, folder))
+        show(_listing(cells, folder, keep))
         return
     workers = None if no_train else workers_of(jobs, backend, address)
     run(asked, cells, folder, workers, json_to="-" if as_json else None, kept_in=keep)
@@ -258,13 +258,16 @@ def _publish(found: StudyResult, folder: Path, json_to: str | None) -> None:
         emit(values)
 
 
-def _listing(cells: Sequence[Cell], folder: Path) -> Table:
+def _listing(cells: Sequence[Cell], folder: Path, kept_in: Path | None) -> Table:
     """Lay out the cells, each with its folder and whether it is there."""
     from metaplug.experiments.study.folder import cell_folder, finished
+    from metaplug.experiments.study.keeping import key_of, read_kept
     from metaplug.report.console import new_table
 
+    kept = set() if kept_in is None else {key_of(run.config) for run in read_kept(kept_in)}
     table = new_table(f"{len(cells)} runs in {folder}", "run", "cell", "state")
     for cell in cells:
-        begun = "begun" if cell_folder(cell, folder).exists() else "to compute"
-        table.add_row(cell.label, cell.digest, "finished" if finished(cell, folder) else begun)
+        state = "begun" if cell_folder(cell, folder).exists() else "to compute"
+        state = "kept" if key_of(cell.config) in kept else state
+        table.add_row(cell.label, cell.digest, "finished" if finished(cell, folder) else state)
     return table

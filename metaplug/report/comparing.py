@@ -52,3 +52,9 @@ def p_text(p_value: float | None) -> str:
     if p_value is None or math.isnan(p_value):
         return ""
     return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+def losses_text(losses: Sequence[float], digits: int, between: str = ", ") -> str:
+    """Write losses: "1.68, 1.40"."""
+    texts = (f"{each:.{digits}f}" if math.isfinite(each) else "not finite" for each in losses)
+    return between.join(texts)

@@ -110,8 +110,9 @@ def test_a_run_counts_whatever_code_computed_it(
     assert study("--keep", "new.jsonl") == 0
     assert sorted(run.digest for run in read_kept(Path("new.jsonl"))) == sorted(before)
     capfd.readouterr()
-    assert study("--dry-run") == 0
-    assert capfd.readouterr().out.count("to compute") == 8
+    assert study("--dry-run") == study("--dry-run", "--keep", kept) == 0
+    listed = capfd.readouterr().out
+    assert (listed.count("to compute"), listed.count("kept")) == (8, 8)
 
 
 def test_what_is_missing_is_computed_and_added_as_it_ends(

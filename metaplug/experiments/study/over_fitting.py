@@ -41,6 +41,11 @@ class OverFitting:
         return tuple(query[-1] - support[-1] for query, support in pairs)
 
     @property
+    def gap(self) -> float:
+        """The mean of the gaps."""
+        return fmean(self.gaps)
+
+    @property
     def query_by_step(self) -> tuple[float, ...]:
         """By inner step, the mean query loss over the validations."""
         return tuple(map(fmean, zip(*self.query_losses, strict=True)))

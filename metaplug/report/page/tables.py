@@ -151,7 +151,7 @@ def _cells(material: Material, row: Row, over: Row | None, *, is_reference: bool
     result = material.result
     texts = {
         VARIANT: row.variant,
-        SETTING: setting_text(row.setting).replace(" ", NO_BREAK).replace(f",{NO_BREAK}", ", "),
+        SETTING: setting_words(row),
         TEST: value_text(result.metric, row.test.mean, row.test.interval),
         SEEDS: _by_seed(result.metric, row),
         SECONDS: f"{row.seconds:,.{1 if row.seconds < 100 else 0}f}",
@@ -170,6 +170,11 @@ def _cells(material: Material, row: Row, over: Row | None, *, is_reference: bool
             texts[BY_SECONDS] = _percent(faster.mean_percent_of_seconds, faster)
     is_told = difference is not None and told(difference) != 0
     return Cells(Key(row.variant, material.look_of(row.variant)), texts, is_told, is_reference)
+
+
+def setting_words(row: Row) -> str:
+    """The setting of a row, with no line's end inside one field."""
+    return setting_text(row.setting).replace(" ", NO_BREAK).replace(f",{NO_BREAK}", ", ")
 
 
 def _by_seed(metric: str, row: Row) -> str:

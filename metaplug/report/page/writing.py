@@ -15,6 +15,7 @@ from metaplug.files import replacing
 from metaplug.report.page.asked import asked, facts, title_of
 from metaplug.report.page.curves import curves
 from metaplug.report.page.drawing import draw, draw_key
+from metaplug.report.page.early import early_table
 from metaplug.report.page.findings import findings
 from metaplug.report.page.gather import gather
 from metaplug.report.page.inner_steps import by_inner_step
@@ -65,7 +66,7 @@ def page(material: Material) -> str:
         asked=asked(material),
         findings=findings(material),
         facts=facts(material),
-        tables=shown,
+        tables=[*shown, *filter(None, [early_table(material)])],
         notes=notes(material, shown),
         sections=[section for section in sections if section is not None],
         repeating=repeating(material),
