@@ -81,6 +81,7 @@ def draw_curves(result: StudyResult, path: Path) -> None:
                 va="center",
                 fontsize=8,
                 color=COLOURS[look],
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
             )
         if base is not None:
             level = scale * best_point(result.metric, base.mean_curve).mean
