@@ -76,7 +76,7 @@ def compare(
     asked = _study(variant or [], seeds, given, sets)
     cells = cells_of(asked, "")
     folder = Path("runs") / _name(cells) if out is None else out
-    run(asked, cells, folder, workers_of(jobs, backend, address), json_to)
+    run(asked, cells, folder, workers_of(jobs, backend, address), json_to=json_to)
 
 
 def _study(texts: list[str], seeds: int, given: dict[str, Any], sets: list[str] | None) -> Study:

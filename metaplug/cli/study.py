@@ -52,6 +52,7 @@ Address = Annotated[
 @examples(
     "metaplug study rates.yaml --jobs 2",
     "metaplug study rates.yaml --dry-run",
+    "metaplug study rates.yaml --keep rates.jsonl",
     "metaplug study rates.yaml --backend dask --address tcp://host:8786",
 )
 def study(
@@ -69,6 +70,16 @@ def study(
     jobs: Jobs = None,
     backend: BackendOption = "processes",
     address: Address = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="A file of small results: runs in it are not computed again, new ones are added.",
+        ),
+    ] = None,
+    no_train: Annotated[
+        bool, typer.Option("--no-train", help="Show the results that are there; train no run.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the runs and which are there; train none.")
     ] = False,
@@ -88,9 +99,10 @@ def study(
     folder = out / (name or file.stem)
     cells = cells_of(asked, str(file))
     if dry_run:
-        show(_listing(cells, folder))
+        show(_listing(cells, folder, keep))
         return
-    run(asked, cells, folder, workers_of(jobs, backend, address), json_to="-" if as_json else None)
+    workers = None if no_train else workers_of(jobs, backend, address)
+    run(asked, cells, folder, workers, json_to="-" if as_json else None, kept_in=keep)
 
 
 def refuse_ranks(command: str, mend: str) -> None:
@@ -124,12 +136,20 @@ def _with_sets(asked: Study, sets: list[str] | None) -> Study:
 
 
 def run(
-    asked: Study, cells: Sequence[Cell], folder: Path, workers: Workers, json_to: str | None
+    asked: Study,
+    cells: Sequence[Cell],
+    folder: Path,
+    workers: Workers | None,
+    *,
+    json_to: str | None,
+    kept_in: Path | None = None,
 ) -> None:
     """Compute what is not there of a study's cells in its folder; show and write the results.
 
     Args:
+        workers: None computes nothing.
         json_to: the file of all values, besides the folder's; "-": standard output, alone.
+        kept_in: a file of small results, which counts as the folder does and has what it has.
 
     Raises:
         RequestError: the folder holds something else than a study, or a cell cannot be built.
@@ -141,21 +161,34 @@ def run(
     from metaplug.experiments.study.running import check
 
     check_folder(folder)
+    if kept_in is not None:
+        cells = _kept(kept_in, cells, folder)
     runs = list({cell.digest: cell for cell in cells}.values())  # variants may be the same
     left = [cell for cell in runs if not finished(cell, folder)]
-    if left:
+    if left and workers is not None:
         check(left, _show_code)
     begin(asked, cells, folder)
     line(f"{len(runs)} runs in {folder}, {len(runs) - len(left)} of them finished already")
-    failed = _compute(runs, folder, workers) if left else []
+    failed = _compute(runs, folder, workers, kept_in) if left and workers is not None else []
     if (found := read_results(asked, cells, folder)) is not None:
         begin(
             asked, cells, folder
         )  # of another study that began here meanwhile, nothing else stays
         _publish(found, folder, json_to)
+    elif workers is None:
+        line("no run is finished, so there is nothing to show: leave out --no-train")
     if failed:
         cell, text = failed[0]
         raise RunError(f"{len(failed)} of {len(runs)} runs failed, first {cell.label}: {text}")
+
+
+def _kept(path: Path, cells: Sequence[Cell], folder: Path) -> Sequence[Cell]:
+    """The cells, what is kept of them unpacked in the folder; keep what the folder has of them."""
+    from metaplug.experiments.study.keeping import found_in, keep, read_kept
+    from metaplug.experiments.study.unpacking import unpack
+
+    keep(path, found_in(cells, folder), folder)
+    return unpack(read_kept(path), cells, folder)
 
 
 def _show_code(cell: Cell, experiment: Experiment) -> None:
@@ -164,9 +197,12 @@ def _show_code(cell: Cell, experiment: Experiment) -> None:
     show_own_code(experiment, f"{cell.variant}: ")
 
 
-def _compute(cells: Sequence[Cell], folder: Path, workers: Workers) -> list[tuple[Cell, str]]:
+def _compute(
+    cells: Sequence[Cell], folder: Path, workers: Workers, kept_in: Path | None
+) -> list[tuple[Cell, str]]:
     """Compute what is not there, with progress; return what failed, and by what."""
     from metaplug.experiments.study.folder import finished
+    from metaplug.experiments.study.keeping import keep
     from metaplug.experiments.study.running import compute
     from metaplug.experiments.study.watching import Watch
     from metaplug.report.study_progress import StudyProgress
@@ -178,6 +214,8 @@ def _compute(cells: Sequence[Cell], folder: Path, workers: Workers) -> list[tupl
         for cell, failure in compute(cells, folder, workers, stop):
             if failure is None:
                 progress.end(cell)
+                if kept_in is not None:
+                    keep(kept_in, [cell], folder)
             else:
                 failed.append((cell, failure.text))
                 line(f"metaplug: {cell.label}: {failure.text}", style="red")
@@ -220,13 +258,16 @@ def _publish(found: StudyResult, folder: Path, json_to: str | None) -> None:
         emit(values)
 
 
-def _listing(cells: Sequence[Cell], folder: Path) -> Table:
+def _listing(cells: Sequence[Cell], folder: Path, kept_in: Path | None) -> Table:
     """Lay out the cells, each with its folder and whether it is there."""
     from metaplug.experiments.study.folder import cell_folder, finished
+    from metaplug.experiments.study.keeping import key_of, read_kept
     from metaplug.report.console import new_table
 
+    kept = set() if kept_in is None else {key_of(run.config) for run in read_kept(kept_in)}
     table = new_table(f"{len(cells)} runs in {folder}", "run", "cell", "state")
     for cell in cells:
-        begun = "begun" if cell_folder(cell, folder).exists() else "to compute"
-        table.add_row(cell.label, cell.digest, "finished" if finished(cell, folder) else begun)
+        state = "begun" if cell_folder(cell, folder).exists() else "to compute"
+        state = "kept" if key_of(cell.config) in kept else state
+        table.add_row(cell.label, cell.digest, "finished" if finished(cell, folder) else state)
     return table

@@ -18,9 +18,12 @@ from metaplug.evaluation.results import EvaluationResult, IntervalMethod
 from metaplug.learner import MetaLearner
 
 
-def to_json(values: Any, indent: int | None = None) -> str:
-    """Values as JSON, with null for NaN and Inf, which JSON does not have."""
-    return json.dumps(_finite(values), indent=indent, ensure_ascii=False, allow_nan=False)
+def to_json(values: Any, indent: int | None = None, *, dense: bool = False) -> str:
+    """Values as JSON, with null for NaN and Inf, which JSON lacks; `dense` has no spaces."""
+    marks = (",", ":") if dense else None
+    return json.dumps(
+        _finite(values), indent=indent, ensure_ascii=False, allow_nan=False, separators=marks
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from metaplug.evaluation.results import EvaluationResult, transductive_text
+from metaplug.evaluation.results import transductive_text
 from metaplug.experiments.study.acceleration import Acceleration
 from metaplug.experiments.study.results import Row, StudyResult, paired
+from metaplug.report.best import best_notes, best_tables
+from metaplug.report.comparing import difference_text, mean_text
 from metaplug.report.console import new_table
-from metaplug.report.terminal import scale_of, value_text
+from metaplug.report.terminal import value_text
 
 
 def study_tables(result: StudyResult) -> RenderableType:
@@ -26,8 +26,10 @@ def study_tables(result: StudyResult) -> RenderableType:
         _add_row(table, result, row, bases[row.label], several)
     groups = result.best_rows()
     is_chosen = sum(map(len, groups)) < len(result.rows)
-    best = [_best_table(result, rows) for rows in groups if is_chosen or len(rows) > 1]
-    return Group(table, *best, *(Text(note, style="dim") for note in _notes(result, several)))
+    shown = [rows for rows in groups if is_chosen or len(rows) > 1]
+    best = [each for rows in shown for each in best_tables(result, rows)]
+    notes = [*_notes(result, several), *best_notes(result, shown)]
+    return Group(table, *best, *(Text(note, style="dim") for note in notes))
 
 
 def _add_row(table: Table, result: StudyResult, row: Row, base: Row | None, several: bool) -> None:
@@ -60,21 +62,6 @@ def _add_row(table: Table, result: StudyResult, row: Row, base: Row | None, seve
             style="dim",
         )
     table.add_section()
-
-
-def _best_table(result: StudyResult, rows: Sequence[Row]) -> Table:
-    """Lay out the variants, each at the setting that validated best."""
-    metric, over = result.metric, result.baseline_among(rows)
-    title = "Each variant at its best setting, chosen on validation tasks"
-    table = new_table(title, "variant", f"validation {metric}", f"test {metric}", _minus(result))
-    for row in rows:
-        table.add_row(
-            Text(row.label, style="bold"),
-            value_text(metric, row.best_validation),
-            value_text(metric, row.test.mean, row.test.interval),
-            "" if over is None or over is row else _difference(result, row, over),
-        )
-    return table
 
 
 def _minus(result: StudyResult) -> str:
@@ -137,26 +124,6 @@ def _difference(result: StudyResult, row: Row, over: Row) -> str:
     if not paired(over, row):
         return "other seeds"
     return difference_text(result.difference(row, over))
-
-
-def difference_text(difference: EvaluationResult | None) -> str:
-    """Write a difference of means with its sign: "+7.40 ± 0.90 pp", in percentage points."""
-    if difference is None:
-        return "other tasks"
-    scale, digits, unit = scale_of(difference.metric)
-    unit = " pp" if unit else ""
-    return f"{difference.mean * scale:+.{digits}f} ± {difference.interval * scale:.{digits}f}{unit}"
-
-
-def mean_text(acceleration: Acceleration | None) -> str:
-    """Write the mean acceleration over seeds: "+140 % (2 of 3 seeds)"."""
-    if acceleration is None or not acceleration.reached:
-        return ""
-    if acceleration.mean_percent is None:
-        return "not reached"
-    count, reached = len(acceleration.reached), acceleration.seeds_reached
-    missed = f" ({reached} of {count} seeds)" if reached < count else ""
-    return f"{acceleration.mean_percent:+.0f} %{missed}"
 
 
 def _seed_text(acceleration: Acceleration | None, place: int | None) -> str:

@@ -666,7 +666,7 @@ def test_what_a_folder_says_is_of_the_study_that_ended_last(
         return compute(*given, **more)
 
     monkeypatch.setattr("metaplug.experiments.study.running.compute", computes)
-    run(study, cells, tmp_path, Workers(), None)
+    run(study, cells, tmp_path, Workers(), json_to=None)
     assert begun(tmp_path)[0] == study
     assert [
         row["label"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]

@@ -13,7 +13,9 @@ from support.studies import curve, result, row
 from metaplug.evaluation.curves import Point, best_point, first_reaching
 from metaplug.evaluation.results import Metric
 from metaplug.experiments.study.acceleration import Acceleration, accelerate
+from metaplug.experiments.study.over_fitting import over_fitting
 from metaplug.experiments.study.results import StudyResult
+from metaplug.experiments.study.tuned import comparisons
 from metaplug.experiments.study.values import to_values
 from metaplug.report.console import show
 from metaplug.report.study import seeds_notes, study_tables
@@ -289,4 +291,74 @@ def test_no_best_is_chosen_over_other_tasks() -> None:
     assert [[each.label for each in rows] for rows in both.best_rows()] == [
         ["maml, inner_lr 0.4, shots 1"],
         ["maml, inner_lr 0.1, shots 5"],
+    ]
+
+
+BASED = {
+    "maml@slow": [curve(0.5, 0.8), curve(0.6, 0.7)],
+    "maml@fast": [curve(0.4, 0.5), curve(0.4, 0.5)],
+    "maml++@slow": [curve(0.1, 0.2), curve(0.1, 0.2)],
+    "maml++@fast": [curve(0.3, 0.9), curve(0.3, 0.9)],
+    "maml+++gradient-sharing@slow": [curve(0.8, 0.95), curve(0.9, 0.95)],
+}
+
+
+def based() -> StudyResult:
+    tests = {label: [[0.1, 0.5, 0.6], [0.2, 0.4, 0.6]] for label in BASED}
+    tests["maml+++gradient-sharing@slow"] = [[0.3, 0.6, 0.6], [0.3, 0.6, 0.6]]
+    axes = {"learner.inner_lr": [0.1, 0.4]}
+    return result("accuracy", BASED, tests, settings=RATES, axes=axes)
+
+
+def test_best_settings_are_compared_with_each_other() -> None:
+    made = based()
+    [rows] = made.best_rows()
+    found = comparisons(made, rows)
+    shared = "maml+++gradient-sharing, inner_lr 0.1"
+    # MAML's best of 0.8 and 0.7 after 100, MAML++'s of 0.9 after 100 at the other rate.
+    assert found.with_baseline[shared].acceleration.percent == (100.0, 100.0)
+    base = found.with_base[shared]
+    assert (base.over.label, base.acceleration.percent) == ("maml++, inner_lr 0.4", (0.0, 100.0))
+    assert base.by_seed == (pytest.approx(0.1), pytest.approx(0.1))
+    # Two with MAML's, and this one: t = √6 · 0.1 / 0.08944 = 2.7386, of 5 degrees of freedom.
+    assert found.count == 3
+    assert base.p_value == pytest.approx(0.040859, abs=1e-6)
+    assert base.p_holm == pytest.approx(3 * 0.040859, abs=3e-6)
+    values = to_values(made)["best"][0][2]
+    assert values["minus_base"]["over"] == "maml++, inner_lr 0.4"
+    assert values["minus_base"]["p_value_holm"] == base.p_holm
+    assert values["minus_base"]["comparisons"] == 3
+    assert values["acceleration_over_baseline_percent"] == [100.0, 100.0]
+    text = io.StringIO()
+    show(study_tables(made), Console(file=text, width=140))
+    lines = text.getvalue().partition("Each variant beside the one that it extends")[2]
+    assert f"{shared}  maml++, inner_lr 0.4  +10.00 ± 9.39 pp  +10.00, +10.00  0.123" in lines
+    assert "corrected by Holm's method for 3 comparisons." in lines
+    assert "for the 2 training runs of a row" in lines
+
+
+def test_over_fitting_is_the_query_loss_above_the_support_loss_early() -> None:
+    made = based()
+    for place, run in enumerate(made.rows[0].runs):
+        vars(run)["metrics"] = [
+            {
+                "iteration": iteration,
+                "validation": {
+                    "inner": {
+                        "support_losses": [1.6, 0.2, 0.1 * place],
+                        "query_losses": [1.6, 1.0, late],
+                    }
+                },
+            }
+            for iteration, late in ((25, 0.8), (50, None if place else 0.6), (225, 9.0))
+        ]
+    [found] = over_fitting(made)
+    assert (found.row.label, found.iterations) == ("maml, inner_lr 0.1", (25, 50))
+    assert found.gaps == (pytest.approx(0.75), pytest.approx(math.nan, nan_ok=True))
+    assert found.gap_by_seed == (pytest.approx(0.7), pytest.approx(math.nan, nan_ok=True))
+    assert found.query_by_step[:2] == (1.6, 1.0)
+    assert over_fitting(made, until=20) == ()
+    assert to_values(made)["over_fitting"][0]["gap"] == [
+        pytest.approx(0.75),
+        pytest.approx(math.nan, nan_ok=True),
     ]

@@ -94,33 +94,61 @@ def test_a_study(tmp_path: Path) -> None:
     )
     columns = ["Variant", "Setting", "Test accuracy", "By seed", "Minus maml"]
     columns += ["Acceleration in iterations", "Acceleration in seconds", "Seconds"]
+    maml = ["maml", "inner_lr 0.01", "50.50 ± 6.34 %", "50.00 · 51.00", "reference"]
+    shared = ["maml+gradient-sharing", "inner_lr 0.01", "70.50 ± 6.34 %", "70.00 · 71.00"]
+    shared += ["+20.00 ± 0.00 pp"]
+    rest = ["+200 %", "+200 %", "6.0"]
     best = [
-        columns,
-        ["maml", "inner_lr 0.01", "50.50 ± 6.34 %", "50.00 · 51.00", "reference", "", "", "6.0"],
-        [
-            *("maml+gradient-sharing", "inner_lr 0.01", "70.50 ± 6.34 %", "70.00 · 71.00"),
-            *("+20.00 ± 0.00 pp", "+200 %", "+200 %", "6.0"),
-        ],
+        [*columns[:5], "The same by seed", "p (Holm)", *columns[5:]],
+        [*maml, "", "", "", "", "6.0"],
+        [*shared, "+20.00 · +20.00", "< 0.001", *rest],
     ]
     whole = [
         columns,
-        best[1],
+        [*maml, "", "", "6.0"],
         ["maml", "inner_lr 0.1", "40.50 ± 6.34 %", "40.00 · 41.00", "reference", "", "", "6.0"],
-        best[2],
+        [*shared, *rest],
         [
             *("maml+gradient-sharing", "inner_lr 0.1", "60.50 ± 6.34 %", "60.00 · 61.00"),
             *("+20.00 ± 0.00 pp", "+200 %", "+200 %", "6.0"),
         ],
     ]
-    assert rows(html) == best + whole
+    early = rows(html)[len(best + whole) :]
+    assert rows(html) == best + whole + early
+    assert early[0][2:] == [
+        "Query loss − support loss after the last step",
+        "The same by seed",
+        "Query loss before the first step and after each",
+    ]
+    losses = ["0.625", "0.625 · 0.625", "1.000 → 0.750 → 0.875"]
+    assert early[1] == ["maml", "inner_lr 0.01", *losses]
     assert "by the weights that validated best. Higher is better. The 95 %" in text
     assert "Where some seeds reach it" not in text  # all do
+    assert "corrected by Holm's method for 1 comparison." in unescape(text)
+    assert "of another training run they say nothing" in text
     assert "finished runs 8 seeds 0 and 1 test tasks of a run 4 validation tasks 200" in text
     assert "This command trained it: metaplug study cells" in text
     assert "versions metaplug 0.1.0, torch 2.14.1 device cpu threads 1 precision float32" in text
     assert "Late, the query loss is lowest at step 1 of 2, and rises after it." in text
     assert STUDY.split("\n")[6] in unescape(html)  # the study itself is there
     assert "maml+gradient-sharing, inner_lr 0.01, seed 0 preset: maml plugins:" in text
+
+
+def test_a_variant_stands_beside_the_one_that_it_extends(tmp_path: Path) -> None:
+    text = STUDY.replace("[maml,", "[maml, anil, anil+gradient-sharing,")
+    html = page(write_study(tmp_path / "study", text))
+    head = ["Variant", "Setting", "Test accuracy", "By seed", "Its base", "Minus its base"]
+    head += ["The same by seed", "p (Holm)"]
+    place = [row[: len(head)] for row in rows(html)].index(head)
+    maml, anil = (each[: len(head)] for each in sorted(rows(html)[place + 1 : place + 3])[::-1])
+    differs = ["+20.00 ± 0.00 pp", "+20.00 · +20.00", "< 0.001"]
+    assert (maml[0], maml[5:], anil[0]) == (
+        "maml+gradient-sharing",
+        differs,
+        "anil+gradient-sharing",
+    )
+    assert anil[4:] == ["anil, inner_lr 0.01", *differs]
+    assert "corrected by Holm's method for 4 comparisons." in unescape(words(html))
 
 
 def test_pictures_are_well_formed_and_say_what_they_show(tmp_path: Path) -> None:

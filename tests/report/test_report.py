@@ -328,7 +328,7 @@ def test_a_table_of_several_settings_has_another_of_the_best() -> None:
     made = studies.result(
         "accuracy", lines, settings=settings, axes={"learner.inner_lr": [0.1, 0.4]}
     )
-    text = shown(study_tables(made), width=100)
+    text = shown(study_tables(made), width=120)
     assert "Each variant at its best setting, chosen on validation tasks" in text
     best = text.partition("validation tasks\n\n")[2].partition("\n\n")[0].splitlines()
     assert [line.split("  ")[0].strip() for line in best[2:]] == [

@@ -81,6 +81,8 @@ def result(
             )
             for seed, line in enumerate(lines)
         )
+        for run in runs:
+            vars(run)["metrics"] = []
         rows.append(Row(variant, (settings or {}).get(setting, {}), runs))
     return StudyResult(metric, study, tuple(rows))
 

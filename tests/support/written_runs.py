@@ -76,6 +76,7 @@ def write_run(
             "per_task": list(test),
             "best_validation": {"iteration": 10, "mean": max(curve)},
             "iterations": config.training.iterations,
+            "plugins": {},
             "seconds": 2.0 * len(curve),
             "clock": [2.0 * (place + 1) for place in range(len(curve))],
             "versions": {"metaplug": "0.1.0", "torch": "2.14.1"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,47 +21,53 @@ Figure = Annotated[float, Field(strict=True)] | None
 """A number; null stands for NaN and Inf, which JSON does not have."""
 
 
-class _Values(BaseModel):
-    """The fields of an object that are read; it may have more."""
+class Values(BaseModel):
+    """The fields of a JSON object that are read; it may have more."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
 
-class _Inner(_Values):
+class _Inner(Values):
     support_losses: list[Figure]
     query_losses: list[Figure]
     cosines: list[Figure]
     learning_rates: list[Figure]
 
 
-class _Validation(_Values):
+class Validation(Values):
+    """Of a line of metrics.jsonl."""
+
     metric: StrictStr
     mean: Figure
     interval: Figure
     inner: _Inner | None = None  # of runs before this was kept, or with profile_tasks 0
 
 
-class _Result(_Validation):
+class _Result(Validation):
     num_tasks: Count
     inner_steps: Count
     transductive: list[StrictStr]
 
 
-class _Line(_Values):
+class MetricsLine(Values):
+    """A line of metrics.jsonl."""
+
     iteration: Count
     outer_loss: Figure
     meta_gradient_norm: Figure
     meta_lr: Figure
     figures: dict[StrictStr, Figure]
-    validation: _Validation | None = None
+    validation: Validation | None = None
 
 
-class _Best(_Values):
+class _Best(Values):
     iteration: Count
     mean: Figure
 
 
-class _Summary(_Values):
+class Summary(Values):
+    """The content of summary.json."""
+
     test: _Result
     best_validation: _Best
     iterations: Count
@@ -73,6 +79,8 @@ class _Summary(_Values):
 
 def read_metrics(folder: Path, *, finished: bool = True) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, one for each iteration.
+
+    Of a run that was kept small there are the lines with a validation alone.
 
     Args:
         folder: the run's.
@@ -89,11 +97,17 @@ def read_metrics(folder: Path, *, finished: bool = True) -> list[dict[str, Any]]
             if not finished and not line.endswith(b"\n"):
                 break
             where = f"{path}, line {len(lines) + 1}"
-            lines.append(_read(line, _Line, f"{where},", mend))
-            if (found := lines[-1]["iteration"]) != len(lines):
+            lines.append(read_as(line, MetricsLine, f"{where},", mend))
+            if (found := lines[-1]["iteration"]) != len(lines) and not _kept_small(lines):
                 what = f"is of iteration {found}, so lines are missing or stand twice"
                 raise RunError(f"{where} {what}: train the run anew")
     return lines
+
+
+def _kept_small(lines: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all lines have validations, the last of them a later one than the one before."""
+    rises = len(lines) < 2 or lines[-2]["iteration"] < lines[-1]["iteration"]
+    return rises and all(line.get("validation") for line in lines)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -105,7 +119,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     path = folder / SUMMARY
     mend = f"remove it, and --resume makes it anew from {BEST}"
     with _naming(path), path.open("rb") as file:
-        return _read(file.read(_MOST_BYTES), _Summary, str(path), mend)
+        return read_as(file.read(_MOST_BYTES), Summary, str(path), mend)
 
 
 @contextmanager
@@ -117,7 +131,16 @@ def _naming(path: Path) -> Iterator[None]:
         raise RunError(f"{said}; it is in the folder of a run that has begun") from None
 
 
-def _read(text: bytes, form: type[BaseModel], what: str, mend: str) -> dict[str, Any]:
+def read_as(text: bytes, form: type[BaseModel], what: str, mend: str) -> dict[str, Any]:
+    """The JSON object in a text, as it is there, once it has a form.
+
+    Args:
+        what: the text is, for errors.
+        mend: what to do about a damaged one.
+
+    Raises:
+        RunError: it is none, or has another form.
+    """
     try:
         values: dict[str, Any] = json.loads(text.decode(), parse_constant=no_number)
         form.model_validate(values)

@@ -73,9 +73,19 @@ def read_result(folder: Path) -> RunResult:
         raise RunError(f"{what}: train the run anew")
     config = validated(ExperimentConfig, read_yaml(folder / CONFIG), str(folder / CONFIG))
     lines = read_metrics(folder)
-    curve = curve_of(lines, summary.get("clock") or ())
-    if not curve:
+    if not any(line.get("validation") for line in lines):
         raise RunError(f"{folder / METRICS} has no validation: train the run anew")
+    return result_from(folder, config, summary, lines)
+
+
+def result_from(
+    folder: Path,
+    config: ExperimentConfig,
+    summary: Mapping[str, Any],
+    lines: list[dict[str, Any]],
+) -> RunResult:
+    """The result in what a run wrote; `lines` of metrics have a validation."""
+    curve = curve_of(lines, summary.get("clock") or ())
     found = RunResult(folder, config, summary, curve, _test_of(summary))
     vars(found)["metrics"] = lines
     return found

@@ -10,6 +10,7 @@ from functools import cache
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,13 +33,17 @@ def digest_of(config: ExperimentConfig) -> str:
     and of the model's library: a cell is computed anew after one has changed. Files of data do not
     count.
     """
-    fields = {
+    text = to_json({"config": asked_by(config), "code": code_of(config)})
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def asked_by(config: ExperimentConfig) -> dict[str, Any]:
+    """The fields of a configuration that its figures depend on, flat and in order."""
+    return {
         path: value
-        for path, value in comparable(config).items()
+        for path, value in sorted(comparable(config).items())
         if not path.startswith("runtime.") or path == "runtime.precision"
     }
-    text = to_json({"config": dict(sorted(fields.items())), "code": code_of(config)})
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def code_of(config: ExperimentConfig) -> dict[str, str]:

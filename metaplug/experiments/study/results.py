@@ -120,16 +120,19 @@ class StudyResult:
 
     def base_of(self, row: Row) -> Row | None:
         """The row of the longest variant that this one extends by plugins, at the same setting."""
+        return self.base_among(row, [one for one in self.rows if _is_at(one, row)])
+
+    def base_among(self, row: Row, rows: Sequence[Row]) -> Row | None:
+        """The row of the longest variant that this one extends by plugins; None for none."""
         variants = {variant.label: variant for variant in self.study.variants}
         own = variants[row.variant]
         bases = [
             one
-            for one in self.rows
+            for one in rows
             if (other := variants[one.variant]).preset == own.preset
             and len(other.plugins) < len(own.plugins)
             and other.plugins == own.plugins[: len(other.plugins)]
             and other.set == own.set
-            and _is_at(one, row)
         ]
         return max(bases, key=lambda one: len(variants[one.variant].plugins), default=None)
 
@@ -221,6 +224,13 @@ def read_results(study: Study, cells: Sequence[Cell], folder: Path) -> StudyResu
     found = {
         cell: read_result(cell_folder(cell, folder)) for cell in cells if finished(cell, folder)
     }
+    return collected(study, cells, found)
+
+
+def collected(
+    study: Study, cells: Sequence[Cell], found: Mapping[Cell, RunResult]
+) -> StudyResult | None:
+    """The results of a study's cells in rows; None of none."""
     rows: dict[tuple[str, str], list[Cell]] = {}
     order = {variant.label: place for place, variant in enumerate(study.variants)}
     for cell in sorted(found, key=lambda cell: order[cell.variant]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from metaplug.evaluation.curves import Curve, Point, best_point
@@ -9,7 +10,9 @@ from metaplug.evaluation.results import EvaluationResult, Metric
 from metaplug.experiments.json_values import result_values
 from metaplug.experiments.runs.result import RunResult
 from metaplug.experiments.study.acceleration import Acceleration
+from metaplug.experiments.study.over_fitting import OverFitting, over_fitting
 from metaplug.experiments.study.results import Row, StudyResult, paired
+from metaplug.experiments.study.tuned import Comparison, comparisons
 
 _MACHINE = ("versions", "device", "threads", "precision", "deterministic", "batching")
 
@@ -21,17 +24,51 @@ def to_values(result: StudyResult) -> dict[str, Any]:
         "baseline": result.baseline,
         "seeds": list(result.study.seeds),
         "rows": [_row_values(result, row) for row in result.rows],
-        "best": [
-            [_best_values(result, row, result.baseline_among(rows)) for row in rows]
-            for rows in result.best_rows()
-        ],
+        "best": [_best_values(result, rows) for rows in result.best_rows()],
+        "over_fitting": [_over_fitting_values(each) for each in over_fitting(result)],
         "missing": [cell.label for cell in result.missing],
     }
 
 
-def _best_values(result: StudyResult, row: Row, over: Row | None) -> dict[str, Any]:
-    difference = None if over is None else result.difference(row, over)
-    return {"label": row.label, "minus_baseline": _difference(difference)}
+def _best_values(result: StudyResult, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    found = comparisons(result, rows)
+    return [
+        {
+            "label": row.label,
+            "validation": row.best_validation,
+            **_comparison_values("baseline", found.with_baseline.get(row.label), found.count),
+            **_comparison_values("base", found.with_base.get(row.label), found.count),
+        }
+        for row in rows
+    ]
+
+
+def _comparison_values(name: str, one: Comparison | None, count: int) -> dict[str, Any]:
+    """How a row differs from another at its best setting; None where there is none."""
+    difference = None if one is None else _difference(one.difference)
+    if one is not None and difference is not None:
+        difference["over"] = one.over.label
+        difference["by_seed"] = list(one.by_seed)
+        difference["p_value"] = one.p_value
+        difference["p_value_holm"] = one.p_holm
+        difference["comparisons"] = count
+    return {
+        f"minus_{name}": difference,
+        f"acceleration_over_{name}_percent": None
+        if one is None
+        else list(one.acceleration.percent),
+    }
+
+
+def _over_fitting_values(found: OverFitting) -> dict[str, Any]:
+    return {
+        "label": found.row.label,
+        "iterations": list(found.iterations),
+        "support_losses": list(map(list, found.support_losses)),
+        "query_losses": list(map(list, found.query_losses)),
+        "gap": list(found.gaps),
+        "mean_gap_by_seed": list(found.gap_by_seed),
+    }
 
 
 def _row_values(result: StudyResult, row: Row) -> dict[str, Any]:

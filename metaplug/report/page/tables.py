@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from metaplug.evaluation.results import transductive_text
-from metaplug.evaluation.scores import better
 from metaplug.experiments.study.acceleration import Acceleration
 from metaplug.experiments.study.cells import setting_text
 from metaplug.experiments.study.results import Row, StudyResult, paired
+from metaplug.experiments.study.tuned import Comparison, comparisons
+from metaplug.report.comparing import MOST_SEEDS, by_seed_text, p_text
 from metaplug.report.page.chosen import compared, flat, reference_of
 from metaplug.report.page.findings import told
 from metaplug.report.page.material import Material
 from metaplug.report.page.panels import Key
-from metaplug.report.page.words import listed, signed
-from metaplug.report.study import seeds_notes
+from metaplug.report.page.words import signed
 from metaplug.report.terminal import scale_of, value_text
 
 VARIANT, SETTING, TEST, SEEDS, SECONDS = "variant", "setting", "test", "seeds", "seconds"
 DIFFERENCE, ITERATIONS, BY_SECONDS = "difference", "iterations", "by-seconds"
+BASE, DIFFERENCES, P = "base", "differences", "p"
 NO_BREAK = "\N{NO-BREAK SPACE}"
-MOST_SEEDS = 5
-"""Whose tests stand one by one."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Column:
     @property
     def is_number(self) -> bool:
         """Whether figures stand in it, at the right."""
-        return self.name not in (VARIANT, SETTING)
+        return self.name not in (VARIANT, SETTING, BASE)
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,10 @@ class Table:
 
 
 def tables(material: Material) -> list[Table]:
-    """All rows; and each variant at its best setting, where there was one to choose."""
+    """All rows; and each variant at its best setting, where there was one to choose.
+
+    There each stands beside the baseline, and beside its base where one has another base.
+    """
     result = material.result
     if not result.rows:
         return []
@@ -79,14 +80,35 @@ def tables(material: Material) -> list[Table]:
     chosen = compared(result)
     if len(flat(chosen)) == len(result.rows):
         return [whole]
-    bases = {row.label: result.baseline_among(rows) for rows in chosen for row in rows}
-
-    def base_of(result: StudyResult, row: Row) -> Row | None:
-        base = bases[row.label]
-        return None if base is row else base
-
+    found = [comparisons(result, rows) for rows in chosen]
+    with_baseline = {label: one for each in found for label, one in each.with_baseline.items()}
+    with_base = {label: one for each in found for label, one in each.with_base.items()}
     caption = "Each variant at its best setting, chosen on validation tasks alone"
-    return [_table(material, caption, flat(chosen), base_of), whole]
+    best = [_best_table(material, caption, flat(chosen), with_baseline)]
+    if not with_base.items() <= with_baseline.items():
+        caption = "Each variant beside the one that it extends, both at their best settings"
+        rows = [one.row for one in with_base.values()]
+        best.append(_best_table(material, caption, rows, with_base))
+    return [*best, whole]
+
+
+def _best_table(
+    material: Material, caption: str, rows: Sequence[Row], found: Mapping[str, Comparison]
+) -> Table:
+    """Rows at their best settings, compared with others at theirs."""
+
+    def reference(result: StudyResult, row: Row) -> Row | None:
+        return found[row.label].over if row.label in found else None
+
+    table = _table(material, caption, rows, reference)
+    for cells, row in zip(table.rows, rows, strict=True):
+        if (one := found.get(row.label)) is not None:
+            by_seed = by_seed_text(material.result.metric, one.by_seed)
+            cells.texts[DIFFERENCES] = by_seed.replace("-", "−").replace(", ", " · ")
+            cells.texts[P] = p_text(one.p_holm)
+            cells.texts[BASE] = "" if material.result.is_baseline(one.over) else one.over.label
+    columns = _columns(material.result, table.rows)
+    return replace(table, columns=columns)
 
 
 def _table(
@@ -101,23 +123,27 @@ def _table(
         _cells(material, row, over, is_reference=over is None and any(one is row for one in overs))
         for row, over in zip(rows, overs, strict=True)
     ]
-    label = _reference_label(result)
+    return Table(caption, _columns(result, cells), tuple(cells))
+
+
+def _columns(result: StudyResult, cells: Sequence[Cells]) -> tuple[Column, ...]:
+    """Those in which something stands."""
+    is_based = any(row.texts.get(BASE) for row in cells)
     titles = {
         VARIANT: "Variant",
         SETTING: "Setting",
         TEST: f"Test {result.metric}",
         SEEDS: "By seed",
-        DIFFERENCE: f"Minus {label}",
+        BASE: "Its base",
+        DIFFERENCE: f"Minus {'its base' if is_based else reference_label(result)}",
+        DIFFERENCES: "The same by seed",
+        P: "p (Holm)",
         ITERATIONS: "Acceleration in iterations",
         BY_SECONDS: "Acceleration in seconds",
         SECONDS: "Seconds",
     }
     used = [name for name in titles if any(row.texts.get(name) for row in cells)]
-    return Table(
-        caption,
-        tuple(Column(name, titles[name]) for name in used),
-        tuple(cells),
-    )
+    return tuple(Column(name, titles[name]) for name in used)
 
 
 def _cells(material: Material, row: Row, over: Row | None, *, is_reference: bool) -> Cells:
@@ -125,7 +151,7 @@ def _cells(material: Material, row: Row, over: Row | None, *, is_reference: bool
     result = material.result
     texts = {
         VARIANT: row.variant,
-        SETTING: setting_text(row.setting).replace(" ", NO_BREAK).replace(f",{NO_BREAK}", ", "),
+        SETTING: setting_words(row),
         TEST: value_text(result.metric, row.test.mean, row.test.interval),
         SEEDS: _by_seed(result.metric, row),
         SECONDS: f"{row.seconds:,.{1 if row.seconds < 100 else 0}f}",
@@ -146,6 +172,11 @@ def _cells(material: Material, row: Row, over: Row | None, *, is_reference: bool
     return Cells(Key(row.variant, material.look_of(row.variant)), texts, is_told, is_reference)
 
 
+def setting_words(row: Row) -> str:
+    """The setting of a row, with no line's end inside one field."""
+    return setting_text(row.setting).replace(" ", NO_BREAK).replace(f",{NO_BREAK}", ", ")
+
+
 def _by_seed(metric: str, row: Row) -> str:
     """The test of every seed; of many the lowest and the highest, of one nothing."""
     scale, digits, _ = scale_of(metric)
@@ -156,7 +187,8 @@ def _by_seed(metric: str, row: Row) -> str:
     return " · ".join(texts) if len(texts) > 1 else ""
 
 
-def _reference_label(result: StudyResult) -> str:
+def reference_label(result: StudyResult) -> str:
+    """What rows are compared with, by name."""
     return result.rows[0].label if len(result.study.variants) == 1 else result.baseline
 
 
@@ -166,42 +198,3 @@ def _percent(percent: float | None, faster: Acceleration) -> str:
     count, reached = len(faster.targets), faster.seeds_reached
     part = f" ({reached} of {count} seeds)" if reached < count else ""
     return f"{percent:+.0f} %{part}".replace("-", "−")
-
-
-def notes(material: Material, shown: Sequence[Table]) -> list[str]:
-    """How to read the columns of the tables."""
-    if not shown:
-        return []
-    result = material.result
-    used = {column.name for table in shown for column in table.columns}
-    tasks = listed([f"{n:,}" for n in sorted({row.test.num_tasks for row in result.rows})])
-    way = "Higher" if better(result.metric, 1, 0) else "Lower"
-    said = [
-        f"Test: unseen tasks, by the weights that validated best. {way} is better. The 95 % "
-        f"intervals are over the {tasks} tasks of a row's seeds, and say nothing about other seeds."
-    ]
-    if SEEDS in used:
-        said.append("By seed: the test of each seed, in their order; of many, the ends.")
-    if DIFFERENCE in used:
-        said.append(
-            f"Minus {_reference_label(result)}: the mean difference, task by task on the same "
-            "tasks. Where its interval holds 0, no difference can be told; others stand in bold. "
-            "One interval in twenty misses the true difference by chance."
-        )
-    if ITERATIONS in used:
-        target = result.study.target
-        goal = (
-            f"the best validation {result.metric} of the reference, seed by seed"
-            if target is None
-            else f"a validation {result.metric} of {value_text(result.metric, target)}"
-        )
-        said.append(
-            "Acceleration: (what the reference needs / what the row needs − 1) · 100 % to reach "
-            f"{goal}; +100 % is in half."
-        )
-        if any("seeds)" in row.texts.get(ITERATIONS, "") for table in shown for row in table.rows):
-            said[-1] += " Where some seeds reach it, it is their mean, and so too good."
-    said += seeds_notes(result)
-    said.append("Seconds: of meta-training and its validations, the mean over seeds.")
-    texts = dict.fromkeys(transductive_text(row.test.transductive) for row in result.rows)
-    return [*said, *(f"{text[:1].upper()}{text[1:]}." for text in texts)]

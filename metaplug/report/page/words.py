@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from metaplug.evaluation.results import EvaluationResult
-from metaplug.report.study import difference_text
+from metaplug.report.comparing import difference_text
 
 
 def signed(difference: EvaluationResult) -> str:

@@ -15,15 +15,17 @@ from metaplug.files import replacing
 from metaplug.report.page.asked import asked, facts, title_of
 from metaplug.report.page.curves import curves
 from metaplug.report.page.drawing import draw, draw_key
+from metaplug.report.page.early import early_table
 from metaplug.report.page.findings import findings
 from metaplug.report.page.gather import gather
 from metaplug.report.page.inner_steps import by_inner_step
 from metaplug.report.page.material import Material
+from metaplug.report.page.notes import notes
 from metaplug.report.page.over_training import over_training
 from metaplug.report.page.panels import Panel
 from metaplug.report.page.repeating import repeating
 from metaplug.report.page.sensitivity import sensitivity
-from metaplug.report.page.tables import notes, tables
+from metaplug.report.page.tables import tables
 from metaplug.report.page.words import unbroken
 
 
@@ -64,7 +66,7 @@ def page(material: Material) -> str:
         asked=asked(material),
         findings=findings(material),
         facts=facts(material),
-        tables=shown,
+        tables=[*shown, *filter(None, [early_table(material)])],
         notes=notes(material, shown),
         sections=[section for section in sections if section is not None],
         repeating=repeating(material),

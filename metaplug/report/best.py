@@ -1,0 +1,72 @@
+"""The tables of each variant at its best setting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from metaplug.experiments.study.results import Row, StudyResult
+from metaplug.experiments.study.tuned import Comparison, comparisons
+from metaplug.report.comparing import by_seed_text, difference_text, mean_text, p_text
+from metaplug.report.console import new_table
+from metaplug.report.terminal import value_text
+
+_COMPARED = ("by seed", "p (Holm)", "acceleration")
+
+
+def best_tables(result: StudyResult, rows: Sequence[Row]) -> list[Table]:
+    """Lay out the variants at the settings that validated best; and each beside its base.
+
+    The second only where a base is not the baseline: else it would repeat the first.
+    """
+    metric, found = result.metric, comparisons(result, rows)
+    title = "Each variant at its best setting, chosen on validation tasks"
+    values = (f"validation {metric}", f"test {metric}")
+    table = new_table(title, "variant", *values, f"minus {result.baseline}", *_COMPARED)
+    for row in rows:
+        table.add_row(
+            Text(row.label, style="bold"),
+            value_text(metric, row.best_validation),
+            value_text(metric, row.test.mean, row.test.interval),
+            *_cells(metric, found.with_baseline.get(row.label)),
+        )
+    if found.with_base.items() <= found.with_baseline.items():
+        return [table]
+    title = "Each variant beside the one that it extends, both at their best settings"
+    bases = new_table(title, "variant", "its base", "minus its base", *_COMPARED)
+    for each in found.with_base.values():
+        label = Text(each.row.label, style="bold")
+        bases.add_row(label, each.over.label, *_cells(metric, each))
+    return [table, bases]
+
+
+def _cells(metric: str, one: Comparison | None) -> tuple[str, ...]:
+    if one is None:
+        return ("", "", "", "")
+    if not one.acceleration.targets:
+        return ("other seeds", "", "", "")
+    return (
+        difference_text(one.difference),
+        by_seed_text(metric, one.by_seed),
+        p_text(one.p_holm),
+        mean_text(one.acceleration),
+    )
+
+
+def best_notes(result: StudyResult, groups: Sequence[Sequence[Row]]) -> list[str]:
+    """Explain the columns of these tables and their limits; nothing where nothing is tested."""
+    counts = sorted({comparisons(result, rows).count for rows in groups} - {0})
+    if not counts:
+        return []
+    seeds = max(len(row.seeds) for rows in groups for row in rows)
+    trained = "the one training run" if seeds == 1 else f"the {seeds} training runs"
+    return [
+        "At best settings: acceleration has the best validation of the other row at its own best "
+        "setting as the target.",
+        "p: of the paired t-test over the test tasks of all seeds, corrected by Holm's method for "
+        f"{' or '.join(map(str, counts))} comparison{'s' * (counts != [1])}.",
+        f"Intervals and p are over tasks, for {trained} of a row: of another training run they say "
+        "nothing, and the differences by seed only as much as so few can.",
+    ]
