@@ -38,6 +38,8 @@ PAGE, IMAGES = STUDIES.parent / "results.md", STUDIES.parent / "images"
 
 MARKED = re.compile(r"(<!-- table (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
+_PROCESSOR = re.compile("x86_64|AMD64|aarch64|arm64|$")
+
 _APART, _SHARE = 24, 0.005
 """Of a picture, at most this share of pixels may differ by more than so many of 255 levels: letters
 are smoothed in another way elsewhere."""
@@ -62,12 +64,13 @@ def runs(result: StudyResult, kept: Iterable[KeptRun]) -> str:
     versions = [f"torch {run.summary['versions']['torch']}" for run in found]
     hours = sum(run.seconds for run in found) / 3600
     commands = dict.fromkeys(f"`{session['command']}`" for session in sessions)
+    processors = dict.fromkeys(_PROCESSOR.search(each["platform"])[0] for each in sessions)  # type: ignore[index]
     return (
         f"{len(found)} of {len(found) + len(result.missing)} runs, "
         f"{hours:.1f} hours of meta-training and validation in all; "
         f"{' or '.join(dict.fromkeys(versions))}, "
         f"{' or '.join(dict.fromkeys(run.summary['device'] for run in found))}, "
-        f"{' or '.join(dict.fromkeys(session['platform'] for session in sessions))}; begun "
+        f"{' or '.join(processors)}, one thread a run, other work beside; begun "
         f"{min(session['began'] for session in sessions)[:10]} by {' or '.join(commands)}."
     )
 
