@@ -55,7 +55,8 @@ def test_near_and_far_tasks_have_equally_many_characters() -> None:
         assert near[split] == far[split]
         taken = [
             one
-            for one in sum(usual.values(), [])
+            for names in usual.values()
+            for one in names
             if any(one == name or one.startswith(f"{name}/") for name in near[split])
         ]
         assert sorted(taken) == sorted(usual[split])

@@ -178,9 +178,7 @@ def test_a_study_may_say_which_axes_are_tuned() -> None:
     curves = {f"maml@{setting}": [curve(value)] for setting, value in reached.items()}
     axes = {"learner.inner_lr": [0.1, 0.4], "learner.inner_steps": [1, 5]}
     by_both = result("accuracy", curves, settings=settings, axes=axes)
-    by_rate = result(
-        "accuracy", curves, settings=settings, axes=axes, tuned=("learner.inner_lr",)
-    )
+    by_rate = result("accuracy", curves, settings=settings, axes=axes, tuned=("learner.inner_lr",))
     assert [[each.label for each in rows] for rows in by_both.best_rows()] == [
         ["maml, inner_lr 0.1, inner_steps 5"]
     ]
