@@ -16,9 +16,10 @@ Statistics carry over if keep or frozen beat forget; a changing stream does harm
 behind forget. Where the tasks stay the same, nothing changes but the optimizer: that is the
 control.
 
-A cell is a line of docs/studies/change_of_tasks.jsonl, appended when it is finished, so a study
-that was stopped goes on. `--table` only prints. `--before`, `--after`, `--rates` and `--seeds`
-compute or print a part; with another number of `--iterations` nothing is kept.
+A cell, one of 144 of about 25 s, is a line of docs/studies/change_of_tasks.jsonl, appended when it
+is finished, so a study that was stopped goes on. `--table` only prints. `--before`, `--after`,
+`--rates` and `--seeds` compute or print a part; with another number of `--iterations` nothing is
+kept.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ QUERIES = FORM["ways"] * FORM["queries"]
 MODEL = {"filters": 16, "pooling": "stride"}
 INNER_STEPS = 3
 TASKS_PER_BATCH = 8
-ITERATIONS = 200
+ITERATIONS = 150
 VALIDATE_EVERY = 25
 VALIDATION_TASKS = 100
 TEST_TASKS = 400

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ def test_a_study_has_cells_and_names_its_command(path: Path) -> None:
     study = read_study(path)
     cells = cells_of(study, str(path), to_compute=False)
     assert {cell.variant for cell in cells} == {variant.label for variant in study.variants}
-    assert f"\n#   metaplug study {path} --jobs 2\n" in path.read_text(encoding="utf-8")
+    command = rf"^#   metaplug study {path} (--keep {path.with_suffix('.jsonl')} )?--jobs 2$"
+    assert re.search(command, path.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
