@@ -256,7 +256,16 @@ class _Probe:
         with stream(0, self.inner.device):
             self.inner.functional([2 * weight for weight in self.weights.values()], self.x)
         ours, expected = (_gradients(output, trained) for output in (prediction, self.expected))
-        if ours is None or expected is None or not all(map(_close, ours, expected)):
+        # A gradient that is zero up to rounding, as a bias's before batch norm, has errors that go
+        # with the terms of its sum: with all gradients, not with its own value.
+        scale = max((each.abs().max().item() for each in expected or ()), default=0.0)
+        if (
+            ours is None
+            or expected is None
+            or not all(
+                _close(own, each, max(scale, 1)) for own, each in zip(ours, expected, strict=True)
+            )
+        ):
             raise RequestError(
                 "the gradient of the model does not follow the weights of its forward pass (a "
                 "backward pass that runs forward again, or an operation that has no gradient): "
@@ -426,9 +435,9 @@ def _gradients(output: Tensor, trained: list[Tensor]) -> list[Tensor] | None:
     ]
 
 
-def _close(own: Tensor, expected: Tensor) -> bool:
+def _close(own: Tensor, expected: Tensor, scale: float = 1.0) -> bool:
     return own.shape == expected.shape and torch.allclose(
-        own, expected, rtol=1e-3, atol=1e-4, equal_nan=True
+        own, expected, rtol=1e-3, atol=1e-4 * scale, equal_nan=True
     )
 
 

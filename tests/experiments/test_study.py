@@ -237,6 +237,15 @@ WRONG: list[tuple[str, str]] = [
     ),
     ("variants: [maml]\nbaseline: anil", "the baseline 'anil' is no variant: give one of 'maml'"),
     (
+        "variants: [maml]\ntuned: [learner.inner_lr]",
+        "mine.yaml: tuned names learner.inner_lr, which is no axis: add it to axes",
+    ),
+    (
+        "variants: [maml]\naxes: {tasks.shots: [1]}\ntuned: [tasks.shots]",
+        "mine.yaml: tuned names tasks.shots, which changes the tasks or the budget, so validation "
+        "cannot choose it: leave it out",
+    ),
+    (
         "variants: [maml]\nseeds: 0",
         "mine.yaml: seeds = 0: give how many, from 1 to 1000, or a list of seeds",
     ),

@@ -170,6 +170,26 @@ def test_rows_are_compared_at_the_same_setting() -> None:
     assert [each.label for each in best] == ["maml, inner_lr 0.1", "anil, inner_lr 0.4"]
 
 
+def test_a_study_may_say_which_axes_are_tuned() -> None:
+    settings = {
+        f"{rate}{steps}": {**RATES[rate], "learner.inner_steps": steps}
+        for rate in RATES
+        for steps in (1, 5)
+    }
+    reached = {"slow1": 0.5, "slow5": 0.9, "fast1": 0.6, "fast5": 0.8}
+    curves = {f"maml@{setting}": [curve(value)] for setting, value in reached.items()}
+    axes = {"learner.inner_lr": [0.1, 0.4], "learner.inner_steps": [1, 5]}
+    by_both = result("accuracy", curves, settings=settings, axes=axes)
+    by_rate = result("accuracy", curves, settings=settings, axes=axes, tuned=("learner.inner_lr",))
+    assert [[each.label for each in rows] for rows in by_both.best_rows()] == [
+        ["maml, inner_lr 0.1, inner_steps 5"]
+    ]
+    assert [[each.label for each in rows] for rows in by_rate.best_rows()] == [
+        ["maml, inner_lr 0.4, inner_steps 1"],
+        ["maml, inner_lr 0.1, inner_steps 5"],
+    ]
+
+
 def test_an_axis_of_one_variants_plugin_leaves_the_others_to_compare_with() -> None:
     gates = {"low": {"plugins.gradient-sharing.gate": 0.2}}
     curves = {"maml": [curve(0.5)], "maml+gradient-sharing@low": [curve(0.6)]}

@@ -20,7 +20,7 @@ from metaplug.experiments.study.acceleration import Acceleration, accelerate
 from metaplug.experiments.study.cells import Cell, row_text
 from metaplug.experiments.study.checks import is_own
 from metaplug.experiments.study.folder import cell_folder, finished
-from metaplug.experiments.study.schema import Study
+from metaplug.experiments.study.schema import Study, is_tuned
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,9 @@ class StudyResult:
 
     @property
     def tuned(self) -> tuple[str, ...]:
-        """The axes over which a variant's best setting may be chosen: those that change no task."""
-        return tuple(path for path in self.study.axes if is_tuned(path))
+        """The axes over which a variant's best setting is chosen; none that changes a task."""
+        given = self.study.tuned
+        return tuple(filter(is_tuned, self.study.axes)) if given is None else given
 
     def best_rows(self) -> tuple[tuple[Row, ...], ...]:
         """Of every variant the row that validated best, for each value of the other axes.
@@ -179,7 +180,7 @@ class StudyResult:
         """
         groups: dict[str, dict[str, list[Row]]] = {}
         for row in self.rows:
-            apart = {path: each for path, each in row.setting.items() if not is_tuned(path)}
+            apart = {path: each for path, each in row.setting.items() if path not in self.tuned}
             groups.setdefault(repr(apart), {}).setdefault(row.variant, []).append(row)
         if not self.tuned:
             return ()
@@ -208,11 +209,6 @@ def paired(over: Row, row: Row) -> list[tuple[RunResult, RunResult]]:
     """The runs of two rows with the same seed."""
     others = {run.seed: run for run in over.runs}
     return [(others[run.seed], run) for run in row.runs if run.seed in others]
-
-
-def is_tuned(path: str) -> bool:
-    """Whether a field may be chosen by validation: it changes neither the tasks nor the budget."""
-    return path.partition(".")[0] not in ("tasks", "training") or path == "training.non_finite"
 
 
 def read_results(study: Study, cells: Sequence[Cell], folder: Path) -> StudyResult | None:

@@ -87,6 +87,11 @@ class Study(Settings):
     baseline: str | None = Field(
         None, description="What the others are compared with; null is the first variant."
     )
+    tuned: tuple[str, ...] | None = Field(
+        None,
+        description="The axes over which each variant's best setting is chosen; null is all but "
+        "those of tasks and training.",
+    )
     target: float | None = Field(
         None,
         description="The validation value to reach, a share as 0.8; null is the best that the "
@@ -131,10 +136,27 @@ class Study(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _may_be_tuned(self) -> Study:
+        for path in self.tuned or ():
+            if path not in self.axes:
+                raise ValueError(f"tuned names {path}, which is no axis: add it to axes")
+            if not is_tuned(path):
+                raise ValueError(
+                    f"tuned names {path}, which changes the tasks or the budget, so validation "
+                    "cannot choose it: leave it out"
+                )
+        return self
+
     @property
     def reference(self) -> str:
         """The label of the baseline."""
         return self.variants[0].label if self.baseline is None else self.baseline
+
+
+def is_tuned(path: str) -> bool:
+    """Whether a field may be chosen by validation: it changes neither the tasks nor the budget."""
+    return path.partition(".")[0] not in ("tasks", "training") or path == "training.non_finite"
 
 
 def read_study(path: Path) -> Study:

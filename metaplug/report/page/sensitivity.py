@@ -8,7 +8,7 @@ from typing import Any
 
 from metaplug.experiments.json_values import to_json
 from metaplug.experiments.study.cells import setting_text
-from metaplug.experiments.study.results import Row, StudyResult, is_tuned
+from metaplug.experiments.study.results import Row, StudyResult
 from metaplug.report.page.chosen import keys
 from metaplug.report.page.material import Material
 from metaplug.report.page.panels import Group, Line, Panel, Section
@@ -46,7 +46,7 @@ def _at_other_tasks(result: StudyResult, path: str) -> dict[str, list[Row]]:
             others = {
                 each: value
                 for each, value in row.setting.items()
-                if each != path and not is_tuned(each) and len(result.study.axes[each]) > 1
+                if each != path and each not in result.tuned and len(result.study.axes[each]) > 1
             }
             found.setdefault(setting_text(others), []).append(row)
     return found
@@ -130,7 +130,9 @@ def _baseline_at(result: StudyResult, path: str, row: Row) -> Row | None:
     if result.is_baseline(row):
         return None
     fixed = {
-        each: value for each, value in row.setting.items() if each == path or not is_tuned(each)
+        each: value
+        for each, value in row.setting.items()
+        if each == path or each not in result.tuned
     }
     rows = [
         one
