@@ -24,7 +24,7 @@ def step_fused(optimizer: torch.optim.Optimizer) -> None:
     """
     for group in optimizer.param_groups:
         parameters: list[Tensor] = group["params"]
-        kept = chain.from_iterable(optimizer.state[each].values() for each in parameters)
+        kept = chain.from_iterable(optimizer.state.get(each, {}).values() for each in parameters)
         fuses = all(map(_is_fusible, parameters)) and all(map(_is_contiguous, kept))
         group["fused"] = True if fuses else None
         for parameter in parameters if fuses else ():

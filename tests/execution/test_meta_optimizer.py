@@ -64,5 +64,6 @@ def test_complex_weights_and_those_without_a_gradient_are_updated_as_torch_does(
         optimizer = META_OPTIMIZERS["adam"](given, lr=0.1)
         given[0].grad = torch.ones_like(given[0])
         step(optimizer)
+        assert len(optimizer.state) == 1  # else a checkpoint would have an empty one
     assert torch.equal(parameters[0], others[0])
     assert torch.equal(parameters[1], values[1])
