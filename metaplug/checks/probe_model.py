@@ -38,6 +38,7 @@ from metaplug.core.functional_model import PLAIN, Place, clone, version
 from metaplug.core.inner_loop import InnerLoop
 from metaplug.core.losses import cross_entropy
 from metaplug.core.model_calls import call_model
+from metaplug.core.outer_loop import largest
 from metaplug.core.vmap_rules import TaskRules
 from metaplug.errors import RequestError, quoted, said_by
 from metaplug.random_streams import stream
@@ -258,7 +259,7 @@ class _Probe:
         ours, expected = (_gradients(output, trained) for output in (prediction, self.expected))
         # A gradient that is zero up to rounding, as a bias's before batch norm, has errors that go
         # with the terms of its sum: with all gradients, not with its own value.
-        scale = max((each.abs().max().item() for each in expected or ()), default=0.0)
+        scale = max((largest(each).item() for each in expected or () if each.numel()), default=0.0)
         if (
             ours is None
             or expected is None

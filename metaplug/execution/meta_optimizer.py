@@ -31,6 +31,8 @@ def step_fused(optimizer: torch.optim.Optimizer) -> None:
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.contiguous()
     optimizer.step()
+    for group in optimizer.param_groups:  # what a checkpoint has does not depend on it
+        group["fused"] = None
 
 
 def _is_fusible(parameter: Tensor) -> bool:

@@ -995,7 +995,7 @@ def test_mutated_metrics_and_summaries(run, request, tmp_path):
         (b'{"iteration": 1', "Expecting ',' delimiter: line 1 column 16 (char 15)"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"iteration": \xff}', "not UTF-8 text"),
-        (b"[]", "it: input should be a valid dictionary or instance of _Line"),
+        (b"[]", "it: input should be a valid dictionary or instance of MetricsLine"),
         (b"NaN", "NaN is no number in JSON"),
     ],
 )
