@@ -32,6 +32,11 @@ def recorded(config: ExperimentConfig) -> ExperimentConfig:
     return _with_files(config, with_digest)
 
 
+def unrecorded(config: ExperimentConfig) -> ExperimentConfig:
+    """The configuration without the digests of plugin files."""
+    return _with_files(config, lambda use: use.model_copy(update={"sha256": None}))
+
+
 def keep_names(config: ExperimentConfig) -> None:
     """Run the files of a run's configuration even if plugins of their names are installed by now.
 

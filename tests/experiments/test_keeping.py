@@ -19,7 +19,7 @@ from metaplug.experiments.study.cells import cells_of
 from metaplug.experiments.study.folder import to_yaml
 from metaplug.experiments.study.keeping import found_in, keep, read_kept
 from metaplug.experiments.study.results import StudyResult, read_results
-from metaplug.experiments.study.schema import read_study
+from metaplug.experiments.study.schema import Study, read_study
 from metaplug.experiments.study.unpacking import kept_results, unpack
 from metaplug.experiments.study.values import to_values
 
@@ -113,6 +113,15 @@ def test_a_run_counts_whatever_code_computed_it(
     assert study("--dry-run") == study("--dry-run", "--keep", kept) == 0
     listed = capfd.readouterr().out
     assert (listed.count("to compute"), listed.count("kept")) == (8, 8)
+
+
+def test_the_file_of_a_plugin_is_code_too(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def transform_gradients(gradients): return gradients\n")
+    mine = {"label": "mine", "plugins": [{"plugin": str(file)}]}
+    asked = Study.model_validate({"variants": ["maml", mine]})
+    for now, later in zip(cells_of(asked, ""), cells_of(asked, "", to_compute=False), strict=True):
+        assert keeping.key_of(now.config) == keeping.key_of(later.config)
 
 
 def test_what_is_missing_is_computed_and_added_as_it_ends(

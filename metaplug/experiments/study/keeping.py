@@ -18,6 +18,7 @@ from pydantic import Field, StrictStr
 from metaplug.errors import RequestError, RunError, reason
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.json_values import to_json
+from metaplug.experiments.plugin_files import unrecorded
 from metaplug.experiments.runs.layout import CONFIG, SUMMARY
 from metaplug.experiments.runs.reading import (
     Figure,
@@ -132,8 +133,8 @@ def found_in(cells: Sequence[Cell], folder: Path) -> list[Cell]:
 
 
 def key_of(config: ExperimentConfig) -> str:
-    """The same for all configurations that ask for the same figures."""
-    return to_json(asked_by(config))
+    """The same for all configurations that ask for the same figures, whatever the code."""
+    return to_json(asked_by(unrecorded(config)))
 
 
 def _config_in(run: Path) -> ExperimentConfig:
