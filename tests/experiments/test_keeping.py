@@ -122,6 +122,8 @@ def test_the_file_of_a_plugin_is_code_too(tmp_path: Path) -> None:
     asked = Study.model_validate({"variants": ["maml", mine]})
     for now, later in zip(cells_of(asked, ""), cells_of(asked, "", to_compute=False), strict=True):
         assert keeping.key_of(now.config) == keeping.key_of(later.config)
+    session = {"folder": "here", "plugin_files": {"mine": {"path": str(file), "sha256": "0"}}}
+    assert keeping._portable(session) == {"plugin_files": {"mine": {"sha256": "0"}}}
 
 
 def test_what_is_missing_is_computed_and_added_as_it_ends(

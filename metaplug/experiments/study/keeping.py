@@ -152,10 +152,17 @@ def _line(cell: Cell, folder: Path) -> dict[str, Any]:
         "label": cell.label,
         "digest": cell.digest,
         "config": run.config.model_dump(mode="json"),
-        "sessions": [_without(session, _OF_THE_MACHINE) for session in read_sessions(folder)],
-        "summary": _short(run.summary),
+        "sessions": [_portable(session) for session in read_sessions(folder)],
+        "summary": _short(_portable(run.summary)),
         "metrics": _short(validations),
     }
+
+
+def _portable(session: Mapping[str, Any]) -> dict[str, Any]:
+    """What a session or a summary tells on another machine too: plugin files by digest alone."""
+    own, files = _without(session, _OF_THE_MACHINE), session.get("plugin_files") or {}
+    digests = {name: _without(file, ["path"]) for name, file in files.items()}
+    return own | ({"plugin_files": digests} if digests else {})
 
 
 def _without(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
