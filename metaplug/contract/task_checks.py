@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import cmath
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -125,9 +125,9 @@ def _forms(task: Named, axes: int) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def is_finite(values: Tensor) -> bool:
+def _is_finite(values: Tensor) -> bool:
     """Whether no entry is NaN or Inf: by the sum, in one pass, and by each where that overflows."""
-    return cmath.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
+    return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
 
 def check_finite(named: Named, number: Callable[[int], int]) -> None:
@@ -140,7 +140,7 @@ def check_finite(named: Named, number: Callable[[int], int]) -> None:
         RunError: names field and task.
     """
     for name, value in named.items():
-        if value.is_floating_point() and not is_finite(value):
+        if value.is_floating_point() and not _is_finite(value):
             task = int((~torch.isfinite(value)).flatten(1).any(1).nonzero()[0])
             raise RunError(
                 f"{name} of task {number(task)} holds NaN or Inf, on which no loss is defined: "

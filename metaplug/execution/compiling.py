@@ -7,7 +7,6 @@ the run need hand over nothing, and a later run of the same step starts in secon
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import shutil
@@ -44,8 +43,7 @@ def inductor(graph: _Graph, inputs: Sequence[Tensor]) -> Function:
 def _compiled(graph: _Graph, inputs: Sequence[Tensor]) -> Function:
     on_cpu = all(each.device.type == "cpu" for each in inputs)
     # In Python the calls between a CPU's kernels take as long as those of a small model.
-    options = torch._inductor.config.patch(fallback_random=True, cpp_wrapper=on_cpu)
-    with uncollected(), _quiet(), options:
+    with _quiet(), torch._inductor.config.patch(fallback_random=True, cpp_wrapper=on_cpu):
         compiled: Function
         if make := getattr(torch._inductor, "standalone_compile", None):  # it caches more
             compiled = make(graph, list(inputs), dynamic_shapes="from_example_inputs")
@@ -220,22 +218,6 @@ def _free_views(graph: _Graph) -> None:
     for node in graph.graph.nodes:
         if node.target is _aten.view.default:
             node.target = _aten.reshape.default
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Inside, Python collects no cycles.
-
-    Modules and nodes of graphs are made by the hundred thousand and stay, so each look through all
-    of them finds next to nothing.
-    """
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
 
 
 @contextmanager

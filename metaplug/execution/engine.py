@@ -212,7 +212,7 @@ class Engine:
     def nonfinite_parameter(self) -> str | None:
         """Return the first meta-parameter that is NaN or Inf; None for none."""
         values = {name: each.detach() for name, each in self.meta_parameters.items()}
-        sums = torch.stack([value.sum() for value in values.values()])
+        sums = torch.stack([value.sum().to(self.device) for value in values.values()])
         if torch.isfinite(sums).all():
             return None
         found = (name for name, value in values.items() if not torch.isfinite(value).all())
@@ -279,9 +279,10 @@ class Engine:
         told[2] = self.world.sum(1 - told[2]) == 0
         return told
 
-    @staticmethod
-    def _told(found: MetaGradients) -> Tensor:
+    def _told(self, found: MetaGradients) -> Tensor:
+        # Not get_total_norm: the compiler has no code of its own for it.
         norms = [torch.linalg.vector_norm(each) for each in found.gradients.values()]
+        norms = [found.outer_loss.new_zeros(()), *(norm.to(self.device) for norm in norms)]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         kept = [
             tensor

@@ -60,7 +60,7 @@ class StepPlan:
         Raises:
             RequestError: it was asked for, and not by "auto".
         """
-        if self.capture is True and device.type != "cuda":
+        if self.capture not in (False, "auto") and device.type != "cuda":
             raise RequestError(
                 f"capture is for steps on a CUDA device, but the model is on {device.type}: "
                 "leave it out, or give 'auto', which does nothing there"
@@ -90,7 +90,7 @@ class StepPlan:
             return ChunkedDerivation(engine, self.chunk_size)
         may_trace = self.checkpoint_steps is None and not waits
         auto = self.capture == "auto" and engine.device.type == "cuda" and may_trace
-        if auto or self.capture is True:
+        if auto or self.capture not in (False, "auto"):
             patience = PATIENCE if auto else 0
             return capturing(engine, compiles=bool(self.compile), patience=patience)
         if self.compile == "auto":
@@ -102,10 +102,5 @@ class StepPlan:
     @property
     def _traced(self) -> str:
         """The option that asks for a traced step, "auto" left out; "" for none."""
-        return (
-            "compile"
-            if self.compile not in (False, "auto")
-            else "capture"
-            if self.capture is True
-            else ""
-        )
+        names = ("compile", "capture")
+        return next((name for name in names if getattr(self, name) not in (False, "auto")), "")

@@ -17,7 +17,6 @@ from metaplug.core.inner_loop import InnerLoop
 from metaplug.core.losses import cross_entropy
 from metaplug.core.task_model import Loss
 from metaplug.errors import RequestError
-from metaplug.execution.compiling import uncollected
 from metaplug.execution.engine import Engine
 from metaplug.execution.plan import StepPlan
 from metaplug.execution.precision import Precision, check_precision, forward
@@ -74,20 +73,19 @@ def assemble(
     adapted, variables = _set_up(model, chain, settings, kind, ranks=world.size, seed=seed)
     owned = [each for own in chain.plugins for each in (*own.parameters(), *own.buffers())]
     world.align([*owned, *variables.values()])
-    with uncollected():  # the first optimizer of torch imports its compiler
-        inner = InnerLoop(
-            model,
-            chain,
-            loss,
-            adapted=adapted,
-            inner_steps=settings.inner_steps,
-            inner_lr=settings.inner_lr,
-            optimizer=settings.inner_optimizer,
-            optimizer_settings=settings.inner_optimizer_settings,
-            batch_norm=settings.batch_norm,
-            output=settings.output,
-            variables=variables,
-        )
+    inner = InnerLoop(
+        model,
+        chain,
+        loss,
+        adapted=adapted,
+        inner_steps=settings.inner_steps,
+        inner_lr=settings.inner_lr,
+        optimizer=settings.inner_optimizer,
+        optimizer_settings=settings.inner_optimizer_settings,
+        batch_norm=settings.batch_norm,
+        output=settings.output,
+        variables=variables,
+    )
     check_precision(precision, inner.dtype, inner.device)
     plan.check_device(inner.device)
     inner.checkpoint_steps = plan.checkpoint_steps

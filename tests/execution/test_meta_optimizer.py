@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from metaplug.contract.function_plugins import plugin_of
 from metaplug.execution.meta_optimizer import META_OPTIMIZERS, step_fused
-from metaplug.testing import assert_close
+from metaplug.testing import assert_close, problem
 
 LAYOUTS = {
     "plain": lambda each: each.contiguous(),
@@ -67,3 +68,15 @@ def test_complex_weights_and_those_without_a_gradient_are_updated_as_torch_does(
         assert len(optimizer.state) == 1  # else a checkpoint would have an empty one
     assert torch.equal(parameters[0], others[0])
     assert torch.equal(parameters[1], values[1])
+
+
+def test_a_step_without_a_meta_gradient_has_norm_zero_and_updates_nothing():
+    def compute_meta_gradients(outcome):
+        return {}
+
+    case = problem()
+    learner = case.learner(plugins=[plugin_of(compute_meta_gradients)()])
+    before = {name: each.clone() for name, each in learner.model.named_parameters()}
+    step = learner.engine.meta_step(case.batch, 1)
+    assert step.meta_gradient_norm == 0
+    assert_close(dict(learner.model.named_parameters()), before, rtol=0, atol=0)
