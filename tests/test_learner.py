@@ -22,7 +22,7 @@ from metaplug import (
     TaskBatch,
     hookimpl,
 )
-from metaplug.checkpoint import FORMAT, packed
+from metaplug.checkpoint import FORMAT, file
 from metaplug.evaluation.results import EvaluationResult
 from metaplug.evaluation.score_tasks import Scorer
 from metaplug.evaluation.scores import SCORES
@@ -464,7 +464,7 @@ def test_a_file_of_another_model_or_of_other_plugins_is_refused_and_nothing_is_l
     assert states_equal(before, finer.state_dict())
 
 
-def test_damaged_and_foreign_files_are_refused(tmp_path):
+def test_damaged_and_foreign_files_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "learner.safetensors"
     assert (
         message(lambda: MetaLearner.load(path))
@@ -491,7 +491,9 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         f"{path} is not a metaplug checkpoint: give a file that MetaLearner.save or `metaplug "
         "train` wrote"
     )
-    path.write_bytes(b"".join(packed(own().state_dict(), FORMAT + 1)))
+    with monkeypatch.context() as newer:
+        newer.setattr(file, "FORMAT", FORMAT + 1)
+        own().save(path)
     assert message(lambda: MetaLearner.load(path)) == (
         f"{path} has layout {FORMAT + 1}, this metaplug reads {FORMAT}: use the version of "
         "metaplug that wrote it"

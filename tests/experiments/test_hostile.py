@@ -31,9 +31,11 @@ from support.fuzz import amount, fuzz, mutated
 from torch import nn
 
 from metaplug import MetaLearner, Plugin, checkpoint, hookimpl
+from metaplug.checkpoint.encoding import DTYPES
 from metaplug.cli.main import main
 from metaplug.contract.presets import find_preset
 from metaplug.errors import RequestError, RunError
+from metaplug.execution.free_memory import size_text
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.runs import load, read_metrics, read_summary, train
 from metaplug.experiments.variant_texts import parse_plugin, read_scalar
@@ -105,9 +107,9 @@ def same(one, other):
 # Checkpoints: bytes.
 
 
-def forge(path, state, layout=checkpoint.FORMAT):
+def forge(path, state):
     """A file with the right digest, whatever the state."""
-    path.write_bytes(b"".join(checkpoint.packed(state, layout)))
+    path.write_bytes(b"".join(checkpoint.packed(state)))
     return path
 
 
@@ -155,9 +157,9 @@ def test_tensors_and_values_of_every_form_come_back(tmp_path, state):
     ordered = OrderedDict(a=torch.ones(1), b=2)
     ordered._metadata = {"": {"version": 2}}
     state["model"] = {
-        **{str(dtype): torch.ones(3).to(dtype) for dtype in checkpoint.DTYPES},
-        **{f"{dtype} scalar": torch.tensor(1).to(dtype) for dtype in checkpoint.DTYPES},
-        **{f"{dtype} empty": torch.empty(0, 4, dtype=dtype) for dtype in checkpoint.DTYPES},
+        **{str(dtype): torch.ones(3).to(dtype) for dtype in DTYPES},
+        **{f"{dtype} scalar": torch.tensor(1).to(dtype) for dtype in DTYPES},
+        **{f"{dtype} empty": torch.empty(0, 4, dtype=dtype) for dtype in DTYPES},
         "strange": torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-45]),
         "transposed": base.transpose(0, 2),
         "part": base[1, 1:],
@@ -313,9 +315,9 @@ def test_files_that_are_no_checkpoint_are_refused(run, tmp_path):
 
 
 def test_a_file_larger_than_the_free_memory_is_refused_before_it_is_read(run, monkeypatch):
-    monkeypatch.setattr(checkpoint, "available", lambda _: 1000)
+    monkeypatch.setattr(checkpoint.file, "available", lambda _: 1000)
     path = run / "last.safetensors"
-    size = checkpoint.size_text(2 * path.stat().st_size)
+    size = size_text(2 * path.stat().st_size)
     assert refusal(lambda: checkpoint.read(path)) == (
         f"{path} is not a whole metaplug checkpoint (it takes {size} to read, more than the "
         f"1000 bytes of memory that are free): "
