@@ -185,12 +185,12 @@ def _operations(inner: InnerLoop, rows: TaskBatch) -> tuple[set[str], bool]:
         with _NoDropout(), noted:
             loss, _ = inner.task(weights, x, y)
         draws = not torch.equal(before, random_state(inner.device))
-    return noted.names | _own_functions(loss), draws
+    return noted.names | own_functions(loss), draws
 
 
-def _own_functions(loss: Tensor) -> set[str]:
-    """The names of the autograd.Functions of a graph, of which no mode hears."""
-    nodes = graph_nodes(loss)
+def own_functions(output: Tensor) -> set[str]:
+    """Return the names of the autograd.Functions of a graph, of which no mode hears."""
+    nodes = graph_nodes(output)
     return {type(each).__name__ for each in nodes if isinstance(each, BackwardCFunction)}
 
 
@@ -239,7 +239,7 @@ def in_dtype(inner: InnerLoop, dtype: torch.dtype) -> Iterator[None]:
         for holder in holders:
             for name, buffer in holder.items():
                 if buffer is not None:
-                    holder[name] = _as(buffer, dtype)
+                    holder[name] = as_dtype(buffer, dtype)
         yield
     finally:
         inner.dtype, inner.autocast = own, autocast
@@ -248,11 +248,11 @@ def in_dtype(inner: InnerLoop, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _cast(batch: TaskBatch, dtype: torch.dtype) -> TaskBatch:
-    return batch.map(lambda tensor: _as(tensor, dtype))
+    return batch.map(lambda tensor: as_dtype(tensor, dtype))
 
 
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In this dtype, where the tensor is of floating point; complex stays complex, real real."""
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of floating point in this dtype; complex stays complex, real real."""
     if tensor.is_complex():
         return tensor.to(dtype.to_complex())
     return tensor.to(dtype.to_real()) if tensor.is_floating_point() else tensor

@@ -7,9 +7,10 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from metaplug.checks.compare_batching import as_dtype
 from metaplug.contract.inputs import Inputs, device_of, named_tensors
 from metaplug.contract.return_checks import form
-from metaplug.core.functional_model import give_parameters, set_mode
+from metaplug.core.functional_model import clone, give_parameters, set_mode
 from metaplug.core.model_calls import Output, call_model
 from metaplug.errors import RequestError, quoted, said_by
 from metaplug.random_streams import stream
@@ -70,3 +71,18 @@ def give_noisy_weights(model: nn.Module, original: nn.Module) -> dict[str, Tenso
         own[id(parameter)] = named[name] = value
     give_parameters(model, own)
     return named
+
+
+def in_double(model: nn.Module) -> nn.Module:
+    """Return a copy of a model whose parameters, buffers and other tensors are in float64."""
+    own = clone(model, shared=False)
+    wide = {
+        id(each): nn.Parameter(as_dtype(each.detach(), torch.float64), each.requires_grad)
+        for each in model.parameters()
+    }
+    give_parameters(own, wide)
+    for module in own.modules():
+        for holder in (module._buffers, vars(module)):
+            tensors = {name: each for name, each in holder.items() if isinstance(each, Tensor)}
+            holder.update({name: as_dtype(each, torch.float64) for name, each in tensors.items()})
+    return own
