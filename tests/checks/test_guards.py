@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from metaplug import MetaLearner, RequestError, TaskBatch
-from metaplug.checks.probe_model import CHECKPOINTED, OTHER_WEIGHTS
+from metaplug.checks.probe_model import CHECKPOINTED
+from metaplug.checks.refuse_other_weights import OTHER_WEIGHTS
 from metaplug.execution.batching import CPU_TASK_BYTES, kept_bytes
 from metaplug.testing import Problem, Stream, assert_close, problem, reference, regression
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from metaplug import RequestError
-from metaplug.checks.probe_model import REMEMBERS, WRITES
+from metaplug.checks.refuse_memory import REMEMBERS, WRITES
 from metaplug.testing import Stream
 
 

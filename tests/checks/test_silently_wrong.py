@@ -26,12 +26,9 @@ from torch.utils.checkpoint import checkpoint
 
 from metaplug import MetaLearner, Plugin, RequestError, RunError, hookimpl
 from metaplug.checks.model_changes import ModelChanges
-from metaplug.checks.probe_model import (
-    CHECKPOINTED,
-    OTHER_WEIGHTS,
-    REMEMBERS,
-    Probed,
-)
+from metaplug.checks.probe_model import CHECKPOINTED, Probed
+from metaplug.checks.refuse_memory import REMEMBERS
+from metaplug.checks.refuse_other_weights import OTHER_WEIGHTS
 from metaplug.core.functional_model import FunctionalModel
 from metaplug.core.optimizers import DifferentiableOptimizer
 from metaplug.execution.ranks import Share, World

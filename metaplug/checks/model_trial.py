@@ -1,0 +1,100 @@
+"""One task on which a model is tried, and an independent copy that says what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from metaplug.checks.model_copy import answer, give_noisy_weights
+from metaplug.checks.module_state import noting_checkpoints, snapshot
+from metaplug.contract.inputs import Inputs, count_of, map_inputs, tensors_of
+from metaplug.contract.task_batch import TaskBatch
+from metaplug.core.functional_model import FunctionalModel, clone, version
+from metaplug.core.vmap_rules import TaskRules
+from metaplug.errors import RequestError, said_by
+from metaplug.random_streams import stream
+
+
+class Trial:
+    """A task, and an independent copy of the model with weights that are not its own.
+
+    Args:
+        functional: the functional model that is tried.
+        batch: of one size; the first task is taken.
+        original: what the copy is of; the functional model's own model where it is None.
+
+    Attributes:
+        x, y: support examples (n, *input) and their targets.
+        others: query examples, one more than in x where there are as many.
+        model: the copy, and `weights`, its parameters by name.
+        given, tensors: versions of x, and of the copy's parameters and buffers, before it ran.
+        expected: its answer to x in training mode.
+        checkpointed: whether it used activation checkpointing.
+        written: where its forward pass writes attributes.
+    """
+
+    def __init__(
+        self,
+        functional: FunctionalModel,
+        device: torch.device,
+        batch: TaskBatch,
+        original: nn.Module | None = None,
+    ) -> None:
+        self.functional, self.device = functional, device
+        self.batch, self.y = batch, batch.support_y[0]
+        self.x = map_inputs(lambda each: each[0].clone(), batch.support_x)
+        original = functional.model if original is None else original
+        self.model = clone(original, shared=False)
+        self.weights = give_noisy_weights(self.model, original)
+        before = snapshot(self.model)
+        self.given, self.tensors = versions(self.x), tensor_values(self.model)
+        with noting_checkpoints() as noted:
+            self.expected = self.ask(self.x)
+        self.checkpointed = bool(noted)
+        self.written = {
+            place for place, value in snapshot(self.model).items() if before.get(place) != value
+        }
+        # Another number of examples shows what is kept for a number; all would take long.
+        count = count_of(self.x)
+        others = map_inputs(lambda each: each[-1][: count + 1].clone(), batch.query_x)
+        pairs = zip(tensors_of(others), tensors_of(self.x), strict=True)
+        if all(torch.equal(one, other) for one, other in pairs):
+            others = map_inputs(lambda each: each[:1].expand_as(each).clone(), self.x)
+        self.others = others
+
+    def ask(self, x: Inputs, asleep: Collection[str] = ()) -> Tensor:
+        """Return the copy's answer in training mode, with these modules in evaluation mode."""
+        functional = self.functional
+        return answer(self.model, x, functional.batch_norm, functional.output, asleep)
+
+    def predict(self) -> Tensor:
+        """Return the functional model's answer to x, with the copy's weights."""
+        try:
+            with stream(0, self.device), TaskRules():
+                prediction: Tensor = self.functional(list(self.weights.values()), self.x)
+        except Exception as error:
+            raise RequestError(
+                f"the model runs, but not with weights that are not its own ({said_by(error)}): "
+                "replace that part of it"
+            ) from error
+        return prediction
+
+
+def versions(x: Inputs) -> list[int]:
+    """Return how often each tensor was written to in place."""
+    return [version(each) for each in tensors_of(x)]
+
+
+def tensor_values(model: nn.Module) -> dict[str, tuple[int, int, Tensor]]:
+    """Return identity, version and value of every parameter and buffer."""
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: (id(each), version(each), each.detach().clone()) for name, each in named.items()}
+
+
+def close(own: Tensor, expected: Tensor, scale: float = 1.0) -> bool:
+    """Return whether values agree, to a fraction of their own size and of the scale's."""
+    return own.shape == expected.shape and torch.allclose(
+        own, expected, rtol=1e-3, atol=1e-4 * scale, equal_nan=True
+    )
