@@ -12,6 +12,7 @@ from PIL import Image
 
 STUDIES = Path(__file__).parent.parent / "docs" / "studies"
 STUDY = "omniglot_5way"
+CODE = "```sh\nmetaplug\n```"
 
 
 @pytest.fixture
@@ -20,13 +21,20 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("tables")
 
 
-def test_tables_and_pictures_are_those_of_the_kept_runs(tables: ModuleType) -> None:
+def test_every_kept_study_has_the_page_and_pictures_of_its_runs(tables: ModuleType) -> None:
+    assert STUDY in tables.kept_studies()
+    assert [each for study in tables.kept_studies() for each in tables.differing_of(study)] == []
+
+
+def test_tables_of_the_overview_are_those_of_the_kept_runs(tables: ModuleType) -> None:
+    assert tables.differing(tables.PAGE.read_text(encoding="utf-8")) == []
+
+
+def test_the_overview_leads_to_every_page(tables: ModuleType) -> None:
     page = tables.PAGE.read_text(encoding="utf-8")
-    marked = {(study, kind) for _, study, kind, _ in tables.MARKED.findall(page)}
-    kinds = {*tables.KINDS, *tables.PICTURES, "runs"}
-    names = {path.stem for path in STUDIES.glob("*.jsonl")}
-    assert marked >= {(name, kind) for name in names for kind in kinds}
-    assert tables.differing(page) == []
+    assert [
+        path.name for path in tables.PAGES.glob("*.md") if f"results/{path.name}" not in page
+    ] == []
 
 
 def test_what_differs_is_named(
@@ -36,8 +44,25 @@ def test_what_differs_is_named(
     assert tables.differing(page) == [f"table {STUDY} tuned"]
     assert tables.differing(tables.filled(page)) == []
     monkeypatch.setattr(tables, "IMAGES", tmp_path)
-    page = tables.filled(f"<!-- table {STUDY} rates -->\n<!-- end -->")
-    assert tables.differing(page) == [f"{STUDY}-rates.png"]  # there is none
+    monkeypatch.setattr(tables, "PAGES", tmp_path)
+    (tmp_path / f"{STUDY}.md").write_text(tables.page_of(STUDY), encoding="utf-8")
+    pictures = [f"{STUDY}-{kind}.png" for kind in ("gains", "rates", "curves")]
+    assert tables.differing_of(STUDY) == pictures  # there is none
+    (tmp_path / f"{STUDY}.md").write_text("# Mine", encoding="utf-8")
+    assert tables.differing_of(STUDY) == [f"{STUDY}.md", *pictures]
+
+
+@pytest.mark.parametrize(
+    ("comment", "title", "below"),
+    [
+        ("# Does it\n# help? It\n# may.\n#\n#   metaplug\n", "Does it help?", ["It may.", CODE]),
+        ("# Does it help?\n#\n# It may.\nbase:\n# no\n", "Does it help?", ["It may."]),
+    ],
+)
+def test_a_page_asks_what_the_study_asks(
+    comment: str, title: str, below: list[str], tables: ModuleType
+) -> None:
+    assert tables.asked(comment) == (title, below)
 
 
 def test_pictures_may_differ_in_smoothing_alone(tables: ModuleType, tmp_path: Path) -> None:

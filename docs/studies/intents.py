@@ -1,4 +1,4 @@
-"""Few-shot intents by meta-learning MiniLM: what docs/results.md shows, cell by cell.
+"""Few-shot intents by meta-learning MiniLM: what docs/results/intents.md shows, cell by cell.
 
 Run from the root of the project: python docs/studies/intents.py MODEL_FOLDER CLINC150 BANKING77
 

@@ -1,12 +1,13 @@
-"""The tables and pictures of docs/results.md, drawn from the runs that are kept here.
+"""The pages of results, drawn from the runs that are kept here.
 
     python docs/studies/tables.py            # rewrite them
     python docs/studies/tables.py --check    # say what differs
 
 STUDY.yaml and STUDY.jsonl are a study and its kept runs (`metaplug study STUDY.yaml --keep
-STUDY.jsonl`). In docs/results.md what lies between `<!-- table STUDY KIND -->` and `<!-- end -->`
-is rewritten, by the kinds in KINDS and PICTURES, or `runs`; docs/images/STUDY-KIND.png are the
-pictures.
+STUDY.jsonl`). docs/results/STUDY.md is written whole: the question, as the comment at the head of
+STUDY.yaml has it, and every table and picture. In docs/results.md what lies between
+`<!-- table STUDY KIND -->` and `<!-- end -->` is rewritten, by the kinds in KINDS and PICTURES, or
+`runs`. docs/images/STUDY-KIND.png are the pictures.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from pictures import draw_curves, draw_rates
+from pictures import apart, draw_curves, draw_gains, draw_rates, families, groups
 from PIL import Image
 
 from metaplug.experiments.study import Row, StudyResult, cells_of, read_study
-from metaplug.experiments.study.cells import setting_text
+from metaplug.experiments.study.cells import row_text, setting_text
 from metaplug.experiments.study.keeping import KeptRun, read_kept
 from metaplug.experiments.study.over_fitting import OverFitting, over_fitting
-from metaplug.experiments.study.tuned import Comparison, comparisons
 from metaplug.experiments.study.unpacking import kept_results
-from metaplug.report.best import best_notes
-from metaplug.report.comparing import by_seed_text, difference_text, losses_text, p_text
-from metaplug.report.markdown import table
+from metaplug.report.best import best_notes, best_sheets
+from metaplug.report.comparing import difference_text, losses_text
+from metaplug.report.markdown import bullets, table
 from metaplug.report.terminal import value_text
 
 STUDIES = Path(__file__).parent
-PAGE, IMAGES = STUDIES.parent / "results.md", STUDIES.parent / "images"
+DOCS = STUDIES.parent
+PAGE, PAGES, IMAGES = DOCS / "results.md", DOCS / "results", DOCS / "images"
 
 MARKED = re.compile(r"(<!-- table (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -77,51 +78,22 @@ def runs(result: StudyResult, kept: Iterable[KeptRun]) -> str:
 
 def tuned(result: StudyResult) -> str:
     """Every variant at its best setting, and beside its base."""
-    [rows] = result.best_rows()
-    found = comparisons(result, rows)
-    metric, columns = result.metric, ("by seed", "p (Holm)", "acceleration")
-    first = table(
-        (
-            "variant",
-            "setting",
-            "validation",
-            f"test {metric}",
-            f"minus {result.baseline}",
-            *columns,
-        ),
-        (
-            (
-                row.variant,
-                setting_text(row.setting),
-                value_text(metric, row.best_validation),
-                value_text(metric, row.test.mean, row.test.interval) + _seeds(result, row),
-                *_compared(metric, found.with_baseline.get(row.label)),
-            )
-            for row in rows
-        ),
-    )
-    second = table(
-        ("variant", "its base", "minus its base", *columns),
-        (
-            (one.row.label, one.over.label, *_compared(metric, one))
-            for one in found.with_base.values()
-        ),
-    )
-    if found.with_base.items() <= found.with_baseline.items():
-        second = ""  # it would repeat the first
-    titles = (
-        "Each variant at the setting that validated best",
-        "Each variant beside the one that it extends, both at their best settings",
-    )
-    notes = [f"* {note}" for note in best_notes(result, [rows])]
-    return "\n\n".join([*_titled(zip(titles, (first, second), strict=True)), "\n".join(notes)])
+    groups = result.best_rows()
+    sheets: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {}
+    for rows in groups:
+        for title, columns, lines in best_sheets(result, rows):
+            sheets.setdefault(title, (columns, []))[1].extend(lines)
+    tables = ((title, table(*sheet)) for title, sheet in sheets.items())
+    return _signs("\n\n".join([*_titled(tables), bullets(best_notes(result, groups))]))
 
 
 def equal_rate(result: StudyResult) -> str:
     """Every variant at every setting, and what it gains over its base at the same one."""
 
     def test(row: Row) -> str:
-        return value_text(result.metric, row.test.mean, row.test.interval) + _seeds(result, row)
+        whole = len(result.study.seeds)
+        text = value_text(result.metric, row.test.mean, row.test.interval)
+        return text if len(row.seeds) == whole else f"{text} ({len(row.seeds)} of {whole} seeds)"
 
     def gained(row: Row) -> str:
         if (base := result.base_of(row)) is None:
@@ -180,39 +152,71 @@ KINDS: dict[str, Callable[[StudyResult], str]] = {
     "over-fitting": over_fitted,
 }
 PICTURES: dict[str, tuple[Callable[[StudyResult, Path], None], str]] = {
-    "rates": (draw_rates, "Test accuracy over the inner learning rate"),
-    "curves": (draw_curves, "Validation curves, each variant at its best inner learning rate"),
+    "gains": (draw_gains, "What each variant gains over its base, both at their best settings"),
+    "rates": (draw_rates, "Test over the values that were tuned"),
+    "curves": (draw_curves, "Validation curves, each variant at its best setting"),
 }
+
+_SECTIONS = (
+    ("Each variant at its best setting", ("gains", "tuned", "curves")),
+    ("All variants at equal settings", ("rates", "equal-rate")),
+    ("The inner loop, early in training", ("over-fitting",)),
+)
+
+
+def kinds(result: StudyResult) -> list[str]:
+    """The kinds of tables and pictures that say something of a study."""
+    axis = result.tuned[0]
+    without = [] if len(result.study.axes[axis]) > 2 else ["rates"]
+    if max(len(members) for _, members in families(result)) > 5:
+        without += ["rates", "curves"]  # more lines than an eye follows
+    return [kind for kind in ("runs", *KINDS, *PICTURES) if kind not in without]
+
+
+def block(study: str, kind: str, images: str = "images") -> str:
+    """A table, or the link to a picture, as it is now."""
+    result = result_of(study)
+    if result is None:
+        return "No run is kept yet."
+    if kind in PICTURES:
+        return f"![{PICTURES[kind][1]}]({images}/{study}-{kind}.png)"
+    if kind == "runs":
+        return runs(result, read_kept(STUDIES / f"{study}.jsonl"))
+    return KINDS[kind](result)
+
+
+def page_of(study: str) -> str:
+    """The page of a study: its question, and all tables and pictures."""
+    result = result_of(study)
+    assert result is not None, study
+    title, below = asked((STUDIES / f"{study}.yaml").read_text(encoding="utf-8"))
+    parts = [f"# {title}", *below, block(study, "runs")]
+    for section, of in _SECTIONS:
+        shown = [block(study, kind, "../images") for kind in of if kind in kinds(result)]
+        parts += [f"## {section}", *shown]
+    return "\n\n".join(parts) + "\n"
 
 
 def filled(page: str) -> str:
     """The page with every table, and the links to pictures, as they are now."""
-
-    def block(found: re.Match[str]) -> str:
-        before, study, kind, end = found.groups()
-        result = result_of(study)
-        if result is None:
-            text = "No run is kept yet."
-        elif kind in PICTURES:
-            text = f"![{PICTURES[kind][1]}](images/{study}-{kind}.png)"
-        elif kind == "runs":
-            text = runs(result, read_kept(STUDIES / f"{study}.jsonl"))
-        else:
-            text = KINDS[kind](result)
-        return f"{before}\n{text}\n\n{end}"
-
-    return MARKED.sub(block, page)
+    return MARKED.sub(lambda found: f"{found[1]}\n{block(found[2], found[3])}\n\n{found[4]}", page)
 
 
-def drawn(page: str, folder: Path) -> list[Path]:
-    """Draw the pictures of a page into a folder."""
-    made = []
-    for _, study, kind, _ in MARKED.findall(page):
-        result = result_of(study)
-        if kind in PICTURES and result is not None:
-            made.append(folder / f"{study}-{kind}.png")
-            PICTURES[kind][0](result, made[-1])
-    return made
+def kept_studies() -> list[str]:
+    """The studies of which runs are kept."""
+    return sorted(
+        path.stem for path in STUDIES.glob("*.jsonl") if path.with_suffix(".yaml").exists()
+    )
+
+
+def drawn(study: str, folder: Path) -> list[Path]:
+    """Draw the pictures of a study into a folder."""
+    result = result_of(study)
+    assert result is not None, study
+    made = {kind: folder / f"{study}-{kind}.png" for kind in kinds(result) if kind in PICTURES}
+    for kind, path in made.items():
+        PICTURES[kind][0](result, path)
+    return list(made.values())
 
 
 def look_alike(one: Path, other: Path) -> bool:
@@ -227,67 +231,73 @@ def look_alike(one: Path, other: Path) -> bool:
 
 
 def differing(page: str) -> list[str]:
-    """What is not as the kept runs have it."""
-    said = [
-        f"table {study} {kind}"
-        for (_, study, kind, _), before, after in zip(
-            MARKED.findall(page), MARKED.finditer(page), MARKED.finditer(filled(page)), strict=True
-        )
+    """The tables of a page that are not as the kept runs have them."""
+    return [
+        f"table {before[2]} {before[3]}"
+        for before, after in zip(MARKED.finditer(page), MARKED.finditer(filled(page)), strict=True)
         if before[0] != after[0]
     ]
+
+
+def differing_of(study: str) -> list[str]:
+    """The files of a study, its page and its pictures, that are not as its kept runs have them."""
+    page = PAGES / f"{study}.md"
+    said = (
+        [] if page.exists() and page.read_text(encoding="utf-8") == page_of(study) else [page.name]
+    )
     with TemporaryDirectory() as folder:
-        pictures = drawn(page, Path(folder))
-        return said + [
-            f"{each.name}" for each in pictures if not look_alike(each, IMAGES / each.name)
-        ]
+        pictures = drawn(study, Path(folder))
+        return said + [each.name for each in pictures if not look_alike(each, IMAGES / each.name)]
 
 
 def main() -> int:
-    """Rewrite or check the page and its pictures."""
+    """Rewrite or check the pages and their pictures."""
     page = PAGE.read_text(encoding="utf-8")
     if sys.argv[1:] == ["--check"]:
-        said = differing(page)
+        said = differing(page) + [each for study in kept_studies() for each in differing_of(study)]
         print("\n".join(f"{each} differs" for each in said) or "nothing differs")
         return bool(said)
     PAGE.write_text(filled(page), encoding="utf-8")
-    for path in drawn(page, IMAGES):
-        print(path.relative_to(STUDIES.parent.parent))
+    for study in kept_studies():
+        (PAGES / f"{study}.md").write_text(page_of(study), encoding="utf-8")
+        for path in (PAGES / f"{study}.md", *drawn(study, IMAGES)):
+            print(path.relative_to(DOCS.parent))
     return 0
 
 
+def asked(text: str) -> tuple[str, list[str]]:
+    """The question at the head of a study's file, and the paragraphs below it; commands as code."""
+    comment = re.match(r"(?:#.*\n)+", text)
+    assert comment is not None, text[:80]
+    paragraphs = re.sub("^# ?", "", comment[0], flags=re.MULTILINE).strip().split("\n\n")
+    title, _, rest = " ".join(paragraphs[0].split("\n")).partition("? ")
+    title = title if title.endswith("?") else f"{title}?"
+    below = [rest] if rest else []
+    for paragraph in paragraphs[1:]:
+        lines = [line.strip() for line in paragraph.split("\n")]
+        is_code = paragraph.startswith("  ")
+        below.append("\n".join(["```sh", *lines, "```"] if is_code else lines))
+    return title, below
+
+
 def _grid(result: StudyResult, cell: Callable[[Row], str]) -> str:
-    """Lay out variants below each other and settings beside each other; without empty lines."""
-    [axis] = result.study.axes
+    """Lay out variants below each other and the values that are tuned beside each other."""
+    axis = result.tuned[0]
     values = result.study.axes[axis]
-    texts = {(row.variant, row.setting[axis]): cell(row) for row in result.rows}
-    variants = [each.label for each in result.study.variants]
-    lines = [(name, *(texts.get((name, value), "") for value in values)) for name in variants]
+    texts: dict[str, dict[str, str]] = {}
+    for rows in groups(result):
+        for row in rows:
+            line = texts.setdefault(row_text(row.variant, apart(result, row)), {})
+            line[repr(row.setting[axis])] = cell(row)
+    lines = [
+        (name, *(line.get(repr(value), "") for value in values)) for name, line in texts.items()
+    ]
     head = ("variant", *(setting_text({axis: value}) for value in values))
     return table(head, [line for line in lines if any(line[1:])])
 
 
 def _titled(tables: Iterable[tuple[str, str]]) -> list[str]:
     return [f"**{title}:**\n\n{text}" for title, text in tables if text.count("\n") > 1]
-
-
-def _compared(metric: str, one: Comparison | None) -> tuple[str, ...]:
-    if one is None:
-        return ("", "", "", "")
-    faster = one.acceleration
-    percents = ["not reached" if each is None else f"{each:+.0f} %" for each in faster.percent]
-    mean = faster.mean_percent
-    acceleration = "" if mean is None else f"{mean:+.0f} % ({', '.join(percents)})"
-    return (
-        _signs(difference_text(one.difference)),
-        _signs(by_seed_text(metric, one.by_seed)),
-        p_text(one.p_holm),
-        _signs(acceleration or "not reached"),
-    )
-
-
-def _seeds(result: StudyResult, row: Row) -> str:
-    whole = len(result.study.seeds)
-    return "" if len(row.seeds) == whole else f" ({len(row.seeds)} of {whole} seeds)"
 
 
 def _signs(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The wider field beside MAML: what docs/results.md shows, cell by cell.
+"""The wider field beside MAML: what docs/results/wider-field.md shows, cell by cell.
 
 Run from the root of the project: python docs/studies/wider_field.py
 

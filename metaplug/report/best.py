@@ -1,45 +1,57 @@
-"""The tables of each variant at its best setting."""
+"""The tables of each variant at its best setting, and how to read them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from rich.table import Table
-from rich.text import Text
+from typing import NamedTuple
 
 from metaplug.experiments.study.results import Row, StudyResult
 from metaplug.experiments.study.tuned import Comparison, comparisons
 from metaplug.report.comparing import by_seed_text, difference_text, mean_text, p_text
-from metaplug.report.console import new_table
 from metaplug.report.terminal import value_text
 
 _COMPARED = ("by seed", "p (Holm)", "acceleration")
 
 
-def best_tables(result: StudyResult, rows: Sequence[Row]) -> list[Table]:
+class Sheet(NamedTuple):
+    """The texts of a table, before it is drawn."""
+
+    title: str
+    head: tuple[str, ...]
+    lines: list[tuple[str, ...]]
+
+
+def best_sheets(result: StudyResult, rows: Sequence[Row]) -> list[Sheet]:
     """Lay out the variants at the settings that validated best; and each beside its base.
 
     The second only where a base is not the baseline: else it would repeat the first.
     """
     metric, found = result.metric, comparisons(result, rows)
-    title = "Each variant at its best setting, chosen on validation tasks"
     values = (f"validation {metric}", f"test {metric}")
-    table = new_table(title, "variant", *values, f"minus {result.baseline}", *_COMPARED)
-    for row in rows:
-        table.add_row(
-            Text(row.label, style="bold"),
-            value_text(metric, row.best_validation),
-            value_text(metric, row.test.mean, row.test.interval),
-            *_cells(metric, found.with_baseline.get(row.label)),
-        )
-    if found.with_base.items() <= found.with_baseline.items():
-        return [table]
-    title = "Each variant beside the one that it extends, both at their best settings"
-    bases = new_table(title, "variant", "its base", "minus its base", *_COMPARED)
-    for each in found.with_base.values():
-        label = Text(each.row.label, style="bold")
-        bases.add_row(label, each.over.label, *_cells(metric, each))
-    return [table, bases]
+    sheets = [
+        Sheet(
+            "Each variant at its best setting, chosen on validation tasks",
+            ("variant", *values, f"minus {result.baseline}", *_COMPARED),
+            [
+                (
+                    row.label,
+                    value_text(metric, row.best_validation),
+                    value_text(metric, row.test.mean, row.test.interval),
+                    *_cells(metric, found.with_baseline.get(row.label)),
+                )
+                for row in rows
+            ],
+        ),
+        Sheet(
+            "Each variant beside the one that it extends, both at their best settings",
+            ("variant", "its base", "minus its base", *_COMPARED),
+            [
+                (each.row.label, each.over.label, *_cells(metric, each))
+                for each in found.with_base.values()
+            ],
+        ),
+    ]
+    return sheets[:1] if found.with_base.items() <= found.with_baseline.items() else sheets
 
 
 def _cells(metric: str, one: Comparison | None) -> tuple[str, ...]:

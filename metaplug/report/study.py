@@ -9,7 +9,7 @@ from rich.text import Text
 from metaplug.evaluation.results import transductive_text
 from metaplug.experiments.study.acceleration import Acceleration
 from metaplug.experiments.study.results import Row, StudyResult, paired
-from metaplug.report.best import best_notes, best_tables
+from metaplug.report.best import Sheet, best_notes, best_sheets
 from metaplug.report.comparing import difference_text, mean_text
 from metaplug.report.console import new_table
 from metaplug.report.terminal import value_text
@@ -27,7 +27,7 @@ def study_tables(result: StudyResult) -> RenderableType:
     groups = result.best_rows()
     is_chosen = sum(map(len, groups)) < len(result.rows)
     shown = [rows for rows in groups if is_chosen or len(rows) > 1]
-    best = [each for rows in shown for each in best_tables(result, rows)]
+    best = [_drawn(each) for rows in shown for each in best_sheets(result, rows)]
     notes = [*_notes(result, several), *best_notes(result, shown)]
     return Group(table, *best, *(Text(note, style="dim") for note in notes))
 
@@ -62,6 +62,13 @@ def _add_row(table: Table, result: StudyResult, row: Row, base: Row | None, seve
             style="dim",
         )
     table.add_section()
+
+
+def _drawn(sheet: Sheet) -> Table:
+    table = new_table(sheet.title, *sheet.head)
+    for first, *others in sheet.lines:
+        table.add_row(Text(first, style="bold"), *others)
+    return table
 
 
 def _minus(result: StudyResult) -> str:
