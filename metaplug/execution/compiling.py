@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaplug.execution.graph_file import read_graph, write_graph
+from metaplug.execution.graph_file import formats_by_name, read_graph, write_graph
 
 Function = Callable[..., Any]
 
@@ -43,7 +43,8 @@ def inductor(graph: _Graph, inputs: Sequence[Tensor]) -> Function:
 def _compiled(graph: _Graph, inputs: Sequence[Tensor]) -> Function:
     on_cpu = all(each.device.type == "cpu" for each in inputs)
     # In Python the calls between a CPU's kernels take as long as those of a small model.
-    with _quiet(), torch._inductor.config.patch(fallback_random=True, cpp_wrapper=on_cpu):
+    config = torch._inductor.config.patch(fallback_random=True, cpp_wrapper=on_cpu)
+    with _quiet(), formats_by_name(), config:
         compiled: Function
         if make := getattr(torch._inductor, "standalone_compile", None):  # it caches more
             compiled = make(graph, list(inputs), dynamic_shapes="from_example_inputs")

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import copyreg
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +25,27 @@ class _Result:
     name: str
 
 
-@dataclass(frozen=True)
-class _Constant:
-    """A constant of torch, which `pickle` would look for in whichever module imports torch."""
+@contextmanager
+def formats_by_name() -> Iterator[None]:
+    """Inside, `pickle` writes torch.contiguous_format and the like by name.
 
-    name: str
+    Else it writes the first module that imports torch: a test's, or one of the user's. The bytes
+    are then of this process, and Inductor's cache goes by them.
+    """
+    before = copyreg.dispatch_table.get(torch.memory_format)
+    copyreg.pickle(torch.memory_format, lambda one: (constant, (str(one).partition(".")[2],)))
+    try:
+        yield
+    finally:
+        if before is None:
+            del copyreg.dispatch_table[torch.memory_format]
+        else:
+            copyreg.dispatch_table[torch.memory_format] = before
+
+
+def constant(name: str) -> Any:
+    """The constant of torch with a name."""
+    return getattr(torch, name)
 
 
 def write_graph(path: Path, graph: GraphModule, **more: Any) -> None:
@@ -47,7 +66,8 @@ def write_graph(path: Path, graph: GraphModule, **more: Any) -> None:
     ]
     named = (*graph.named_buffers(), *graph.named_parameters())  # such as frozen ones of a loss
     constants = {name: each.detach() for name, each in named}
-    torch.save({"nodes": nodes, "constants": constants, **more}, path, pickle_protocol=5)
+    with formats_by_name():
+        torch.save({"nodes": nodes, "constants": constants, **more}, path, pickle_protocol=5)
 
 
 def read_graph(path: Path) -> tuple[GraphModule, dict[str, Any]]:
@@ -59,9 +79,7 @@ def read_graph(path: Path) -> tuple[GraphModule, dict[str, Any]]:
         return map_aggregate(values, read)
 
     def read(value: Any) -> Any:
-        if isinstance(value, _Result):
-            return found[value.name]
-        return getattr(torch, value.name) if isinstance(value, _Constant) else value
+        return found[value.name] if isinstance(value, _Result) else value
 
     for op, name, target, args, kwargs in more.pop("nodes"):
         called = _operator(target) if op == "call_function" else target
@@ -70,11 +88,7 @@ def read_graph(path: Path) -> tuple[GraphModule, dict[str, Any]]:
 
 
 def _written(value: Any) -> Any:
-    if isinstance(value, Node):
-        return _Result(value.name)
-    if isinstance(value, torch.memory_format | torch.layout):
-        return _Constant(str(value).removeprefix("torch."))
-    return value
+    return _Result(value.name) if isinstance(value, Node) else value
 
 
 def _name_of(target: Any) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import pickle
 import signal
 import sys
 
@@ -15,7 +16,7 @@ from metaplug import MetaLearner, RequestError, TaskBatch
 from metaplug.bench.encoder import TOKENS, VOCABULARY, Encoder, with_adapters
 from metaplug.execution import compiling, traced
 from metaplug.execution.compiling import Beside, inductor
-from metaplug.execution.graph_file import read_graph, write_graph
+from metaplug.execution.graph_file import formats_by_name, read_graph, write_graph
 from metaplug.execution.traced import PATIENCE, CompiledDerivation
 from metaplug.models.conv4 import Conv4
 from metaplug.models.resnet12 import ResNet12
@@ -45,6 +46,16 @@ def test_a_graph_comes_out_of_its_file_as_it_went_in(model, tmp_path):
     with torch.no_grad():
         for one, other in zip(again(*inputs), graph(*inputs), strict=True):
             assert torch.equal(one, other)
+
+
+def test_formats_are_pickled_alike_in_every_process():
+    formats = [torch.contiguous_format, torch.channels_last, torch.preserve_format]
+    before = pickle.dumps(formats)
+    with formats_by_name():
+        text = pickle.dumps(formats)
+    assert b"conftest" not in text  # which imports torch too
+    assert pickle.loads(text) == formats
+    assert pickle.dumps(formats) == before
 
 
 def test_a_frozen_parameter_of_the_loss_is_in_the_file(tmp_path):
