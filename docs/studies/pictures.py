@@ -190,12 +190,13 @@ def _panels(
             axes.set_axis_off()
             continue
         rows, first, members = panel
-        common = {
+        own = {
             path: value
             for path, value in apart(result, rows[0]).items()
-            if all(row.setting.get(path) == value for row in rows)
+            if any(other[0].setting.get(path) != value for other in parts)
         }
-        title = setting_text(common) or first
+        names_it = not own or len(known) > len(parts)
+        title = row_text(first, own) if names_it else setting_text(own)
         is_lowest = place + across >= len(known)
         style(axes, labels[0] * is_lowest, labels[1] * (place % across == 0), title)
         for look, variant in enumerate(members):

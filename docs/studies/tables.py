@@ -62,18 +62,22 @@ def runs(result: StudyResult, kept: Iterable[KeptRun]) -> str:
     sessions = [
         session for run in kept if run.digest in digests for session in run.values["sessions"]
     ]
-    versions = [f"torch {run.summary['versions']['torch']}" for run in found]
-    hours = sum(run.seconds for run in found) / 3600
-    commands = dict.fromkeys(f"`{session['command']}`" for session in sessions)
-    processors = dict.fromkeys(_PROCESSOR.search(each["platform"])[0] for each in sessions)  # type: ignore[index]
-    return (
-        f"{len(found)} of {len(found) + len(result.missing)} runs, "
-        f"{hours:.1f} hours of meta-training and validation in all; "
-        f"{' or '.join(dict.fromkeys(versions))}, "
-        f"{' or '.join(dict.fromkeys(run.summary['device'] for run in found))}, "
-        f"{' or '.join(processors)}, one thread a run, other work beside; begun "
-        f"{min(session['began'] for session in sessions)[:10]} by {' or '.join(commands)}."
+    days = sorted(session["began"][:10] for session in sessions)
+    parts = (
+        f"{len(found)} of {len(found) + len(result.missing)} runs",
+        f"seeds {', '.join(map(str, sorted({run.seed for run in found})))}",
+        f"{sum(run.seconds for run in found) / 3600:.1f} hours of meta-training and validation",
+        _listed(f"torch {run.summary['versions']['torch']}" for run in found),
+        _listed(run.summary["device"] for run in found),
+        _listed(_PROCESSOR.search(each["platform"])[0] for each in sessions),  # type: ignore[index]
+        "one thread a run, other work beside",
+        f"begun {' to '.join(dict.fromkeys((days[0], days[-1])))}",
     )
+    return f"{', '.join(parts)}."
+
+
+def _listed(texts: Iterable[str]) -> str:
+    return " or ".join(dict.fromkeys(texts))
 
 
 def tuned(result: StudyResult) -> str:
