@@ -94,7 +94,7 @@ def test_views_and_products_are_rewritten_to_the_same_numbers():
         with_vectors = y[0] @ y[1, 0], x[0, :1] @ y[0], x[0, 0] @ y[0, :, 0]
         return torch.bmm(x, y).view(-1), torch.bmm(y.mT, x.mT).reshape(2, -1), *with_vectors
 
-    x, y = torch.rand(2, 5, 3), torch.rand(2, 3, 4)
+    x, y = (torch.rand(shape, dtype=torch.float64) for shape in ((2, 5, 3), (2, 3, 4)))
     graph = make_fx(step)(x, y)
     expected = step(x, y)
     compiling._rewrite(graph)
