@@ -1,5 +1,4 @@
-"""The pictures of a study with a tuned axis: what variants gain, and every base beside what
-extends it."""
+"""The pictures of a study: what its variants gain, and every base beside what extends it."""
 
 from __future__ import annotations
 
