@@ -22,6 +22,7 @@ class Trial:
 
     Args:
         functional: the functional model that is tried.
+        device: of the random numbers that a pass draws.
         batch: of one size; the first task is taken.
         original: what the copy is of; the functional model's own model where it is None.
 
