@@ -46,13 +46,13 @@ def _listed(texts: Iterable[str]) -> str:
 
 def tuned(result: StudyResult) -> str:
     """Every variant at its best setting, and beside its base."""
-    groups = result.best_rows()
+    best = result.best_rows()
     sheets: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {}
-    for rows in groups:
+    for rows in best:
         for title, columns, lines in best_sheets(result, rows):
             sheets.setdefault(title, (columns, []))[1].extend(lines)
     tables = ((title, table(*sheet)) for title, sheet in sheets.items())
-    return _signs("\n\n".join([*_titled(tables), bullets(best_notes(result, groups))]))
+    return _signs("\n\n".join([*_titled(tables), bullets(best_notes(result, best))]))
 
 
 def equal_rate(result: StudyResult) -> str:

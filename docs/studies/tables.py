@@ -34,7 +34,6 @@ PAGE, PAGES, IMAGES = DOCS / "results.md", DOCS / "results", DOCS / "images"
 
 MARKED = re.compile(r"(<!-- table (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-
 _APART, _SHARE = 24, 0.005
 """Of a picture, at most this share of pixels may differ by more than so many of 255 levels: letters
 are smoothed in another way elsewhere."""
@@ -44,9 +43,9 @@ are smoothed in another way elsewhere."""
 def result_of(study: str) -> StudyResult | None:
     """The kept runs of a study; None where none is kept."""
     file = STUDIES / f"{study}.yaml"
-    asked = read_study(file)
-    cells = cells_of(asked, str(file), to_compute=False)
-    return kept_results(asked, cells, read_kept(file.with_suffix(".jsonl")))
+    question = read_study(file)
+    cells = cells_of(question, str(file), to_compute=False)
+    return kept_results(question, cells, read_kept(file.with_suffix(".jsonl")))
 
 
 PICTURES: dict[str, tuple[Callable[[StudyResult, Path], None], str]] = {
