@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -35,6 +36,21 @@ def test_the_overview_leads_to_every_page(tables: ModuleType) -> None:
     assert [
         path.name for path in tables.PAGES.glob("*.md") if f"results/{path.name}" not in page
     ] == []
+
+
+def test_what_was_learned_is_the_mean_of_the_last_figures(tables: ModuleType) -> None:
+    lines = (STUDIES / f"{STUDY}.jsonl").read_text(encoding="utf-8").splitlines()
+    runs = [
+        run
+        for run in map(json.loads, lines)
+        if run["label"].startswith("maml+gradient-sharing, inner_lr 0.4,")
+    ]
+    ends = [run["metrics"][-1]["figures"] for run in runs]
+    gates = [np.mean([end[f"gradient-sharing.gate/{step}"] for end in ends]) for step in range(3)]
+    table = tables.block(STUDY, "learned").split("**gradient-sharing.gate of each inner step")[1]
+    row = next(line for line in table.splitlines() if line.startswith("| maml+gradient-sharing "))
+    assert len(runs) == 3
+    assert row.split("|")[4].strip() == ", ".join(f"{gate:.2f}" for gate in gates)
 
 
 def test_what_differs_is_named(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from statistics import fmean
 
 from pictures import apart, groups
 
@@ -114,6 +115,28 @@ def over_fitted(result: StudyResult) -> str:
     )
 
 
+def learned(result: StudyResult) -> str:
+    """What plugins learned for each inner step, as it is at the last validation."""
+    names = dict.fromkeys(name for row in result.rows for name in _by_step(row))
+
+    def of(name: str) -> str:
+        return _signs(_grid(result, lambda row: losses_text(_by_step(row).get(name, []), 2)))
+
+    title = "{} of each inner step at the end of training, mean over seeds"
+    return "\n\n".join(_titled((title.format(name), of(name)) for name in names))
+
+
+def _by_step(row: Row) -> dict[str, list[float]]:
+    """The figures that a row's runs have for each inner step, by name, means over the runs."""
+    ends = [run.metrics[-1]["figures"] for run in row.runs]
+    found: dict[str, list[float]] = {}
+    for full in ends[0]:
+        name, _, step = full.rpartition("/")
+        if name and step.isdigit():
+            found.setdefault(name, []).append(fmean(end[full] for end in ends))
+    return found
+
+
 def _grid(result: StudyResult, cell: Callable[[Row], str]) -> str:
     """Lay out variants below each other and the values that are tuned beside each other."""
     axis = result.tuned[0]
@@ -143,4 +166,5 @@ KINDS: dict[str, Callable[[StudyResult], str]] = {
     "tuned": tuned,
     "equal-rate": equal_rate,
     "over-fitting": over_fitted,
+    "learned": learned,
 }

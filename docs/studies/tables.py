@@ -58,6 +58,7 @@ _SECTIONS = (
     ("Each variant at its best setting", ("gains", "tuned", "curves")),
     ("All variants at equal settings", ("rates", "equal-rate")),
     ("The inner loop, early in training", ("over-fitting",)),
+    ("What was learned", ("learned",)),
 )
 
 
@@ -90,7 +91,7 @@ def page_of(study: str) -> str:
     parts = [f"# {title}", *below, block(study, "runs")]
     for section, of in _SECTIONS:
         shown = [block(study, kind, "../images") for kind in of if kind in kinds(result)]
-        parts += [f"## {section}", *shown]
+        parts += [f"## {section}", *shown] if any(shown) else []
     return "\n\n".join(parts) + "\n"
 
 
