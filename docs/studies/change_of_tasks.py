@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -141,35 +142,69 @@ def finished() -> dict[Key, dict[str, Any]]:
     return {tuple(cell["key"]): cell for cell in cells}
 
 
-def table(cells: dict[Key, dict[str, Any]], given: argparse.Namespace) -> None:
-    """Print the tables in Markdown, one for each kind of tasks after and rate."""
-    for after, rate in product(given.after, given.rates):
-        print(f"\nthen {after}, inner rate {rate}\n")
-        print("| first | mean | accuracy | minus forget | first validation |")
-        print("|---|---|---|---|---|")
-        for before, variant in product(given.before, VARIANTS):
-            own, forgetful = (
-                {
-                    seed: cells[before, after, name, rate, seed]
-                    for seed in given.seeds
-                    if (before, after, name, rate, seed) in cells
-                }
-                for name in (variant, "forget")
-            )
-            if not own:
-                continue
-            gained = [
-                scores(own[seed]) - scores(forgetful[seed]) for seed in own if seed in forgetful
-            ]
-            first = fmean(cell["curve"][0][1] for cell in own.values())
-            columns = [
-                before,
-                variant,
-                pooled([scores(cell) for cell in own.values()], sign=""),
-                "" if variant == "forget" else pooled(gained),
-                f"{100 * first:.1f}",
-            ]
-            print(f"| {' | '.join(columns)} |")
+def tables(cells: dict[Key, dict[str, Any]]) -> str:
+    """The tables in Markdown, one for each kind of tasks after and rate."""
+    return "\n".join(
+        line
+        for after, rate in product(DATA, RATES)
+        if any(key[1] == after and key[3] == rate for key in cells)
+        for line in _table(cells, after, rate)
+    )
+
+
+def _table(cells: dict[Key, dict[str, Any]], after: str, rate: float) -> list[str]:
+    lines = [
+        f"## Then {after}, inner rate {rate}\n",
+        "| first | mean | accuracy | minus forget | seeds | first validation |",
+        "|---|---|---|---|---|---|",
+    ]
+    for before, variant in product(DATA, VARIANTS):
+        own, forgetful = (
+            {key[4]: cells[key] for key in cells if key[:4] == (before, after, name, rate)}
+            for name in (variant, "forget")
+        )
+        if not own:
+            continue
+        gained = [scores(own[seed]) - scores(forgetful[seed]) for seed in own if seed in forgetful]
+        columns = [
+            before,
+            variant,
+            pooled([scores(cell) for cell in own.values()], sign=""),
+            "" if variant == "forget" or not gained else pooled(gained),
+            str(len(own)),
+            f"{100 * fmean(cell['curve'][0][1] for cell in own.values()):.1f}",
+        ]
+        lines.append(f"| {' | '.join(columns)} |")
+    return [*lines, ""]
+
+
+def page() -> str:
+    """The page of results: what was asked, what was computed, and the tables."""
+    cells = finished()
+    title, _, text = (__doc__ or "").partition("\n\n")
+    text = (
+        text[: text.index("A cell, one of")].replace("python", "`python").replace(".py\n", ".py`\n")
+    )
+    counted = f"{len(cells)} of {len(list(wanted()))} cells"
+    hours = sum(cell["seconds"] for cell in cells.values()) / 3600
+    versions = sorted(
+        {f"torch {cell['environment']['versions']['torch']}" for cell in cells.values()}
+    )
+    ran = f"{counted}, {hours:.1f} hours of processor time, {', '.join(versions)}, one thread."
+    kept = "Accuracies in per cent, with 95 % intervals over test tasks, pooled over seeds; minus "
+    kept += "forget is taken task by task; the first validation is after 25 iterations."
+    return f"# {title.rstrip('.')}\n\n{text}{ran} {kept}\n\n{tables(cells)}"
+
+
+def wanted(
+    seeds: Iterable[int] = SEEDS,
+    rates: Iterable[float] = RATES,
+    before: Iterable[str] = DATA,
+    after: Iterable[str] = DATA,
+) -> Iterator[Key]:
+    """The keys of cells, in the order of their turn."""
+    for seed, rate, first, then, variant in product(seeds, rates, before, after, VARIANTS):
+        yield first, then, variant, rate, seed
 
 
 def scores(cell: dict[str, Any]) -> torch.Tensor:
@@ -190,10 +225,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     cells = finished() if given.iterations == ITERATIONS else {}
-    wanted = product(given.seeds, given.rates, given.before, given.after, VARIANTS)
+    these = list(wanted(given.seeds, given.rates, given.before, given.after))
     with TemporaryDirectory() as folder:
-        for seed, rate, before, after, variant in () if given.table else wanted:
-            key = (before, after, variant, rate, seed)
+        for key in () if given.table else these:
             if absent := [one for one in key[:2] if one in FOLDERS and not FOLDERS[one].is_dir()]:
                 say(f"{key} is skipped: {FOLDERS[absent[0]]} is no folder here")
             elif key not in cells:
@@ -202,7 +236,7 @@ def main() -> None:
                 if given.iterations == ITERATIONS:
                     with RESULTS.open("a", encoding="utf-8") as file:
                         file.write(f"{json.dumps(cells[key], allow_nan=False)}\n")
-    table(cells, given)
+    print(tables({key: cells[key] for key in these if key in cells}))
 
 
 if __name__ == "__main__":

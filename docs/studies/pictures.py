@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -23,8 +24,18 @@ Family = tuple[str, tuple[str, ...]]
 """A variant that extends none, and all that extend it, itself the first; the baseline's has those
 too that neither extend nor are extended."""
 
-_ACROSS, _LETTERS = 4, 125
-"""Panels, and letters of a caption, beside each other, at most."""
+_ACROSS, _LETTERS, _NAME, _SPARED = 4, 125, 44, 8
+"""At most beside each other: panels, and letters of a caption and of a row's name; and the letters
+that a panel's title has less than its share of a caption."""
+
+
+def stems(text: str) -> str:
+    """The text with the files in it named by their stems.
+
+    >>> stems("splits docs/studies/splits/one_alphabet.json, inner_lr 0.1")
+    'splits one_alphabet, inner_lr 0.1'
+    """
+    return re.sub(r"[\w./-]*/(\w+)\.json", r"\1", text)
 
 
 def apart(result: StudyResult, row: Row) -> Mapping[str, Any]:
@@ -68,9 +79,11 @@ def draw_gains(result: StudyResult, path: Path) -> None:
         for label, each in {**found.with_baseline, **found.with_base}.items():
             if each.difference is not None:
                 over = "" if label in found.with_base else f" (minus {each.over.variant})"
-                name = row_text(each.row.variant, apart(result, each.row))
-                shown.append((f"{name}{over}", each.by_seed, each.difference))
-    figure = Figure(figsize=(WIDTH, 0.8 + 0.42 * max(len(shown), 1)), dpi=DPI, layout="constrained")
+                name = stems(row_text(each.row.variant, apart(result, each.row)))
+                shown.append((fill(f"{name}{over}", _NAME), each.by_seed, each.difference))
+    lines = max((name.count("\n") + 1 for name, *_ in shown), default=1)
+    height = 0.8 + (0.22 + 0.2 * lines) * max(len(shown), 1)
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     style(axes, f"minus its base, test {result.metric}{' (points)' if unit else ''}", "")
     axes.axvline(0, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -195,16 +208,18 @@ def _panels(
             if any(other[0].setting.get(path) != value for other in parts)
         }
         names_it = not own or len(known) > len(parts)
-        title = row_text(first, own) if names_it else setting_text(own)
+        title = stems(row_text(first, own) if names_it else setting_text(own))
         is_lowest = place + across >= len(known)
+        title = fill(title, _LETTERS // across - _SPARED)
         style(axes, labels[0] * is_lowest, labels[1] * (place % across == 0), title)
         for look, variant in enumerate(members):
-            name = variant.removeprefix(first).replace("+", "with ", 1) or "alone"
+            name = re.sub("^[+:]", "with ", variant.removeprefix(first)) or "alone"
             names.setdefault(name, look)
             draw(axes, [row for row in rows if row.variant == variant], look)
     handles = [Line2D([], [], **_look(look)) for look in names.values()]  # type: ignore[arg-type]
     columns = max(1, _LETTERS // (max(map(len, names)) + 12))
-    figure.set_figheight(0.4 + 2.5 * down + 0.22 * -(-len(names) // columns))
+    titles = max(axes.get_title(loc="left").count("\n") for axes in figure.axes)
+    figure.set_figheight(0.4 + (2.5 + 0.2 * titles) * down + 0.22 * -(-len(names) // columns))
     figure.legend(
         handles, list(names), frameon=False, loc="outside upper left", ncols=columns, fontsize=9
     )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from statistics import fmean
 
-from pictures import apart, groups
+from pictures import apart, groups, stems
 
 from metaplug.experiments.study import Row, StudyResult
 from metaplug.experiments.study.cells import row_text, setting_text
@@ -51,7 +51,9 @@ def tuned(result: StudyResult) -> str:
     sheets: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {}
     for rows in best:
         for title, columns, lines in best_sheets(result, rows):
-            sheets.setdefault(title, (columns, []))[1].extend(lines)
+            sheets.setdefault(title, (columns, []))[1].extend(
+                tuple(map(stems, line)) for line in lines
+            )
     tables = ((title, table(*sheet)) for title, sheet in sheets.items())
     return _signs("\n\n".join([*_titled(tables), bullets(best_notes(result, best))]))
 
@@ -107,12 +109,14 @@ def over_fitted(result: StudyResult) -> str:
     titles = (
         f"Query loss − support loss after the last inner step, mean over the {when} (by seed)",
         f"Query loss before the first inner step and after each, mean over the {when}",
+        f"Support loss before the first inner step and after each, mean over the {when}",
     )
-    return "\n\n".join(
-        _titled(
-            zip(titles, (of(gap), of(lambda each: losses_text(each.query_by_step, 2))), strict=True)
-        )
+    tables = (
+        of(gap),
+        of(lambda each: losses_text(each.query_by_step, 2)),
+        of(lambda each: losses_text(each.support_by_step, 2)),
     )
+    return "\n\n".join(_titled(zip(titles, tables, strict=True)))
 
 
 def learned(result: StudyResult) -> str:
@@ -144,7 +148,7 @@ def _grid(result: StudyResult, cell: Callable[[Row], str]) -> str:
     texts: dict[str, dict[str, str]] = {}
     for rows in groups(result):
         for row in rows:
-            line = texts.setdefault(row_text(row.variant, apart(result, row)), {})
+            line = texts.setdefault(stems(row_text(row.variant, apart(result, row))), {})
             line[repr(row.setting[axis])] = cell(row)
     lines = [
         (name, *(line.get(repr(value), "") for value in values)) for name, line in texts.items()

@@ -5,9 +5,9 @@
 
 STUDY.yaml and STUDY.jsonl are a study and its kept runs (`metaplug study STUDY.yaml --keep
 STUDY.jsonl`). docs/results/STUDY.md is written whole: the question, as the comment at the head of
-STUDY.yaml has it, and every table and picture. In docs/results.md what lies between
-`<!-- table STUDY KIND -->` and `<!-- end -->` is rewritten, by the kinds in KINDS and PICTURES, or
-`runs`. docs/images/STUDY-KIND.png are the pictures.
+STUDY.yaml has it, and every table and picture; a study that is a script, STUDY.py, makes its own.
+In docs/results.md what lies between `<!-- table STUDY KIND -->` and `<!-- end -->` is rewritten, by
+the kinds in KINDS and PICTURES, or `runs`. docs/images/STUDY-KIND.png are the pictures.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -85,6 +86,9 @@ def block(study: str, kind: str, images: str = "images") -> str:
 
 def page_of(study: str) -> str:
     """The page of a study: its question, and all tables and pictures."""
+    if not is_grid(study):
+        made: str = import_module(study).page()
+        return made
     result = result_of(study)
     assert result is not None, study
     title, below = asked((STUDIES / f"{study}.yaml").read_text(encoding="utf-8"))
@@ -102,13 +106,18 @@ def filled(page: str) -> str:
 
 def kept_studies() -> list[str]:
     """The studies of which runs are kept."""
-    return sorted(
-        path.stem for path in STUDIES.glob("*.jsonl") if path.with_suffix(".yaml").exists()
-    )
+    return sorted(path.stem for path in STUDIES.glob("*.jsonl"))
+
+
+def is_grid(study: str) -> bool:
+    """Whether a study is a grid of runs, and not a script that makes its page itself."""
+    return (STUDIES / f"{study}.yaml").exists()
 
 
 def drawn(study: str, folder: Path) -> list[Path]:
     """Draw the pictures of a study into a folder."""
+    if not is_grid(study):
+        return []
     result = result_of(study)
     assert result is not None, study
     made = {kind: folder / f"{study}-{kind}.png" for kind in kinds(result) if kind in PICTURES}

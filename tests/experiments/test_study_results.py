@@ -377,6 +377,7 @@ def test_over_fitting_is_the_query_loss_above_the_support_loss_early() -> None:
     assert found.gaps == (pytest.approx(0.75), pytest.approx(math.nan, nan_ok=True))
     assert found.gap_by_seed == (pytest.approx(0.7), pytest.approx(math.nan, nan_ok=True))
     assert found.query_by_step[:2] == (1.6, 1.0)
+    assert found.support_by_step == pytest.approx((1.6, 0.2, 0.05))
     assert over_fitting(made, until=20) == ()
     assert to_values(made)["over_fitting"][0]["gap"] == [
         pytest.approx(0.75),

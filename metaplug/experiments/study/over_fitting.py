@@ -50,6 +50,11 @@ class OverFitting:
         """By inner step, the mean query loss over the validations."""
         return tuple(map(fmean, zip(*self.query_losses, strict=True)))
 
+    @property
+    def support_by_step(self) -> tuple[float, ...]:
+        """By inner step, the mean support loss over the validations."""
+        return tuple(map(fmean, zip(*self.support_losses, strict=True)))
+
 
 def over_fitting(result: StudyResult, until: int = EARLY) -> tuple[OverFitting, ...]:
     """Measure the rows of a study; those whose runs have no figures by inner step are left out.
