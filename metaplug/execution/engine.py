@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from metaplug.contract.chain import Chain
-from metaplug.contract.inner_step import LOGGED
 from metaplug.contract.outcome import Outcome
 from metaplug.contract.schedule import iteration_text
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.core.adaptation import StepObserver, adapt
 from metaplug.core.inner_loop import InnerLoop
-from metaplug.core.outer_loop import MetaGradients, OuterLoop, largest
+from metaplug.core.outer_loop import MetaGradients, OuterLoop
 from metaplug.core.recording import recording
 from metaplug.errors import RankError, RunError, quoted
 from metaplug.execution.determinism import repeatable
+from metaplug.execution.gradients import first_nonfinite, over_ranks, summed_up
 from metaplug.execution.meta_optimizer import META_OPTIMIZERS, step_fused
 from metaplug.execution.precision import Precision, arithmetic
-from metaplug.execution.ranks import ALONE, Share, World
+from metaplug.execution.ranks import ALONE, World
 from metaplug.random_streams import mix, random_state, stream
 
 SKIPS_IN_A_ROW = 10
@@ -151,7 +151,7 @@ class Engine:
                 known = share if coupled else None
                 found = self.derive(transformed, iteration, total, weights, share=known)
             if share is not None:
-                found = self._over_ranks(found, share)
+                found = over_ranks(found, share, self.meta_parameters)
             with self._common_stream(iteration):
                 gradients = self.chain.fold(
                     "transform_meta_gradients", found.gradients, iteration=iteration
@@ -211,12 +211,7 @@ class Engine:
 
     def nonfinite_parameter(self) -> str | None:
         """Return the first meta-parameter that is NaN or Inf; None for none."""
-        values = {name: each.detach() for name, each in self.meta_parameters.items()}
-        sums = torch.stack([value.sum().to(self.device) for value in values.values()])
-        if torch.isfinite(sums).all():
-            return None
-        found = (name for name, value in values.items() if not torch.isfinite(value).all())
-        return next(found, None)  # the sum may overflow where no entry does
+        return first_nonfinite(self.meta_parameters, self.device)
 
     def _check_update(self) -> None:
         """Look at what the meta-optimizer wrote: finite gradients may leave the dtype's range.
@@ -271,29 +266,13 @@ class Engine:
         With a batch, whose tasks are other ones on other ranks, the ranks agree. A norm whose
         square overflows counts as Inf: optimizers square the gradient.
         """
-        told = self._told(found) if found.told is None else found.told
+        told = summed_up(found, self.device) if found.told is None else found.told
         if batch is None:
             return told
         for tensor in batch.tensors():
             told[2] *= torch.isfinite(tensor).all()
         told[2] = self.world.sum(1 - told[2]) == 0
         return told
-
-    def _told(self, found: MetaGradients) -> Tensor:
-        # Not get_total_norm: the compiler has no code of its own for it.
-        norms = [torch.linalg.vector_norm(each) for each in found.gradients.values()]
-        norms = [found.outer_loss.new_zeros(()), *(norm.to(self.device) for norm in norms)]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        kept = [
-            tensor
-            for tensors in found.statistics.values()
-            for name, tensor in tensors.items()
-            if tensor.is_floating_point() and tensor.numel() and not name.startswith(LOGGED)
-        ]
-        single = [norm.square(), found.outer_loss, *map(largest, kept)]
-        values = torch.stack([value.to(norm) for value in single])
-        finite = torch.isfinite(torch.cat([values, found.losses.to(norm)])).all()
-        return torch.stack([found.outer_loss.to(norm), norm, finite.to(norm.dtype)])
 
     def _adapt(
         self,
@@ -355,40 +334,3 @@ class Engine:
             )
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.iteration, self.total = self.iteration + 1, total
-
-    def _over_ranks(self, found: MetaGradients, share: Share) -> MetaGradients:
-        """The same over the tasks of all ranks. A gradient missing on a rank counts as zero."""
-        kept = {
-            (plugin, name): tensor
-            for plugin, tensors in found.statistics.items()
-            for name, tensor in tensors.items()
-        }
-        named = {f"{plugin}.{name}": tensor for (plugin, name), tensor in kept.items()}
-        if whole := [name for name, tensor in named.items() if not tensor.is_floating_point()]:
-            raise RunError(
-                f"plugins keep {quoted(whole)} as whole numbers, which have no mean over ranks: "
-                "keep floating-point tensors"
-            )
-        form = ", ".join(
-            f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in named.items()
-        )
-        present = share.agree(
-            *(name in found.gradients for name in self.meta_parameters), form=form
-        )
-        names = [
-            name for name, somewhere in zip(self.meta_parameters, present, strict=True) if somewhere
-        ]
-        own = [
-            found.gradients[name]
-            if name in found.gradients
-            else torch.zeros_like(self.meta_parameters[name])
-            for name in names
-        ]
-        outer_loss, losses, *means = share.means(
-            [found.outer_loss, found.losses, *own, *kept.values()]
-        )
-        statistics: dict[str, dict[str, Tensor]] = {}
-        for (plugin, name), mean in zip(kept, means[len(names) :], strict=True):
-            statistics.setdefault(plugin, {})[name] = mean
-        gradients = dict(zip(names, means, strict=False))
-        return MetaGradients(gradients, outer_loss, losses, statistics, found.outcome)
