@@ -27,16 +27,24 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable, Iterator
 from functools import cache
-from itertools import product
 from pathlib import Path
-from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from wider_field import figures, pooled, say
+from change_of_tasks_page import (
+    DATA,
+    INNER_STEPS,
+    RATES,
+    RESULTS,
+    SEEDS,
+    Key,
+    finished,
+    tables,
+    wanted,
+)
+from wider_field import figures, say
 
 from metaplug import MetaLearner
 from metaplug.experiments.json_values import environment
@@ -47,7 +55,6 @@ from metaplug.tasks import Folder, Glyphs
 
 SHARED = Path("../shared/data")
 FOLDERS = {"characters": SHARED / "omniglot-full", "objects": SHARED / "cifar-fs"}
-DATA = ("letters", *FOLDERS)
 VARIANTS = {
     "maml": "maml",
     "keep": "maml+gradient-sharing:start={}",
@@ -57,20 +64,12 @@ VARIANTS = {
 """By name; {} is the checkpoint of the tasks before."""
 
 FORM = {"ways": 5, "shots": 1, "queries": 5}
-QUERIES = FORM["ways"] * FORM["queries"]
 MODEL = {"filters": 16, "pooling": "stride"}
-INNER_STEPS = 3
 TASKS_PER_BATCH = 8
 ITERATIONS = 150
 VALIDATE_EVERY = 25
 VALIDATION_TASKS = 100
 TEST_TASKS = 400
-RATES = (0.1, 0.4)
-SEEDS = (0, 1)
-RESULTS = Path(__file__).with_suffix(".jsonl")
-
-Key = tuple[str, str, str, float, int]
-"""Before, after, variant, inner rate and seed."""
 
 
 @cache
@@ -132,84 +131,6 @@ def compute(key: Key, iterations: int, folder: Path) -> dict[str, Any]:
         "seconds": round(time.process_time() - started, 2),
         "environment": environment(learner),
     }
-
-
-def finished() -> dict[Key, dict[str, Any]]:
-    """The cells in the file."""
-    if not RESULTS.exists():
-        return {}
-    cells = map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
-    return {tuple(cell["key"]): cell for cell in cells}
-
-
-def tables(cells: dict[Key, dict[str, Any]]) -> str:
-    """The tables in Markdown, one for each kind of tasks after and rate."""
-    return "\n".join(
-        line
-        for after, rate in product(DATA, RATES)
-        if any(key[1] == after and key[3] == rate for key in cells)
-        for line in _table(cells, after, rate)
-    )
-
-
-def _table(cells: dict[Key, dict[str, Any]], after: str, rate: float) -> list[str]:
-    lines = [
-        f"## Then {after}, inner rate {rate}\n",
-        "| first | mean | accuracy | minus forget | seeds | first validation |",
-        "|---|---|---|---|---|---|",
-    ]
-    for before, variant in product(DATA, VARIANTS):
-        own, forgetful = (
-            {key[4]: cells[key] for key in cells if key[:4] == (before, after, name, rate)}
-            for name in (variant, "forget")
-        )
-        if not own:
-            continue
-        gained = [scores(own[seed]) - scores(forgetful[seed]) for seed in own if seed in forgetful]
-        columns = [
-            before,
-            variant,
-            pooled([scores(cell) for cell in own.values()], sign=""),
-            "" if variant == "forget" or not gained else pooled(gained),
-            str(len(own)),
-            f"{100 * fmean(cell['curve'][0][1] for cell in own.values()):.1f}",
-        ]
-        lines.append(f"| {' | '.join(columns)} |")
-    return [*lines, ""]
-
-
-def page() -> str:
-    """The page of results: what was asked, what was computed, and the tables."""
-    cells = finished()
-    title, _, text = (__doc__ or "").partition("\n\n")
-    text = (
-        text[: text.index("A cell, one of")].replace("python", "`python").replace(".py\n", ".py`\n")
-    )
-    counted = f"{len(cells)} of {len(list(wanted()))} cells"
-    hours = sum(cell["seconds"] for cell in cells.values()) / 3600
-    versions = sorted(
-        {f"torch {cell['environment']['versions']['torch']}" for cell in cells.values()}
-    )
-    ran = f"{counted}, {hours:.1f} hours of processor time, {', '.join(versions)}, one thread."
-    kept = "Accuracies in per cent, with 95 % intervals over test tasks, pooled over seeds; minus "
-    kept += "forget is taken task by task; the first validation is after 25 iterations."
-    return f"# {title.rstrip('.')}\n\n{text}{ran} {kept}\n\n{tables(cells)}"
-
-
-def wanted(
-    seeds: Iterable[int] = SEEDS,
-    rates: Iterable[float] = RATES,
-    before: Iterable[str] = DATA,
-    after: Iterable[str] = DATA,
-) -> Iterator[Key]:
-    """The keys of cells, in the order of their turn."""
-    for seed, rate, first, then, variant in product(seeds, rates, before, after, VARIANTS):
-        yield first, then, variant, rate, seed
-
-
-def scores(cell: dict[str, Any]) -> torch.Tensor:
-    """Every test task's accuracy, (tasks,)."""
-    return torch.tensor(cell["test"]["right"], dtype=torch.float64) / QUERIES
 
 
 def main() -> None:

@@ -5,9 +5,10 @@
 
 STUDY.yaml and STUDY.jsonl are a study and its kept runs (`metaplug study STUDY.yaml --keep
 STUDY.jsonl`). docs/results/STUDY.md is written whole: the question, as the comment at the head of
-STUDY.yaml has it, and every table and picture; a study that is a script, STUDY.py, makes its own.
-In docs/results.md what lies between `<!-- table STUDY KIND -->` and `<!-- end -->` is rewritten, by
-the kinds in KINDS and PICTURES, or `runs`. docs/images/STUDY-KIND.png are the pictures.
+STUDY.yaml has it, and every table and picture; that of a study that is a script is made by
+STUDY_page.py. In docs/results.md what lies between `<!-- table STUDY KIND -->` and `<!-- end -->`
+is rewritten, by the kinds in KINDS and PICTURES, or `runs`. docs/images/STUDY-KIND.png are the
+pictures.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def block(study: str, kind: str, images: str = "images") -> str:
 def page_of(study: str) -> str:
     """The page of a study: its question, and all tables and pictures."""
     if not is_grid(study):
-        made: str = import_module(study).page()
+        made: str = import_module(f"{study}_page").page()
         return made
     result = result_of(study)
     assert result is not None, study
@@ -117,7 +118,8 @@ def is_grid(study: str) -> bool:
 def drawn(study: str, folder: Path) -> list[Path]:
     """Draw the pictures of a study into a folder."""
     if not is_grid(study):
-        return []
+        import_module(f"{study}_page").draw(made := folder / f"{study}-gains.png")
+        return [made]
     result = result_of(study)
     assert result is not None, study
     made = {kind: folder / f"{study}-{kind}.png" for kind in kinds(result) if kind in PICTURES}
