@@ -67,7 +67,11 @@ _SECTIONS = (
 def kinds(result: StudyResult) -> list[str]:
     """The kinds of tables and pictures that say something of a study."""
     axis = result.tuned[0]
-    without = [] if len(result.study.axes[axis]) > 2 else ["rates"]
+    tried: dict[str, set[str]] = {}
+    for row in result.rows:
+        tried.setdefault(row.variant, set()).add(repr(row.setting[axis]))
+    is_line = len(result.study.axes[axis]) > 2 and min(map(len, tried.values())) > 1
+    without = [] if is_line else ["rates"]
     if max(len(members) for _, members in families(result)) > 5:
         without += ["rates", "curves"]  # more lines than an eye follows
     return [kind for kind in ("runs", *KINDS, *PICTURES) if kind not in without]
