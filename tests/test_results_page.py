@@ -81,6 +81,12 @@ def test_a_page_asks_what_the_study_asks(
     assert tables.asked(comment) == (title, below)
 
 
+@pytest.mark.parametrize("file", sorted(STUDIES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_study_begins_with_a_question(file: Path, tables: ModuleType) -> None:
+    title, _ = tables.asked(file.read_text(encoding="utf-8"))
+    assert title[-2].isalnum() and title.count("?") == 1
+
+
 def test_pictures_may_differ_in_smoothing_alone(tables: ModuleType, tmp_path: Path) -> None:
     image = np.full((100, 100, 3), 255, dtype=np.uint8)
     image[40:42] = 0
