@@ -24,7 +24,7 @@ Family = tuple[str, tuple[str, ...]]
 """A variant that extends none, and all that extend it, itself the first; the baseline's has those
 too that neither extend nor are extended."""
 
-_ACROSS, _LETTERS, _NAME, _SPARED = 4, 125, 44, 8
+_ACROSS, _LETTERS, _NAME, _SPARED = 4, 125, 50, 8
 """At most beside each other: panels, and letters of a caption and of a row's name; and the letters
 that a panel's title has less than its share of a caption."""
 
@@ -80,9 +80,10 @@ def draw_gains(result: StudyResult, path: Path) -> None:
             if each.difference is not None:
                 over = "" if label in found.with_base else f" (minus {each.over.variant})"
                 name = stems(row_text(each.row.variant, apart(result, each.row)))
-                shown.append((fill(f"{name}{over}", _NAME), each.by_seed, each.difference))
-    lines = max((name.count("\n") + 1 for name, *_ in shown), default=1)
-    height = 0.8 + (0.22 + 0.2 * lines) * max(len(shown), 1)
+                lines = fill(f"{name}{over}", _NAME, break_on_hyphens=False)
+                shown.append((lines, each.by_seed, each.difference))
+    most = max((name.count("\n") + 1 for name, *_ in shown), default=1)
+    height = 0.8 + (0.22 + 0.2 * most) * max(len(shown), 1)
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     style(axes, f"minus its base, test {result.metric}{' (points)' if unit else ''}", "")
