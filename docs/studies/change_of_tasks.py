@@ -35,10 +35,11 @@ from typing import Any
 import torch
 from change_of_tasks_page import (
     DATA,
-    INNER_STEPS,
+    FORM,
     RATES,
     RESULTS,
     SEEDS,
+    VARIANTS,
     Key,
     finished,
     tables,
@@ -55,16 +56,8 @@ from metaplug.tasks import Folder, Glyphs
 
 SHARED = Path("../shared/data")
 FOLDERS = {"characters": SHARED / "omniglot-full", "objects": SHARED / "cifar-fs"}
-VARIANTS = {
-    "maml": "maml",
-    "keep": "maml+gradient-sharing:start={}",
-    "forget": "maml+gradient-sharing",
-    "frozen": "maml+gradient-sharing:start={},statistics=frozen",
-}
-"""By name; {} is the checkpoint of the tasks before."""
-
-FORM = {"ways": 5, "shots": 1, "queries": 5}
 MODEL = {"filters": 16, "pooling": "stride"}
+INNER_STEPS = 3
 TASKS_PER_BATCH = 8
 ITERATIONS = 150
 VALIDATE_EVERY = 25

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Iterable, Iterator
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 from statistics import fmean
 from textwrap import fill
@@ -14,17 +14,23 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from wider_field import pooled
+from wider_field import mean_and_half, pooled
 
-from metaplug import EvaluationResult
 from metaplug.report.figures import COLOURS, DPI, FAINT, GREY, INK, WIDTH, save, style
 
 DATA = ("letters", "characters", "objects")
-MEANS = ("maml", "keep", "forget", "frozen")
+VARIANTS = {
+    "maml": "maml",
+    "keep": "maml+gradient-sharing:start={}",
+    "forget": "maml+gradient-sharing",
+    "frozen": "maml+gradient-sharing:start={},statistics=frozen",
+}
+"""By name; {} is the checkpoint of the tasks before."""
+
+FORM = {"ways": 5, "shots": 1, "queries": 5}
+QUERIES = FORM["ways"] * FORM["queries"]
 RATES = (0.1, 0.4)
 SEEDS = (0, 1)
-INNER_STEPS, QUERIES = 3, 25
-"""Of a task; queries of all classes together."""
 
 STUDY = Path(__file__).with_name("change_of_tasks.py")
 RESULTS = STUDY.with_suffix(".jsonl")
@@ -42,7 +48,7 @@ def wanted(
     after: Iterable[str] = DATA,
 ) -> Iterator[Key]:
     """The keys of cells, in the order of their turn."""
-    for seed, rate, first, then, variant in product(seeds, rates, before, after, MEANS):
+    for seed, rate, first, then, variant in product(seeds, rates, before, after, VARIANTS):
         yield first, then, variant, rate, seed
 
 
@@ -69,7 +75,7 @@ def _table(cells: Cells, after: str, rate: float) -> str:
         "| first | mean | accuracy | minus forget | seeds | first validation |",
         "|---|---|---|---|---|---|",
     ]
-    for before, mean in product(DATA, MEANS):
+    for before, mean in product(DATA, VARIANTS):
         own = _by_seed(cells, (before, after, mean, rate))
         if not own:
             continue
@@ -85,6 +91,24 @@ def _table(cells: Cells, after: str, rate: float) -> str:
         ]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines).replace("-", "−").replace("|−−−", "|---")
+
+
+def changes(cells: Cells) -> str:
+    """The table of what means gain over forgetting, all changes of tasks together."""
+    lines = ["| inner rate | keep minus forget | frozen minus forget |", "|---|---|---|"]
+    for rate in RATES:
+        gained = (
+            pooled(
+                [
+                    each
+                    for pair in permutations(DATA, 2)
+                    for each in _gained(cells, (*pair, mean, rate))
+                ]
+            )
+            for mean in ("keep", "frozen")
+        )
+        lines.append(f"| {rate} | {' | '.join(gained)} |")
+    return "\n".join(lines).replace("| -", "| −")
 
 
 def page() -> str:
@@ -103,7 +127,8 @@ def page() -> str:
     )
     picture = f"![What the mean of the tasks before is worth](../images/{STUDY.stem}-gains.png)"
     code = f"```sh\npython docs/studies/{STUDY.name}\n```"
-    parts = (f"# {title.rstrip('.')}", asked.strip(), code, ran, picture, tables(cells))
+    together = f"**All changes of tasks together:**\n\n{changes(cells)}"
+    parts = (f"# {title.rstrip('.')}", asked.strip(), code, ran, picture, together, tables(cells))
     return "\n\n".join(parts) + "\n"
 
 
@@ -118,11 +143,11 @@ def draw(path: Path) -> None:
         for shift, mean, colour in ((-0.14, "keep", COLOURS[1]), (0.14, "frozen", COLOURS[2])):
             for place, pair in enumerate(pairs):
                 if gained := _gained(cells, (*pair, mean, rate)):
-                    result = EvaluationResult("accuracy", torch.cat(gained), INNER_STEPS)
+                    middle, half = mean_and_half(gained)
                     axes.errorbar(
-                        [100 * result.mean],
+                        [100 * middle],
                         [place + shift],
-                        xerr=[100 * result.interval],
+                        xerr=[100 * half],
                         color=colour,
                         marker="o",
                         markersize=4,

@@ -221,15 +221,21 @@ def scores(cell: dict[str, Any], when: str) -> torch.Tensor:
     return torch.tensor(cell[when]["right"], dtype=torch.float64) / QUERIES
 
 
-def pooled(by_seed: list[torch.Tensor], sign: str = "+") -> str:
-    """Mean over seeds, in percent; the 95 % interval is over tasks, other ones for each seed."""
-    if not by_seed:
-        return ""
+def mean_and_half(by_seed: list[torch.Tensor]) -> tuple[float, float]:
+    """Mean over seeds, and half its 95 % interval: over tasks, other ones for each seed."""
     results = [
         EvaluationResult("accuracy", per_task, LEARNER["inner_steps"]) for per_task in by_seed
     ]
     half = math.sqrt(sum(each.interval**2 for each in results)) / len(results)
-    return f"{100 * fmean(each.mean for each in results):{sign}.1f} ± {100 * half:.1f}"
+    return fmean(each.mean for each in results), half
+
+
+def pooled(by_seed: list[torch.Tensor], sign: str = "+") -> str:
+    """Write `mean_and_half` in percent."""
+    if not by_seed:
+        return ""
+    mean, half = mean_and_half(by_seed)
+    return f"{100 * mean:{sign}.1f} ± {100 * half:.1f}"
 
 
 def compute_all(given: argparse.Namespace) -> None:
