@@ -11,7 +11,7 @@ through batch and layer norm are wrong without a word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,25 +26,15 @@ from metaplug.contract.outcome import Outcome
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.task_groups import targets_of
 from metaplug.core.inner_loop import InnerLoop
+from metaplug.core.inner_update import InnerUpdate, StepObserver, differentiable, leaves
 from metaplug.core.model_passes import ModelPasses, Pass, Weights
 from metaplug.core.recording import recording
 from metaplug.core.rematerialize import rematerialize
-from metaplug.errors import RequestError, RunError, quoted
 from metaplug.random_streams import mix, stream
 
 _Walked = tuple[Weights, Any, list[Tensor], dict[int, Pass]]
 """Fast weights and optimizer state after some steps, their support losses, and query passes by the
 number of updates before them."""
-
-StepObserver = Callable[[int, Weights, Weights], None]
-"""(k, gradients before any plugin changes them, learning rates after all have), by name."""
-
-NO_DERIVATIVE = (
-    "has no finite derivative there, such as a root or norm of 0: add a small number inside it"
-)
-_NO_GRADIENT = (
-    f"the loss was finite: an operation of the model, or of a plugin's loss, {NO_DERIVATIVE}"
-)
 
 
 def adapt(
@@ -113,7 +103,7 @@ def adapt(
             shared = {**loop.parameters, **loop.variables, **(parameters or {})}
             passes = ModelPasses(loop, batch, seeds)
             known = first, query_after, tuple(orders), shared
-            return _Adaptation(loop, passes, *known, observe).outcome()
+            return _Adaptation(loop, passes, *known, InnerUpdate(loop, passes, observe)).outcome()
         finally:
             loop.optimizer.reset()
 
@@ -126,7 +116,7 @@ class _Adaptation:
         first: the step before the first update.
         query_after, orders: as `adapt` takes them.
         shared: what every task has before it is initialized, by name, without a task axis.
-        observe: as `adapt` takes it.
+        update: what each step ends with.
     """
 
     loop: InnerLoop
@@ -135,7 +125,7 @@ class _Adaptation:
     query_after: Collection[int]
     orders: tuple[int, ...]
     shared: Weights
-    observe: StepObserver | None = None
+    update: InnerUpdate
 
     def outcome(self) -> Outcome:
         """Take all steps, and the query losses on the way."""
@@ -196,7 +186,7 @@ class _Adaptation:
         }
         # At evaluation nothing has a graph; in training a constant start has a gradient too.
         lone = [n for n in loop.adapted if not start[n].requires_grad] if training else list(start)
-        start = {**start, **_leaves({name: start[name] for name in lone}, loop.adapted)}
+        start = {**start, **leaves({name: start[name] for name in lone}, loop.adapted)}
         self.passes.under_way.add("initialize")
         step = self.step(0, start, start)
         found: Weights = loop.chain.fold("initialize_parameters", start, step=step)
@@ -204,9 +194,9 @@ class _Adaptation:
         if found is start:
             return start
         if not training:
-            return _leaves(found, loop.adapted)
+            return leaves(found, loop.adapted)
         # Those left as they were too: others may be made of them, also such as are not adapted.
-        return {**found, **_differentiable({name: found[name] for name in loop.adapted})}
+        return {**found, **differentiable({name: found[name] for name in loop.adapted})}
 
     def step(
         self, index: int, fast: Weights, initial: Weights, *, graph: bool = True, **more: Any
@@ -252,7 +242,7 @@ class _Adaptation:
             # A NaN that a plugin adds has no gradient, and would show nowhere else.
             told = losses if objective is losses else losses + 0 * objective.detach()
             support_losses.append(told if linked else told.detach())
-            fast = self.update(fast, objective, known, linked=linked)
+            fast = self.update.take(fast, objective, known, linked=linked)
             if index + 1 in self.query_after and index + 1 < self.first.count:
                 after = replace(step, parameters=MappingProxyType(fast))
                 queries[index + 1] = self.query_between(fast, after)
@@ -261,81 +251,9 @@ class _Adaptation:
         loop.optimizer.reset()
         return fast, state, support_losses, queries
 
-    def update(self, fast: Weights, objective: Tensor, step: InnerStep, *, linked: bool) -> Weights:
-        """Return the fast weights after one update, with a graph to those before if `linked`."""
-        loop, names, watch = self.loop, self.loop.adapted, self.loop.chain.watch
-        gradients = self.own_gradients(fast, objective, step)
-        self.passes.look("the gradient of the support loss", gradients, step, _NO_GRADIENT)
-        folded = loop.chain.fold("transform_gradients", gradients, step=step)
-        # Made anew for each step, and for each name: what a plugin writes in place stays there.
-        full = torch.full((len(names),), loop.inner_lr, dtype=loop.dtype, device=loop.device)
-        rates = dict(zip(names, full.unbind(), strict=True))
-        rates = loop.chain.fold("transform_learning_rates", rates, step=step)
-        if self.observe is not None:
-            self.observe(step.index, gradients, rates)
-        if not linked:
-            folded = {name: value.detach() for name, value in folded.items()}
-            rates = {name: value.detach() for name, value in rates.items()}
-        before = {name: fast[name] for name in names}
-        changed = self.updated(before, folded, rates, step)
-        if watch is not None:
-            watch.update(rates, changed)
-        advice = "gradients and rates were finite: lower inner_lr"
-        self.passes.look("what the update made of the weights", changed, step, advice)
-        if linked:
-            return {**fast, **changed}
-        loop.optimizer.detach()
-        return {**fast, **_leaves(changed, names)}
-
-    def updated(
-        self, before: Weights, gradients: Weights, rates: Weights, step: InnerStep
-    ) -> Weights:
-        """Return the adapted weights after a plugin's update, or that of the inner optimizer."""
-        loop, answer = self.loop, None
-        if links := loop.chain.links("update_parameters"):
-            answer = loop.chain.choose(
-                "update_parameters",
-                None,
-                parameters=MappingProxyType(before),
-                gradients=MappingProxyType(dict(gradients)),
-                learning_rates=MappingProxyType(dict(rates)),
-                step=step,
-            )
-        if answer is None:
-            updated = loop.optimizer.step(
-                list(before.values()),
-                [gradients.get(name) for name in before],
-                [rates[name] for name in before],
-            )
-            return dict(zip(before, updated, strict=True))
-        if not loop.optimizer.is_plain:
-            by = quoted(link.plugin.name for link in links)
-            raise RequestError(
-                f"plugin {by} makes the inner update itself, so the inner optimizer "
-                f"'{loop.optimizer.name}' and its settings would do nothing: leave them out"
-            )
-        return _differentiable({name: answer[name] for name in before})
-
-    def own_gradients(self, fast: Weights, objective: Tensor, step: InnerStep) -> Weights:
-        """Return every task's own gradient of its objective, (T, *shape) by name."""
-        loop = self.loop
-        if loop.first_order_only and step.training and step.second_order:
-            raise RunError(
-                "second-order meta-gradients cannot be had of this model (one of its operations is "
-                "marked once_differentiable): add the plugin derivative-order"
-            )
-        adapted = {name: fast[name] for name in loop.adapted}
-        gradients = self.passes.differentiate(objective, adapted, step, retain=False)
-        if not gradients:
-            raise RunError(
-                f"no gradient reaches the adapted parameters {quoted(loop.adapted[:3])}: "
-                "the loss does not depend on them; adapt others"
-            )
-        return gradients
-
     def query_between(self, fast: Weights, step: InnerStep) -> Pass:
         """Take the query loss of every task where more may follow."""
-        if self.observe is None or not step.count:
+        if self.update.observe is None or not step.count:
             return self.query(fast, step)
         with stream(mix(step.index), self.loop.device):
             return self.query(fast, step)
@@ -345,19 +263,3 @@ class _Adaptation:
         with torch.set_grad_enabled(step.training or self.loop.query_graph):
             losses, predictions, values = self.passes.run(fast, step, "query")
         return (losses if step.training else losses.detach()), predictions, values
-
-
-def _differentiable(values: Weights) -> dict[str, Tensor]:
-    """The same values, made by a plugin, as variables of their own.
-
-    Where it made one of another, the gradient of the other would include the way through the first:
-    a view is a node that only what is computed of it reaches. A graph begins at those without one.
-    """
-    return {
-        name: value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
-        for name, value in values.items()
-    }
-
-
-def _leaves(values: Weights, adapted: Collection[str]) -> dict[str, Tensor]:
-    return {name: value.detach().requires_grad_(name in adapted) for name, value in values.items()}

@@ -21,8 +21,9 @@ from metaplug.contract.outcome import Outcome
 from metaplug.contract.return_checks import form
 from metaplug.contract.schedule import iteration_text
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.core.adaptation import NO_DERIVATIVE, adapt
+from metaplug.core.adaptation import adapt
 from metaplug.core.inner_loop import InnerLoop
+from metaplug.core.inner_update import NO_DERIVATIVE
 from metaplug.errors import RequestError, RunError, did_you_mean, quoted
 
 _NO_DERIVATIVE = (

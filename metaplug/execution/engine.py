@@ -18,8 +18,9 @@ from metaplug.contract.chain import Chain
 from metaplug.contract.outcome import Outcome
 from metaplug.contract.schedule import iteration_text
 from metaplug.contract.task_batch import TaskBatch
-from metaplug.core.adaptation import StepObserver, adapt
+from metaplug.core.adaptation import adapt
 from metaplug.core.inner_loop import InnerLoop
+from metaplug.core.inner_update import StepObserver
 from metaplug.core.outer_loop import MetaGradients, OuterLoop
 from metaplug.core.recording import recording
 from metaplug.errors import RankError, RunError, quoted
