@@ -7,15 +7,15 @@ prints the first minus the second: mean and 95 % interval over test tasks, then 
 
 import sys
 
-from tables import result_of
+from tables import known, result_of
 
 from metaplug.report.comparing import difference_text
 
 
 def main(study: str, one: str, other: str) -> None:
     """Compare two rows by their names in the tables."""
-    if (result := result_of(study)) is None:
-        sys.exit(f"no run of {study} is kept")
+    result = result_of(known(study))
+    assert result is not None, study
     rows = {row.label: row for row in result.rows}
     if unknown := [name for name in (one, other) if name not in rows]:
         sys.exit(f"{study} has no row {unknown}: give one of {sorted(rows)}")

@@ -1,7 +1,8 @@
 """The pages of results, drawn from the runs that are kept here.
 
-    python docs/studies/tables.py            # rewrite them
-    python docs/studies/tables.py --check    # say what differs
+    python docs/studies/tables.py              # rewrite them
+    python docs/studies/tables.py STUDY ...    # those of these studies alone
+    python docs/studies/tables.py --check      # say what differs
 
 STUDY.yaml and STUDY.jsonl are a study and its kept runs (`metaplug study STUDY.yaml --keep
 STUDY.jsonl`). docs/results/STUDY.md is written whole: the question, as the comment at the head of
@@ -114,6 +115,13 @@ def kept_studies() -> list[str]:
     return sorted(path.stem for path in STUDIES.glob("*.jsonl"))
 
 
+def known(study: str) -> str:
+    """The same name; ends the program where no run of the study is kept."""
+    if study not in (names := kept_studies()):
+        sys.exit(f"no run of '{study}' is kept: give one of {', '.join(names)}")
+    return study
+
+
 def is_grid(study: str) -> bool:
     """Whether a study is a grid of runs, and not a script that makes its page itself."""
     return (STUDIES / f"{study}.yaml").exists()
@@ -169,8 +177,10 @@ def main() -> int:
         said = differing(page) + [each for study in kept_studies() for each in differing_of(study)]
         print("\n".join(f"{each} differs" for each in said) or "nothing differs")
         return bool(said)
+    for study in (studies := sys.argv[1:] or kept_studies()):
+        known(study)
     PAGE.write_text(filled(page), encoding="utf-8")
-    for study in kept_studies():
+    for study in studies:
         (PAGES / f"{study}.md").write_text(page_of(study), encoding="utf-8")
         for path in (PAGES / f"{study}.md", *drawn(study, IMAGES)):
             print(path.relative_to(DOCS.parent))
