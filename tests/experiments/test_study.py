@@ -216,6 +216,31 @@ def test_a_variant_takes_the_algorithm_of_a_configuration(tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.parametrize(
+    ("section", "own", "elsewhere"),
+    [
+        ("tasks", {"source": "sinusoid"}, {"axes": {"tasks.source": ["sinusoid"]}}),
+        ("model", {"name": "mlp"}, {"axes": {"model.name": ["mlp"]}}),
+    ],
+)
+def test_tasks_and_model_of_a_configuration_are_not_lost(
+    section: str, own: dict[str, str], elsewhere: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "best.yaml").write_text(yaml.safe_dump({section: own}))
+    file = tmp_path / "mine.yaml"
+    study = {"variants": [{"label": "tuned", "config": "best.yaml"}]}
+    file.write_text(yaml.safe_dump(study))
+    with pytest.raises(RequestError) as error:
+        read_study(file)
+    assert str(error.value) == (
+        f"{file}, variant 'tuned': {tmp_path / 'best.yaml'} has a {section} section of its own, "
+        "and the study has none: copy it into base, which all variants share"
+    )
+    for more in ({"base": {section: own}}, elsewhere):
+        file.write_text(yaml.safe_dump({**study, **more}))
+        assert read_study(file).variants[0].label == "tuned"
+
+
 # Wrong files.
 
 WRONG: list[tuple[str, str]] = [

@@ -154,6 +154,10 @@ class Study(Settings):
         return self.variants[0].label if self.baseline is None else self.baseline
 
 
+_SHARED = {"tasks", "model"}
+"""Sections of a configuration that a study's variants have from its base."""
+
+
 def is_tuned(path: str) -> bool:
     """Whether a field may be chosen by validation: it changes neither the tasks nor the budget."""
     return path.partition(".")[0] not in ("tasks", "training") or path == "training.non_finite"
@@ -164,7 +168,8 @@ def read_study(path: Path) -> Study:
 
     Its `base` may be the path of a configuration beside it. So may the `config` of a variant, which
     then has the algorithm of that file, such as the best.yaml of a search: preset, plugins, and the
-    fields of `learner`.
+    fields of `learner`. Tasks and model are the study's: a file with others than the defaults is
+    refused where the study names none.
 
     Raises:
         RequestError: it is none; names the file and the field.
@@ -174,11 +179,11 @@ def read_study(path: Path) -> Study:
     if isinstance(base, str):
         values["base"] = read_yaml(path.parent / base)
     if isinstance(variants, list):
-        values["variants"] = [_with_algorithm(variant, path) for variant in variants]
+        values["variants"] = [_with_algorithm(variant, path, values) for variant in variants]
     return validated(Study, values, str(path))
 
 
-def _with_algorithm(variant: Any, path: Path) -> Any:
+def _with_algorithm(variant: Any, path: Path, study: Mapping[str, Any]) -> Any:
     """A variant whose `config` names a file, with the algorithm of that file in its place."""
     if not isinstance(variant, dict) or not isinstance(variant.get("config"), str):
         return variant
@@ -190,6 +195,14 @@ def _with_algorithm(variant: Any, path: Path) -> Any:
             f"{' and '.join(sorted(both))}; leave one of them out"
         )
     found = validated(ExperimentConfig, read_yaml(file), str(file)).model_dump(mode="json")
+    parts = (study.get("base"), study.get("axes"))
+    named = {str(key).partition(".")[0] for part in parts if isinstance(part, dict) for key in part}
+    for section, usual in ExperimentConfig().model_dump(mode="json", include=_SHARED).items():
+        if section not in named and found[section] != usual:
+            raise RequestError(
+                f"{path}, variant {variant.get('label')!r}: {file} has a {section} section of its "
+                "own, and the study has none: copy it into base, which all variants share"
+            )
     learner = {f"learner.{name}": value for name, value in found["learner"].items()}
     algorithm = {"preset": found["preset"], "plugins": found["plugins"]}
     return {**algorithm, **own, "set": {**learner, **(own.get("set") or {})}}
