@@ -1,8 +1,9 @@
 """Fill in, when the site is built, what the code knows best.
 
 Replaces `<!-- hooks -->`, `<!-- presets -->`, `<!-- plugin NAME -->`, `<!-- meta-step -->` (the
-picture), `<!-- compositions -->` and `<!-- compositions why -->` (which plugins go together), and
-`<!-- include PATH -->` (a file of this folder, as it is).
+pictures), `<!-- compositions -->` and `<!-- compositions why -->` (which plugins go together), and
+`<!-- include PATH -->` (a file of this folder, as it is); with it a line below that begins with
+"*On the site", which tells readers of the file where to find the same.
 """
 
 from __future__ import annotations
@@ -30,15 +31,34 @@ from metaplug.report.hooks import signature_text
 DOCS = Path(__file__).parent
 
 
+MARK = re.compile(
+    r"<!-- (hooks|presets|plugin|meta-step|compositions|include)(?: (\S+))? -->"
+    r"(?:\n\*On the site.*)?"
+)
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill in one page; MkDocs calls this for each."""
-    markdown = re.sub("<!-- hooks -->", lambda _: hook_reference(), markdown)
-    markdown = re.sub("<!-- presets -->", lambda _: preset_table(), markdown)
-    markdown = re.sub("<!-- compositions -->", lambda _: composition_matrix(), markdown)
-    markdown = re.sub("<!-- compositions why -->", lambda _: composition_reasons(), markdown)
-    markdown = re.sub("<!-- meta-step -->", lambda _: pictures(), markdown)
-    markdown = re.sub("<!-- include (.+?) -->", lambda found: included(found[1]), markdown)
-    return re.sub("<!-- plugin (.+?) -->", lambda found: plugin_reference(found[1]), markdown)
+    return MARK.sub(lambda found: _filling(found[1], found[2]), markdown)
+
+
+def _filling(kind: str, name: str | None) -> str:
+    match kind, name:
+        case "hooks", None:
+            return hook_reference()
+        case "presets", None:
+            return preset_table()
+        case "meta-step", None:
+            return pictures()
+        case "compositions", None:
+            return composition_matrix()
+        case "compositions", "why":
+            return composition_reasons()
+        case "plugin", str():
+            return plugin_reference(name)
+        case "include", str():
+            return included(name)
+    raise ValueError(f"nothing is known to fill in for {kind} {name}")
 
 
 def hook_reference() -> str:
