@@ -26,6 +26,7 @@ from metaplug.experiments.build import build
 from metaplug.experiments.configuration import ExperimentConfig, ModelSettings
 from metaplug.experiments.json_values import to_json
 from metaplug.experiments.loggers.jsonl import Jsonl
+from metaplug.experiments.resolving import assign
 from metaplug.experiments.study.cells import Cell, cells_of
 from metaplug.experiments.study.folder import begin, begun, cell_folder, finished, to_yaml
 from metaplug.experiments.study.identity import _source, digest_of
@@ -217,26 +218,28 @@ def test_a_variant_takes_the_algorithm_of_a_configuration(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("section", "own", "elsewhere"),
+    ("field", "value", "base"),
     [
-        ("tasks", {"source": "sinusoid"}, {"axes": {"tasks.source": ["sinusoid"]}}),
-        ("model", {"name": "mlp"}, {"axes": {"model.name": ["mlp"]}}),
+        ("tasks.source", "sinusoid", {"tasks": {"source": "glyphs"}}),
+        ("tasks.settings.alphabets", ["latin"], {"tasks": {"settings": {"alphabets": ["greek"]}}}),
+        ("model.settings.filters", 64, {"model": {"settings": {"filters": 8}}}),
+        ("training.tasks_per_batch", 2, {"training": {"tasks_per_batch": 4}}),
     ],
 )
-def test_tasks_and_model_of_a_configuration_are_not_lost(
-    section: str, own: dict[str, str], elsewhere: dict[str, Any], tmp_path: Path
+def test_what_a_configuration_shares_with_others_is_not_lost(
+    field: str, value: Any, base: dict[str, Any], tmp_path: Path
 ) -> None:
-    (tmp_path / "best.yaml").write_text(yaml.safe_dump({section: own}))
+    (tmp_path / "best.yaml").write_text(yaml.safe_dump(assign({}, field, value)))
     file = tmp_path / "mine.yaml"
     study = {"variants": [{"label": "tuned", "config": "best.yaml"}]}
-    file.write_text(yaml.safe_dump(study))
+    file.write_text(yaml.safe_dump({**study, "base": {"tasks": {"ways": 3}}}))
     with pytest.raises(RequestError) as error:
         read_study(file)
     assert str(error.value) == (
-        f"{file}, variant 'tuned': {tmp_path / 'best.yaml'} has a {section} section of its own, "
-        "and the study has none: copy it into base, which all variants share"
+        f"{file}, variant 'tuned': {tmp_path / 'best.yaml'} has {field} = {value!r}, and the study "
+        "leaves it out: give it in base, which all variants share"
     )
-    for more in ({"base": {section: own}}, elsewhere):
+    for more in ({"base": base}, {"axes": {field: [value]}}):
         file.write_text(yaml.safe_dump({**study, **more}))
         assert read_study(file).variants[0].label == "tuned"
 

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from metaplug.contract.presets import YAML_ENDINGS, PluginUse, Preset, find_preset
 from metaplug.errors import RequestError, quoted
-from metaplug.experiments.configuration import ExperimentConfig
+from metaplug.experiments.configuration import ExperimentConfig, flatten
 from metaplug.experiments.variant_texts import parse_variant
 from metaplug.settings import Settings, validated
 from metaplug.yaml_text import read_yaml
@@ -154,8 +154,13 @@ class Study(Settings):
         return self.variants[0].label if self.baseline is None else self.baseline
 
 
-_SHARED = {"tasks", "model"}
-"""Sections of a configuration that a study's variants have from its base."""
+_SHARED = ("tasks.", "model.", "training.tasks_per_batch")
+"""How the fields begin that a search may be about and a study's variants have from its base."""
+
+
+def _mapping(given: Any) -> dict[str, Any]:
+    """The same, or nothing where it is of another kind, which is refused later."""
+    return given if isinstance(given, dict) else {}
 
 
 def is_tuned(path: str) -> bool:
@@ -168,8 +173,8 @@ def read_study(path: Path) -> Study:
 
     Its `base` may be the path of a configuration beside it. So may the `config` of a variant, which
     then has the algorithm of that file, such as the best.yaml of a search: preset, plugins, and the
-    fields of `learner`. Tasks and model are the study's: a file with others than the defaults is
-    refused where the study names none.
+    fields of `learner`. Tasks, model and tasks a batch are the study's: a file that has others than
+    the defaults is refused where the study does not give the field.
 
     Raises:
         RequestError: it is none; names the file and the field.
@@ -195,13 +200,15 @@ def _with_algorithm(variant: Any, path: Path, study: Mapping[str, Any]) -> Any:
             f"{' and '.join(sorted(both))}; leave one of them out"
         )
     found = validated(ExperimentConfig, read_yaml(file), str(file)).model_dump(mode="json")
-    parts = (study.get("base"), study.get("axes"))
-    named = {str(key).partition(".")[0] for part in parts if isinstance(part, dict) for key in part}
-    for section, usual in ExperimentConfig().model_dump(mode="json", include=_SHARED).items():
-        if section not in named and found[section] != usual:
+    named = [*flatten(_mapping(study.get("base"))), *_mapping(study.get("axes"))]
+    usual = flatten(ExperimentConfig().model_dump(mode="json"))
+    for field, value in flatten(found).items():
+        if not field.startswith(_SHARED) or value == usual.get(field):
+            continue
+        if not any(f"{field}.".startswith(f"{name}.") for name in named):
             raise RequestError(
-                f"{path}, variant {variant.get('label')!r}: {file} has a {section} section of its "
-                "own, and the study has none: copy it into base, which all variants share"
+                f"{path}, variant {variant.get('label')!r}: {file} has {field} = {value!r}, and "
+                "the study leaves it out: give it in base, which all variants share"
             )
     learner = {f"learner.{name}": value for name, value in found["learner"].items()}
     algorithm = {"preset": found["preset"], "plugins": found["plugins"]}
