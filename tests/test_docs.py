@@ -26,8 +26,10 @@ PAGES = [
     ROOT / "README.md",
     *sorted(page for page in DOCS.rglob("*.md") if DOCS / "examples" not in page.parents),
 ]
-THEIR_OWN = {"conflict-projection"}
-"""Plugins that pages name and that are not installed here."""
+EXAMPLE = "docs/examples/conflict-projection/conflict_projection.py"
+THEIR_OWN = {"conflict-projection", EXAMPLE, "./my_idea.py"}
+"""Plugins that pages name and that are not installed here: one by its name and file, and one that
+the reader writes."""
 WHOLE = ["how-to/language-models.md", "how-to/own-text.md", "how-to/task-sizes.md"]
 """Pages that run as they are read: shell and Python in one folder, and tables of errors."""
 FEW = {
