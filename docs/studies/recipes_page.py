@@ -11,6 +11,7 @@ the page.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -79,7 +80,7 @@ def page() -> str:
             for name, line in kept().items()
         ),
     ]
-    picture = "![Validation accuracy of the recipes](../images/recipes-gains.png)"
+    picture = "![Accuracy of the recipes](../images/recipes-gains.png)"
     own = [part for name, line in kept().items() for part in _section(name, line)]
     return "\n\n".join([_QUESTION, "\n".join(rows), picture, *own]) + "\n"
 
@@ -87,10 +88,11 @@ def page() -> str:
 def draw(path: Path) -> None:
     """Draw validation accuracy over iterations, with the published test as a line."""
     lines = kept()
-    figure = Figure(figsize=(WIDTH, 3.4), dpi=DPI, layout="constrained")
-    panels = figure.subplots(1, len(lines), squeeze=False)[0]
-    for axes, (name, line) in zip(panels, lines.items(), strict=True):
-        style(axes, "meta-iterations", "validation accuracy (%)", name)
+    rows = math.ceil(len(lines) / 2)
+    figure = Figure(figsize=(WIDTH, 3.4 * rows), dpi=DPI, layout="constrained")
+    for place, (name, line) in enumerate(lines.items(), 1):
+        axes = figure.add_subplot(rows, min(len(lines), 2), place)
+        style(axes, "meta-iterations", "accuracy (%)", name)
         at, means, halves = zip(*line["validations"], strict=True)
         below, above = (
             [100 * (mean + side * half) for mean, half in zip(means, halves, strict=True)]
