@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -90,11 +90,13 @@ def study(
     Each run is kept in OUT/NAME/cells, in a folder named by the digest of its configuration and
     code: the same command goes on after any end, and a study that has grown computes what is new.
     """
+    from metaplug.cli.resolving import parse_setting
     from metaplug.experiments.study.cells import cells_of
     from metaplug.experiments.study.schema import read_study
 
     refuse_ranks("study", "and give --jobs, or a cluster by --backend")
-    asked = _with_sets(read_study(file), sets)
+    given = [parse_setting(text) for text in sets or ()]
+    asked = _with_sets(read_study(file, [path for path, _ in given]), given)
     check_name(name, "studies")
     folder = out / (name or file.stem)
     cells = cells_of(asked, str(file))
@@ -121,16 +123,20 @@ def workers_of(jobs: int | None, backend: Backend, address: str | None) -> Worke
     return Workers(jobs, backend, address)
 
 
-def _with_sets(asked: Study, sets: list[str] | None) -> Study:
+def _with_sets(asked: Study, sets: Sequence[tuple[str, Any]]) -> Study:
     """The study with other fields in its base."""
-    from metaplug.cli.resolving import parse_setting
-    from metaplug.experiments.resolving import assign
+    from metaplug.experiments.resolving import assign, is_inside
 
     base = asked.base
-    for text in sets or ():
-        path, value = parse_setting(text)
+    for path, value in sets:
         if path in asked.axes:
             raise RequestError(f"--set {path}: it is an axis of the study; change it there")
+        for variant in asked.variants:
+            if any(is_inside(path, field) or is_inside(field, path) for field in variant.set):
+                raise RequestError(
+                    f"--set {path}: the variant '{variant.label}' has a value of its own; change "
+                    "it there"
+                )
         base = assign(base, path, value)
     return asked.model_copy(update={"base": base})
 

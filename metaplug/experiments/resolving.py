@@ -101,6 +101,15 @@ def _plugin_origins(listed: Sequence[tuple[str, Sequence[PluginUse]]]) -> dict[s
     return origins
 
 
+def is_inside(one: str, other: str) -> bool:
+    """Whether a path of a field is another one, or of a field inside it.
+
+    >>> is_inside("learner.inner_lr", "learner"), is_inside("learner.inner", "learner.inner_lr")
+    (True, False)
+    """
+    return f"{one}.".startswith(f"{other}.")
+
+
 def assign(values: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
     """`values` with `value` at a dotted path; an entry of plugins is found by its name.
 

@@ -24,9 +24,10 @@ from metaplug.cli.study import run
 from metaplug.evaluation.curves import best_point
 from metaplug.experiments.build import build
 from metaplug.experiments.configuration import ExperimentConfig, ModelSettings
+from metaplug.experiments.configuration import to_yaml as config_yaml
 from metaplug.experiments.json_values import to_json
 from metaplug.experiments.loggers.jsonl import Jsonl
-from metaplug.experiments.resolving import assign
+from metaplug.experiments.resolving import assign, resolve
 from metaplug.experiments.study.cells import Cell, cells_of
 from metaplug.experiments.study.folder import begin, begun, cell_folder, finished, to_yaml
 from metaplug.experiments.study.identity import _source, digest_of
@@ -242,6 +243,54 @@ def test_what_a_configuration_shares_with_others_is_not_lost(
     for more in ({"base": base}, {"axes": {field: [value]}}):
         file.write_text(yaml.safe_dump({**study, **more}))
         assert read_study(file).variants[0].label == "tuned"
+
+
+def test_a_variants_file_leaves_to_preset_and_base_what_it_does_not_give(tmp_path: Path) -> None:
+    (tmp_path / "reptile.yaml").write_text("preset: reptile\nlearner: {inner_lr: 0.1}\n")
+    base = {**TINY, "learner": {"inner_steps": 1}}
+    variants = ["reptile", {"label": "file", "config": "reptile.yaml"}]
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"base": base, "variants": variants}))
+    plain, ours = (cell.config.learner for cell in cells_of(read_study(file), str(file)))
+    assert ours == plain.model_copy(update={"inner_lr": 0.1})
+    assert (ours.meta_optimizer, ours.inner_steps) == ("sgd", 1)
+
+
+def test_a_file_may_have_what_its_preset_gives_every_run(tmp_path: Path) -> None:
+    whole = resolve([("", {"preset": "maml++-reference"})]).config
+    (tmp_path / "best.yaml").write_text(config_yaml(whole))
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"variants": [{"label": "tuned", "config": "best.yaml"}]}))
+    (cell,) = cells_of(read_study(file), str(file))
+    assert cell.config.model == whole.model != ModelSettings()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"base": {"tasks": {}, "model": {"settings": {}}}},
+        {"axes": {"model.settings": [{"filters": 8}, {"pooling": "max"}]}},
+    ],
+)
+def test_an_empty_section_or_half_an_axis_gives_no_field(
+    more: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "best.yaml").write_text("model: {settings: {filters: 16}}\n")
+    file = tmp_path / "mine.yaml"
+    variants = [{"label": "tuned", "config": "best.yaml"}]
+    file.write_text(yaml.safe_dump({"variants": variants, **more}))
+    with pytest.raises(RequestError, match=r"model.settings.filters = 16, and the study leaves"):
+        read_study(file)
+    assert read_study(file, ["model.settings.filters"]).variants[0].label == "tuned"
+
+
+def test_a_setting_may_stand_once_in_a_variant(tmp_path: Path) -> None:
+    plugin = {"plugin": "gradient-sharing", "settings": {"gate": 0.3}}
+    variant = {"label": "mine", "plugins": [plugin], "set": {"plugins.gradient-sharing.gate": 0.7}}
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"base": TINY, "variants": [variant]}))
+    with pytest.raises(RequestError, match=r"both set and the list of plugins give plugins\.grad"):
+        cells_of(read_study(file), str(file))
 
 
 # Wrong files.

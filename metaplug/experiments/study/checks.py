@@ -63,8 +63,14 @@ def check_once(study: Study, origin: str) -> None:
                     f"write the values of {other} into those of {path}, or leave {path} out"
                 )
     for variant in study.variants:
-        own = [*variant.set]
-        own += [f"plugins.{use.label}.{field}" for use in variant.plugins for field in use.settings]
+        uses = variant.plugins
+        settings = [f"plugins.{use.label}.{field}" for use in uses for field in use.settings]
+        if twice := [field for field in settings if field in variant.set]:
+            raise RequestError(
+                f"{origin}, variant '{variant.label}': both set and the list of plugins give "
+                f"{twice[0]}: leave one of them out"
+            )
+        own = [*variant.set, *settings]
         for field, path in itertools.product(own, study.axes):
             if f"{field}.".startswith(f"{path}.") or path.startswith(f"{field}."):
                 raise RequestError(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from metaplug.contract.presets import YAML_ENDINGS, PluginUse, Preset, find_preset
-from metaplug.errors import RequestError, quoted
-from metaplug.experiments.configuration import ExperimentConfig, flatten
+from metaplug.errors import quoted
+from metaplug.experiments.study.variant_files import with_algorithm
 from metaplug.experiments.variant_texts import parse_variant
 from metaplug.settings import Settings, validated
 from metaplug.yaml_text import read_yaml
@@ -154,27 +154,19 @@ class Study(Settings):
         return self.variants[0].label if self.baseline is None else self.baseline
 
 
-_SHARED = ("tasks.", "model.", "training.tasks_per_batch")
-"""How the fields begin that a search may be about and a study's variants have from its base."""
-
-
-def _mapping(given: Any) -> dict[str, Any]:
-    """The same, or nothing where it is of another kind, which is refused later."""
-    return given if isinstance(given, dict) else {}
-
-
 def is_tuned(path: str) -> bool:
     """Whether a field may be chosen by validation: it changes neither the tasks nor the budget."""
     return path.partition(".")[0] not in ("tasks", "training") or path == "training.non_finite"
 
 
-def read_study(path: Path) -> Study:
+def read_study(path: Path, also: Iterable[str] = ()) -> Study:
     """The study in a YAML file.
 
     Its `base` may be the path of a configuration beside it. So may the `config` of a variant, which
-    then has the algorithm of that file, such as the best.yaml of a search: preset, plugins, and the
-    fields of `learner`. Tasks, model and tasks a batch are the study's: a file that has others than
-    the defaults is refused where the study does not give the field.
+    then has the algorithm of that file (`variant_files`).
+
+    Args:
+        also: paths of fields that the caller gives, beside those of the file.
 
     Raises:
         RequestError: it is none; names the file and the field.
@@ -184,32 +176,5 @@ def read_study(path: Path) -> Study:
     if isinstance(base, str):
         values["base"] = read_yaml(path.parent / base)
     if isinstance(variants, list):
-        values["variants"] = [_with_algorithm(variant, path, values) for variant in variants]
+        values["variants"] = [with_algorithm(each, path, values, also) for each in variants]
     return validated(Study, values, str(path))
-
-
-def _with_algorithm(variant: Any, path: Path, study: Mapping[str, Any]) -> Any:
-    """A variant whose `config` names a file, with the algorithm of that file in its place."""
-    if not isinstance(variant, dict) or not isinstance(variant.get("config"), str):
-        return variant
-    own = dict(variant)
-    file = path.parent / own.pop("config")
-    if both := own.keys() & {"preset", "plugins"}:
-        raise RequestError(
-            f"{path}, variant {variant.get('label')!r}: both its config and the variant give "
-            f"{' and '.join(sorted(both))}; leave one of them out"
-        )
-    found = validated(ExperimentConfig, read_yaml(file), str(file)).model_dump(mode="json")
-    named = [*flatten(_mapping(study.get("base"))), *_mapping(study.get("axes"))]
-    usual = flatten(ExperimentConfig().model_dump(mode="json"))
-    for field, value in flatten(found).items():
-        if not field.startswith(_SHARED) or value == usual.get(field):
-            continue
-        if not any(f"{field}.".startswith(f"{name}.") for name in named):
-            raise RequestError(
-                f"{path}, variant {variant.get('label')!r}: {file} has {field} = {value!r}, and "
-                "the study leaves it out: give it in base, which all variants share"
-            )
-    learner = {f"learner.{name}": value for name, value in found["learner"].items()}
-    algorithm = {"preset": found["preset"], "plugins": found["plugins"]}
-    return {**algorithm, **own, "set": {**learner, **(own.get("set") or {})}}
