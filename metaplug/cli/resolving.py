@@ -46,6 +46,11 @@ def resolve_options(
         file = permitted(record, files, config).model_dump(mode="json", exclude={"loggers"})
     layers = [] if config is None else [(str(config), file)]
     pairs = [parse_setting(text) for text in sets or ()]
+    added = [parse_plugin(use) if isinstance(use, str) else use for use in uses or ()]
+    lists = {"preset": preset, "plugins": added, "loggers": logs}
+    options = [*given, *(name for name, value in lists.items() if value)]
+    options += [f"plugins.{use.label}.{field}" for use in added for field in use.settings]
+    _check_once(options, [path for path, _ in pairs])
     values: dict[str, Any] = {}
     for path, value in given.items():
         values = assign(values, path, value)
@@ -53,7 +58,6 @@ def resolve_options(
         values["preset"] = preset
     if uses or any(path.startswith("plugins.") for path, _ in pairs):
         listed = file.get("plugins")
-        added = [parse_plugin(use) if isinstance(use, str) else use for use in uses or ()]
         values["plugins"] = [*listed] if isinstance(listed, list) else []
         values["plugins"] += [use.model_dump() for use in added]
     if logs:
@@ -66,6 +70,17 @@ def resolve_options(
         values = assign(values, path, value)
     resolved = resolve([*layers, ("option", values)])
     return replace(resolved, config=recorded(resolved.config))
+
+
+def _check_once(options: Sequence[str], sets: Sequence[str]) -> None:
+    """Refuse a `--set` that replaces what an option, or a `--set` before it, gives."""
+    from metaplug.experiments.resolving import is_inside
+
+    for place, path in enumerate(sets):
+        if lost := [each for each in (*options, *sets[:place]) if is_inside(each, path)]:
+            raise RequestError(
+                f"--set {path} would replace {lost[0]}, which is given, too: leave one of them out"
+            )
 
 
 def _without(loggers: Any, names: Sequence[str]) -> list[Any]:

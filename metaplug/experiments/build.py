@@ -50,6 +50,11 @@ def build_tasks(config: ExperimentConfig) -> TaskSource:
     size = {"shots": settings.shots, "queries": settings.queries, "seed": config.seed}
     if source.has_ways(argument):
         size["ways"] = settings.ways
+    if twice := sorted({*size, "ways"} & settings.settings.keys()):
+        field = "seed" if twice[0] == "seed" else f"tasks.{twice[0]}"
+        raise RequestError(
+            f"tasks.settings.{twice[0]}: no source has it as a setting; give {field}"
+        )
     own = {**_tokenizer(source, config), **settings.settings}
     made: TaskSource = source(*([argument] if argument else []), **size, **own)
     return made

@@ -71,7 +71,10 @@ def _settings(kind: str, name: str, text: str) -> dict[str, Any]:
         )
     settings = text.strip()[len(name) + 1 :]
     pairs = re.split(_COMMA, settings) if settings else []
-    return dict(_setting(kind, name, pair) for pair in pairs)
+    found = [_setting(kind, name, pair) for pair in pairs]
+    if len(given := dict(found)) < len(found):
+        raise RequestError(f"'{text.strip()}' gives a field twice: leave one of them out")
+    return given
 
 
 def _setting(kind: str, name: str, pair: str) -> tuple[str, Any]:

@@ -1098,7 +1098,7 @@ def test_plugins_that_conflict_are_refused_before_training(metaplug: Any) -> Non
         2,
         "metaplug: plugin 'reptile' conflicts with 'multi-step-loss': leave one of them out\n",
     )
-    answer = metaplug("train", *TINY, "--preset", "maml++", "--set", "training.iterations=1")
+    answer = metaplug("train", *TINY, "--preset", "maml++")
     assert answer.status == 2
     assert "plugin 'per-step-batch-norm' needs batch norm layers" in answer.err
     answer = metaplug("explain", "--preset", "maml++", "--with", "multi-step-loss")
@@ -1154,6 +1154,50 @@ def test_a_plugin_of_the_preset_is_not_changed_in_passing(metaplug: Any) -> None
             "preset.derivative-order.switch=VALUE\n"
         ),
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "lost", "by"),
+    [
+        ("--inner-lr 0.1 --set learner.inner_lr=0.2", "learner.inner_lr", "learner.inner_lr"),
+        ("--inner-lr 0.1 --set learner={inner_steps:5}", "learner.inner_lr", "learner"),
+        ("--set learner.inner_lr=0.1 --set learner={}", "learner.inner_lr", "learner"),
+        ("--with gradient-noise --set plugins=[]", "plugins", "plugins"),
+        ("--preset anil --set preset=fomaml", "preset", "preset"),
+        (
+            "--with gradient-sharing:gate=0.3 --set plugins.gradient-sharing.gate=0.9",
+            "plugins.gradient-sharing.gate",
+            "plugins.gradient-sharing.gate",
+        ),
+    ],
+)
+def test_nothing_that_is_given_is_lost(words: str, lost: str, by: str, metaplug: Any) -> None:
+    answer = metaplug("explain", *words.split())
+    said = f"metaplug: --set {by} would replace {lost}, which is given, too: leave one of them out"
+    assert (answer.status, answer.err) == (2, f"{said}\n")
+
+
+def test_a_set_may_say_more_of_what_is_given(metaplug: Any) -> None:
+    words = "--preset maml++ --set preset.derivative-order.switch=7 --inner-lr 0.1"
+    more = "--with gradient-sharing --set plugins.gradient-sharing.gate=0.9"
+    assert metaplug("explain", *words.split(), *more.split()).status == 0
+    twice = metaplug("explain", "--with", "gradient-sharing:gate=0.3,gate=0.9")
+    said = "'gradient-sharing:gate=0.3,gate=0.9' gives a field twice: leave one of them out"
+    assert (twice.status, twice.err) == (2, f"metaplug: {said}\n")
+
+
+def test_sizes_of_tasks_are_no_settings_of_a_source(metaplug: Any) -> None:
+    answer = metaplug("train", "--model", "mlp", "--set", "tasks.settings.ways=3")
+    said = "tasks.settings.ways: no source has it as a setting; give tasks.ways"
+    assert (answer.status, answer.err) == (2, f"metaplug: {said}\n")
+
+
+def test_a_study_s_set_does_not_stop_at_a_variant(metaplug: Any, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("variants: [{label: mine, preset: maml, set: {learner.inner_lr: 0.1}}]\n")
+    answer = metaplug("study", str(file), "--dry-run", "--set", "learner.inner_lr=0.9")
+    said = "--set learner.inner_lr: the variant 'mine' has a value of its own; change it there"
+    assert (answer.status, answer.err) == (2, f"metaplug: {said}\n")
 
 
 def test_what_a_preset_prints_can_be_typed_again(metaplug: Any) -> None:
