@@ -19,7 +19,8 @@ from metaplug import (
     per_task,
 )
 
-_NORMS = nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
+_BATCH_NORM = nn.modules.batchnorm._NormBase
+_NORMS = _BATCH_NORM, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
 _MAPS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
 
 
@@ -59,6 +60,12 @@ class Cavia(Plugin):
         every, norms = context.layers_of(*_NORMS, *_MAPS), context.layers_of(*_NORMS)
         hidden, film = [*context.layers_of(*_MAPS)], self.config.modulation == "film"
         chosen = ([*norms] or hidden[:-1]) if film else hidden[:1]
+        if not film and self.config.layers is None and context.layers_of(_BATCH_NORM):
+            raise RequestError(
+                f"plugin '{self.name}': modulation = 'shift' adds to what the first layer makes, "
+                "and batch norm takes such shifts away: name layers behind it by layers, as the "
+                "norm layers, or leave modulation at film"
+            )
         if self.config.layers is not None:
             chosen = [*self.matching("layers", [*every], "layers that it can modulate")]
         self._layers = [every[name] for name in chosen]

@@ -238,12 +238,20 @@ def cavia(case, own, *, order=2, bias=True):
     return straight_line(case, start, values, ["cavia.context"], order=order, extra=own.items())
 
 
+def entering(case, modulation):
+    """Settings by which a context enters a model: a shift at its first norm layer, if any."""
+    kinds = nn.modules.batchnorm._NormBase
+    norms = [name for name, module in case.model.named_modules() if isinstance(module, kinds)]
+    layers = {"layers": norms[:1]} if modulation == "shift" and norms else {}
+    return {"modulation": modulation, **layers}
+
+
 @pytest.mark.parametrize("options", WAYS, ids=str)
 @pytest.mark.parametrize("modulation", ["film", "shift"])
 @pytest.mark.parametrize("model", ["mlp", "conv4", "regression"])
 def test_cavia_equals_a_plain_loop(model, modulation, options):
     case = problem(model)
-    learner, own = learner_of(case, "cavia", size=3, modulation=modulation, **options)
+    learner, own = learner_of(case, "cavia", size=3, **entering(case, modulation), **options)
     compare(learner, case, cavia(case, own))
 
 
@@ -256,7 +264,7 @@ def test_cavia_equals_a_plain_loop_on_drawn_models(case, order, size):
 
 @given(problems(steps=(0, 3)), st.sampled_from(["film", "shift"]))
 def test_cavia_without_a_context_is_the_unadapted_model(case, modulation):
-    learner, _ = learner_of(case, "cavia", size=0, modulation=modulation)
+    learner, _ = learner_of(case, "cavia", size=0, **entering(case, modulation))
     plain, ours = found(case.learner(inner_steps=0), case.batch), found(learner, case.batch)
     assert_close(ours.outer_loss.detach(), plain.outer_loss.detach(), **EXACT)
     gradients = {name: ours.gradients[name] for name in plain.gradients}
@@ -300,10 +308,17 @@ def test_cavia_says_what_it_cannot_modulate():
         "plugin 'cavia': the pattern 'body.*' matches none of the layers that it can modulate (0): "
         "correct layers"
     )
+    taken_away = (
+        "plugin 'cavia': modulation = 'shift' adds to what the first layer makes, and batch norm "
+        "takes such shifts away: name layers behind it by layers, as the norm layers, or leave "
+        "modulation at film"
+    )
     linear, no_bias = (nn.Sequential(nn.Linear(2, 2, bias=bias)) for bias in (True, False))
+    normed = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     for text, model, settings in (
         (none, linear, {}),
         (none, no_bias, {"modulation": "shift"}),
+        (taken_away, normed, {"modulation": "shift"}),
         (unlike, linear, {"layers": ["body.*"]}),
     ):
         with pytest.raises(RequestError) as refused:
