@@ -26,7 +26,7 @@ from metaplug.evaluation.history import History, Record
 from metaplug.evaluation.results import EvaluationResult
 from metaplug.evaluation.scores import ScoreLike
 from metaplug.execution.batching import Batching, BatchingChoice
-from metaplug.execution.plan import StepPlan
+from metaplug.execution.plan import Computing, StepPlan
 from metaplug.execution.precision import Precision
 from metaplug.execution.ranks import ALONE, World
 from metaplug.execution.settings import NonFinite
@@ -243,6 +243,8 @@ class MetaLearner:
         """
         at_least_one(tasks_per_batch=tasks_per_batch, validate_every=validate_every)
         at_least_one(validation_tasks=validation_tasks)
+        if validation_tasks is not None and validation is None:
+            raise RequestError("validation_tasks is of no use without validation: give it, too")
         if iterations < 0:
             raise RequestError(f"iterations = {iterations}: give at least 0")
         if profile_tasks < 0:
@@ -351,7 +353,7 @@ class MetaLearner:
         return checkpoint.state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any], origin: str = "the state") -> None:
-        """Go on from a state of the same model and plugins.
+        """Go on from a state of the same model and plugins; all settings stay this learner's own.
 
         Raises:
             RunError: the state belongs to another model or to other plugins; `origin` is named,
@@ -373,8 +375,12 @@ class MetaLearner:
         loss: Loss | None = None,
         score: ScoreLike | None = None,
         world: World | None = None,
+        **runtime: Unpack[Computing],
     ) -> MetaLearner:
         """Return the learner that `save` wrote. Executes no code from the file.
+
+        How a learner computes is not in the file: what differs from the defaults of MetaLearner,
+        such as its precision, is given again.
 
         Args:
             model: needed where the model is not an installed part; any weights of the same shapes.
@@ -382,14 +388,14 @@ class MetaLearner:
             loss: needed where one was given.
             score: needed where one of your own was given; else the one that was.
             world: as for MetaLearner; it need not have as many ranks as the one that saved.
+            runtime: precision, deterministic, compile and the others, as for MetaLearner.
 
         Raises:
             RunError: the file is missing, damaged, or of another model or version.
             RequestError: something is needed that the file cannot hold; it is named.
         """
-        return checkpoint.load(
-            cls, path, model=model, plugins=plugins, loss=loss, score=score, world=world
-        )
+        given: dict[str, Any] = {"model": model, "plugins": plugins, "loss": loss, "score": score}
+        return checkpoint.load(cls, path, **given, world=world, runtime=runtime)
 
     def __reduce__(self) -> NoReturn:
         raise RequestError(

@@ -26,6 +26,7 @@ from metaplug.checkpoint import FORMAT, file
 from metaplug.evaluation.results import EvaluationResult
 from metaplug.evaluation.score_tasks import Scorer
 from metaplug.evaluation.scores import SCORES
+from metaplug.execution.chunks import ChunkedDerivation
 from metaplug.execution.engine import MetaStep
 from metaplug.testing import Stream, assert_close, problem, regression
 
@@ -125,6 +126,23 @@ def test_validation_comes_at_its_times_and_after_the_last():
     assert all(result.num_tasks == 3 for _, result in history.validations)
     again = learner.evaluate(TEST, num_tasks=3)
     assert torch.equal(history.validations[-1][1].per_task, again.per_task)
+
+
+def test_validation_tasks_without_validation_are_refused():
+    learner = problem().learner()
+    with pytest.raises(RequestError, match=r"^validation_tasks is of no use without validation"):
+        learner.fit(TRAIN, iterations=1, validation_tasks=3)
+
+
+def test_a_file_does_not_say_how_a_learner_computes_and_who_loads_it_does(tmp_path):
+    path = tmp_path / "learner.safetensors"
+    how = {"chunk_size": 2, "deterministic": True, "metrics_every": 3}
+    problem().learner(**how).save(path)
+    plain = MetaLearner.load(path, model=problem().model)
+    again = MetaLearner.load(path, model=problem().model, **how)
+    assert [each.metrics_every for each in (plain, again)] == [1, 3]
+    assert isinstance(again.engine.derivation, ChunkedDerivation)
+    assert plain.engine.derivation is None
 
 
 def test_best_is_the_best_validation_and_the_earlier_of_two_equal_ones():

@@ -32,6 +32,7 @@ def load(
     loss: Callable[..., Tensor] | None,
     score: ScoreLike | None,
     world: World | None,
+    runtime: Mapping[str, Any],
 ) -> L:
     """The learner of a checkpoint, as MetaLearner.load has it.
 
@@ -43,6 +44,7 @@ def load(
         loss: the user's own; needed where the learner was trained with one.
         score: in the place of the file's; needed where that was the user's own.
         world: the processes that train together; None is a process alone.
+        runtime: further arguments of the class, which no file holds.
 
     Raises:
         RequestError: the file needs something that it cannot hold and nobody gave, or names code.
@@ -68,7 +70,7 @@ def load(
 
     if model is None and plugins is None:  # an instance that a caller gives serves only once
         rehearse(made, state, str(path))
-    learner = made(world=world)
+    learner = made(world=world, **runtime)
     give_state(learner, state, str(path))
     return learner
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 
@@ -11,7 +11,21 @@ from metaplug.errors import RequestError, quoted
 from metaplug.execution.chunks import ChunkedDerivation
 from metaplug.execution.cuda_graphs import capturing
 from metaplug.execution.engine import Derivation, Engine
+from metaplug.execution.precision import Precision
 from metaplug.execution.traced import PATIENCE, CompiledDerivation
+
+
+class Computing(TypedDict, total=False):
+    """The arguments of MetaLearner that say how it computes, and not what."""
+
+    checkpoint_steps: int | None
+    chunk_size: int | None
+    cache_frozen: bool
+    compile: bool | Literal["auto"]
+    capture: bool | Literal["auto"]
+    metrics_every: int
+    precision: Precision
+    deterministic: bool
 
 
 @dataclass(frozen=True)
