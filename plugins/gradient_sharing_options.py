@@ -23,6 +23,10 @@ SQUASH: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float], float]]] =
 """By name, σ and its inverse on (0, 1)."""
 
 
+ACCUMULATING = ("momentum", "learn_momentum", "streaming", "through_mean", "share_at_evaluation")
+"""Fields that only a running mean has a use for."""
+
+
 class SharingOptions(LearnedPluginConfig):
     """Choices that the paper leaves open, and extensions of it."""
 
@@ -67,8 +71,9 @@ class SharingOptions(LearnedPluginConfig):
                 "statistics = 'frozen' needs a running mean to freeze: "
                 "give start, a checkpoint that has one"
             )
-        for option in ("streaming", "share_at_evaluation"):
-            if self.statistics != "accumulated" and getattr(self, option):
+        usual = {name: field.default for name, field in type(self).model_fields.items()}
+        for option in ACCUMULATING:
+            if self.statistics != "accumulated" and getattr(self, option) != usual[option]:
                 raise ValueError(
                     f"{option} changes how statistics accumulate, and statistics = "
                     f"'{self.statistics}': choose one"

@@ -351,6 +351,16 @@ def test_what_cannot_be_taken_over_is_refused(earlier, tmp_path):
             "plugin 'gradient-sharing': share_at_evaluation changes how statistics accumulate, "
             "and statistics = 'learned': choose one",
         ),
+        (
+            {"statistics": "learned", "momentum": 0.9},
+            "plugin 'gradient-sharing': momentum changes how statistics accumulate, and "
+            "statistics = 'learned': choose one",
+        ),
+        (
+            {"statistics": "frozen", "start": "some.safetensors", "learn_momentum": False},
+            "plugin 'gradient-sharing': learn_momentum changes how statistics accumulate, and "
+            "statistics = 'frozen': choose one",
+        ),
     ],
 )
 def test_options_without_a_meaning_together_are_refused(options, text):
