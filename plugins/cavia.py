@@ -48,7 +48,8 @@ class Cavia(Plugin):
         )
 
     config: Config
-    conflicts_with = ("partial-adaptation",)  # nothing of the model adapts
+    # Nothing of the model adapts, and the start of φ is always 0: these would change nothing.
+    conflicts_with = ("l2f", "partial-adaptation", "reptile")
     runs_after = ("per-step-batch-norm",)  # which would replace what is modulated
 
     @hookimpl

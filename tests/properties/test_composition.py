@@ -20,6 +20,8 @@ from metaplug.testing.strategies import chains, problems
 PAIRS = list(itertools.combinations(plugins.NAMES, 2))
 CONFLICTING = {
     ("cavia", "partial-adaptation"),
+    ("cavia", "l2f"),
+    ("cavia", "reptile"),
     ("derivative-order", "metal"),
     ("lora", "partial-adaptation"),
     ("multi-step-loss", "reptile"),

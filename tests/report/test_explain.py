@@ -21,13 +21,13 @@ from metaplug.cli.main import main
             ],
         ),
         (
-            "--preset l2f --with cavia --with alfa",
+            "--preset cavia --with alfa",
             [
                 "adapts the parameters that cavia selects, and the task parameters cavia.*",
-                "starts the shared values, as l2f changes them for each task",
                 "update alfa, in the place of sgd",
             ],
         ),
+        ("--preset l2f", ["starts the shared values, as l2f changes them for each task"]),
         (
             "--preset imaml --inner-steps 3",
             ["derivative order 0 (steps 0 to 1), 1 (step 2)", "meta-gradients imaml"],
