@@ -124,8 +124,10 @@ def draw_rates(result: StudyResult, path: Path) -> None:
             markersize=4,
             capsize=3,
         )
-        axes.set_xscale("log")
         values = [float(value) for value in result.study.axes[axis]]
+        beside = (max(values) / min(values)) ** 0.05  # the same room in panels with fewer values
+        axes.set_xlim(min(values) / beside, max(values) * beside)
+        axes.set_xscale("log")
         axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.minorticks_off()
 
