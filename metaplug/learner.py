@@ -243,8 +243,6 @@ class MetaLearner:
         """
         at_least_one(tasks_per_batch=tasks_per_batch, validate_every=validate_every)
         at_least_one(validation_tasks=validation_tasks)
-        if validation_tasks is not None and validation is None:
-            raise RequestError("validation_tasks is of no use without validation: give it, too")
         if iterations < 0:
             raise RequestError(f"iterations = {iterations}: give at least 0")
         if profile_tasks < 0:

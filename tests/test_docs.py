@@ -27,9 +27,8 @@ PAGES = [
     *sorted(page for page in DOCS.rglob("*.md") if DOCS / "examples" not in page.parents),
 ]
 EXAMPLE = "docs/examples/conflict-projection/conflict_projection.py"
-THEIR_OWN = {"conflict-projection", EXAMPLE, "./my_idea.py"}
-"""Plugins that pages name and that are not installed here: one by its name and file, and one that
-the reader writes."""
+THEIR_OWN = {"conflict-projection", EXAMPLE}
+"""A plugin that pages name and that is not installed here, by its name and its file."""
 WHOLE = ["how-to/language-models.md", "how-to/own-text.md", "how-to/task-sizes.md"]
 """Pages that run as they are read: shell and Python in one folder, and tables of errors."""
 FEW = {

@@ -128,12 +128,6 @@ def test_validation_comes_at_its_times_and_after_the_last():
     assert torch.equal(history.validations[-1][1].per_task, again.per_task)
 
 
-def test_validation_tasks_without_validation_are_refused():
-    learner = problem().learner()
-    with pytest.raises(RequestError, match=r"^validation_tasks is of no use without validation"):
-        learner.fit(TRAIN, iterations=1, validation_tasks=3)
-
-
 def test_a_file_does_not_say_how_a_learner_computes_and_who_loads_it_does(tmp_path):
     path = tmp_path / "learner.safetensors"
     how = {"chunk_size": 2, "deterministic": True, "metrics_every": 3}

@@ -72,12 +72,17 @@ def resolve_options(
     return replace(resolved, config=recorded(resolved.config))
 
 
+_WHOLE = ("preset", "plugins", "loggers")
+"""Fields of which another value would replace all that options have put together."""
+
+
 def _check_once(options: Sequence[str], sets: Sequence[str]) -> None:
-    """Refuse a `--set` that replaces what an option, or a `--set` before it, gives."""
+    """Refuse a `--set` that replaces more than the one value which it gives anew."""
     from metaplug.experiments.resolving import is_inside
 
     for place, path in enumerate(sets):
-        if lost := [each for each in (*options, *sets[:place]) if is_inside(each, path)]:
+        given = [each for each in (*options, *sets[:place]) if is_inside(each, path)]
+        if lost := [each for each in given if each != path or path in _WHOLE]:
             raise RequestError(
                 f"--set {path} would replace {lost[0]}, which is given, too: leave one of them out"
             )
