@@ -392,8 +392,16 @@ class MetaLearner:
             RunError: the file is missing, damaged, or of another model or version.
             RequestError: something is needed that the file cannot hold; it is named.
         """
-        given: dict[str, Any] = {"model": model, "plugins": plugins, "loss": loss, "score": score}
-        return checkpoint.load(cls, path, **given, world=world, runtime=runtime)
+        return checkpoint.load(
+            cls,
+            path,
+            model=model,
+            plugins=plugins,
+            loss=loss,
+            score=score,
+            world=world,
+            runtime=runtime,
+        )
 
     def __reduce__(self) -> NoReturn:
         raise RequestError(

@@ -141,9 +141,10 @@ def _section(name: str, line: Line) -> list[str]:
     test, best = line["test"], max(mean for _, mean, _ in line["validations"])
     ran = (
         f"{line['done']:,} iterations, begun {line['began'][0][:10]}, torch {line['torch']}, "
-        f"{test['device']}, one thread. The best validation, {100 * best:.2f} %, is that after "
-        f"{test['iteration']:,}; by these weights {_percent(test)} on {test['num_tasks']} test "
-        f"tasks (95 % interval over tasks), {test['inner_steps']} inner steps."
+        f"{test['device']}, threads: {test['threads']}. The best validation, {100 * best:.2f} %, "
+        f"is that after {test['iteration']:,}; by these weights {_percent(test)} on "
+        f"{test['num_tasks']} test tasks (95 % interval over tasks), "
+        f"{test['inner_steps']} inner steps."
     )
     return [f"## {title.rstrip('.')}", paragraphs[0], *code, ran]
 

@@ -59,7 +59,7 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Resolved:
     for origin, layer in [(f"preset {preset.name}", preset.defaults), *layers]:
         for given in flatten(layer):
             for path in origins:
-                if path == given or path.startswith(f"{given}."):
+                if is_inside(path, given):
                     origins[path] = origin
     changes: dict[str, str] = {}
     for origin, layer in layers:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from metaplug.contract.presets import find_preset
 from metaplug.errors import RequestError, quoted, unknown
 from metaplug.experiments.configuration import flatten
+from metaplug.experiments.resolving import is_inside
 from metaplug.experiments.study.schema import Study, Variant
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def check_once(study: Study, origin: str) -> None:
             )
         own = [*variant.set, *settings]
         for field, path in itertools.product(own, study.axes):
-            if f"{field}.".startswith(f"{path}.") or path.startswith(f"{field}."):
+            if is_inside(field, path) or is_inside(path, field):
                 raise RequestError(
                     f"{origin}, variant '{variant.label}': it sets {field}, and the axis {path} "
                     "would replace that: leave one of them out"
