@@ -125,12 +125,14 @@ def workers_of(jobs: int | None, backend: Backend, address: str | None) -> Worke
 
 def _with_sets(asked: Study, sets: Sequence[tuple[str, Any]]) -> Study:
     """The study with other fields in its base."""
+    from metaplug.experiments.configuration import flatten
     from metaplug.experiments.resolving import assign, is_inside
 
     base = asked.base
     for path, value in sets:
-        if path in asked.axes:
-            raise RequestError(f"--set {path}: it is an axis of the study; change it there")
+        for axis in asked.axes:
+            if any(is_inside(field, axis) for field in flatten({path: value})):
+                raise RequestError(f"--set {path}: {axis} is an axis of the study; change it there")
         for variant in asked.variants:
             if any(is_inside(path, field) or is_inside(field, path) for field in variant.set):
                 raise RequestError(
@@ -182,7 +184,7 @@ def run(
         )  # of another study that began here meanwhile, nothing else stays
         _publish(found, folder, json_to)
     elif workers is None:
-        line("no run is finished, so there is nothing to show: leave out --no-train")
+        raise RequestError("no run is finished, so there is nothing to show: leave out --no-train")
     if failed:
         cell, text = failed[0]
         raise RunError(f"{len(failed)} of {len(runs)} runs failed, first {cell.label}: {text}")
@@ -190,10 +192,11 @@ def run(
 
 def _kept(path: Path, cells: Sequence[Cell], folder: Path) -> Sequence[Cell]:
     """The cells, what is kept of them unpacked in the folder; keep what the folder has of them."""
-    from metaplug.experiments.study.keeping import found_in, keep, read_kept
+    from metaplug.experiments.study.keeping import keep, read_kept
+    from metaplug.experiments.study.matching import to_keep
     from metaplug.experiments.study.unpacking import unpack
 
-    keep(path, found_in(cells, folder), folder)
+    keep(path, to_keep(cells, folder, read_kept(path)), folder)
     return unpack(read_kept(path), cells, folder)
 
 
@@ -267,13 +270,14 @@ def _publish(found: StudyResult, folder: Path, json_to: str | None) -> None:
 def _listing(cells: Sequence[Cell], folder: Path, kept_in: Path | None) -> Table:
     """Lay out the cells, each with its folder and whether it is there."""
     from metaplug.experiments.study.folder import cell_folder, finished
-    from metaplug.experiments.study.keeping import key_of, read_kept
+    from metaplug.experiments.study.keeping import read_kept
+    from metaplug.experiments.study.matching import kept_of
     from metaplug.report.console import new_table
 
-    kept = set() if kept_in is None else {key_of(run.config) for run in read_kept(kept_in)}
+    kept = kept_of(cells, () if kept_in is None else read_kept(kept_in))
     table = new_table(f"{len(cells)} runs in {folder}", "run", "cell", "state")
     for cell in cells:
         state = "begun" if cell_folder(cell, folder).exists() else "to compute"
-        state = "kept" if key_of(cell.config) in kept else state
+        state = "kept" if kept[cell] else state
         table.add_row(cell.label, cell.digest, "finished" if finished(cell, folder) else state)
     return table

@@ -17,12 +17,14 @@ from metaplug.evaluation.curves import best_point
 from metaplug.experiments.study import keeping
 from metaplug.experiments.study.cells import cells_of
 from metaplug.experiments.study.folder import to_yaml
-from metaplug.experiments.study.keeping import found_in, keep, read_kept
+from metaplug.experiments.study.keeping import KeptRun, keep, read_kept
+from metaplug.experiments.study.matching import kept_of, to_keep
 from metaplug.experiments.study.results import StudyResult, read_results
 from metaplug.experiments.study.schema import Study, read_study
 from metaplug.experiments.study.unpacking import kept_results, unpack
 from metaplug.experiments.study.values import to_values
 
+MARKED = "from metaplug import hookimpl\n@hookimpl\n"
 INNER = {
     "support_losses": [1.5, 0.123456789, 0.1],
     "query_losses": [1.5, 1.0, 1.2],
@@ -43,11 +45,8 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     folder = write_study(Path("runs/study"), inner=INNER, curve=(0.3, 1 / 3, 0.5))
     Path("study.yaml").write_text(STUDY)
-    keep(
-        tmp_path / "kept.jsonl",
-        found_in(cells_of(read_study(folder / "study.yaml"), ""), folder),
-        folder,
-    )
+    cells = cells_of(read_study(folder / "study.yaml"), "")
+    keep(tmp_path / "kept.jsonl", to_keep(cells, folder, ()), folder)
     return tmp_path / "kept.jsonl"
 
 
@@ -120,10 +119,57 @@ def test_the_file_of_a_plugin_is_code_too(tmp_path: Path) -> None:
     file.write_text("def transform_gradients(gradients): return gradients\n")
     mine = {"label": "mine", "plugins": [{"plugin": str(file)}]}
     asked = Study.model_validate({"variants": ["maml", mine]})
-    for now, later in zip(cells_of(asked, ""), cells_of(asked, "", to_compute=False), strict=True):
-        assert keeping.key_of(now.config) == keeping.key_of(later.config)
+    later = cells_of(asked, "", to_compute=False)
+    kept = [KeptRun("0" * 16, cell.config, {}) for cell in cells_of(asked, "")]
+    assert list(kept_of(later, kept).values()) == [[run] for run in kept]
     session = {"folder": "here", "plugin_files": {"mine": {"path": str(file), "sha256": "0"}}}
     assert keeping._portable(session) == {"plugin_files": {"mine": {"sha256": "0"}}}
+
+
+def test_files_of_one_name_are_runs_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, factor in (("v1", 0), ("v2", 1)):
+        Path(name).mkdir()
+        text = f"return {{name: {factor} * each for name, each in gradients.items()}}"
+        Path(name, "mine.py").write_text(f"{MARKED}def transform_gradients(gradients): {text}\n")
+    mine = [{"label": v, "plugins": [{"plugin": f"./{v}/mine.py"}]} for v in ("v1", "v2")]
+    Path("study.yaml").write_text(to_yaml(tiny_study("maml", *mine)))
+    assert study("--keep", "kept.jsonl") == 0
+    assert study("--keep", "kept.jsonl", "--out", "fresh") == 0
+    assert "3 runs in fresh/study, 3 of them finished already" in capfd.readouterr().err
+    [whole, fresh] = (result_in(folder, Path("kept.jsonl")) for folder in ("runs/study", "fresh"))
+    assert [row.test.mean for row in fresh.rows] == pytest.approx(
+        [row.test.mean for row in whole.rows], rel=1e-5
+    )
+    assert fresh.rows[1].test.mean != fresh.rows[2].test.mean
+    Path("study.yaml").write_text(to_yaml(tiny_study("maml", mine[0])))
+    assert result_in("alone", Path("kept.jsonl")).rows[1].test.mean == fresh.rows[1].test.mean
+
+
+def test_a_run_of_todays_code_counts_before_one_of_another_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file, kept = Path("mine.py"), Path("kept.jsonl")
+    text = "def transform_gradients(gradients): return {n: 0 * g for n, g in gradients.items()}"
+    Path("study.yaml").write_text(
+        to_yaml(tiny_study("maml", {"label": "mine", "plugins": [{"plugin": "./mine.py"}]}))
+    )
+    file.write_text(MARKED + text)
+    assert study("--out", "old") == 0
+    file.write_text(MARKED + text.replace("0 *", "1 *"))
+    assert study("--out", "new", "--keep", kept) == 0
+    [digest] = [run.digest for run in read_kept(kept) if run.config.plugins]
+    assert study("--out", "old", "--keep", kept) == 0
+    assert [run.digest for run in read_kept(kept) if run.config.plugins] == [digest]
+    # An older line may come last, by hand; it is shown where today's is none.
+    lines = kept.read_text().splitlines()
+    older = next(line for line in lines if digest in line).replace(digest, "0" * 16)
+    kept.write_text("\n".join([*lines, older, ""]))
+    asked = cells_of(read_study(Path("study.yaml")), "")
+    assert unpack(read_kept(kept), asked, Path("fresh"))[1].digest == digest
 
 
 def test_what_is_missing_is_computed_and_added_as_it_ends(
@@ -152,11 +198,12 @@ def test_what_is_missing_is_computed_and_added_as_it_ends(
 
 
 def test_later_lines_win_and_a_run_that_has_begun_goes_on(kept: Path) -> None:
-    line = json.loads(kept.read_text().splitlines()[0])
+    first, *others = kept.read_text().splitlines()
+    line = json.loads(first)
+    older = json.dumps(line | {"digest": "1" * 16})  # neither is of today's code
     line["digest"] = "0" * 16
     line["summary"]["seconds"] = 99.0
-    with kept.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    kept.write_text("\n".join([older, *others, json.dumps(line), ""]))
     assert result_in("fresh", kept).rows[0].runs[0].seconds == 99.0
     Path("begun/cells").joinpath("0" * 16).mkdir(parents=True)
     asked = cells_of(read_study(Path("study.yaml")), "")
@@ -180,7 +227,7 @@ def test_what_is_kept_is_shown_where_the_tasks_are_gone(
     ]
     assert study("--keep", "kept.jsonl", "--out", "fresh") == 2
     assert "there is no such folder" in capfd.readouterr().err
-    assert study("--keep", "none.jsonl", "--no-train", "--out", "new") == 0
+    assert study("--keep", "none.jsonl", "--no-train", "--out", "new", "--json") == 2
     assert "no run is finished, so there is nothing to show" in capfd.readouterr().err
     assert not Path("none.jsonl").exists()
 

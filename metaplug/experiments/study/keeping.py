@@ -1,15 +1,14 @@
 """Runs kept small: a line of JSON for each finished one, in a file that a repository can hold.
 
-A line has all that results are made of, and no weights. It counts for every cell of the same
-configuration, whatever code computed it.
+A line has all that results are made of, and no weights.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +17,6 @@ from pydantic import Field, StrictStr
 from metaplug.errors import RequestError, RunError, reason
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.json_values import to_json
-from metaplug.experiments.plugin_files import unrecorded
-from metaplug.experiments.runs.layout import CONFIG, SUMMARY
 from metaplug.experiments.runs.reading import (
     Figure,
     MetricsLine,
@@ -28,14 +25,12 @@ from metaplug.experiments.runs.reading import (
     Values,
     read_as,
 )
-from metaplug.experiments.runs.result import is_finished, read_result
+from metaplug.experiments.runs.result import read_result
 from metaplug.experiments.runs.sessions import read_sessions
 from metaplug.experiments.study.cells import Cell
-from metaplug.experiments.study.folder import CELLS, cell_folder
-from metaplug.experiments.study.identity import asked_by
+from metaplug.experiments.study.folder import cell_folder
 from metaplug.files import make_folder
 from metaplug.settings import validated
-from metaplug.yaml_text import read_yaml
 
 _DIGITS = 6
 """Significant ones of figures."""
@@ -114,31 +109,6 @@ def keep(path: Path, cells: Iterable[Cell], folder: Path) -> None:
             continue
         there.add(cell.digest)
         _append(path, to_json(_line(cell, cell_folder(cell, folder)), dense=True))
-
-
-def found_in(cells: Sequence[Cell], folder: Path) -> list[Cell]:
-    """The finished runs of a study's folder that are its cells, by whatever code; oldest first.
-
-    Raises:
-        RequestError: the configuration of a run cannot be read.
-    """
-    asked = {key_of(cell.config): cell for cell in cells}
-    runs = [run for run in (folder / CELLS).glob("*") if is_finished(run)]
-    runs.sort(key=lambda run: (run / SUMMARY).stat().st_mtime)
-    return [
-        replace(cell, computed_as=run.name)
-        for run in runs
-        if (cell := asked.get(key_of(_config_in(run)))) is not None
-    ]
-
-
-def key_of(config: ExperimentConfig) -> str:
-    """The same for all configurations that ask for the same figures, whatever the code."""
-    return to_json(asked_by(unrecorded(config)))
-
-
-def _config_in(run: Path) -> ExperimentConfig:
-    return validated(ExperimentConfig, read_yaml(run / CONFIG), str(run / CONFIG))
 
 
 def _line(cell: Cell, folder: Path) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from metaplug.experiments.runs.layout import CONFIG, METRICS, RECORD, SUMMARY
 from metaplug.experiments.runs.result import is_finished, result_from
 from metaplug.experiments.study.cells import Cell
 from metaplug.experiments.study.folder import cell_folder, finished
-from metaplug.experiments.study.keeping import KeptRun, key_of
+from metaplug.experiments.study.keeping import KeptRun
+from metaplug.experiments.study.matching import kept_of
 from metaplug.experiments.study.results import StudyResult, collected
 from metaplug.experiments.study.schema import Study
 from metaplug.files import make_folder
@@ -28,14 +29,12 @@ def kept_results(
 
     Of several runs of one configuration the last one counts.
     """
-    latest = {key_of(run.config): run for run in kept}
-    pairs = [(cell, latest.get(key_of(cell.config))) for cell in cells]
+    latest = {cell: runs[-1] for cell, runs in kept_of(cells, kept).items() if runs}
     found = {
         cell: result_from(
             Path(run.digest), run.config, run.values["summary"], run.values["metrics"]
         )
-        for cell, run in pairs
-        if run is not None
+        for cell, run in latest.items()
     }
     return collected(study, cells, found)
 
@@ -43,24 +42,24 @@ def kept_results(
 def unpack(kept: Sequence[KeptRun], cells: Sequence[Cell], folder: Path) -> tuple[Cell, ...]:
     """The cells of a study, those that were kept as run folders without weights in the study's.
 
-    A cell that is finished there already stays as it is. Of several runs of one configuration the
-    last one counts.
+    A cell that is finished there already stays as it is. Of several runs of one configuration that
+    of today's code counts, else the last one.
 
     Raises:
         RunError: the folder cannot be written.
     """
-    latest = {key_of(run.config): run for run in kept}
-    return tuple(_unpacked(latest.get(key_of(cell.config)), cell, folder) for cell in cells)
+    return tuple(_unpacked(runs, cell, folder) for cell, runs in kept_of(cells, kept).items())
 
 
-def _unpacked(kept: KeptRun | None, cell: Cell, folder: Path) -> Cell:
+def _unpacked(kept: Sequence[KeptRun], cell: Cell, folder: Path) -> Cell:
     """The cell as it was kept, with a folder; or as it is, where it need not or cannot be."""
-    if kept is None or finished(cell, folder):
+    if not kept or finished(cell, folder):
         return cell
-    named = replace(cell, computed_as=kept.digest)
+    run = next((run for run in kept if run.digest == cell.digest), kept[-1])
+    named = replace(cell, computed_as=run.digest)
     place = cell_folder(named, folder)
     if not place.exists():
-        _write(kept, place)
+        _write(run, place)
     return named if finished(named, folder) else cell  # else it has begun there, and goes on
 
 
