@@ -26,11 +26,21 @@ def mean_text(acceleration: Acceleration | None) -> str:
     """Write the mean acceleration over seeds: "+140 % (2 of 3 seeds)"."""
     if acceleration is None or not acceleration.reached:
         return ""
-    if acceleration.mean_percent is None:
-        return "not reached"
-    count, reached = len(acceleration.reached), acceleration.seeds_reached
-    missed = f" ({reached} of {count} seeds)" if reached < count else ""
-    return f"{acceleration.mean_percent:+.0f} %{missed}"
+    return percent_text(acceleration.mean_percent, acceleration)
+
+
+def percent_text(percent: float | None, acceleration: Acceleration) -> str:
+    """Write a mean of an acceleration, with the seeds that it is of where these are not all.
+
+    Of a given target the baseline may miss it, and then there is no mean.
+    """
+    compared, reached = acceleration.seeds_compared, acceleration.seeds_reached
+    if compared:
+        text, of = ("" if percent is None else f"{percent:+.0f} %"), compared
+    else:
+        text, of = ("the baseline never" if reached else "not reached"), reached
+    count = len(acceleration.reached)
+    return f"{text} ({of} of {count} seeds)" if text and 0 < of < count else text
 
 
 def by_seed_text(metric: str, differences: Sequence[float]) -> str:

@@ -145,7 +145,8 @@ def _draw_acceleration(axes: Axes, result: StudyResult) -> None:
     level = scale_of(metric)[0] * target
     axes.axhline(level, color="#888888", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     near = partial(axes.annotate, textcoords="offset points")
-    place, text = axes.get_yaxis_transform(), f"best of {over.label}".replace("$", r"\$")
+    text = f"best of {over.label}" if result.study.target is None else "target"
+    place, text = axes.get_yaxis_transform(), text.replace("$", r"\$")
     near(text, (0, level), (4, 4), xycoords=place, fontsize=8, color=GREY)
     means = {  # the mean curves that are drawn, so of the same seeds and at the same setting
         index: found

@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from metaplug.evaluation.curves import Point
 from metaplug.evaluation.results import transductive_text
 from metaplug.experiments.study.acceleration import Acceleration
 from metaplug.experiments.study.results import Row, StudyResult, paired
@@ -54,7 +55,7 @@ def _add_row(table: Table, result: StudyResult, row: Row, base: Row | None, seve
         best = None if whole is None or place is None else whole.baseline[place]
         table.add_row(
             f"  seed {run.seed}",
-            ("" if best is None else f"best after {best.iteration}") if is_baseline else first,
+            _baseline_text(result, best) if is_baseline and place is not None else first,
             *others,
             value_text(metric, run.test.mean),
             "",
@@ -131,6 +132,13 @@ def _difference(result: StudyResult, row: Row, over: Row) -> str:
     if not paired(over, row):
         return "other seeds"
     return difference_text(result.difference(row, over))
+
+
+def _baseline_text(result: StudyResult, reached: Point | None) -> str:
+    """When the baseline itself first reaches the target."""
+    if reached is None:
+        return "not reached"
+    return f"{'best ' * (result.study.target is None)}after {reached.iteration}"
 
 
 def _seed_text(acceleration: Acceleration | None, place: int | None) -> str:

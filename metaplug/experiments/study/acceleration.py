@@ -47,8 +47,13 @@ class Acceleration:
         return sum(each is not None for each in self.reached)
 
     @property
+    def seeds_compared(self) -> int:
+        """The number of seeds in which both reached it."""
+        return sum(each is not None for each in self.percent)
+
+    @property
     def mean_percent(self) -> float | None:
-        """The mean over the seeds in which both got there; give `seeds_reached` with it."""
+        """The mean over the seeds in which both got there; give `seeds_compared` with it."""
         return _mean(self.percent)
 
     @property

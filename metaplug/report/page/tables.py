@@ -9,7 +9,7 @@ from metaplug.experiments.study.acceleration import Acceleration
 from metaplug.experiments.study.cells import setting_text
 from metaplug.experiments.study.results import Row, StudyResult, paired
 from metaplug.experiments.study.tuned import Comparison, comparisons
-from metaplug.report.comparing import MOST_SEEDS, by_seed_text, p_text
+from metaplug.report.comparing import MOST_SEEDS, by_seed_text, p_text, percent_text
 from metaplug.report.page.chosen import compared, flat, reference_of
 from metaplug.report.page.findings import told
 from metaplug.report.page.material import Material
@@ -193,8 +193,4 @@ def reference_label(result: StudyResult) -> str:
 
 
 def _percent(percent: float | None, faster: Acceleration) -> str:
-    if percent is None:
-        return "not reached"
-    count, reached = len(faster.targets), faster.seeds_reached
-    part = f" ({reached} of {count} seeds)" if reached < count else ""
-    return f"{percent:+.0f} %{part}".replace("-", "−")
+    return percent_text(percent, faster).replace("-", "−")
