@@ -572,6 +572,15 @@ def test_a_run_that_fails_is_named_and_the_others_are_computed(
     rows = json.loads(Path("runs/mine/results.json").read_text())["rows"]
     assert [row["label"] for row in rows] == ["maml", "anil"]
     assert "Not finished: 1 run, first wild, seed 0." in shown.out
+    # Of a study that replaces it and has no result, the folder says nothing.
+    Path("mine.yaml").write_text(to_yaml(tiny_study(wild)))
+    with pytest.raises(SystemExit):
+        main(["study", "mine.yaml"])
+    assert sorted(path.name for path in Path("runs/mine").iterdir()) == [
+        "cells",
+        "cells.json",
+        "study.yaml",
+    ]
 
 
 def test_a_logger_is_told_a_run_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -637,6 +646,21 @@ def test_the_command_lists_computes_and_lists_again(
     assert capfd.readouterr().err == (
         "metaplug: --name ../up: a name is no path; give the folder that holds studies by --out, "
         "and a plain name\n"
+    )
+
+
+@pytest.mark.parametrize("given", ["learner.inner_lr=0.3", "learner={inner_lr: 0.3}"])
+def test_what_an_axis_gives_is_not_set(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(to_yaml(Study.model_validate(GRID)))
+    with pytest.raises(SystemExit) as stopped:
+        main(["study", "mine.yaml", "--dry-run", "--set", given])
+    assert stopped.value.code == 2
+    path = given.partition("=")[0]
+    assert capfd.readouterr().err == (
+        f"metaplug: --set {path}: learner.inner_lr is an axis of the study; change it there\n"
     )
 
 

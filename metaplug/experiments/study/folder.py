@@ -58,6 +58,8 @@ def check_folder(folder: Path) -> None:
 def begin(study: Study, cells: Sequence[Cell], folder: Path) -> None:
     """Make the folder, and write what is asked; cells that are there stay.
 
+    Results of another question, or of another day's code, go.
+
     Raises:
         RunError: it cannot be written.
     """
@@ -67,9 +69,17 @@ def begin(study: Study, cells: Sequence[Cell], folder: Path) -> None:
         said = f"cannot make the folder {folder / CELLS}: {error.strerror}"
         raise RunError(f"{said}; give another --out") from error
     index = to_json({cell.label: cell.digest for cell in cells}, indent=2)
-    for name, text in ((CONFIG, to_yaml(study)), (INDEX, f"{index}\n")):
+    texts = {CONFIG: to_yaml(study).encode(), INDEX: f"{index}\n".encode()}
+    if any(not _holds(folder / name, text) for name, text in texts.items()):
+        for name in (RESULTS, TABLE, CURVES):
+            (folder / name).unlink(missing_ok=True)
+    for name, text in texts.items():
         with replacing(folder / name) as file:
-            file.write(text.encode())
+            file.write(text)
+
+
+def _holds(path: Path, text: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == text
 
 
 def begun(folder: Path) -> tuple[Study, tuple[Cell, ...]]:
