@@ -324,7 +324,7 @@ def test_one_variant_is_compared_with_its_first_setting(tmp_path: Path) -> None:
     assert "Sensitivity" in headings(html)
 
 
-def test_settings_tell_variants_of_one_name_apart_and_own_fields_are_no_axes(
+def test_settings_tell_variants_of_one_name_apart_and_own_fields_stand_beside_it(
     tmp_path: Path,
 ) -> None:
     uses = [{"plugin": "gradient-sharing", "settings": {"gate": gate}} for gate in (0.3, 0.7)]
@@ -338,8 +338,8 @@ def test_settings_tell_variants_of_one_name_apart_and_own_fields_are_no_axes(
     table = rows(page(*folders))
     assert [row[0] for row in table] == [
         "Variant",
-        "maml+gradient-sharing:gate=0.3",
-        "maml+gradient-sharing:gate=0.7",
+        "maml+gradient-sharing:gate=0.3, inner_lr 0.01",
+        "maml+gradient-sharing:gate=0.7, inner_lr 0.02",
     ]
     assert "Setting" not in table[0]
 

@@ -12,6 +12,7 @@ from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.json_values import to_json
 from metaplug.experiments.plugin_files import comparable
 from metaplug.experiments.runs.result import RunResult
+from metaplug.experiments.study.cells import row_text
 from metaplug.experiments.study.checks import is_own
 from metaplug.experiments.study.results import Row, StudyResult
 from metaplug.experiments.study.schema import Study, Variant
@@ -24,7 +25,8 @@ _MOST_LETTERS = 180
 def small_study(runs: Sequence[RunResult | Begun]) -> Material:
     """Runs as a study: preset and plugins make the variants, other fields that differ the axes.
 
-    Runs with the same seed are paired; the first run's variant is the baseline.
+    A field of which every variant has one value of its own stands beside the variant's name. Runs
+    with the same seed are paired; the first run's variant is the baseline.
 
     Args:
         runs: at least one.
@@ -35,8 +37,12 @@ def small_study(runs: Sequence[RunResult | Begun]) -> Material:
     metric = _same_metric(runs)
     fields = [comparable(run.config) for run in runs]
     algorithms = [_algorithm(each) for each in fields]
-    labels = _labels(algorithms, [run.config for run in runs])
-    axes = _axes(fields, algorithms)
+    axes, own = _axes(fields, algorithms)
+    names = _labels(algorithms, [run.config for run in runs])
+    labels = [
+        row_text(name, {path: each.get(path) for path in own})
+        for name, each in zip(names, fields, strict=True)
+    ]
     settings = [{path: each.get(path) for path in axes} for each in fields]
     _check_once(runs, labels, settings)
     first = {label: run.config for label, run in reversed(list(zip(labels, runs, strict=True)))}
@@ -138,20 +144,23 @@ def _with_settings(use: PluginUse) -> str:
     return f"{use.label}:{settings}" if settings else use.label
 
 
-def _axes(fields: Sequence[Mapping[str, Any]], algorithms: Sequence[str]) -> list[str]:
-    """The paths that differ, but for those of which every algorithm has one value of its own."""
+def _axes(
+    fields: Sequence[Mapping[str, Any]], algorithms: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """The paths that differ: axes, and those of which every algorithm has one value of its own."""
     paths: dict[str, dict[str, set[str]]] = {}
     for each, algorithm in zip(fields, algorithms, strict=True):
         for path in dict.fromkeys(path for one in fields for path in one):
             if _is_setting(path):
                 values = paths.setdefault(path, {}).setdefault(algorithm, set())
                 values.add(to_json(each.get(path)))
-    return [
+    differing = [path for path, of in paths.items() if len(set().union(*of.values())) > 1]
+    own = [
         path
-        for path, values in paths.items()
-        if len(set().union(*values.values())) > 1
-        and (not is_own(path) or any(len(own) > 1 for own in values.values()))
+        for path in differing
+        if is_own(path) and all(len(values) == 1 for values in paths[path].values())
     ]
+    return [path for path in differing if path not in own], own
 
 
 def _is_setting(path: str) -> bool:
