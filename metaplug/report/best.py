@@ -27,14 +27,14 @@ def best_sheets(result: StudyResult, rows: Sequence[Row]) -> list[Sheet]:
     The second only where a base is not the baseline: else it would repeat the first.
     """
     metric, found = result.metric, comparisons(result, rows)
-    values = (f"validation {metric}", f"test {metric}")
+    values, seeds = (f"validation {metric}", f"test {metric}"), len(result.study.seeds)
     sheets = [
         Sheet(
             "Each variant at its best setting, chosen on validation tasks",
             ("variant", *values, f"minus {result.baseline}", *_COMPARED),
             [
                 (
-                    row.label,
+                    seeds_text(row, seeds),
                     value_text(metric, row.best_validation),
                     value_text(metric, row.test.mean, row.test.interval),
                     *_cells(metric, found.with_baseline.get(row.label)),
@@ -46,12 +46,18 @@ def best_sheets(result: StudyResult, rows: Sequence[Row]) -> list[Sheet]:
             "Each variant beside the one that it extends, both at their best settings",
             ("variant", "its base", "minus its base", *_COMPARED),
             [
-                (each.row.label, each.over.label, *_cells(metric, each))
+                (seeds_text(each.row, seeds), each.over.label, *_cells(metric, each))
                 for each in found.with_base.values()
             ],
         ),
     ]
     return sheets[:1] if found.with_base.items() <= found.with_baseline.items() else sheets
+
+
+def seeds_text(row: Row, seeds: int) -> str:
+    """The row's label, with how many of a study's seeds it has where these are not all."""
+    own = len(row.seeds)
+    return row.label if own == seeds else f"{row.label} ({own} of {seeds} seeds)"
 
 
 def _cells(metric: str, one: Comparison | None) -> tuple[str, ...]:
@@ -72,8 +78,10 @@ def best_notes(result: StudyResult, groups: Sequence[Sequence[Row]]) -> list[str
     counts = sorted({comparisons(result, rows).count for rows in groups} - {0})
     if not counts:
         return []
-    seeds = max(len(row.seeds) for rows in groups for row in rows)
-    trained = "the one training run" if seeds == 1 else f"the {seeds} training runs"
+    counted = {len(row.seeds) for rows in groups for row in rows}
+    few, seeds = min(counted), max(counted)
+    trained = f"the {seeds if few == seeds else f'{few} to {seeds}'} training runs"
+    trained = "the one training run" if seeds == 1 else trained
     return [
         "At best settings: acceleration has the best validation of the other row at its own best "
         "setting as the target.",

@@ -17,7 +17,9 @@ from metaplug.experiments.study.over_fitting import over_fitting
 from metaplug.experiments.study.results import StudyResult
 from metaplug.experiments.study.tuned import comparisons
 from metaplug.experiments.study.values import to_values
+from metaplug.report.comparing import mean_text
 from metaplug.report.console import show
+from metaplug.report.page.chosen import flat, heading
 from metaplug.report.study import seeds_notes, study_tables
 
 
@@ -216,6 +218,65 @@ def test_no_row_of_the_baseline_is_picked_where_an_axis_concerns_it_alone() -> N
     assert [each.label for each in made.best_rows()[0]] == ["maml+gradient-sharing, gate b", "maml"]
 
 
+def test_a_variant_that_an_axis_does_not_concern_stands_at_each_of_its_values() -> None:
+    rate, gate = "learner.inner_lr", "plugins.gradient-sharing.gate"
+    gates = {f"{each}{lr}": {rate: lr, gate: each} for each in ("a", "b") for lr in (0.1, 0.4)}
+    reached = {"a0.1": 0.5, "a0.4": 0.6, "b0.1": 0.8, "b0.4": 0.7}
+    curves = {f"maml+gradient-sharing@{name}": [curve(value)] for name, value in reached.items()}
+    made = result(
+        "accuracy",
+        {"maml@slow": [curve(0.5)], "maml@fast": [curve(0.4)], **curves},
+        settings={**RATES, **gates},
+        axes={rate: [0.1, 0.4], gate: ["a", "b"]},
+        tuned=(rate,),
+    )
+    groups = made.best_rows()
+    assert [[each.label for each in rows] for rows in groups] == [
+        ["maml, inner_lr 0.1", "maml+gradient-sharing, inner_lr 0.4, gate a"],
+        ["maml, inner_lr 0.1", "maml+gradient-sharing, inner_lr 0.1, gate b"],
+    ]
+    assert [comparisons(made, rows).count for rows in groups] == [1, 1]
+    assert [heading(made, rows) for rows in groups] == ["gate a", "gate b"]
+    assert len(flat(groups)) == 3
+
+
+def test_of_a_given_target_the_seeds_that_count_are_those_of_both() -> None:
+    curves = {
+        "maml": [curve(0.5, 0.7), curve(0.4, 0.5), curve(0.4, 0.5)],
+        "anil": [curve(0.7, 0.7), curve(0.7, 0.8), curve(0.2, 0.3)],
+    }
+    made = result("accuracy", curves, target=0.7)
+    maml, anil = made.rows
+    assert mean_text(made.acceleration(anil, maml)) == "+100 % (1 of 3 seeds)"
+    assert mean_text(made.acceleration(maml, anil)) == "-50 % (1 of 3 seeds)"
+    text = io.StringIO()
+    show(study_tables(made), Console(file=text, width=120))
+    shown = text.getvalue()
+    assert ("best after" in shown, "seed 0  after 100 " in shown) == (False, True)
+    assert shown.count("not reached") == 3
+    assert "50; the baseline never" in shown
+    none = result("accuracy", {"maml": [curve(0.5)] * 2, "anil": [curve(0.9)] * 2}, target=0.8)
+    assert mean_text(none.acceleration(none.rows[1], none.rows[0])) == "the baseline never"
+    neither = result("accuracy", {"maml": [curve(0.5)], "anil": [curve(0.6)]}, target=0.8)
+    assert mean_text(neither.acceleration(neither.rows[1], neither.rows[0])) == "not reached"
+
+
+def test_two_rows_that_extend_each_other_both_ways_are_tested_once() -> None:
+    curves = {"maml": [curve(0.5)], "maml+gradient-sharing": [curve(0.6)], "anil": [curve(0.4)]}
+    tests = {
+        "maml": [[0.2, 0.5, 0.4, 0.4]],
+        "maml+gradient-sharing": [[0.3, 0.4, 0.6, 0.6]],
+        "anil": [[0.2, 0.3, 0.3, 0.1]],
+    }
+    axes = {"learner.inner_lr": [0.1]}
+    made = result("accuracy", curves, tests, axes=axes, baseline="maml+gradient-sharing")
+    found = comparisons(made, made.rows)
+    own, extending = found.with_baseline["maml"], found.with_base["maml+gradient-sharing"]
+    assert found.count == 2
+    assert (own.p_value, own.p_holm) == (extending.p_value, extending.p_holm)
+    assert own.p_holm == own.p_value  # the larger of two
+
+
 def with_seeds(found: StudyResult, **seeds: tuple[int, ...]) -> StudyResult:
     """The result with only these seeds of some variants or settings."""
     rows = tuple(
@@ -259,6 +320,10 @@ def test_the_best_setting_is_chosen_in_the_seeds_that_all_have() -> None:
         result("accuracy", curves, settings=RATES, axes=axes), **{"inner_lr 0.1": (0,)}
     )
     assert [each.label for each in part.best_rows()[0]] == ["maml, inner_lr 0.4"]
+    few = with_seeds(part, **{"inner_lr 0.4": (1,)})
+    text = io.StringIO()
+    show(study_tables(few), Console(file=text, width=120))
+    assert "maml, inner_lr 0.1 (1 of 2 seeds)" in text.getvalue()
 
 
 def test_numbers_stay_where_labels_are_longer_than_the_terminal_is_wide() -> None:

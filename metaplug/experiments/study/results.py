@@ -176,17 +176,25 @@ class StudyResult:
     def best_rows(self) -> tuple[tuple[Row, ...], ...]:
         """Of every variant the row that validated best, for each value of the other axes.
 
-        Tests have no part in the choice. Empty where no axis is to choose from.
+        A variant that another axis does not concern stands at each of its values. Tests have no
+        part in the choice. Empty where no axis is to choose from.
         """
-        groups: dict[str, dict[str, list[Row]]] = {}
-        for row in self.rows:
-            apart = {path: each for path, each in row.setting.items() if path not in self.tuned}
-            groups.setdefault(repr(apart), {}).setdefault(row.variant, []).append(row)
         if not self.tuned:
             return ()
-        return tuple(
-            tuple(self.best_validated(rows) for rows in group.values()) for group in groups.values()
-        )
+        apart = list({repr(each): each for each in map(self.apart, self.rows)}.values())
+        whole = [one for one in apart if not any(_holds(other, one) for other in apart)]
+        groups = []
+        for each in whole:
+            group: dict[str, list[Row]] = {}
+            for row in self.rows:
+                if (own := self.apart(row)) == each or _holds(each, own):
+                    group.setdefault(row.variant, []).append(row)
+            groups.append(tuple(map(self.best_validated, group.values())))
+        return tuple(groups)
+
+    def apart(self, row: Row) -> dict[str, Any]:
+        """The values of a row on the axes that validation does not choose."""
+        return {path: each for path, each in row.setting.items() if path not in self.tuned}
 
     def best_validated(self, rows: Sequence[Row]) -> Row:
         """The row with the best validation, the earlier of equal ones.
@@ -249,6 +257,13 @@ def _is_at(one: Row | Cell, row: Row) -> bool:
     common = one.setting.keys() & row.setting.keys()
     tasks = [path for path in one.setting.keys() ^ row.setting.keys() if not is_own(path)]
     return not tasks and all(one.setting[path] == row.setting[path] for path in common)
+
+
+def _holds(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether a setting has all of another and more."""
+    return len(one) > len(other) and all(
+        path in one and one[path] == value for path, value in other.items()
+    )
 
 
 def _same_tests(one: RunResult, other: RunResult) -> bool:

@@ -40,8 +40,9 @@ class Comparisons:
     Attributes:
         with_baseline: by the label of a row, with the baseline's.
         with_base: by the label of a row, with that of the variant which it extends by plugins. Of
-            one that extends the baseline it is the same, and counts once.
-        count: how many are tested, which the p-values are corrected for.
+            one that extends the baseline it is the same.
+        count: how many are tested, which the p-values are corrected for; two rows that stand beside
+            each other both ways count once.
     """
 
     with_baseline: dict[str, Comparison]
@@ -56,9 +57,12 @@ def comparisons(result: StudyResult, rows: Sequence[Row]) -> Comparisons:
     pairs = [(row, baseline) for row in rows if row is not baseline]
     pairs += [(row, bases[row.label]) for row in rows if bases[row.label] is not baseline]
     known = [(row, over, result.difference(row, over)) for row, over in pairs if over is not None]
-    tested = [place for place, (*_, difference) in enumerate(known) if difference is not None]
-    raw = {place: p_value(known[place][2]) for place in tested}  # type: ignore[arg-type]
-    corrected = dict(zip(tested, holm(list(raw.values())), strict=True))
+    raw = {
+        frozenset((row.label, over.label)): p_value(difference)
+        for row, over, difference in known
+        if difference is not None
+    }
+    corrected = dict(zip(raw, holm(list(raw.values())), strict=True))
     made = [
         Comparison(
             row,
@@ -66,15 +70,15 @@ def comparisons(result: StudyResult, rows: Sequence[Row]) -> Comparisons:
             result.acceleration(row, over),
             difference,
             () if difference is None else _by_seed(row, over),
-            raw.get(place),
-            corrected.get(place),
+            raw.get(both := frozenset((row.label, over.label))),
+            corrected.get(both),
         )
-        for place, (row, over, difference) in enumerate(known)
+        for row, over, difference in known
     ]
     return Comparisons(
         {each.row.label: each for each in made if each.over is baseline},
         {each.row.label: each for each in made if each.over is bases[each.row.label]},
-        len(tested),
+        len(raw),
     )
 
 

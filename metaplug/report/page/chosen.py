@@ -27,13 +27,13 @@ def compared(result: StudyResult) -> tuple[tuple[Row, ...], ...]:
 
 
 def flat(groups: Sequence[Sequence[Row]]) -> list[Row]:
-    """The rows of all groups."""
-    return [row for rows in groups for row in rows]
+    """The rows of all groups, each once."""
+    return list({id(row): row for rows in groups for row in rows}.values())
 
 
 def heading(result: StudyResult, rows: Sequence[Row]) -> str:
     """What a group of `compared` has apart: values of axes that validation cannot choose."""
-    apart = {path: each for path, each in rows[0].setting.items() if path not in result.tuned}
+    apart = max(map(result.apart, rows), key=len)
     several = {path: each for path, each in apart.items() if len(result.study.axes[path]) > 1}
     return setting_text(several)
 
