@@ -9,6 +9,7 @@ import copy
 import warnings
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import higher
 import pytest
@@ -1179,3 +1180,63 @@ def test_grad_mode_and_default_dtype_do_not_reach_in(surroundings):
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class Bent(nn.Module):
+    def forward(self, weight):
+        return weight.sinh()
+
+
+def parametrized():
+    model = double()
+    for layer in (model[0], model[2]):
+        nn.utils.parametrize.register_parametrization(layer, "weight", Bent())
+    return model
+
+
+@pytest.mark.parametrize("batching", ["vectorized", "sequential"])
+def test_cached_parametrizations_do_not_reach_in(batching, monkeypatch):
+    model = parametrized()
+    exact, settings = exactly(model), {"task_batching": batching}
+    expected = learner_of(model, **settings).evaluate([BATCH]).mean
+    trained = parametrized()
+    learner_of(trained, **settings).fit([BATCH], iterations=2, tasks_per_batch=3)
+    learner, fitted, own = learner_of(model, **settings), parametrized(), parametrized()
+    with nn.utils.parametrize.cached():
+        kept = own[0].weight
+        assert off(learner.meta_gradients(BATCH), exact) < 1e-10
+        assert learner.evaluate([BATCH]).mean == expected
+        learner_of(fitted, **settings).fit([BATCH], iterations=2, tasks_per_batch=3)
+        assert own[0].weight is kept  # the caller's cache stays
+    pairs = zip(fitted.parameters(), trained.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert (nn.utils.parametrize._cache_enabled, nn.utils.parametrize._cache) == (0, {})
+    learner = learner_of(model, **settings)
+    learner.meta_gradients(BATCH)
+    unguarded = SimpleNamespace(_cache_enabled=0, _cache={})
+    monkeypatch.setattr("metaplug.core.recording.parametrize", unguarded)
+    with nn.utils.parametrize.cached():
+        assert off(learner.meta_gradients(BATCH), exact) == about(0.675)
+
+
+def test_cached_parametrizations_are_of_each_adapted_model():
+    model = parametrized()
+    learner, exact = learner_of(model), reference.maml(model, BATCH, steps=2, lr=0.3).adapted
+    query = BATCH.query_x[0]
+    with torch.no_grad():
+        expected = [reference.predict(model, weights, query) for weights in exact]
+        plain = model(query)
+        with nn.utils.parametrize.cached():
+            for _ in range(2):
+                assert torch.equal(model(query), plain)
+                for x, y, prediction in zip(
+                    BATCH.support_x, BATCH.support_y, expected, strict=True
+                ):
+                    own = learner.adapt(x, y)
+                    for called in (own, own, copy.deepcopy(own)):
+                        torch.testing.assert_close(
+                            called(query), prediction, rtol=1e-10, atol=1e-12
+                        )
+                    del own, called  # another may get its id
+    weight = learner.adapt(BATCH.support_x[0], BATCH.support_y[0])[0].weight
+    torch.testing.assert_close(weight, exact[0]["0.parametrizations.weight.original"].sinh())
