@@ -512,6 +512,108 @@ def test_torchs_weight_norm_has_a_wrong_second_derivative(kind, dim, error, monk
         assert off(as_by_hand(wrong, names), exact) == about(error)
 
 
+class HookedByMethod(nn.Module):
+    """A hook that is a method of the model: it reads a weight and the mode, and writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.scale, self.kept = nn.Parameter(torch.ones(6)), None
+        self.first.register_forward_hook(self.hook())
+
+    def hook(self):
+        return self.keep
+
+    def keep(self, module, given, output):
+        self.kept = self.scale * output if self.training else output / 2
+        return self.kept
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+class HookedByPartial(HookedByMethod):
+    def hook(self):
+        return partial(self.keep_of, self)
+
+    def keep_of(self, owner, module, given, output):
+        owner.keep(module, given, output)
+
+    def forward(self, x):
+        self.first(x)
+        return self.second(torch.tanh(self.kept))
+
+
+class HookedByClosure(HookedByMethod):
+    def hook(self):
+        return lambda *given: self.keep(*given) + 0
+
+
+class WithoutHook(HookedByMethod):
+    def forward(self, x):
+        return self.second(torch.tanh(self.scale * F.linear(x, self.first.weight, self.first.bias)))
+
+
+@pytest.mark.parametrize("make", [HookedByMethod, HookedByPartial])
+@pytest.mark.parametrize("batching", ["vectorized", "sequential"])
+def test_hooks_that_are_methods_of_the_model_are_exact(batching, make):
+    exact = exactly(double(WithoutHook))
+    model = double(make).eval()
+    learner = learner_of(model, task_batching=batching)
+    assert off(learner.meta_gradients(BATCH), exact) < 1e-10
+    score = learner.evaluate([BATCH]).mean
+    model.train()
+    assert off(learner.meta_gradients(BATCH), exact) < 1e-10
+    assert learner.evaluate([BATCH]).mean == score
+    x, own = BATCH.query_x[0], learner.adapt(BATCH.support_x[0], BATCH.support_y[0])
+    hidden = F.linear(x, own.first.weight, own.first.bias) / 2  # in evaluation mode
+    torch.testing.assert_close(
+        own(x), F.linear(torch.tanh(hidden), own.second.weight, own.second.bias)
+    )
+    assert model.kept is None
+
+
+def test_a_hook_of_a_copy_is_wrong_where_it_is_bound_to_the_users_model(unguarded, monkeypatch):
+    monkeypatch.setattr("metaplug.core.hooks._rebound", lambda hook, copies: hook)
+    exact = exactly(double(WithoutHook))
+    for mode, error in ((True, 0.0302), (False, 0.489)):
+        for batching in ("vectorized", "sequential"):
+            model = double(HookedByMethod).train(mode)
+            wrong = learner_of(model, task_batching=batching).meta_gradients(BATCH)
+            assert off(wrong, exact) == about(error)
+
+
+def test_hooks_that_close_over_the_model_are_refused():
+    text = (
+        "a forward {} of the module 'first' is a function that closes over the model, and would "
+        "read and write yours where a copy of it runs: make it a method of the module, or "
+        "override forward"
+    )
+    with pytest.raises(RequestError) as refusal:
+        learner_of(double(HookedByClosure))
+    assert str(refusal.value) == text.format("hook")
+    model = double(HookedByMethod)
+    learner = learner_of(model)
+    learner.meta_gradients(BATCH)
+
+    def later(module, given, model=model):
+        return (2 * given[0],) if model.training else None
+
+    def wrapped(module, given):
+        return later(module, given)
+
+    for hook in (later, wrapped, partial(later), lambda module, given, by=model.keep: None):
+        handle = model.first.register_forward_pre_hook(hook)
+        with pytest.raises(RequestError) as refusal:
+            learner.meta_gradients(BATCH)
+        assert str(refusal.value) == text.format("pre-hook")
+        handle.remove()
+    seen = []
+    model.first.register_forward_pre_hook(lambda module, given: seen.append(len(given)))
+    assert off(learner.meta_gradients(BATCH), exactly(double(WithoutHook))) < 1e-10
+    assert seen
+
+
 class Router(nn.Module):
     """Calls a function that is stored on its module and closes over it."""
 
