@@ -20,13 +20,21 @@ _KINDS = {
 
 
 def check_hooks(model: nn.Module) -> None:
-    """Refuse hooks that hold on to the model itself, of which tasks run a copy.
+    """Refuse hooks on parameters, and those that hold on to the model, of which tasks run a copy.
 
     Methods of its modules do not count: those of the copy take their place.
 
     Raises:
-        RequestError: a function closes over a module of the model; the place is named.
+        RequestError: a parameter has hooks, or a function closes over a module of the model; the
+            parameter or the place is named.
     """
+    for name, parameter in model.named_parameters():
+        if hooked(parameter):
+            raise RequestError(
+                f"the model's parameter '{name}' has a hook on its gradient, which no gradient of "
+                "a task's own weights would reach: remove it, and change gradients in a plugin's "
+                "transform_gradients, and meta-gradients in its transform_meta_gradients"
+            )
     own = {id(module) for module in model.modules()}
     for path, module in model.named_modules():
         for kind, text in _KINDS.items():
@@ -37,6 +45,12 @@ def check_hooks(model: nn.Module) -> None:
                         "over the model, and would read and write yours where a copy of it runs: "
                         "make it a method of the module, or override forward"
                     )
+
+
+def hooked(parameter: nn.Parameter) -> bool:
+    """Return whether hooks wait for a parameter's gradient, in place of which tasks have theirs."""
+    held = (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
+    return any(held)
 
 
 def _reaches(hook: Any, own: Collection[int], seen: set[int]) -> bool:

@@ -614,6 +614,54 @@ def test_hooks_that_close_over_the_model_are_refused():
     assert seen
 
 
+GRADIENT_HOOKS = {
+    "register_hook": lambda gradient: gradient * torch.tensor([[1.0], [0.0], [0.0]]),
+    "register_post_accumulate_grad_hook": lambda parameter: parameter.grad.zero_(),
+}
+
+
+@pytest.mark.parametrize("kind", GRADIENT_HOOKS)
+def test_hooks_on_parameters_are_refused(kind):
+    text = (
+        "the model's parameter '2.weight' has a hook on its gradient, which no gradient of a "
+        "task's own weights would reach: remove it, and change gradients in a plugin's "
+        "transform_gradients, and meta-gradients in its transform_meta_gradients"
+    )
+    model = double()
+    later = learner_of(model)
+    later.meta_gradients(BATCH)
+    handle = getattr(model[2].weight, kind)(GRADIENT_HOOKS[kind])
+    calls = (
+        partial(learner_of, model),
+        partial(later.meta_gradients, BATCH),
+        partial(later.adapt, BATCH.support_x[0], BATCH.support_y[0]),
+    )
+    for call in calls:
+        with pytest.raises(RequestError) as refusal:
+            call()
+        assert str(refusal.value) == text
+    handle.remove()
+    for learner in (later, learner_of(model)):
+        assert off(learner.meta_gradients(BATCH), exactly(double())) < 1e-10
+
+
+def test_hooks_on_parameters_would_reach_the_meta_gradient_alone(unguarded):
+    """One that leaves a row as it is would have to do so in the inner loop, too."""
+    model, free = double(), double()
+    mask = torch.tensor([[1.0], [0.0], [0.0]]).double()
+    model[2].weight.register_hook(lambda gradient: gradient * mask)
+    exact = reference.loop(
+        free,
+        BATCH,
+        steps=2,
+        rate=lambda k, name: 0.3 * mask if name == "2.weight" else 0.3,
+    ).gradients
+    exact["2.weight"] = mask * exact["2.weight"]
+    for batching in ("vectorized", "sequential"):
+        wrong = learner_of(model, task_batching=batching).meta_gradients(BATCH)
+        assert off(wrong, exact) == about(0.353)
+
+
 class Router(nn.Module):
     """Calls a function that is stored on its module and closes over it."""
 
