@@ -1,5 +1,6 @@
 """What a user does with a learner: fit, evaluate, adapt, save, load; and what stops it."""
 
+import copy
 import math
 import pickle
 import re
@@ -369,6 +370,43 @@ def test_a_saved_learner_goes_on_bit_for_bit(tmp_path):
     assert [record.step for record in one.records] == [record.step for record in other.records]
     assert torch.equal(one.best[1].per_task, other.best[1].per_task)
     assert [path.name for path in tmp_path.iterdir()] == ["learner.safetensors"]
+
+
+@pytest.mark.parametrize("layout", ["fused", "unfused"])
+def test_a_state_does_not_depend_on_the_default_dtype(tmp_path, layout):
+    path, first, tasks = tmp_path / "learner.safetensors", Body(), [problem().batch]
+
+    def body():
+        model = copy.deepcopy(first)
+        if layout == "unfused":  # a parameter that lies otherwise is updated by torch's own loop
+            layer = model.layers[0]
+            layer.weight = nn.Parameter(layer.weight.detach().mT.contiguous().mT)
+        return model
+
+    def run():
+        learner = MetaLearner(body(), inner_lr=0.2, inner_steps=2)
+        learner.fit(tasks, iterations=2, tasks_per_batch=3)
+        learner.load_state_dict(learner.state_dict())
+        learner.fit(tasks, iterations=1, tasks_per_batch=3)
+        return learner
+
+    plain = run().state_dict()
+    torch.set_default_dtype(torch.float64)
+    try:
+        learner = run()
+        learner.save(path)
+        loaded = MetaLearner.load(path, model=body())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for own in (learner, loaded, MetaLearner.load(path, model=body())):
+        state = own.state_dict()
+        assert states_equal(state["model"], plain["model"])
+        assert states_equal(state["optimizer"], plain["optimizer"])
+        assert {each["step"].dtype for each in state["optimizer"]["state"].values()} == {
+            torch.float32
+        }
+    learner = MetaLearner(body(), inner_lr=0.2, inner_steps=2)
+    learner.load_state_dict(state)
 
 
 def test_installed_parts_are_rebuilt_from_the_file(tmp_path):

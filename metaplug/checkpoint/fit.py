@@ -97,7 +97,7 @@ def _check_optimizer(saved: Mapping[str, Any], own: torch.optim.Optimizer, what:
             raise RunError(f"{what}: it has moments of a parameter {index} beside; {mend}")
         if any(value is not None for value in moments.values()):  # None is SGD's without momentum
             like = {"exp_avg": parameters[index], "exp_avg_sq": parameters[index]}
-            like = {"step": torch.tensor(0.0), **like} if is_adam else {}
+            like = {"step": torch.zeros((), dtype=torch.float32), **like} if is_adam else {}
             _check_tensors(moments, like, f"{what}, parameter {index}", mend)
             if not 0 <= moments["step"] < math.inf:
                 raise RunError(f"{what}, parameter {index}: its 'step' is no count; {mend}")

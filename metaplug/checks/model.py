@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from metaplug.checks.model_copy import answer
+from metaplug.checks.model_hooks import check_hooks
 from metaplug.checks.output_form import check_rows
 from metaplug.contract.inputs import tensors_of, with_tensors
 from metaplug.contract.task_batch import TaskBatch
@@ -24,7 +25,7 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
         RequestError: no trainable parameter; a lazy parameter; parameters of several devices,
             trainable ones of several dtypes, any of whole numbers, or in float16; a compiled,
             scripted or data-parallel module, which runs other weights than a task's; frozen batch
-            norm asked of layers that store no statistics.
+            norm asked of layers that store no statistics; a hook as `check_hooks` says.
     """
     parameters = dict(model.named_parameters())
     lazy = [name for name, value in parameters.items() if nn.parameter.is_lazy(value)]
@@ -90,6 +91,7 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
                 f"batch_norm 'frozen' needs stored statistics, but the layer '{name}' keeps none: "
                 "use 'batch'"
             )
+    check_hooks(model)
 
 
 def check_loss(loss: Loss | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from metaplug.checks.model_hooks import hooked
 from metaplug.core.functional_model import PLAIN, Place
 from metaplug.errors import RequestError
 
@@ -52,7 +53,7 @@ class ModelChanges:
         )
 
     def check(self) -> bool:
-        """Return whether other hooks stand at the model than were tried.
+        """Return whether other hooks stand at the model than were tried, or any at a parameter.
 
         Raises:
             RequestError: something else was changed; it is named.
@@ -82,6 +83,8 @@ class ModelChanges:
                 same = False  # one is gone, or cannot be compared
             if not same:
                 _compare(path, attributes, held)
+        if any(hooked(parameter) for _, parameter, *_ in self._parameters):
+            return True
         return self._hooked != [*map(tuple, self._hooks)]
 
     def _watch(self, places: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from metaplug.checks.model_hooks import check_hooks
 from metaplug.checks.model_trial import Trial
 from metaplug.checks.output_form import (
     check_probabilities,
@@ -63,6 +64,7 @@ def probe_model(inner: InnerLoop, batch: TaskBatch, kind: Kind) -> Probed:
             loss remembers; it uses weights that nothing trains; its output or loss has not the
             right form, or is too narrow for the labels.
     """
+    check_hooks(inner.functional.model)  # there may be others than at first
     trial = Trial(inner.functional, inner.device, uniform(batch))
     if trial.checkpointed:
         raise RequestError(CHECKPOINTED)

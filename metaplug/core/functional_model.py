@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metaplug.contract.inputs import Inputs
+from metaplug.core.hooks import CopiedHooks
 from metaplug.core.model_calls import MaskForm, Output, arguments, expand_mask, prediction_of
 from metaplug.errors import RequestError, RunError, said_by
 
@@ -55,6 +56,7 @@ class FunctionalModel:
         self.model, self.batch_norm, self.output = model, batch_norm, output
         self.mask: tuple[MaskForm, bool] | None = None
         self.module = clone(model)
+        self._hooks = CopiedHooks(model, self.module)
         index = {id(parameter): place for place, parameter in enumerate(model.parameters())}
         # named_modules yields a module once, even where it stands at two places: functional_call
         # would swap its weights twice, and put the first swap's weights back as its own.
@@ -107,7 +109,8 @@ class FunctionalModel:
         return {**x, "attention_mask": mask}
 
     def begin(self, training: bool) -> None:
-        """Set the mode, and take over buffers that were put in the place of others."""
+        """Set the mode, and take over other buffers, and hooks that came or went."""
+        self._hooks.follow()
         if self._training is not training:
             set_mode(self.module, training, self.batch_norm)
             self._written.accept("training")
@@ -118,8 +121,9 @@ class FunctionalModel:
 
     def watch(self, places: Collection[Place]) -> None:
         """Put back what calls write at these modules, and at those that are not torch's own."""
+        self._hooks.follow()
         for own, module in zip(self.model.modules(), self.module.modules(), strict=True):
-            # The hooks themselves are shared; that there are some is an attribute of its own.
+            # Of which kind hooks are is an attribute of its own.
             module._is_full_backward_hook = own._is_full_backward_hook
         paths = {path for path, _ in places}
         self._written = Attributes(
@@ -151,9 +155,10 @@ class FunctionalModel:
 def clone(model: nn.Module, *, shared: bool = True) -> nn.Module:
     """Return a copy of a model that has its parameters, and its other tensors as asked.
 
+    Hooks are shared but for methods of the model's modules, which become those of the copy's.
+
     Args:
-        shared: whether the copy has the model's own buffers, and follows the hooks that the user
-            adds to it or removes later.
+        shared: whether the copy has the model's own buffers.
 
     Raises:
         RequestError: the model, or something that it holds, cannot be copied.
@@ -163,19 +168,21 @@ def clone(model: nn.Module, *, shared: bool = True) -> nn.Module:
     for module in model.modules():
         for name, value in vars(module).items():
             if "_hooks" in name and isinstance(value, dict):
-                memo |= {id(one): one for one in ([value] if shared else value.values())}
+                memo |= {id(one): one for one in value.values()}
             # deepcopy refuses tensors with a graph, as a model that was called before may keep.
             memo |= {
                 id(each): each.detach() for each in _tensors(value) if each.grad_fn is not None
             }
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise RequestError(
             f"the model cannot be copied ({said_by(error)}), but tasks run on a copy of its "
             "structure, so that yours stays as it is: leave out of its attributes what "
             "copy.deepcopy refuses, or give its class a __deepcopy__"
         ) from error
+    CopiedHooks(model, copied)
+    return copied
 
 
 def give_parameters(model: nn.Module, new: Mapping[int, nn.Parameter]) -> None:

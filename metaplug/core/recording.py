@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 
 
 @contextmanager
@@ -14,8 +15,12 @@ def recording() -> Iterator[None]:
     """Inside, autograd records to any order, whatever surrounds the call.
 
     Nothing is cast by a surrounding autocast. Attention runs by its math kernel, since the fused
-    ones, and the fast path of torch's own layers at evaluation, have no second derivative.
+    ones, and the fast path of torch's own layers at evaluation, have no second derivative. A
+    surrounding `parametrize.cached` does not reach in: it would keep the weights of one step, or of
+    all tasks stacked, for the next.
     """
+    cached = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -29,3 +34,4 @@ def recording() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        parametrize._cache_enabled, parametrize._cache = cached

@@ -5,7 +5,8 @@ max-pooling treat channels one by one, so they work on that layout as it is; a l
 weights of each task is one batched matrix product: the same numbers as vmap's rules, with less
 memory and time (docs/performance.md). An embedding's padding row gets no gradient in any task,
 where vmap's rule protects it in the first task alone. Differentiation is outside vmap; on a CPU
-large batch norms, activations and poolings have derivatives of `batch_norm` and `max_pool`.
+large batch norms, activations and poolings have derivatives of `batch_norm` and `max_pool`, and
+weight norm has those of `weight_norm`, as torch's second one is wrong.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from metaplug.contract.inputs import Inputs, map_inputs
 from metaplug.core.batch_norm import batch_norm, takes
 from metaplug.core.function_mode import FunctionMode
 from metaplug.core.max_pool import LARGE, activate, pool
+from metaplug.core.weight_norm import weight_norm
 
 TaskFunction = Callable[[list[Tensor], Inputs, Tensor], tuple[Tensor, Tensor]]
 """(parameters, x, y) of one task → two tensors."""
@@ -266,6 +268,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     F.max_pool2d: _max_pool2d,
     F.relu: _relu,
+    torch._weight_norm: weight_norm,
     torch.relu: _relu,
     Tensor.relu: _relu,
 }

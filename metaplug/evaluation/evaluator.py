@@ -10,6 +10,7 @@ from metaplug.checks.prepare_batch import PrepareBatch
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.contract.values import Kind
 from metaplug.core.functional_model import clone, give_parameters, set_mode
+from metaplug.core.parametrized import cache_apart
 from metaplug.errors import RequestError, quoted
 from metaplug.evaluation.measure import measure
 from metaplug.evaluation.results import EvaluationResult
@@ -193,6 +194,7 @@ class Evaluator:
         }
         give_parameters(adapted, own)
         set_mode(adapted, False, inner.functional.batch_norm)
+        cache_apart(adapted)
         return adapted
 
     def _steps(self, inner_steps: int | None) -> int:

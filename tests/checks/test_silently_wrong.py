@@ -9,6 +9,7 @@ import copy
 import warnings
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import higher
 import pytest
@@ -29,6 +30,7 @@ from metaplug.checks.model_changes import ModelChanges
 from metaplug.checks.probe_model import CHECKPOINTED, Probed
 from metaplug.checks.refuse_memory import REMEMBERS
 from metaplug.checks.refuse_other_weights import OTHER_WEIGHTS
+from metaplug.core import vmap_rules
 from metaplug.core.functional_model import FunctionalModel
 from metaplug.core.optimizers import DifferentiableOptimizer
 from metaplug.execution.ranks import Share, World
@@ -416,23 +418,13 @@ def hooked(kind, hook):
     return model
 
 
-def old_weight_norm():
-    model = double()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        nn.utils.weight_norm(model[0])
-    return model
-
-
 HOOKED = {
     "forward hook": partial(hooked, "forward", lambda module, given, output: 2 * output),
     "forward pre-hook": partial(hooked, "forward_pre", lambda module, given: (2 * given[0],)),
     "backward hook": partial(hooked, "full_backward", lambda module, given, taken: (2 * given[0],)),
-    "old weight norm": old_weight_norm,
 }
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of weight norm
 @pytest.mark.parametrize(("preset", "order"), [("maml", 2), ("fomaml", 1)])
 @pytest.mark.parametrize("batching", ["auto", "sequential"])
 @pytest.mark.parametrize("name", HOOKED)
@@ -443,8 +435,231 @@ def test_hooks_are_exact(name, batching, preset, order):
     assert off(learner.meta_gradients(BATCH), exact) < 1e-10
     alone = name == "backward hook" or batching == "sequential"
     assert learner.batching.batching == ("sequential" if alone else "vectorized")
-    if "hook" in name:
-        assert off(exact, exactly(double(), order=order)) > 0.1
+    assert off(exact, exactly(double(), order=order)) > 0.1
+
+
+class ByHand(nn.Module):
+    """A linear layer whose weight is g · v / ‖v‖, with norms over all axes but one, or over all."""
+
+    def __init__(self, layer, dim):
+        super().__init__()
+        self.axes = [axis for axis in range(2) if axis != dim]
+        self.bias, self.weight_v = layer.bias, layer.weight
+        self.weight_g = nn.Parameter(self.norm().detach())
+
+    def norm(self):
+        return self.weight_v.square().sum(self.axes, keepdim=True).sqrt()
+
+    def forward(self, x):
+        return F.linear(x, self.weight_v * (self.weight_g / self.norm()), self.bias)
+
+
+def weight_norm_by_hand(dim):
+    model = double()
+    model[0] = ByHand(model[0], dim)
+    return model
+
+
+def weight_norm(kind, dim):
+    """A model with torch's weight norm, and the names of its parameters as ByHand has them."""
+    model = double()
+    if kind == "new":
+        nn.utils.parametrizations.weight_norm(model[0], dim=dim)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            nn.utils.weight_norm(model[0], dim=dim)
+    end = "parametrizations.weight.original"
+    names = {f"0.{end}0": "0.weight_g", f"0.{end}1": "0.weight_v"}
+    return model, {name: names.get(name, name) for name, _ in model.named_parameters()}
+
+
+def as_by_hand(found, names):
+    """Meta-gradients, or weights, by the names of ByHand."""
+    own = {name: found[theirs].detach() for theirs, name in names.items()}
+    return {n: each.view(1, 1) if each.dim() == 0 else each for n, each in own.items()}
+
+
+WEIGHT_NORMS = [("old", 0), ("new", 0), ("new", 1), ("new", None)]
+
+
+@pytest.mark.parametrize(("preset", "order"), [("maml", 2), ("fomaml", 1)])
+@pytest.mark.parametrize("batching", ["vectorized", "sequential", "traced"])
+@pytest.mark.parametrize(("kind", "dim"), WEIGHT_NORMS)
+def test_weight_norm_is_exact(kind, dim, batching, preset, order):
+    model, names = weight_norm(kind, dim)
+    exact = reference.maml(weight_norm_by_hand(dim), BATCH, steps=2, lr=0.3, order=order)
+    wanted = "auto" if batching == "traced" else batching
+    learner = learner_of(model, preset=preset, task_batching=wanted)
+    if batching == "traced":
+        learner.engine.derivation = CompiledDerivation(learner.engine, lambda graph, inputs: graph)
+    found = as_by_hand(learner.meta_gradients(BATCH), names)
+    assert off(found, exact.gradients) < 1e-10
+    assert learner.batching.batching == ("sequential" if batching == "sequential" else "vectorized")
+    own = learner.adapt(BATCH.support_x[0], BATCH.support_y[0])
+    fast = {name: weight.detach() for name, weight in exact.adapted[0].items()}
+    assert off(as_by_hand(dict(own.named_parameters()), names), fast) < 1e-10
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of torch's own
+@pytest.mark.parametrize(("kind", "dim", "error"), [("old", 0, 0.0554), ("new", 1, 0.0526)])
+def test_torchs_weight_norm_has_a_wrong_second_derivative(kind, dim, error, monkeypatch):
+    monkeypatch.delitem(vmap_rules._RULES, torch._weight_norm)
+    model, names = weight_norm(kind, dim)
+    exact = exactly(weight_norm_by_hand(dim))
+    for batching in ("vectorized", "sequential"):
+        wrong = learner_of(model, task_batching=batching).meta_gradients(BATCH)
+        assert off(as_by_hand(wrong, names), exact) == about(error)
+
+
+class HookedByMethod(nn.Module):
+    """A hook that is a method of the model: it reads a weight and the mode, and writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.scale, self.kept = nn.Parameter(torch.ones(6)), None
+        self.first.register_forward_hook(self.hook())
+
+    def hook(self):
+        return self.keep
+
+    def keep(self, module, given, output):
+        self.kept = self.scale * output if self.training else output / 2
+        return self.kept
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+class HookedByPartial(HookedByMethod):
+    def hook(self):
+        return partial(self.keep_of, self)
+
+    def keep_of(self, owner, module, given, output):
+        owner.keep(module, given, output)
+
+    def forward(self, x):
+        self.first(x)
+        return self.second(torch.tanh(self.kept))
+
+
+class HookedByClosure(HookedByMethod):
+    def hook(self):
+        return lambda *given: self.keep(*given) + 0
+
+
+class WithoutHook(HookedByMethod):
+    def forward(self, x):
+        return self.second(torch.tanh(self.scale * F.linear(x, self.first.weight, self.first.bias)))
+
+
+@pytest.mark.parametrize("make", [HookedByMethod, HookedByPartial])
+@pytest.mark.parametrize("batching", ["vectorized", "sequential"])
+def test_hooks_that_are_methods_of_the_model_are_exact(batching, make):
+    exact = exactly(double(WithoutHook))
+    model = double(make).eval()
+    learner = learner_of(model, task_batching=batching)
+    assert off(learner.meta_gradients(BATCH), exact) < 1e-10
+    score = learner.evaluate([BATCH]).mean
+    model.train()
+    assert off(learner.meta_gradients(BATCH), exact) < 1e-10
+    assert learner.evaluate([BATCH]).mean == score
+    x, own = BATCH.query_x[0], learner.adapt(BATCH.support_x[0], BATCH.support_y[0])
+    hidden = F.linear(x, own.first.weight, own.first.bias) / 2  # in evaluation mode
+    torch.testing.assert_close(
+        own(x), F.linear(torch.tanh(hidden), own.second.weight, own.second.bias)
+    )
+    assert model.kept is None
+
+
+def test_a_hook_of_a_copy_is_wrong_where_it_is_bound_to_the_users_model(unguarded, monkeypatch):
+    monkeypatch.setattr("metaplug.core.hooks._rebound", lambda hook, copies: hook)
+    exact = exactly(double(WithoutHook))
+    for mode, error in ((True, 0.0302), (False, 0.489)):
+        for batching in ("vectorized", "sequential"):
+            model = double(HookedByMethod).train(mode)
+            wrong = learner_of(model, task_batching=batching).meta_gradients(BATCH)
+            assert off(wrong, exact) == about(error)
+
+
+def test_hooks_that_close_over_the_model_are_refused():
+    text = (
+        "a forward {} of the module 'first' is a function that closes over the model, and would "
+        "read and write yours where a copy of it runs: make it a method of the module, or "
+        "override forward"
+    )
+    with pytest.raises(RequestError) as refusal:
+        learner_of(double(HookedByClosure))
+    assert str(refusal.value) == text.format("hook")
+    model = double(HookedByMethod)
+    learner = learner_of(model)
+    learner.meta_gradients(BATCH)
+
+    def later(module, given, model=model):
+        return (2 * given[0],) if model.training else None
+
+    def wrapped(module, given):
+        return later(module, given)
+
+    for hook in (later, wrapped, partial(later), lambda module, given, by=model.keep: None):
+        handle = model.first.register_forward_pre_hook(hook)
+        with pytest.raises(RequestError) as refusal:
+            learner.meta_gradients(BATCH)
+        assert str(refusal.value) == text.format("pre-hook")
+        handle.remove()
+    seen = []
+    model.first.register_forward_pre_hook(lambda module, given: seen.append(len(given)))
+    assert off(learner.meta_gradients(BATCH), exactly(double(WithoutHook))) < 1e-10
+    assert seen
+
+
+GRADIENT_HOOKS = {
+    "register_hook": lambda gradient: gradient * torch.tensor([[1.0], [0.0], [0.0]]),
+    "register_post_accumulate_grad_hook": lambda parameter: parameter.grad.zero_(),
+}
+
+
+@pytest.mark.parametrize("kind", GRADIENT_HOOKS)
+def test_hooks_on_parameters_are_refused(kind):
+    text = (
+        "the model's parameter '2.weight' has a hook on its gradient, which no gradient of a "
+        "task's own weights would reach: remove it, and change gradients in a plugin's "
+        "transform_gradients, and meta-gradients in its transform_meta_gradients"
+    )
+    model = double()
+    later = learner_of(model)
+    later.meta_gradients(BATCH)
+    handle = getattr(model[2].weight, kind)(GRADIENT_HOOKS[kind])
+    calls = (
+        partial(learner_of, model),
+        partial(later.meta_gradients, BATCH),
+        partial(later.adapt, BATCH.support_x[0], BATCH.support_y[0]),
+    )
+    for call in calls:
+        with pytest.raises(RequestError) as refusal:
+            call()
+        assert str(refusal.value) == text
+    handle.remove()
+    for learner in (later, learner_of(model)):
+        assert off(learner.meta_gradients(BATCH), exactly(double())) < 1e-10
+
+
+def test_hooks_on_parameters_would_reach_the_meta_gradient_alone(unguarded):
+    """One that leaves a row as it is would have to do so in the inner loop, too."""
+    model, free = double(), double()
+    mask = torch.tensor([[1.0], [0.0], [0.0]]).double()
+    model[2].weight.register_hook(lambda gradient: gradient * mask)
+    exact = reference.loop(
+        free,
+        BATCH,
+        steps=2,
+        rate=lambda k, name: 0.3 * mask if name == "2.weight" else 0.3,
+    ).gradients
+    exact["2.weight"] = mask * exact["2.weight"]
+    for batching in ("vectorized", "sequential"):
+        wrong = learner_of(model, task_batching=batching).meta_gradients(BATCH)
+        assert off(wrong, exact) == about(0.353)
 
 
 class Router(nn.Module):
@@ -1115,3 +1330,63 @@ def test_grad_mode_and_default_dtype_do_not_reach_in(surroundings):
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class Bent(nn.Module):
+    def forward(self, weight):
+        return weight.sinh()
+
+
+def parametrized():
+    model = double()
+    for layer in (model[0], model[2]):
+        nn.utils.parametrize.register_parametrization(layer, "weight", Bent())
+    return model
+
+
+@pytest.mark.parametrize("batching", ["vectorized", "sequential"])
+def test_cached_parametrizations_do_not_reach_in(batching, monkeypatch):
+    model = parametrized()
+    exact, settings = exactly(model), {"task_batching": batching}
+    expected = learner_of(model, **settings).evaluate([BATCH]).mean
+    trained = parametrized()
+    learner_of(trained, **settings).fit([BATCH], iterations=2, tasks_per_batch=3)
+    learner, fitted, own = learner_of(model, **settings), parametrized(), parametrized()
+    with nn.utils.parametrize.cached():
+        kept = own[0].weight
+        assert off(learner.meta_gradients(BATCH), exact) < 1e-10
+        assert learner.evaluate([BATCH]).mean == expected
+        learner_of(fitted, **settings).fit([BATCH], iterations=2, tasks_per_batch=3)
+        assert own[0].weight is kept  # the caller's cache stays
+    pairs = zip(fitted.parameters(), trained.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert (nn.utils.parametrize._cache_enabled, nn.utils.parametrize._cache) == (0, {})
+    learner = learner_of(model, **settings)
+    learner.meta_gradients(BATCH)
+    unguarded = SimpleNamespace(_cache_enabled=0, _cache={})
+    monkeypatch.setattr("metaplug.core.recording.parametrize", unguarded)
+    with nn.utils.parametrize.cached():
+        assert off(learner.meta_gradients(BATCH), exact) == about(0.675)
+
+
+def test_cached_parametrizations_are_of_each_adapted_model():
+    model = parametrized()
+    learner, exact = learner_of(model), reference.maml(model, BATCH, steps=2, lr=0.3).adapted
+    query = BATCH.query_x[0]
+    with torch.no_grad():
+        expected = [reference.predict(model, weights, query) for weights in exact]
+        plain = model(query)
+        with nn.utils.parametrize.cached():
+            for _ in range(2):
+                assert torch.equal(model(query), plain)
+                for x, y, prediction in zip(
+                    BATCH.support_x, BATCH.support_y, expected, strict=True
+                ):
+                    own = learner.adapt(x, y)
+                    for called in (own, own, copy.deepcopy(own)):
+                        torch.testing.assert_close(
+                            called(query), prediction, rtol=1e-10, atol=1e-12
+                        )
+                    del own, called  # another may get its id
+    weight = learner.adapt(BATCH.support_x[0], BATCH.support_y[0])[0].weight
+    torch.testing.assert_close(weight, exact[0]["0.parametrizations.weight.original"].sinh())

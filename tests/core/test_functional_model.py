@@ -1,5 +1,7 @@
 """The model as a function of its weights: what it shares, and what it leaves alone."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -12,17 +14,62 @@ def weights_of(model, factor=1.0):
     return [factor * parameter.detach() for parameter in model.parameters()]
 
 
-def test_a_clone_shares_parameters_buffers_and_hooks():
+def test_a_clone_shares_parameters_and_buffers():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     shared, apart = clone(model), clone(model, shared=False)
     for name, parameter in model.named_parameters():
         assert shared.get_parameter(name) is apart.get_parameter(name) is parameter
     assert shared[1].running_mean is model[1].running_mean
     assert apart[1].running_mean is not model[1].running_mean
-    model[0].register_forward_hook(lambda module, given, output: 2 * output)
-    x = torch.ones(3, 2)
-    assert torch.equal(shared[0](x), model[0](x))
-    assert torch.equal(2 * apart[0](x), model[0](x))
+
+
+class Hooked(nn.Module):
+    """Its hooks are methods, bare and with an argument that comes first."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale, self.seen = nn.Linear(2, 2), 2.0, []
+        self.layer.register_forward_hook(self.scaled)
+        self.layer.register_forward_hook(partial(self.note, self), with_kwargs=True)
+
+    def scaled(self, module, given, output):
+        return self.scale * output
+
+    def note(self, owner, module, given, named, output):
+        owner.seen.append(module)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_hooks_that_are_methods_are_those_of_the_clone():
+    model, x = Hooked(), torch.ones(3, 2)
+    for shared in (True, False):
+        own = clone(model, shared=shared)
+        own.scale = 6.0
+        torch.testing.assert_close(own(x), 3 * model(x))
+        assert (own.seen, model.seen) == ([own.layer], [model.layer])
+        model.seen.clear()
+
+
+def test_a_functional_model_has_the_hooks_that_its_model_has_now():
+    model, x = Hooked(), torch.ones(3, 2)
+    functional, apart = FunctionalModel(model, "batch"), clone(model, shared=False)
+    functional.module.scale = 6.0
+    functional.watch(())
+    expected = functional(weights_of(model), x)
+    handles = [
+        model.layer.register_forward_hook(lambda module, given, output: output + 1),
+        model.layer.register_forward_hook(model.scaled, prepend=True),
+    ]
+    functional.begin(True)
+    torch.testing.assert_close(functional(weights_of(model), x), 6 * expected + 1)
+    for handle in handles:
+        handle.remove()
+    functional.begin(True)
+    assert torch.equal(functional(weights_of(model), x), expected)
+    torch.testing.assert_close(3 * apart(x), expected)
+    assert model.seen == functional.module.seen == []
 
 
 def test_a_module_at_two_places_gets_one_weight():

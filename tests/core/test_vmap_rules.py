@@ -338,6 +338,27 @@ def test_the_gradient_of_an_activation_before_a_pooling_may_be_waited_for(wait, 
     assert int(found.sum()) == 2 * 3 * 4
 
 
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((5, 4, 3), dim) for dim in (0, 1, 2, -2, -1)] + [((5,), 0)]
+)
+def test_weight_norm_is_torchs_with_a_right_second_derivative(shape, dim):
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    g = 1 + torch.norm_except_dim(v, 2, dim).detach().requires_grad_()
+
+    def by_rule(v, g):
+        with TaskRules():
+            return torch._weight_norm(v, g, dim)
+
+    torch.testing.assert_close(by_rule(v, g), torch._weight_norm(v, g, dim), rtol=1e-14, atol=0)
+    assert torch.autograd.gradcheck(by_rule, (v, g))
+    assert torch.autograd.gradgradcheck(by_rule, (v, g))
+    torchs = torch.autograd.gradgradcheck(
+        lambda v, g: torch._weight_norm(v, g, dim), (v, g), raise_exception=False
+    )
+    assert torchs is (dim not in {0, len(shape) - 1})  # else the rule is no longer needed
+
+
 def test_random_numbers_differ_from_task_to_task():
     x = torch.ones(3, 50)
     _, outputs = for_all_tasks(lambda values, x, y: (x.sum(), F.dropout(x)), [], [], x, x)
