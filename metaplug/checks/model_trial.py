@@ -27,10 +27,11 @@ class Trial:
         original: what the copy is of; the functional model's own model where it is None.
 
     Attributes:
-        x, y: support examples (n, *input) and their targets.
+        x, y: copies of support examples (n, *input) and of their targets.
         others: query examples, one more than in x where there are as many.
         model: the copy, and `weights`, its parameters by name.
-        given, tensors: versions of x, and of the copy's parameters and buffers, before it ran.
+        given, tensors: versions of x, and of the copy's parameters and buffers, before it ran, with
+            their values.
         expected: its answer to x in training mode.
         checkpointed: whether it used activation checkpointing.
         written: where its forward pass writes attributes.
@@ -44,13 +45,13 @@ class Trial:
         original: nn.Module | None = None,
     ) -> None:
         self.functional, self.device = functional, device
-        self.batch, self.y = batch, batch.support_y[0]
+        self.batch, self.y = batch, batch.support_y[0].clone()
         self.x = map_inputs(lambda each: each[0].clone(), batch.support_x)
         original = functional.model if original is None else original
         self.model = clone(original, shared=False)
         self.weights = give_noisy_weights(self.model, original)
         before = snapshot(self.model)
-        self.given, self.tensors = versions(self.x), tensor_values(self.model)
+        self.given, self.tensors = seen_inputs(self.x), tensor_values(self.model)
         with noting_checkpoints() as noted:
             self.expected = self.ask(self.x)
         self.checkpointed = bool(noted)
@@ -83,15 +84,35 @@ class Trial:
         return prediction
 
 
-def versions(x: Inputs) -> list[int]:
-    """Return how often each tensor was written to in place."""
-    return [version(each) for each in tensors_of(x)]
+Seen = tuple[int, int, Tensor]
+"""A tensor's identity, how often it was written to in place, and a copy of its value."""
 
 
-def tensor_values(model: nn.Module) -> dict[str, tuple[int, int, Tensor]]:
-    """Return identity, version and value of every parameter and buffer."""
+def seen(tensor: Tensor) -> Seen:
+    """Note a tensor as it is now."""
+    return id(tensor), version(tensor), tensor.detach().clone()
+
+
+def unwritten(before: Seen, now: Seen) -> bool:
+    """Return whether a tensor is the same, was not written to, and has the same value.
+
+    Its version tells of a write that changes nothing, as of a value clamped to what it is; its
+    value of one by .data or numpy, which torch does not count.
+    """
+    (*_, old), (*_, new) = before, now
+    same = before[:2] == now[:2] and old.shape == new.shape
+    return same and torch.allclose(old, new, rtol=0, atol=0, equal_nan=True)
+
+
+def seen_inputs(x: Inputs) -> list[Seen]:
+    """Note every tensor of an example's inputs."""
+    return [*map(seen, tensors_of(x))]
+
+
+def tensor_values(model: nn.Module) -> dict[str, Seen]:
+    """Note every parameter and buffer."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: (id(each), version(each), each.detach().clone()) for name, each in named.items()}
+    return {name: seen(each) for name, each in named.items()}
 
 
 def close(own: Tensor, expected: Tensor, scale: float = 1.0) -> bool:

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from metaplug.checks.model_copy import answer, give_noisy_weights
-from metaplug.checks.model_trial import Trial, close, tensor_values, versions
+from metaplug.checks.model_trial import Trial, close, seen_inputs, tensor_values, unwritten
 from metaplug.checks.module_state import Held, Tally, snapshot
 from metaplug.core.functional_model import PLAIN, clone
 from metaplug.core.model_calls import call_model
@@ -31,15 +30,12 @@ def refuse_writes(trial: Trial) -> None:
 
     A pass in evaluation mode is looked at too: it may write what training does not.
     """
-    if versions(trial.x) != trial.given:
-        raise RequestError(
-            "the model changes its input in place, and with it the data of the next inner "
-            "step: give it operations that make new tensors"
-        )
+    _refuse_written_inputs(trial)
     _refuse_written_tensors(trial)
     with torch.no_grad(), stream(0, trial.device), _tolerated():
         trial.model.eval()
         call_model(trial.model, trial.x, trial.functional.output)
+    _refuse_written_inputs(trial)
     _refuse_written_tensors(trial)
 
 
@@ -74,11 +70,19 @@ def refuse_memory(trial: Trial) -> None:
             raise RequestError(WRITES.format(f"{path}.{name}".lstrip(".")))
 
 
+def _refuse_written_inputs(trial: Trial) -> None:
+    if not all(map(unwritten, trial.given, seen_inputs(trial.x))):
+        raise RequestError(
+            "the model changes its input in place, and with it the data of the next inner "
+            "step: give it operations that make new tensors"
+        )
+
+
 def _refuse_written_tensors(trial: Trial) -> None:
     parameters = dict(trial.model.named_parameters())
     for name, now in tensor_values(trial.model).items():
         before = trial.tensors.get(name)
-        if before and before[:2] == now[:2] and _same(before[2], now[2]):
+        if before and unwritten(before, now):
             continue
         if before is None:
             raise RequestError(
@@ -116,7 +120,3 @@ def _tolerated() -> Iterator[None]:
         yield
     except Exception:
         return
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
