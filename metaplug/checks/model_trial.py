@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +35,10 @@ class Trial:
         given, tensors: versions of x, and of the copy's parameters and buffers, before it ran, with
             their values.
         expected: its answer to x in training mode.
+        answers: its answers to x by whether it was in training mode; none for evaluation mode where
+            it fails there, which the evaluation that meets it says.
         checkpointed: whether it used activation checkpointing.
-        written: where its forward pass writes attributes.
+        written: where its forward passes write attributes.
     """
 
     def __init__(
@@ -55,8 +59,18 @@ class Trial:
         with noting_checkpoints() as noted:
             self.expected = self.ask(self.x)
         self.checkpointed = bool(noted)
+        states = [before, snapshot(self.model)]
+        self.answers = {True: self.expected}
+        with torch.no_grad(), suppress(Exception):  # it may write what it does not in training
+            evaluated = self.ask(self.x, training=False)
+            if isinstance(evaluated, Tensor):
+                self.answers[False] = evaluated
+        states.append(snapshot(self.model))
         self.written = {
-            place for place, value in snapshot(self.model).items() if before.get(place) != value
+            place
+            for earlier, later in pairwise(states)
+            for place, value in later.items()
+            if earlier.get(place) != value
         }
         # Another number of examples shows what is kept for a number; all would take long.
         count = count_of(self.x)
@@ -66,10 +80,23 @@ class Trial:
             others = map_inputs(lambda each: each[:1].expand_as(each).clone(), self.x)
         self.others = others
 
-    def ask(self, x: Inputs, asleep: Collection[str] = ()) -> Tensor:
-        """Return the copy's answer in training mode, with these modules in evaluation mode."""
-        functional = self.functional
-        return answer(self.model, x, functional.batch_norm, functional.output, asleep)
+    def ask(
+        self,
+        x: Inputs,
+        asleep: Collection[str] = (),
+        *,
+        training: bool = True,
+        model: nn.Module | None = None,
+    ) -> Tensor:
+        """Return the copy's answer, or that of another one.
+
+        Args:
+            asleep: names of modules in evaluation mode.
+            training: whether the others are in training mode.
+        """
+        own, norm = self.functional, self.functional.batch_norm
+        model = self.model if model is None else model
+        return answer(model, x, norm, own.output, asleep, training=training)
 
     def predict(self) -> Tensor:
         """Return the functional model's answer to x, with the copy's weights."""
@@ -100,8 +127,12 @@ def unwritten(before: Seen, now: Seen) -> bool:
     value of one by .data or numpy, which torch does not count.
     """
     (*_, old), (*_, new) = before, now
-    same = before[:2] == now[:2] and old.shape == new.shape
-    return same and torch.allclose(old, new, rtol=0, atol=0, equal_nan=True)
+    return before[:2] == now[:2] and same_value(old, new)
+
+
+def same_value(one: Tensor, other: Tensor) -> bool:
+    """Return whether tensors are equal, NaN to NaN."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def seen_inputs(x: Inputs) -> list[Seen]:
