@@ -896,6 +896,27 @@ def test_an_input_changed_in_place_is_refused(unguarded, monkeypatch):
     assert torch.equal(batch.support_x, single.support_x)
 
 
+class InPlaceAtEvaluation(InPlace):
+    def forward(self, x):
+        return self.layers(x * 1.5 if self.training else x.mul_(1.5))
+
+
+class InPlaceByData(InPlace):
+    """Writes where torch does not count it."""
+
+    def forward(self, x):
+        x.data.mul_(1.5)
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("model", [InPlaceAtEvaluation, InPlaceByData])
+def test_inputs_are_not_written_at_evaluation_or_uncounted_either(model):
+    batch = copy.deepcopy(BATCH)
+    with pytest.raises(RequestError, match="the model changes its input in place, and with it the"):
+        learner_of(double(model)).evaluate(batch)
+    assert all(map(torch.equal, batch.tensors(), BATCH.tensors()))
+
+
 def test_what_a_loss_remembers_is_refused(unguarded, monkeypatch):
     exact = exactly(double())
     assert off(
