@@ -22,8 +22,10 @@ def answer(
     batch_norm: str,
     output: Output = None,
     asleep: Collection[str] = (),
+    *,
+    training: bool = True,
 ) -> Tensor:
-    """Call a copy of the user's model in training mode, as its user would.
+    """Call a copy of the user's model in training or evaluation mode, as its user would.
 
     Args:
         output: the part of its answer that is the prediction.
@@ -32,7 +34,7 @@ def answer(
     Raises:
         RequestError: the model fails on these examples.
     """
-    set_mode(model, True, batch_norm)
+    set_mode(model, training, batch_norm)
     for name in asleep:
         model.get_submodule(name).training = False
     try:

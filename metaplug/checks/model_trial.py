@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +29,16 @@ class Trial:
         original: what the copy is of; the functional model's own model where it is None.
 
     Attributes:
-        x, y: support examples (n, *input) and their targets.
+        x, y: copies of support examples (n, *input) and of their targets.
         others: query examples, one more than in x where there are as many.
         model: the copy, and `weights`, its parameters by name.
-        given, tensors: versions of x, and of the copy's parameters and buffers, before it ran.
+        given, tensors: versions of x, and of the copy's parameters and buffers, before it ran, with
+            their values.
         expected: its answer to x in training mode.
+        answers: its answers to x by whether it was in training mode; none for evaluation mode where
+            it fails there, which the evaluation that meets it says.
         checkpointed: whether it used activation checkpointing.
-        written: where its forward pass writes attributes.
+        written: where its forward passes write attributes.
     """
 
     def __init__(
@@ -44,18 +49,28 @@ class Trial:
         original: nn.Module | None = None,
     ) -> None:
         self.functional, self.device = functional, device
-        self.batch, self.y = batch, batch.support_y[0]
+        self.batch, self.y = batch, batch.support_y[0].clone()
         self.x = map_inputs(lambda each: each[0].clone(), batch.support_x)
         original = functional.model if original is None else original
         self.model = clone(original, shared=False)
         self.weights = give_noisy_weights(self.model, original)
         before = snapshot(self.model)
-        self.given, self.tensors = versions(self.x), tensor_values(self.model)
+        self.given, self.tensors = seen_inputs(self.x), tensor_values(self.model)
         with noting_checkpoints() as noted:
             self.expected = self.ask(self.x)
         self.checkpointed = bool(noted)
+        states = [before, snapshot(self.model)]
+        self.answers = {True: self.expected}
+        with torch.no_grad(), suppress(Exception):  # it may write what it does not in training
+            evaluated = self.ask(self.x, training=False)
+            if isinstance(evaluated, Tensor):
+                self.answers[False] = evaluated
+        states.append(snapshot(self.model))
         self.written = {
-            place for place, value in snapshot(self.model).items() if before.get(place) != value
+            place
+            for earlier, later in pairwise(states)
+            for place, value in later.items()
+            if earlier.get(place) != value
         }
         # Another number of examples shows what is kept for a number; all would take long.
         count = count_of(self.x)
@@ -65,10 +80,23 @@ class Trial:
             others = map_inputs(lambda each: each[:1].expand_as(each).clone(), self.x)
         self.others = others
 
-    def ask(self, x: Inputs, asleep: Collection[str] = ()) -> Tensor:
-        """Return the copy's answer in training mode, with these modules in evaluation mode."""
-        functional = self.functional
-        return answer(self.model, x, functional.batch_norm, functional.output, asleep)
+    def ask(
+        self,
+        x: Inputs,
+        asleep: Collection[str] = (),
+        *,
+        training: bool = True,
+        model: nn.Module | None = None,
+    ) -> Tensor:
+        """Return the copy's answer, or that of another one.
+
+        Args:
+            asleep: names of modules in evaluation mode.
+            training: whether the others are in training mode.
+        """
+        own, norm = self.functional, self.functional.batch_norm
+        model = self.model if model is None else model
+        return answer(model, x, norm, own.output, asleep, training=training)
 
     def predict(self) -> Tensor:
         """Return the functional model's answer to x, with the copy's weights."""
@@ -83,15 +111,39 @@ class Trial:
         return prediction
 
 
-def versions(x: Inputs) -> list[int]:
-    """Return how often each tensor was written to in place."""
-    return [version(each) for each in tensors_of(x)]
+Seen = tuple[int, int, Tensor]
+"""A tensor's identity, how often it was written to in place, and a copy of its value."""
 
 
-def tensor_values(model: nn.Module) -> dict[str, tuple[int, int, Tensor]]:
-    """Return identity, version and value of every parameter and buffer."""
+def seen(tensor: Tensor) -> Seen:
+    """Note a tensor as it is now."""
+    return id(tensor), version(tensor), tensor.detach().clone()
+
+
+def unwritten(before: Seen, now: Seen) -> bool:
+    """Return whether a tensor is the same, was not written to, and has the same value.
+
+    Its version tells of a write that changes nothing, as of a value clamped to what it is; its
+    value of one by .data or numpy, which torch does not count.
+    """
+    (*_, old), (*_, new) = before, now
+    return before[:2] == now[:2] and same_value(old, new)
+
+
+def same_value(one: Tensor, other: Tensor) -> bool:
+    """Return whether tensors are equal, NaN to NaN."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def seen_inputs(x: Inputs) -> list[Seen]:
+    """Note every tensor of an example's inputs."""
+    return [*map(seen, tensors_of(x))]
+
+
+def tensor_values(model: nn.Module) -> dict[str, Seen]:
+    """Note every parameter and buffer."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: (id(each), version(each), each.detach().clone()) for name, each in named.items()}
+    return {name: seen(each) for name, each in named.items()}
 
 
 def close(own: Tensor, expected: Tensor, scale: float = 1.0) -> bool:

@@ -35,7 +35,7 @@ class FrozenFeatures:
 
     def __init__(self, model: nn.Module, calls: frozenset[Call], parameters: tuple[str, ...]):
         self.parameters, self._calls = parameters, calls
-        self._kept: dict[Hashable, dict[Call, Any]] = {}
+        self._kept: dict[Hashable, dict[Call, Any]] | None = None
         self._now: dict[Call, Any] | None = None
         self._count: Counter[str] = Counter()
         self._modules = {path: model.get_submodule(path) for path, _ in calls}
@@ -59,8 +59,13 @@ class FrozenFeatures:
 
     @contextmanager
     def examples(self, of: Hashable) -> Iterator[None]:
-        """Inside, one forward pass runs on these examples: what an earlier one kept is used."""
-        self._now, self._count = self._kept.setdefault(of, {}), Counter()
+        """Inside, one forward pass runs on these examples: what an earlier one kept is used.
+
+        Outside of a batch, as in the passes that hooks of the outer loop ask for, all is computed
+        anew: these may be differentiated by themselves, and a graph that is kept only once.
+        """
+        self._now = None if self._kept is None else self._kept.setdefault(of, {})
+        self._count = Counter()
         try:
             yield
         finally:
@@ -70,7 +75,7 @@ class FrozenFeatures:
         """Return how often each output that is kept now was written to in place."""
         return {
             call: [leaf._version for leaf, _ in leaves if isinstance(leaf, Tensor)]
-            for kept in self._kept.values()
+            for kept in (self._kept or {}).values()
             for call, (leaves, _) in kept.items()
         }
 

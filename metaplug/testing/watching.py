@@ -30,6 +30,7 @@ _FIELDS: dict[type, tuple[str, ...]] = {
         "support_losses",
         "support_predictions",
         "support_targets",
+        "statistics",
     ),
     Outcome: (
         "batch",
@@ -40,6 +41,7 @@ _FIELDS: dict[type, tuple[str, ...]] = {
         "query_predictions",
         "query_parameters",
         "model_parameters",
+        "statistics",
     ),
     Context: ("parameters",),
 }

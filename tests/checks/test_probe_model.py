@@ -85,6 +85,22 @@ def by_size(model, x):
     return x + model.places
 
 
+def mean_kept(name, put=setattr, get=getattr):
+    """A running mean that training keeps, too slow for a few passes to show it."""
+
+    def keep(model, hidden):
+        if model.training:
+            put(model, name, 0.9999 * get(model, name) + 0.0001 * hidden.detach().mean())
+
+    return keep
+
+
+def masked_in_training(model, x):
+    if model.training or model.mask is None:
+        model.mask = torch.ones(x.shape[-1], dtype=x.dtype)
+    return x * model.mask
+
+
 HARMLESS = {
     "shapes": (setting(seen=()), None, storing("seen", lambda hidden: tuple(hidden.shape))),
     "a size": (setting(n=0), None, storing("n", len)),
@@ -108,6 +124,13 @@ HARMLESS = {
         lambda model, hidden: model.kept.update(hidden=hidden),
     ),
     "a list": (setting(kept=[]), None, lambda model, hidden: model.kept.append(hidden)),
+    "a mean that nothing reads": (setting(mean=torch.zeros(())), None, mean_kept("mean")),
+    "features of evaluation": (
+        setting(features=None),
+        None,
+        lambda model, hidden: None if model.training else setattr(model, "features", hidden),
+    ),
+    "a mask of training that evaluation reads": (setting(mask=None), masked_in_training, None),
     "a number of calls": (setting(calls=0), None, counts),
     "a number of examples": (None, None, counts_from_nothing),
     "NaN": (setting(fill=float("nan")), None, None),
@@ -234,7 +257,99 @@ def last_size(model, output):
     return output + last
 
 
+def shifted_at_evaluation(read):
+    return lambda model, output: output if model.training else output + read(model)
+
+
+def counted_in_training(model, hidden):
+    model.calls += model.training
+
+
+class Slotted:
+    """A plain object that remembers its first examples."""
+
+    __slots__ = ("mean",)
+
+    def __init__(self):
+        self.mean = None
+
+    def shift(self, output):
+        self.mean = output.detach().mean(0) if self.mean is None else self.mean
+        return output - self.mean
+
+
+class Held(Slotted):
+    """The same, with a __dict__."""
+
+
+def shifted_by_an_object(model, output):
+    return output if model.training else model.held.shift(output)
+
+
+def last_mean(model, hidden):
+    if model.training:
+        model.mean = hidden.detach().mean()
+
+
 HARMFUL = {
+    "a mean of training that evaluation reads": (
+        setting(mean=torch.zeros(())),
+        None,
+        mean_kept("mean"),
+        shifted_at_evaluation(lambda model: model.mean),
+        WRITES.format("mean"),
+    ),
+    "a mean in a list": (
+        setting(kept=[torch.zeros(())]),
+        None,
+        mean_kept("kept", lambda model, _, mean: model.kept.append(mean), lambda m, _: m.kept[-1]),
+        shifted_at_evaluation(lambda model: model.kept[-1]),
+        WRITES.format("kept"),
+    ),
+    "a mean in a dictionary": (
+        setting(kept={"mean": torch.zeros(())}),
+        None,
+        mean_kept(
+            "mean", lambda m, name, mean: m.kept.update(mean=mean), lambda m, _: m.kept["mean"]
+        ),
+        shifted_at_evaluation(lambda model: model.kept["mean"]),
+        WRITES.format("kept"),
+    ),
+    "the last mean of training": (
+        setting(mean=torch.zeros(())),
+        None,
+        last_mean,
+        shifted_at_evaluation(lambda model: model.mean),
+        REMEMBERS,
+    ),
+    "a count of training that evaluation compares": (
+        setting(calls=0),
+        None,
+        counted_in_training,
+        shifted_at_evaluation(lambda model: float(model.calls > 50)),
+        WRITES.format("calls"),
+    ),
+    "a count of evaluation": (
+        setting(calls=0),
+        None,
+        None,
+        lambda model, output: output if model.training else growing(model, output),
+        WRITES.format("calls"),
+    ),
+    "an object at evaluation": (
+        lambda model: setattr(model, "held", Held()),
+        None,
+        None,
+        shifted_by_an_object,
+        REMEMBERS,
+    ),
+    "a slotted object at evaluation": (
+        lambda model: setattr(model, "held", Slotted()),
+        None,
+        None,
+        shifted_by_an_object,
+        REMEMBERS,
+    ),
     "a flag": (setting(ready=False), scaled_by_the_first, None, None, REMEMBERS),
     "a tensor of the first task": (
         setting(scale=None),

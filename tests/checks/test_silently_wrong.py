@@ -1111,6 +1111,27 @@ def test_an_input_changed_in_place_is_refused(unguarded, monkeypatch):
     assert torch.equal(batch.support_x, single.support_x)
 
 
+class InPlaceAtEvaluation(InPlace):
+    def forward(self, x):
+        return self.layers(x * 1.5 if self.training else x.mul_(1.5))
+
+
+class InPlaceByData(InPlace):
+    """Writes where torch does not count it."""
+
+    def forward(self, x):
+        x.data.mul_(1.5)
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("model", [InPlaceAtEvaluation, InPlaceByData])
+def test_inputs_are_not_written_at_evaluation_or_uncounted_either(model):
+    batch = copy.deepcopy(BATCH)
+    with pytest.raises(RequestError, match="the model changes its input in place, and with it the"):
+        learner_of(double(model)).evaluate(batch)
+    assert all(map(torch.equal, batch.tensors(), BATCH.tensors()))
+
+
 def test_what_a_loss_remembers_is_refused(unguarded, monkeypatch):
     exact = exactly(double())
     assert off(
@@ -1124,6 +1145,78 @@ def test_what_a_loss_remembers_is_refused(unguarded, monkeypatch):
         "the loss answers otherwise when it is asked again, as if it remembered, so that tasks "
         "would see each other: keep nothing in it"
     )
+
+
+def hiding(prediction, target):
+    """Hides the first class, in place."""
+    prediction[:, 0] = -20
+    return F.cross_entropy(prediction, target)
+
+
+def hiding_by_data(prediction, target):
+    """The same, where torch does not count it."""
+    prediction.data[:, 0] = -20
+    return F.cross_entropy(prediction, target)
+
+
+def hiding_at_evaluation(prediction, target):
+    return (F.cross_entropy if torch.is_grad_enabled() else hiding)(prediction, target)
+
+
+def hiding_where_large(prediction, target):
+    return (hiding if prediction.abs().max() > 20 else F.cross_entropy)(prediction, target)
+
+
+def clamped_to_what_they_are(prediction, target):
+    return F.cross_entropy(prediction, target.clamp_(0, 2))
+
+
+def without_the_last(prediction, target):
+    target[target == 2] = 1
+    return F.cross_entropy(prediction, target)
+
+
+def hiding_in_a_copy(prediction, target):
+    return hiding(prediction.clone(), target.clone())
+
+
+WRITTEN = {
+    "prediction, so that scores would be those of what it leaves there": (
+        hiding,
+        hiding_by_data,
+        hiding_at_evaluation,
+        hiding_where_large,
+    ),
+    "targets, which are the data of later steps and your own": (
+        clamped_to_what_they_are,
+        without_the_last,
+    ),
+}
+CASES_OF_WRITES = [(what, loss) for what, losses in WRITTEN.items() for loss in losses]
+
+
+@pytest.mark.parametrize(("what", "loss"), CASES_OF_WRITES)
+def test_a_loss_that_writes_is_refused_and_the_data_stay_whole(what, loss):
+    batch = copy.deepcopy(BATCH)
+    with pytest.raises(RequestError) as refusal:
+        learner_of(double(), loss=loss, task_batching="sequential").meta_gradients(batch)
+    assert str(refusal.value) == (
+        f"the loss writes into its {what}: give it operations that make new tensors, as clamp for "
+        "clamp_, or let it write into a copy, as of clone()"
+    )
+    assert all(map(torch.equal, batch.tensors(), BATCH.tensors()))
+
+
+def test_what_a_loss_writes_into_its_prediction_would_be_scored(unguarded, monkeypatch):
+    """The first class is never predicted there, though the adapted model does predict it."""
+    batch, learner = copy.deepcopy(BATCH), learner_of(double(), loss=hiding)
+    found = learner.engine.evaluate(learner.prepare_batch(batch), 2).query_predictions
+    assert bool((found[..., 0] == -20).all())
+    monkeypatch.undo()
+    learner = learner_of(double(), loss=hiding_in_a_copy)
+    found = learner.engine.evaluate(learner.prepare_batch(batch), 2).query_predictions
+    adapted = learner.adapt(batch.support_x[0], batch.support_y[0])
+    torch.testing.assert_close(found[0], adapted(batch.query_x[0]), rtol=0, atol=1e-12)
 
 
 def test_weights_that_nobody_trains_are_refused(unguarded, monkeypatch):

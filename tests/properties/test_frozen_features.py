@@ -231,6 +231,28 @@ def test_a_body_that_no_step_adapts_is_meta_learned_through_what_is_kept():
     assert ours["0.weight"].any()
 
 
+AFTER = {
+    "anil and imaml": ("anil", ["imaml"]),
+    "anil and taml": ("anil", ["taml"]),
+    "a frozen body and taml": ("frozen body", ["taml"]),
+}
+"""A case, and plugins that ask for passes after the inner loop."""
+
+
+@pytest.mark.parametrize("name", AFTER)
+@pytest.mark.parametrize("batching", ["vectorized", "sequential"])
+def test_passes_after_the_inner_loop_see_no_features_of_another_batch(batching, name):
+    case, plugins = AFTER[name]
+    plain, ours = both(case, plugins=plugins, task_batching=batching)
+    first = BATCHES["equal"]
+    other = first.map(lambda each: each.flip(1) + 1 if each.is_floating_point() else each)
+    for batch in (first, other, first):
+        assert off(ours.meta_gradients(batch), plain.meta_gradients(batch)) < 1e-12
+    for learner in (ours, plain):
+        learner.fit(Same(), iterations=2, tasks_per_batch=3)
+    assert_same(dict(ours.model.state_dict()), dict(plain.model.state_dict()))
+
+
 class Counted(nn.Linear):
     """Counts its calls, by the form of what it is given."""
 
