@@ -11,7 +11,14 @@ from torch import Tensor
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Return g · v / ‖v‖, with the norm over all dimensions but `dim`; over all for -1.
+    """Return w = g · v / ‖v‖, with the norm over all dimensions but `dim`; over all for -1.
+
+    Args:
+        v: the direction, of any shape and a floating dtype.
+        g: the length, of v's dtype: 1 in all dimensions but `dim`, or of one number.
+        dim: the one whose entries have a length each.
+
+    Source: Salimans and Kingma 2016 (arXiv 1602.07868), section 2.
 
     Example:
         >>> weight_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0]]))
