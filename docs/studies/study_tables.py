@@ -13,7 +13,7 @@ from metaplug.experiments.study.cells import row_text, setting_text
 from metaplug.experiments.study.keeping import KeptRun
 from metaplug.experiments.study.over_fitting import OverFitting, over_fitting
 from metaplug.report.best import best_notes, best_sheets
-from metaplug.report.comparing import difference_text, losses_text
+from metaplug.report.comparing import difference_text, losses_text, part_text
 from metaplug.report.markdown import bullets, table
 from metaplug.report.terminal import value_text
 
@@ -64,7 +64,7 @@ def equal_rate(result: StudyResult) -> str:
     def test(row: Row) -> str:
         whole = len(result.study.seeds)
         text = value_text(result.metric, row.test.mean, row.test.interval)
-        return text if len(row.seeds) == whole else f"{text} ({len(row.seeds)} of {whole} seeds)"
+        return f"{text}{part_text(len(row.seeds), whole)}"
 
     def gained(row: Row) -> str:
         if (base := result.base_of(row)) is None:

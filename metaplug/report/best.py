@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from metaplug.experiments.study.results import Row, StudyResult
 from metaplug.experiments.study.tuned import Comparison, comparisons
-from metaplug.report.comparing import by_seed_text, difference_text, mean_text, p_text
+from metaplug.report.comparing import by_seed_text, difference_text, mean_text, p_text, part_text
 from metaplug.report.terminal import value_text
 
 _COMPARED = ("by seed", "p (Holm)", "acceleration")
@@ -34,7 +34,7 @@ def best_sheets(result: StudyResult, rows: Sequence[Row]) -> list[Sheet]:
             ("variant", *values, f"minus {result.baseline}", *_COMPARED),
             [
                 (
-                    seeds_text(row, seeds),
+                    f"{row.label}{part_text(len(row.seeds), seeds)}",
                     value_text(metric, row.best_validation),
                     value_text(metric, row.test.mean, row.test.interval),
                     *_cells(metric, found.with_baseline.get(row.label)),
@@ -46,18 +46,16 @@ def best_sheets(result: StudyResult, rows: Sequence[Row]) -> list[Sheet]:
             "Each variant beside the one that it extends, both at their best settings",
             ("variant", "its base", "minus its base", *_COMPARED),
             [
-                (seeds_text(each.row, seeds), each.over.label, *_cells(metric, each))
+                (
+                    f"{each.row.label}{part_text(len(each.row.seeds), seeds)}",
+                    each.over.label,
+                    *_cells(metric, each),
+                )
                 for each in found.with_base.values()
             ],
         ),
     ]
     return sheets[:1] if found.with_base.items() <= found.with_baseline.items() else sheets
-
-
-def seeds_text(row: Row, seeds: int) -> str:
-    """The row's label, with how many of a study's seeds it has where these are not all."""
-    own = len(row.seeds)
-    return row.label if own == seeds else f"{row.label} ({own} of {seeds} seeds)"
 
 
 def _cells(metric: str, one: Comparison | None) -> tuple[str, ...]:

@@ -34,13 +34,19 @@ def percent_text(percent: float | None, acceleration: Acceleration) -> str:
 
     Of a given target the baseline may miss it, and then there is no mean.
     """
-    compared, reached = acceleration.seeds_compared, acceleration.seeds_reached
-    if compared:
-        text, of = ("" if percent is None else f"{percent:+.0f} %"), compared
-    else:
-        text, of = ("the baseline never" if reached else "not reached"), reached
-    count = len(acceleration.reached)
-    return f"{text} ({of} of {count} seeds)" if text and 0 < of < count else text
+    count, reached = len(acceleration.reached), acceleration.seeds_reached
+    if not reached:
+        return "not reached"
+    if not acceleration.seeds_compared:
+        return f"the baseline never{part_text(reached, count)}"
+    if percent is None:  # of seconds, which are not known
+        return ""
+    return f"{percent:+.0f} %{part_text(acceleration.seeds_compared, count)}"
+
+
+def part_text(part: int, count: int) -> str:
+    """Write of how many seeds something is, where these are not all."""
+    return "" if part == count else f" ({part} of {count} seeds)"
 
 
 def by_seed_text(metric: str, differences: Sequence[float]) -> str:

@@ -306,6 +306,8 @@ def test_runs_are_a_small_study(tmp_path: Path) -> None:
         ],
     ]
     assert "study.yaml" not in words(html)
+    part = rows(page(*folders[:3]))
+    assert [row[0] for row in part[1:]] == ["maml", "maml+gradient-sharing (1 of 2 seeds)"]
 
 
 def test_one_variant_is_compared_with_its_first_setting(tmp_path: Path) -> None:

@@ -181,13 +181,14 @@ class StudyResult:
         """
         if not self.tuned:
             return ()
-        apart = list({repr(each): each for each in map(self.apart, self.rows)}.values())
-        whole = [one for one in apart if not any(_holds(other, one) for other in apart)]
+        every = list({repr(each): each for each in map(self.apart, self.rows)}.values())
         groups = []
-        for each in whole:
+        for each in every:
+            if any(each.items() < other.items() for other in every):
+                continue  # of a variant that stands in the groups of the others
             group: dict[str, list[Row]] = {}
             for row in self.rows:
-                if (own := self.apart(row)) == each or _holds(each, own):
+                if self.apart(row).items() <= each.items():
                     group.setdefault(row.variant, []).append(row)
             groups.append(tuple(map(self.best_validated, group.values())))
         return tuple(groups)
@@ -257,13 +258,6 @@ def _is_at(one: Row | Cell, row: Row) -> bool:
     common = one.setting.keys() & row.setting.keys()
     tasks = [path for path in one.setting.keys() ^ row.setting.keys() if not is_own(path)]
     return not tasks and all(one.setting[path] == row.setting[path] for path in common)
-
-
-def _holds(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether a setting has all of another and more."""
-    return len(one) > len(other) and all(
-        path in one and one[path] == value for path, value in other.items()
-    )
 
 
 def _same_tests(one: RunResult, other: RunResult) -> bool:

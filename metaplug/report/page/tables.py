@@ -9,7 +9,7 @@ from metaplug.experiments.study.acceleration import Acceleration
 from metaplug.experiments.study.cells import setting_text
 from metaplug.experiments.study.results import Row, StudyResult, paired
 from metaplug.experiments.study.tuned import Comparison, comparisons
-from metaplug.report.comparing import MOST_SEEDS, by_seed_text, p_text, percent_text
+from metaplug.report.comparing import MOST_SEEDS, by_seed_text, p_text, part_text, percent_text
 from metaplug.report.page.chosen import compared, flat, reference_of
 from metaplug.report.page.findings import told
 from metaplug.report.page.material import Material
@@ -150,7 +150,7 @@ def _cells(material: Material, row: Row, over: Row | None, *, is_reference: bool
     """A row in words, compared with another where there is one."""
     result = material.result
     texts = {
-        VARIANT: row.variant,
+        VARIANT: f"{row.variant}{part_text(len(row.seeds), len(result.study.seeds))}",
         SETTING: setting_words(row),
         TEST: value_text(result.metric, row.test.mean, row.test.interval),
         SEEDS: _by_seed(result.metric, row),
@@ -169,7 +169,8 @@ def _cells(material: Material, row: Row, over: Row | None, *, is_reference: bool
         if any(point and point.seconds for point in (*faster.baseline, *faster.reached)):
             texts[BY_SECONDS] = _percent(faster.mean_percent_of_seconds, faster)
     is_told = difference is not None and told(difference) != 0
-    return Cells(Key(row.variant, material.look_of(row.variant)), texts, is_told, is_reference)
+    key = Key(texts[VARIANT], material.look_of(row.variant))
+    return Cells(key, texts, is_told, is_reference)
 
 
 def setting_words(row: Row) -> str:
