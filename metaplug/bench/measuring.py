@@ -83,6 +83,9 @@ def run(
 ) -> list[Row]:
     """Measure every contestant on every workload, interleaved, `repeats` times each.
 
+    Before each step that is timed a contestant makes one that is not: in training, too, a step
+    follows one of its own, whose memory and code are still in the processor's caches.
+
     Args:
         plugins: one more contestant for each.
         only: names of contestants, the others are left out; empty for all.
@@ -182,6 +185,7 @@ def _measure(
     for repeat in range(repeats):  # back and forth, so a drift of the machine meets all alike
         for name in list(ready) if repeat % 2 else reversed(ready):
             with _hushed(made[name]):
+                ready[name].step()
                 times[name].append(meter.timed(ready[name].step))
     least = limit(workload, speed.or_better(measure_speed(meter)), meter.device)
     rows = []

@@ -260,6 +260,32 @@ class Fixed(Meter):
         return 4.0
 
 
+@pytest.mark.usefixtures("known_speed")
+def test_a_timed_step_follows_one_of_its_own_kind(monkeypatch):
+    """After another contestant's step the caches hold what is that one's."""
+    begun, timed = [], []
+
+    def made(name):
+        def prepare(*_):
+            return measuring.Prepared(step=lambda: begun.append(name), gradient=dict)
+
+        return Contestant(prepare, same_algorithm=False)
+
+    class Noting(Fixed):
+        def timed(self, work):
+            timed.append(len(begun))
+            return super().timed(work)
+
+    kinds = {name: made(name) for name in ("one", "another", "a third")}
+    monkeypatch.setattr(measuring, "contestants", lambda *_, **__: kinds)
+    run(["sinusoid-25x1"], [], repeats=4, memory=False, meter=Noting())
+    assert len(timed) == 4 * 3
+    assert all(begun[place] == begun[place - 1] for place in timed)
+    assert {name: sum(begun[place] == name for place in timed) for name in kinds} == dict.fromkeys(
+        kinds, 4
+    )
+
+
 def test_all_that_is_measured_goes_through_the_meter():
     meter, names = Fixed(), ["plain torch loop", "metaplug, vectorized"]
     loop, ours = run(["sinusoid-25x1"], [], repeats=2, memory=True, only=names, meter=meter)
