@@ -18,7 +18,7 @@ from metaplug.contract.hookspecs import KINDS
 from metaplug.contract.inner_step import LOGGED
 from metaplug.contract.link import Link
 from metaplug.contract.plugin import Plugin
-from metaplug.contract.plugin_checks import check_plugin
+from metaplug.contract.plugin_checks import check_plugin, check_registered
 from metaplug.contract.return_checks import CHECKS
 from metaplug.contract.schedule import iteration_text
 from metaplug.contract.task_batch import TaskBatch
@@ -139,6 +139,7 @@ class Chain:
                 if plugin in setups:
                     setups[plugin].call({"context": context})
                 answer = link.call({"context": context}) or {} if link is not None else {}
+            check_registered(plugin)
             if link is None:
                 continue
             fault = CHECKS["task_parameters"](plugin, answer, {"context": context})
@@ -147,6 +148,12 @@ class Chain:
             own = {f"{plugin.name}.{name}": start for name, start in answer.items()}
             starts, context = starts | own, _with_task_parameters(context, own)
         return starts
+
+    def begin(self, *, training: bool) -> None:
+        """Set the mode of every plugin, and so of layers within it, such as dropout."""
+        for plugin in self.plugins:
+            if plugin.training is not training:
+                plugin.train(training)
 
     def commit(
         self, kept: Mapping[str, Mapping[str, Tensor]], iteration: int | None = None

@@ -86,7 +86,9 @@ def task_parameters(context: Context) -> Mapping[str, Tensor] | None:
 
     They appear everywhere as PLUGIN.NAME, (T, *shape), and reach the model by your
     `transform_parameters`. An nn.Parameter of yours, under its own name, is a start that is
-    meta-learned; a plain tensor is a constant one. Called after your `setup`.
+    meta-learned; a plain tensor is a constant one. Called after your `setup`. Of other plugins'
+    variables `context` has those of plugins earlier in the list: one with a value for everything
+    that adapts, such as a velocity, stands after them.
     """
 
 
@@ -185,7 +187,9 @@ def compute_meta_gradients(
     """Replace differentiation through the loop. Answer by the names of `meta_parameters`.
 
     Those are the model's, and PLUGIN.NAME for a plugin's, of which none is left out. `outer_loss`
-    () carries the graph of the loop, for what is still to be differentiated.
+    () carries the graph of the loop, for what is still to be differentiated. A rule over the
+    gradients of single tasks differentiates `outcome.outer_losses` (T,), of which it is the mean:
+    other plugins' outer losses are in them, which `outcome.query_losses` lack.
     """
 
 

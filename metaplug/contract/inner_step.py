@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, overload
 
+import torch
 from torch import Tensor
 
+from metaplug.contract.inputs import Inputs
 from metaplug.contract.plugin import Plugin
 from metaplug.contract.task_groups import by_size, check_part
 from metaplug.contract.task_sizes import Part, TaskSize
@@ -80,6 +82,7 @@ class InnerStep:
     support_targets: Tensor | None = None
     second_order: bool = False
     passes: Passes | None = None
+    support_inputs: Inputs = None
 
     @property
     def slot(self) -> int:
@@ -100,6 +103,20 @@ class InnerStep:
     def predictions(self) -> Tensor:
         """(T, n_support, *output) of the support pass; logits in classification."""
         return self._of_forward("predictions", self.support_predictions)
+
+    @property
+    def inputs(self) -> Inputs:
+        """(T, n_support, *input) of the support set, or several by name or place, as tasks have it.
+
+        Where tasks differ in size, zeros follow the examples that `sizes` counts. A start that
+        `initialize_parameters` gives may depend on them, as of a task encoder.
+        """
+        if self.support_inputs is None:
+            raise RequestError(
+                f"plugin '{self._owner.name}' asks for inputs where there is no batch, as in "
+                "derivative_order: ask in a hook of the inner loop that has parameters"
+            )
+        return self.support_inputs
 
     @property
     def targets(self) -> Tensor:
@@ -243,19 +260,40 @@ class InnerStep:
         return mean if self.share is None else self.share.mean(mean)
 
     def keep(self, name: str, tensor: Tensor) -> None:
-        """Hand over a statistic, detached; `commit` receives it by this name after the meta-update.
+        """Hand over a statistic; `commit` receives a copy, detached, after the meta-update.
 
-        Across ranks it receives the mean weighted by their tasks: keep a mean over tasks, a float.
+        Keep a mean over tasks, of a floating dtype. Where a batch is computed in parts, by
+        `chunk_size` or on several ranks, `commit` receives the mean of theirs, weighted by their
+        tasks: a sum, a count or a value for each task would become another one.
+
+        Raises:
+            RequestError: it is no tensor of a floating dtype.
         """
-        self.statistics.setdefault(self._owner.name, {})[name] = tensor.detach()
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise RequestError(
+                f"plugin '{self._owner.name}' keeps '{name}', {_form(tensor)}: keep a mean over "
+                "tasks, a tensor of a floating dtype, such as step.task_mean(x)"
+            )
+        self.statistics.setdefault(self._owner.name, {})[name] = tensor.detach().clone()
 
-    def log(self, name: str, value: Tensor) -> None:
+    def log(self, name: str, value: Tensor | float) -> None:
         """Log the mean of a value after the meta-update, as PLUGIN.NAME; at evaluation not.
 
         Args:
             name: of the figure. Of what a meta-iteration logs by one name, the last counts.
-            value: of any shape; across ranks their mean is logged.
+            value: of any shape and dtype, or a number; across ranks their mean is logged.
+
+        Raises:
+            RequestError: it is no number.
         """
+        if not isinstance(value, Tensor | float | int):
+            raise RequestError(
+                f"plugin '{self._owner.name}' logs '{name}', {_form(value)}: log a tensor or a "
+                "number"
+            )
+        value = torch.as_tensor(value)
+        if not value.is_floating_point():
+            value = value.to(torch.get_default_dtype())
         self.keep(LOGGED + name, value.mean())
 
     def seen_by(self, owner: Plugin) -> InnerStep:
@@ -284,3 +322,8 @@ class InnerStep:
                 "as in derivative_order: call it in a hook of the inner loop that has parameters"
             )
         return self.passes
+
+
+def _form(value: object) -> str:
+    """What a value is, for an error."""
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

@@ -23,7 +23,8 @@ class Outcome:
         initial_parameters: what every task started from, (T, *shape) each.
         adapted_parameters: the fast weights after the last update, (T, *shape) each, all of them.
         support_losses: K tensors (T,), before `transform_inner_losses`; the k-th before update k.
-        query_losses: those that count, (T,) each, by the number of updates before (1 … K, or 0).
+        query_losses: those that count, (T,) each, by the number of updates before (1 … K, or 0);
+            without their weights, and before `transform_outer_losses`.
         query_predictions: (T, n_query, *output) of the last query pass, detached.
         query_parameters: of the last query pass, after `transform_parameters`.
         statistics: what plugins kept, by plugin and name.
@@ -34,6 +35,8 @@ class Outcome:
         derivative_orders: of the K steps; empty at evaluation.
         last: the last step, which `forward` and `objective` go by.
         again: computes the outer loss anew, for `outer_loss`.
+        outer_losses: (T,), after `transform_outer_losses` of all plugins: the outer loss is their
+            mean. For `compute_meta_gradients`; None before, and at evaluation.
 
     Example, in a hook of the outer loop of a model that is one linear layer:
 
@@ -60,6 +63,7 @@ class Outcome:
     derivative_orders: tuple[int, ...] = ()
     last: InnerStep | None = None
     again: Callable[[Parameters], Tensor] | None = None
+    outer_losses: Tensor | None = None
 
     def forward(
         self, parameters: Parameters, part: Part = "query", *, index: int | None = None
@@ -160,7 +164,7 @@ class Outcome:
         """Hand over a statistic, as `InnerStep.keep` does."""
         self._step.keep(name, tensor)
 
-    def log(self, name: str, value: Tensor) -> None:
+    def log(self, name: str, value: Tensor | float) -> None:
         """Log the mean of a value after the meta-update, as `InnerStep.log` does."""
         self._step.log(name, value)
 

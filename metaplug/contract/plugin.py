@@ -101,6 +101,11 @@ class Plugin(nn.Module):
                 f"{cls.__name__}.Config is no subclass of metaplug.PluginConfig, so that settings "
                 "would go unchecked: write class Config(PluginConfig)"
             )
+        if "name" in config.model_fields:
+            raise TypeError(
+                f"{cls.__name__}.Config has the field 'name', which is that of the instance in a "
+                "chain, so that it would never be set: call it otherwise, such as 'layer'"
+            )
         if config.model_config.get("extra") != "forbid" or not config.model_config.get("frozen"):
             raise TypeError(
                 f"{cls.__name__}.Config lets unknown fields pass, or its fields be changed, which "

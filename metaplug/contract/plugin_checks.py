@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
+from torch import nn
 
 from metaplug.contract import hookspecs
 from metaplug.contract.hookspecs import KINDS
@@ -89,6 +90,37 @@ def check_plugin(plugin: type[Plugin], name: str) -> None:
             f"plugin '{name}': its Config cannot be made ({str(error).splitlines()[0]}): "
             "import there, when the module runs, what its fields are annotated with"
         ) from None
+
+
+def check_registered(plugin: Plugin) -> None:
+    """Refuse parameters in a container of Python's, where no optimizer or checkpoint finds them."""
+    own = {id(parameter) for parameter in plugin.parameters()}
+    for attribute, value in vars(plugin).items():
+        held = value.values() if isinstance(value, dict) else value
+        if not isinstance(value, list | tuple | dict) or attribute in _TORCHS_OWN:
+            continue
+        found = [
+            parameter
+            for each in held
+            for parameter in _parameters_of(each)
+            if parameter.requires_grad and id(parameter) not in own
+        ]
+        if found:
+            raise RequestError(
+                f"plugin '{plugin.name}' has parameters in the {type(value).__name__} "
+                f"'{attribute}', where nothing would train or save them: make it an "
+                "nn.ParameterList, nn.ParameterDict or nn.ModuleList, or call "
+                "requires_grad_(False) on what shall not learn"
+            )
+
+
+def _parameters_of(value: object) -> list[nn.Parameter]:
+    if isinstance(value, nn.Module):
+        return list(value.parameters())
+    return [value] if isinstance(value, nn.Parameter) else []
+
+
+_TORCHS_OWN = frozenset(vars(nn.Module()))
 
 
 def _check_arguments(where: str, hook: str, function: Callable[..., Any], *, owned: bool) -> None:

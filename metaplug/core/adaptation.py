@@ -80,6 +80,7 @@ def adapt(
         torch.Size([3, 2, 2])
     """
     loop.functional.begin(training)
+    loop.chain.begin(training=training)
     # Meta-gradients are taken outside: who asks for them records, from before the loop on.
     kept = nullcontext() if loop.features is None else loop.features.batch()
     with nullcontext() if training else recording(), loop.functional.unwritten(), kept:
@@ -97,6 +98,7 @@ def adapt(
             training,
             share=share,
             sizes=batch.sizes,
+            support_inputs=batch.support_x,
             support_targets=targets_of(batch, "support"),
         )
         try:

@@ -22,6 +22,7 @@ from metaplug.contract.return_checks import form
 from metaplug.contract.schedule import iteration_text
 from metaplug.contract.task_batch import TaskBatch
 from metaplug.core.adaptation import adapt
+from metaplug.core.autograd_graph import graph_leaves
 from metaplug.core.inner_loop import InnerLoop
 from metaplug.core.inner_update import NO_DERIVATIVE
 from metaplug.errors import RequestError, RunError, did_you_mean, quoted
@@ -69,6 +70,7 @@ class OuterLoop:
 
     def __init__(self, model: nn.Module, chain: Chain, inner: InnerLoop) -> None:
         self.chain, self.inner = chain, inner
+        self._knows_its_leaves = False
         self.meta_parameters: dict[str, nn.Parameter] = {
             name: parameter
             for name, parameter in model.named_parameters()
@@ -107,16 +109,18 @@ class OuterLoop:
             share: the part that these tasks are of those of all ranks.
         """
         known: dict[str, Any] = {"orders": orders, "share": share}
-        outcome, outer_loss = self._outer_loss(batch, iteration, total, weights, **known)
+        outcome, losses = self._outer_losses(batch, iteration, total, weights, **known)
+        outer_loss = losses.mean()
+        self._refuse_unregistered(outer_loss)
 
         shared = outcome.model_parameters  # the outcome itself would hold on to itself
 
         def again(parameters: Mapping[str, Tensor]) -> Tensor:
             _check_parameters(parameters, shared)
             given = {**known, "parameters": parameters}
-            return self._outer_loss(batch, iteration, total, weights, **given)[1]
+            return self._outer_losses(batch, iteration, total, weights, **given)[1].mean()
 
-        outcome = replace(outcome, again=again)
+        outcome = replace(outcome, again=again, outer_losses=losses)
         replaced = self.chain.choose(
             "compute_meta_gradients",
             None,
@@ -154,7 +158,23 @@ class OuterLoop:
             gradients, outer_loss.detach(), torch.stack(on_the_way), outcome.statistics, outcome
         )
 
-    def _outer_loss(
+    def _refuse_unregistered(self, outer_loss: Tensor) -> None:
+        """Refuse, once, parameters that the outer loss depends on and that nothing would train."""
+        if self._knows_its_leaves:
+            return
+        known = {id(parameter) for parameter in self.meta_parameters.values()}
+        leaves = [leaf for leaf in graph_leaves(outer_loss) if isinstance(leaf, nn.Parameter)]
+        if others := [leaf for leaf in leaves if id(leaf) not in known]:
+            forms = ", ".join(str(tuple(leaf.shape)) for leaf in others)
+            raise RequestError(
+                "the outer loss depends on parameters that neither the model nor a plugin has as "
+                f"its own (of shape {forms}), so that nothing would train them: make them in a "
+                "plugin's setup, as attributes or in an nn.ParameterList, not in a Python list; or "
+                "call requires_grad_(False) on them"
+            )
+        self._knows_its_leaves = True
+
+    def _outer_losses(
         self,
         batch: TaskBatch,
         iteration: int,
@@ -162,7 +182,7 @@ class OuterLoop:
         weights: Mapping[int, float | Tensor],
         **options: Any,
     ) -> tuple[Outcome, Tensor]:
-        """Adapt the tasks, and return how, with the mean of their outer losses ()."""
+        """Adapt the tasks, and return how, with their outer losses (T,)."""
         outcome = adapt(
             self.inner,
             batch,
@@ -180,7 +200,7 @@ class OuterLoop:
             outcome=outcome,
             iteration=iteration,
         )
-        return outcome, losses.mean()
+        return outcome, losses
 
     def _differentiate(self, outer_loss: Tensor) -> dict[str, Tensor]:
         if not outer_loss.requires_grad:

@@ -9,29 +9,19 @@ from torch import Tensor
 
 from metaplug.contract.inner_step import LOGGED
 from metaplug.core.outer_loop import MetaGradients, largest
-from metaplug.errors import RunError, quoted
 from metaplug.execution.ranks import Share
 
 
 def over_ranks(
     found: MetaGradients, share: Share, meta_parameters: Mapping[str, Tensor]
 ) -> MetaGradients:
-    """Return the same over the tasks of all ranks. A gradient missing on a rank counts as zero.
-
-    Raises:
-        RunError: plugins keep whole numbers, which have no mean.
-    """
+    """Return the same over the tasks of all ranks. A gradient missing on a rank counts as zero."""
     kept = {
         (plugin, name): tensor
         for plugin, tensors in found.statistics.items()
         for name, tensor in tensors.items()
     }
     named = {f"{plugin}.{name}": tensor for (plugin, name), tensor in kept.items()}
-    if whole := [name for name, tensor in named.items() if not tensor.is_floating_point()]:
-        raise RunError(
-            f"plugins keep {quoted(whole)} as whole numbers, which have no mean over ranks: "
-            "keep floating-point tensors"
-        )
     form = ", ".join(
         f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in named.items()
     )

@@ -29,6 +29,7 @@ _FIELDS: dict[type, tuple[str, ...]] = {
         "initial_parameters",
         "support_losses",
         "support_predictions",
+        "support_inputs",
         "support_targets",
         "statistics",
     ),
@@ -50,6 +51,7 @@ _FIELDS: dict[type, tuple[str, ...]] = {
 _SHOWN = {
     "support_losses": "losses",
     "support_predictions": "predictions",
+    "support_inputs": "inputs",
     "support_targets": "targets",
 }
 """What a step calls these fields."""

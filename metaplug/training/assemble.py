@@ -138,10 +138,20 @@ def _set_up(
 
 
 def _refuse_clashes(model: nn.Module, chain: Chain, variables: Mapping[str, Tensor]) -> None:
-    """Refuse a plugin's parameter that would stand under the name of one of the model's.
+    """Refuse a plugin's parameter that is another's, or would stand under the name of the model's.
 
     Meta-gradients and fast weights are found by name, so one would take the place of the other.
     """
+    owners = {id(each): "the model" for each in model.parameters()}
+    for plugin in chain.plugins:
+        for name, each in plugin.named_parameters():
+            if id(each) in owners:
+                raise RequestError(
+                    f"plugin '{plugin.name}' has the parameter '{name}', which is one of "
+                    f"{owners[id(each)]}, so that it would be updated twice: read the model's in "
+                    "step.parameters, and give every plugin parameters of its own"
+                )
+        owners |= {id(each): f"plugin '{plugin.name}'" for each in plugin.parameters()}
     taken = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     owned = [
         (plugin, f"{plugin.name}.{name}")

@@ -63,6 +63,7 @@ def cleared(tensor):
 
 
 OF_A_STEP = {
+    "inputs": lambda step: step.inputs,
     "targets": lambda step: step.targets,
     "losses": lambda step: step.losses,
     "predictions": lambda step: step.predictions,
