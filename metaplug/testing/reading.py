@@ -101,7 +101,8 @@ def unequal_sizes(subject: Subject) -> None:
         raise BreachError(
             f"{text} at evaluation, alone and beside a task of more examples: {advice}"
         )
-    if _unlike_mean(learner, joined, small, alike):
+    coupled = learner.chain.plugins[0].couples_tasks  # by values, perhaps, that are large alone
+    if coupled or _unlike_mean(learner, joined, small, alike):
         return
     text = _unlike_mean(learner, joined, small, large)
     # What makes tasks anew runs here as well, but may draw other numbers for another size.

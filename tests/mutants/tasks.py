@@ -51,6 +51,26 @@ class SharesUndeclared(Plugin):
         )
 
 
+class CountsTasks(Plugin):
+    """Keeps a sum over tasks, where parts of a batch would be averaged."""
+
+    caught_by = "tasks-apart"
+    says = "keep a mean over tasks, which is the mean of its parts, no sum and no count"
+
+    @hookimpl
+    def setup(self, context):
+        self.register_buffer("seen", torch.ones((), **context.factory_kwargs))
+
+    @hookimpl
+    def transform_inner_losses(self, losses, step):
+        step.keep("seen", losses.new_full((), len(losses)))
+        return losses / self.seen
+
+    @hookimpl
+    def commit(self, kept):
+        self.seen.add_(kept["seen"])
+
+
 class NormalisesOverTasks(Plugin):
     """A norm over axis 0 that should have been over the weights of each task."""
 
