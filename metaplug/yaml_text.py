@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,19 @@ _MOST_NODES, _MOST_DEPTH, _MOST_BITS = 100_000, 50, 64
 """Of the values in a text, each alias counted as what it stands for; of nesting; of integers."""
 _TAG = "tag:yaml.org,2002:"
 _PLAIN = {"null", "bool", "int", "float", "str", "seq", "map", "merge"}
+POWER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+"""A number that YAML 1.1 takes for text, as it lacks a point or a sign: 1e-2, 1.5e3."""
+
+
+def number_of(given: Any) -> Any:
+    """A number where a text is one, such as 1e-2, which YAML 1.1 takes for text; in lists, too.
+
+    >>> number_of(["1e-2", 1, "sgd"])
+    [0.01, 1, 'sgd']
+    """
+    if isinstance(given, list | tuple):
+        return [number_of(each) for each in given]
+    return float(given) if isinstance(given, str) and POWER.match(given) else given
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

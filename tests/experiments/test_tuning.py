@@ -369,6 +369,34 @@ def test_a_trial_that_was_begun_elsewhere_keeps_its_values(tmp_path: Path) -> No
     )
 
 
+@pytest.mark.parametrize(
+    ("path", "given", "kept"),
+    [
+        ("learner.inner_lr", ["1e-3", "1.5e-2"], (0.001, 0.015)),
+        ("learner.inner_lr", ["0.01", 0, 1e-3], (0.01, 0.0, 0.001)),
+        ("learner.inner_steps", [1.0, "2"], (1, 2)),
+        ("plugins.gradient-sharing.gate", ["1e-1", 1], (0.1, 1)),
+    ],
+)
+def test_a_stopped_search_over_a_list_goes_on(
+    path: str, given: list[Any], kept: tuple[Any, ...], tmp_path: Path
+) -> None:
+    """Whatever the text of a value, by that which the configuration stores."""
+    fields, folder = [Asked("--search", path, given)], tmp_path / "mine"
+    assert tune(CONFIG, fields, folder, trials=2, stop=stop_after(11)) is None
+    outcome = tune(CONFIG, fields, folder, trials=2)
+    assert outcome is not None
+    assert {repr(trial.values[path]) for trial in outcome.trials} <= {*map(repr, kept)}
+    assert list(outcome.search.values()) == [str(Choices(kept))]
+
+
+def test_two_texts_of_one_value_are_refused(tmp_path: Path) -> None:
+    one = Asked("--search", "learner.inner_lr", ["1e-2", 0.01])
+    with pytest.raises(RequestError) as refused:
+        tune(CONFIG, [one], tmp_path / "mine", trials=2)
+    assert str(refused.value) == f"{one}: '0.01' stands twice: leave one out"
+
+
 # What fails
 
 

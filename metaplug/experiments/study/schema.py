@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,22 +13,12 @@ from metaplug.errors import quoted
 from metaplug.experiments.study.variant_files import with_algorithm
 from metaplug.experiments.variant_texts import parse_variant
 from metaplug.settings import Settings, validated
-from metaplug.yaml_text import read_yaml
+from metaplug.yaml_text import number_of, read_yaml
 
 MOST_CELLS = 10_000
 """Of a study."""
 
-_POWER = re.compile(r"[-+]?\d+[eE][-+]?\d+")
-
-
-def _number(given: Any) -> Any:
-    """A number where a text is one, such as 1e-2, which YAML 1.1 takes for text; in lists, too."""
-    if isinstance(given, list | tuple):
-        return [_number(each) for each in given]
-    return float(given) if isinstance(given, str) and _POWER.fullmatch(given) else given
-
-
-Value = Annotated[Any, BeforeValidator(_number)]
+Value = Annotated[Any, BeforeValidator(number_of)]
 Values = Annotated[tuple[Value, ...], Field(min_length=1, max_length=1000)]
 
 

@@ -17,6 +17,7 @@ from metaplug.experiments.resolving import assign, resolve
 from metaplug.experiments.tuning.ranges import Range, choice_text, read_range
 from metaplug.settings import validated
 from metaplug.tasks.sources import TaskSource
+from metaplug.yaml_text import number_of
 
 Space = Mapping[str, Range]
 """Ranges by the dotted path of the field."""
@@ -69,7 +70,8 @@ def read_space(config: ExperimentConfig, asked: Sequence[Asked]) -> dict[str, Ra
                 raise RequestError(f"{one}: {other} is searched already: leave one out")
             if other.startswith(f"{one.path}."):
                 raise RequestError(f"{one}: {other} in it is searched already: leave one out")
-        space[one.path] = read_range(one.value, _kinds(config, one), str(one))
+        kinds = _kinds(config, one)
+        space[one.path] = read_range(_as_stored(config, one), kinds, str(one))
     return space
 
 
@@ -127,6 +129,17 @@ def _check_searched(one: Asked) -> None:
         is_plugin_field = apart in ("plugins", "preset") and one.path.count(".") >= 2
         if f"{one.path}.".startswith(f"{apart}.") and not is_plugin_field:
             raise RequestError(f"{one}: {why}")
+
+
+def _as_stored(config: ExperimentConfig, one: Asked) -> Any:
+    """The range, with the values of a list as the configuration of a trial has them.
+
+    By these a trial that was begun is found again: 1e-2, a text in YAML, and 1 are 0.01 and 1.0.
+    """
+    if not isinstance(one.value, list):
+        return one.value
+    found = [changed(config, {one.path: value}, str(one)) for value in number_of(one.value)]
+    return [value_at(each, one.path) for each in found]
 
 
 def _kinds(config: ExperimentConfig, one: Asked) -> frozenset[type] | None:
