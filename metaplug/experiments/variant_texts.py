@@ -11,7 +11,7 @@ from metaplug.contract import registry
 from metaplug.contract.logger import LoggerUse
 from metaplug.contract.presets import PluginUse
 from metaplug.errors import RequestError, did_you_mean, one_line
-from metaplug.yaml_text import StrictLoader
+from metaplug.yaml_text import POWER, StrictLoader
 
 _COMMA = r",(?![^\[]*\])"
 """A comma between settings, not one inside a [list]."""
@@ -84,6 +84,13 @@ def _setting(kind: str, name: str, pair: str) -> tuple[str, Any]:
     return field, read_scalar(value)
 
 
+class _Loader(StrictLoader):
+    """YAML in which 1e-3 is a number, as people mean who write it on a command line."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", POWER, [*"-+.0123456789"])
+
+
 def read_scalar(text: str) -> Any:
     """Read a value as YAML: a number, true or false, null, a [list], a {map}, else text.
 
@@ -91,7 +98,7 @@ def read_scalar(text: str) -> Any:
     (0.001, [1, 'two'], None)
     """
     try:
-        return yaml.load(text, Loader=StrictLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         reason = one_line(error)
         if isinstance(error, yaml.MarkedYAMLError):

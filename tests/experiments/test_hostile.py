@@ -951,6 +951,21 @@ def test_values_on_the_command_line_are_as_strict(text, reason):
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001),
+        ("1.5e3", 1500.0),
+        ("[-2E+1, .5e1]", [-20.0, 5.0]),
+        ("'1e-3'", "1e-3"),
+        ("1e-3x", "1e-3x"),
+        ("-e", "-e"),
+    ],
+)
+def test_a_power_of_ten_on_the_command_line_is_a_number(text, value):
+    assert repr(read_scalar(text)) == repr(value)
+
+
 def test_mutated_configurations_and_presets(run, request, tmp_path):
     preset = (
         b"plugins:\n  - plugin: gradient-sharing\n    settings: {gate: 0.3}\n  - "
