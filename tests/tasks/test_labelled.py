@@ -1,17 +1,20 @@
 """Images with labels, as tensors or as a map-style dataset: classes, splits and every refusal."""
 
+from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset, TensorDataset
 
 from metaplug import MetaLearner, RequestError
 from metaplug.models import Mlp
 from metaplug.tasks import Folder, LabelledTasks
+from metaplug.tasks.images.pixels import converted, read_image
 
 CLASSES, COUNT = 12, 6
 
@@ -166,6 +169,46 @@ def test_a_lab_picture_can_be_grey(tmp_path: Path) -> None:
     tasks = Folder(tmp_path, ways=2, shots=1, queries=1, size=None, invert=False)
     assert tasks.input_shape == (1, 1, 2)
     assert tasks.train.classes.images[..., 1].min() >= 250
+
+
+def pictures(data: bytes) -> Iterator[Image.Image]:
+    """An image as a dataset may give it: opened, loaded, or converted already."""
+    yield Image.open(BytesIO(data))
+    (loaded := Image.open(BytesIO(data))).load()
+    yield loaded
+    yield Image.open(BytesIO(data)).convert("RGB")
+
+
+def encoded(form: str, exif: Image.Exif | bytes) -> bytes:
+    """Blocks of grey, 3 x 2 of 8 x 8 pixels, which even a JPEG keeps apart."""
+    image = Image.fromarray(
+        np.kron(40 * np.arange(6, dtype=np.uint8).reshape(2, 3), np.ones((8, 8)))
+    )
+    buffer = BytesIO()
+    image.convert("L").save(buffer, form, exif=exif)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(10))  # of which 1 to 8 are known
+def test_a_photograph_is_read_as_it_is_shown(orientation: int, form: str) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encoded(form, exif)
+    with Image.open(BytesIO(data)) as image:
+        shown = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert shown.shape[:2] == ((24, 16) if orientation in (5, 6, 7, 8) else (16, 24))
+    read = read_image("it", lambda: data, "colour", None)
+    assert np.array_equal(read.transpose(1, 2, 0), shown)
+    for turned in (converted(picture, "colour") for picture in pictures(data)):
+        assert np.array_equal(np.asarray(turned), shown)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")  # from opening it
+def test_a_photograph_with_broken_exif_is_read_as_it_is_stored() -> None:
+    for exif in (b"Exif\0\0", b"Exif\0\0II*\0" + bytes([200] * 9), b"nonsense"):
+        read = read_image("it", lambda exif=exif: encoded("JPEG", exif), "grey", None)
+        assert np.array_equal(read, read_image("it", lambda: encoded("JPEG", b""), "grey", None))
 
 
 @pytest.mark.parametrize("mode", ["I", "I;16", "I;16B", "F"])

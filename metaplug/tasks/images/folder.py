@@ -35,7 +35,7 @@ from metaplug.tasks.splits import (
     read_splits,
 )
 
-_FORMAT = 1
+_FORMAT = 2
 """Of what is kept; counts up with any change to the pixels, or to what is refused."""
 
 

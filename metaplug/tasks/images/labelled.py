@@ -93,8 +93,9 @@ class LabelledTasks(ImageSource):
         Args:
             dataset: labels as integers. Images as tensors or arrays, (height, width) or (channels,
                 height, width), uint8 or float in [0, 1]; or as PIL images, of which those in grey
-                give one channel, others three, on white paper where they are transparent. A
-                `classes` attribute gives the names, as torchvision's datasets have it.
+                give one channel, others three, turned as their EXIF orientation says, on white
+                paper where they are transparent. A `classes` attribute gives the names, as
+                torchvision's datasets have it.
             given: as for LabelledTasks.
 
         Raises:

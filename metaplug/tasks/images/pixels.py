@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from metaplug.errors import RequestError, reason
 
@@ -21,9 +21,22 @@ _MOST_PIXELS = 50_000_000
 _MOST_SCANS = 1000
 """Of a progressive JPEG: cameras write about ten, and each costs the time of the whole image."""
 
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By orientation in EXIF, what brings an image into the position in which it is shown."""
+
 
 def converted(image: Image.Image, mode: Mode | None = None) -> Image.Image:
-    """An image as 8 bits a channel, on white paper where it is transparent.
+    """An image as viewers show it, as 8 bits a channel, on white paper where it is transparent.
+
+    It is turned and mirrored as its EXIF orientation says; one without stays as it is.
 
     Args:
         image: of any of Pillow's modes.
@@ -36,6 +49,7 @@ def converted(image: Image.Image, mode: Mode | None = None) -> Image.Image:
     """
     if image.mode[0] in "IF":
         raise ValueError(f"its mode {image.mode} has more than 8 bits a channel")
+    image = _upright(image)
     if image.mode == "LAB":  # which Pillow converts to RGB only
         image = image.convert("RGB")
     grey = image.mode in ("1", "L", "LA", "La") if mode is None else mode == "grey"
@@ -44,6 +58,19 @@ def converted(image: Image.Image, mode: Mode | None = None) -> Image.Image:
         paper = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(paper, image.convert("RGBA"))
     return image.convert("L" if grey else "RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image in the position in which it is shown; EXIF that is broken says nothing of it."""
+    image.load()  # by which Pillow turns a TIFF itself, and forgets its orientation
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        turn = _TURNS.get(orientation)
+    except Exception:  # on broken EXIF Pillow raises SyntaxError, struct.error and more
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def to_array(image: Image.Image) -> NDArray[np.uint8]:
