@@ -1,6 +1,6 @@
 """Images with labels, as tensors or as a map-style dataset: classes, splits and every refusal."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from torch.utils.data import Dataset, TensorDataset
 
 from metaplug import MetaLearner, RequestError
 from metaplug.models import Mlp
-from metaplug.tasks import Folder, LabelledTasks
+from metaplug.tasks import ArrayTasks, Folder, LabelledTasks
 from metaplug.tasks.images.pixels import converted, read_image
+from metaplug.tasks.sources import ImageSource
 
 CLASSES, COUNT = 12, 6
 
@@ -316,6 +317,64 @@ def test_tensors_that_do_not_fit_each_other_are_refused(
         str(error.value)
         == f"labelled tasks: {text}: give images (N, channels, height, width) and N integer labels"
     )
+
+
+LAST = [
+    ((32, 32, 3), torch.uint8),
+    ((32, 48, 3), torch.uint8),
+    ((28, 28, 1), torch.uint8),
+    ((32, 32, 3), torch.float32),
+    ((28, 28, 1), torch.float32),
+    ((8, 8, 4), torch.float32),
+]
+FIRST = [
+    ((3, 32, 32), torch.uint8),
+    ((3, 3, 3), torch.uint8),
+    ((4, 4, 3), torch.uint8),
+    ((13, 1, 1), torch.uint8),
+    ((64, 8, 3), torch.float32),
+    ((64, 8, 4), torch.float32),
+    ((64, 4, 4), torch.float32),
+    ((64, 1, 1), torch.float32),
+    ((1, 28, 28), torch.float32),
+    ((3, 5, 1), torch.uint8),
+]
+
+
+def sources_of(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable[[], ImageSource]]:
+    """All that take images: tensors, arrays, the items of a dataset, arrays by class."""
+    sizes: Any = {"ways": 2, "shots": 1, "queries": 1}
+    labels = torch.arange(CLASSES).repeat_interleave(2)
+    places = torch.arange(2 * CLASSES).reshape(-1, 1, 1, 1).expand(-1, *shape)
+    x = (places / 32 if dtype.is_floating_point else places).to(dtype)
+    yield lambda: LabelledTasks(x, labels, **sizes)
+    yield lambda: LabelledTasks(x.numpy(), labels.numpy(), **sizes)
+    yield lambda: LabelledTasks.from_dataset(TensorDataset(x, labels), **sizes)
+    by_class = dict(zip(NAMES, x.split(2), strict=True))
+    parts = {
+        split: {name: by_class[name] for name in NAMES[place::3]}
+        for place, split in enumerate(("train", "val", "test"))
+    }
+    yield lambda: ArrayTasks(**parts, **sizes)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), LAST)
+def test_channels_last_are_refused(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for make in sources_of(shape, dtype):
+        with pytest.raises(RequestError) as error:
+            make()
+        assert str(error.value) == (
+            f"class images: images of shape {shape} have their channels last: give (channels, "
+            "height, width), as torch.as_tensor(images).permute(0, 3, 1, 2) has them"
+        )
+
+
+@pytest.mark.parametrize(("shape", "dtype"), FIRST)
+def test_images_that_only_look_like_channels_last_are_taken(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    for make in sources_of(shape, dtype):
+        assert make().input_shape == shape
 
 
 def stream_of_pairs() -> Any:

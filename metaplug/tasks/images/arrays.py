@@ -25,7 +25,7 @@ class ArrayTasks(ImageSource):
 
     Args:
         train, val, test: by class name, (n, channels, height, width); uint8 (255 is 1.0), or
-            float32 in [0, 1]. No name stands in two.
+            float32 in [0, 1]; not with channels last (see ClassImages). No name stands in two.
         ways, shots, queries, seed: as for ImageEpisodes.
         settings: fields of EpisodeOptions.
 

@@ -27,14 +27,16 @@ class ClassImages:
     Attributes:
         names: the C classes, all different.
         images: (N, channels, height, width), class after class; uint8 (255 is 1.0), or float32 in
-            [0, 1].
+            [0, 1]. Channels last are refused where they are certain: the last axis is 1, 3 or 4,
+            both before it are above 4, and the images are uint8 or these two are equal.
         counts: the number of images of each class, in the order of names; their sum is N.
         styles: (N,) int64, a group for each image (its face, its writer) that support and query
             should not share; or None.
         superclasses: the super-class of each class, in the order of names; or None.
 
     Raises:
-        RequestError: the parts do not fit each other, or the images have another dtype or range.
+        RequestError: the parts do not fit each other, or the images have another dtype or range, or
+            their channels last.
     """
 
     names: tuple[str, ...]
@@ -54,6 +56,11 @@ class ClassImages:
                 f"{len(names)} names and {sum(self.counts)} images in {len(self.counts)} counts do "
                 f"not fit images of shape {shape}: give one count a class and images "
                 "(N, channels, height, width)"
+            )
+        if _channels_last(images):
+            return (
+                f"images of shape {shape[1:]} have their channels last: give (channels, height, "
+                "width), as torch.as_tensor(images).permute(0, 3, 1, 2) has them"
             )
         if self.styles is not None and self.styles.shape != shape[:1]:
             return (
@@ -90,6 +97,16 @@ class ClassImages:
         """These classes, with digests that were computed before and kept beside the images."""
         vars(self)["digests"] = tuple(digests)  # where a cached property keeps its value
         return self
+
+
+def _channels_last(images: Tensor) -> bool:
+    """Whether images are (N, height, width, channels), as CIFAR10.data and Pillow's arrays.
+
+    Feature maps of a width of 1, 3 or 4, such as (N, 64, 8, 3) in float32, are none.
+    """
+    _, first, second, last = images.shape
+    is_form = min(first, second) > 4 and last in (1, 3, 4)
+    return is_form and (images.dtype == torch.uint8 or first == second)
 
 
 def allocate(shape: tuple[int, ...], memory_mib: int) -> NDArray[np.uint8]:

@@ -35,7 +35,8 @@ class LabelledTasks(ImageSource):
     """Tasks whose classes are the labels of given images.
 
     Args:
-        images: (N, channels, height, width); uint8 (255 is 1.0), or float32 in [0, 1].
+        images: (N, channels, height, width); uint8 (255 is 1.0), or float32 in [0, 1]. Those with
+            their channels last are refused as far as they are told (see ClassImages).
         labels: (N,) integers.
         names: the name of each label, 0, 1, ...; default: the labels themselves, as text.
         splits: {"train": names, "val": names, "test": names}; default: by `fractions`, in the
