@@ -16,6 +16,7 @@ _MOST_NODES, _MOST_DEPTH, _MOST_BITS = 100_000, 50, 64
 """Of the values in a text, each alias counted as what it stands for; of nesting; of integers."""
 _TAG = "tag:yaml.org,2002:"
 _PLAIN = {"null", "bool", "int", "float", "str", "seq", "map", "merge"}
+_OCTAL = re.compile(r"[-+]?0[0-9_]+")
 POWER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 """A number that YAML 1.1 takes for text, as it lacks a point or a sign: 1e-2, 1.5e3."""
 
@@ -85,7 +86,8 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
 class StrictLoader(yaml.SafeLoader):
     """Safe YAML of plain values under names, of bounded size.
 
-    Refuses a key that stands twice, of which PyYAML takes the last in silence.
+    Refuses a key that stands twice, of which PyYAML takes the last in silence; and 010 and 1:30,
+    which YAML 1.1 reads in base 8 and 60.
     """
 
     _count = _depth = _deepest = 0
@@ -124,6 +126,12 @@ class StrictLoader(yaml.SafeLoader):
                 "to have text",
                 event,
             )
+        if base := _unusual_base(node):
+            raise _refusal(
+                f"'{_short(node)}' is read in base {base}: write the number in base 10, or put it "
+                "in quotes to have text",
+                event,
+            )
         self._sizes[id(node)] = self._count - before, self._deepest - self._depth
         self._deepest = max(self._deepest, above)
         self._depth -= 1
@@ -159,6 +167,16 @@ class StrictLoader(yaml.SafeLoader):
 
 def _refusal(problem: str, at: Any) -> yaml.constructor.ConstructorError:
     return yaml.constructor.ConstructorError(None, None, problem, at.start_mark)
+
+
+def _unusual_base(node: yaml.Node) -> int | None:
+    """The base of a number that its form does not show: 8 for 010, 60 for 1:30."""
+    if not isinstance(node, yaml.ScalarNode) or node.tag not in (f"{_TAG}int", f"{_TAG}float"):
+        return None
+    if ":" in node.value:
+        return 60
+    is_octal = node.tag == f"{_TAG}int" and _OCTAL.fullmatch(node.value)
+    return 8 if is_octal else None
 
 
 def _short(node: yaml.Node) -> str:

@@ -103,5 +103,5 @@ def read_scalar(text: str) -> Any:
         reason = one_line(error)
         if isinstance(error, yaml.MarkedYAMLError):
             what = one_line(error.problem or error.context)
-            reason = f"{what}; put it in quotes to have text"
+            reason = what if "in quotes" in what else f"{what}; put it in quotes to have text"
         raise RequestError(f"'{text}' cannot be read as a value: {reason}") from None

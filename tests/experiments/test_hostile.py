@@ -808,6 +808,9 @@ MERGES = "a: &a {k: 1}\n" + "".join(
     f"{b}: &{b} {{<<: [*{a}, *{a}, *{a}, *{a}]}}\n"
     for a, b in zip("abcdefghijkl", "bcdefghijklm", strict=True)
 )
+IN_BASE = "'{}' is read in base {}: write the number in base 10, or put it in quotes to have text"
+OCTAL = ["010", "-010", "+07", "00"]
+SEXAGESIMAL = ["1:30", "-1:30", "12:30:45", "1:30.5"]
 TOO_MUCH = "its aliases stand for more than 100000 values, or nest more than 50 deep"
 
 
@@ -841,6 +844,9 @@ TOO_MUCH = "its aliases stand for more than 100000 values, or nest more than 50 
             "'[...]' is read as a python/object/apply:os.system, which no setting is: put it "
             "in quotes to have text",
         ),
+        *((f"seed: {text}", ", line 1", IN_BASE.format(text, 8)) for text in OCTAL),
+        *((f"seed: {text}", ", line 1", IN_BASE.format(text, 60)) for text in SEXAGESIMAL),
+        ("a: 1\nb: [1, {c: 0_7}]", ", line 2", IN_BASE.format("0_7", 8)),
         ("seed: 0b_", ", line 1", "'0b_' cannot be read as int; in quotes it is text"),
         (
             "x: 1\nseed: " + "9" * 5000,
@@ -932,10 +938,12 @@ def test_the_longest_configuration_is_read_or_refused_in_bounded_time(tmp_path):
         (
             "2001-99-99",
             "'2001-99-99' is read as a timestamp, which no setting is: put it in quotes to "
-            "have text; put it in quotes to have text",
+            "have text",
         ),
+        *((text, IN_BASE.format(text, 8)) for text in OCTAL),
+        *((text, IN_BASE.format(text, 60)) for text in SEXAGESIMAL),
         ("[" * 60, "nested more than 50 deep; put it in quotes to have text"),
-        ("0b_", "'0b_' cannot be read as int; in quotes it is text; put it in quotes to have text"),
+        ("0b_", "'0b_' cannot be read as int; in quotes it is text"),
     ],
 )
 def test_values_on_the_command_line_are_as_strict(text, reason):
@@ -949,6 +957,26 @@ def test_values_on_the_command_line_are_as_strict(text, reason):
         ),
         RequestError,
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0", 0),
+        ("-0", 0),
+        ("0.10", 0.1),
+        ("00.5", 0.5),
+        ("0x10", 16),
+        ("0b11", 3),
+        ("1_000", 1000),
+        ("'010'", "010"),
+        ("'1:30'", "1:30"),
+        ("my_models:make", "my_models:make"),
+        ("cuda:0", "cuda:0"),
+    ],
+)
+def test_numbers_whose_base_is_plain_are_read(text, value):
+    assert repr(read_scalar(text)) == repr(value)
 
 
 @pytest.mark.parametrize(
