@@ -149,6 +149,13 @@ def write_zip(path: Path) -> None:
             archive.writestr(f"g/{image}.png", png(80 + image))
 
 
+def write_class(path: Path) -> Path:
+    path.mkdir()
+    for image in range(3):
+        (path / f"{image}.png").write_bytes(png(90 + image))
+    return path
+
+
 CHANGES: dict[str, Callable[[Path], object]] = {
     "content": lambda root: (root / "x" / "a" / "0.png").write_bytes(png(99)),
     "content alone": lambda root: rewrite(root / "x" / "a" / "0.png", png(99)),
@@ -157,6 +164,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "a name": lambda root: (root / "x" / "a" / "0.png").rename(root / "x" / "a" / "9.png"),
     "a class": lambda root: (root / "x" / "a").rename(root / "x" / "h"),
     "a zip": lambda root: write_zip(root / "more.zip"),
+    "a link": lambda root: (root / "x" / "far").symlink_to(write_class(root.parent / "elsewhere")),
     "splits": lambda root: (root / "splits.json").write_text(
         '{"train": ["z"], "val": ["y"], "test": ["x"]}'
     ),

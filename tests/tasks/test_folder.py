@@ -98,6 +98,53 @@ def test_hidden_and_other_files_are_passed_over(tmp_path: Path) -> None:
     assert names(Folder(tmp_path, **SIZES))[0] == ["a", "b"]
 
 
+def test_links_to_folders_elsewhere_are_followed(tmp_path: Path) -> None:
+    pool = write(tmp_path / "pool", ["a", "b", "cc/c", "cc/d", "e", "f"])
+    (pool / "cc" / "back").symlink_to(tmp_path)  # around the root
+    (pool / "cc" / ".hidden").symlink_to(pool / "a")
+    root = tmp_path / "root"
+    for split, linked in {"train": "ab", "test": "ef"}.items():
+        (root / split).mkdir(parents=True)
+        for name in linked:
+            (root / split / name).symlink_to(pool / name)
+    (root / "val").symlink_to(Path("../pool/cc"))
+    (root / "train" / "again").symlink_to("../test")
+    (root / "train" / "circle").symlink_to(root)
+    (tmp_path / "link").symlink_to(root)
+    for path in (root, tmp_path / "link"):
+        source = Folder(path, **SIZES, invert=False)
+        assert names(source) == [["a", "b"], ["c", "d"], ["e", "f"]]
+        assert source.test.classes.images[:, 0, 0, 0].tolist() == [40, 41, 50, 51]
+
+
+def test_two_links_to_one_folder_are_refused(tmp_path: Path) -> None:
+    pool = write(tmp_path / "pool", ["a", "b"])
+    root = write(tmp_path / "root", "cdefgh")
+    for name in ("first", "second"):
+        (root / name).symlink_to(pool)
+    text = message_of(lambda: Folder(root, **SIZES))
+    first, second = sorted((f"{root}/first", f"{root}/second"), key=text.find)
+    assert text == (
+        f"the folders {first} and {second} are one by links, whose images would count twice: "
+        "remove a link"
+    )
+    (root / "second").unlink()
+    (pool / "a" / "deeper").symlink_to(tmp_path / "other")
+    (write(tmp_path / "other", "x") / "back").symlink_to(pool / "a")
+    assert "are one by links" in message_of(lambda: Folder(root, **SIZES))
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "abcdefghij")
+    (tmp_path / ".hidden").symlink_to(tmp_path / "none")
+    Folder(tmp_path, **SIZES, fractions=(0.6, 0.2, 0.2))
+    (tmp_path / "unmounted").symlink_to(tmp_path / "none")
+    assert message_of(lambda: Folder(tmp_path, **SIZES)) == (
+        f"'{tmp_path / 'unmounted'}' is a link to nothing, behind which a class may have stood: "
+        "mend it, or remove it"
+    )
+
+
 def test_the_root_of_a_zip_is_the_folder_around_everything(tmp_path: Path) -> None:
     members = [
         f"set/{split}/{split}{letter}/{i}.png"

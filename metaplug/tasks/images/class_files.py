@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import zipfile
 import zlib
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from metaplug.errors import RequestError, one_line, reason
+from metaplug.tasks.images.walking import walk
 from metaplug.tasks.reading import UNPRINTABLE, read_regular
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -71,7 +71,8 @@ def find_classes(root: Path, stack: ExitStack) -> Classes:
 
     Raises:
         RequestError: there is none, an image stands in no class, a class stands twice with other
-            images, a name cannot be printed, or a zip is damaged or points outside.
+            images, a name cannot be printed, a link leads to nothing or two lead to one folder, or
+            a zip is damaged or points outside.
     """
     try:
         classes = _merged(_groups(root, stack))
@@ -138,16 +139,23 @@ def _by_class(files: Iterable[ClassFile]) -> dict[str, list[ClassFile]]:
 
 
 def _is_image(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-    return name.lower().endswith(SUFFIXES) and not hidden
+    return name.lower().endswith(SUFFIXES) and not _is_hidden(name)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
 def _on_disk(root: Path) -> list[ClassFile]:
-    walked = os.walk(root, onerror=_refuse)
-    paths = (Path(folder, name) for folder, _, names in walked for name in names)
-    files = [ClassFile(path.relative_to(root).as_posix(), path) for path in paths]
-    files = [file for file in files if _is_image(file.name)]
+    paths = (Path(folder, name) for folder, _, names in walk(root, _refuse) for name in names)
+    found = [ClassFile(path.relative_to(root).as_posix(), path) for path in paths]
+    files = [file for file in found if _is_image(file.name)]
+    for file in found:
+        if not (_is_image(file.name) or _is_hidden(file.name) or file.path.exists()):
+            raise RequestError(
+                f"{str(file.path)!a} is a link to nothing, behind which a class may have stood: "
+                "mend it, or remove it"
+            )
     for file in files:
         if UNPRINTABLE.search(file.name):
             raise RequestError(

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from metaplug.tasks.identities import digest
 from metaplug.tasks.images.class_files import SUFFIXES
+from metaplug.tasks.images.walking import walk
 from metaplug.tasks.reading import open_regular
 
 _TAIL_BYTES = 8 * 2**20
@@ -34,6 +35,7 @@ def fingerprint(root: Path) -> str:
 
     Raises:
         OSError, RecursionError: it cannot be listed.
+        RequestError: two links in it lead to one folder.
     """
     return digest(*(part for path in sorted(_paths(root)) for part in _described(path)))
 
@@ -44,7 +46,7 @@ def _paths(root: Path) -> Iterator[str]:
     if root.is_file():
         yield top
         return
-    for folder, _, names in os.walk(top, onerror=_raise):
+    for folder, _, names in walk(top, _raise):
         suffixes = (*SUFFIXES, ".zip") if folder == top else SUFFIXES
         for name in names:
             if name.lower().endswith(suffixes):

@@ -71,8 +71,8 @@ class Folder(ImageSource):
     A class is a folder that directly holds images; its name is its path below the root
     (`Greek/character01`). The root is PATH, or in a zip the one folder around everything, where
     there is one. Zips that stand in PATH belong to it; a class that stands twice, with the same
-    files, counts once. Hidden files, files with other suffixes than images have, and folders
-    behind symbolic links are passed over.
+    files, counts once. Hidden files and files with other suffixes than images have are passed
+    over. Symbolic links are followed, other than to folders in the root and around it.
 
     Classes are split by a file {"train": [names], "val": [names], "test": [names]}, where a name
     takes every class below it; else by folders `train`, `val` and `test` at the top; else by
