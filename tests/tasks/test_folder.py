@@ -311,6 +311,12 @@ def test_paper_becomes_dark_and_ink_bright(tmp_path: Path) -> None:
     assert Folder(tmp_path, **SIZES, invert=False).describe()["inverted"] is False
 
 
+def test_a_class_is_known_by_its_images_before_they_are_inverted(split_folder: Path) -> None:
+    one, other = (Folder(split_folder, **SIZES, invert=invert) for invert in (False, True))
+    assert one.test.identities == other.test.identities
+    assert torch.equal(one.test.classes.images, 255 - other.test.classes.images)
+
+
 def test_colour_has_three_channels_and_stays(split_folder: Path) -> None:
     (split_folder / "train" / "a" / "0.png").write_bytes(png(250, mode="RGB"))
     source = Folder(split_folder, **SIZES, mode="colour", size=4)

@@ -36,7 +36,7 @@ from metaplug.tasks.splits import (
 )
 
 _FORMAT = 2
-"""Of what is kept; counts up with any change to the pixels, or to what is refused."""
+"""Of what is kept; counts up with any change to pixels or digests, or to what is refused."""
 
 
 class FolderConfig(EpisodeOptions, SplitFractions):
@@ -162,6 +162,8 @@ def _decoded(root: Path, config: FolderConfig) -> DecodedImages:
     inverted = bright if config.invert == "auto" else config.invert
     if inverted:
         for split in images.values():
+            # Computed now, of the files' own pixels: inverted or not, a class stays the same one.
+            _ = split.digests
             split.images.bitwise_not_()
     return DecodedImages(images, inverted)
 
