@@ -86,6 +86,13 @@ class SavedClasses(Settings):
     complete: StrictBool
 
 
+class SavedData(Settings):
+    """What a run keeps of its data: resolved settings, and by split the digest of its classes."""
+
+    settings: Plain
+    splits: dict[Literal["train", "val"], StrictStr]
+
+
 class Best(Settings):
     """The best validation of a run."""
 
@@ -115,6 +122,7 @@ class State(Settings):
     skipped: list[Count] = Field([0, 0], min_length=2, max_length=2)
     best: Best | None = None
     config: StrictStr | None = None
+    data: SavedData | None = None
     seconds: float = Field(0.0, ge=0)
     clock: list[Annotated[float, Field(ge=0)]] = Field([])
 

@@ -55,6 +55,16 @@ def identities_of(stream: TaskStream) -> Mapping[str, str] | None:
     return {name: _standard(text) for name, text in given.items()}
 
 
+def digest_of_stream(stream: TaskStream) -> str | None:
+    """The digest of all classes of a stream, by the order of their names; None where not known.
+
+    Raises:
+        RequestError: as `identities_of`.
+    """
+    given = identities_of(stream)
+    return None if given is None else digest(*(text for _, text in sorted(given.items())))
+
+
 def _standard(text: str) -> str:
     return text if len(text) == 32 and _HEXADECIMAL.issuperset(text) else digest(text)
 

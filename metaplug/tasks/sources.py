@@ -75,6 +75,14 @@ class TaskSource(ABC):
             kind, input_shape, outputs, origin, licence, and the size of every split.
         """
 
+    def resolved(self) -> dict[str, Any]:
+        """The settings that make an example's numbers of the data, as values for JSON.
+
+        What the training data decided stands in the place of "auto" or null. A run keeps these, so
+        other data of the same source are read as those that it was trained on. None by default.
+        """
+        return {}
+
     def _described(self, origin: str, licence: str, sizes: Mapping[str, Any]) -> dict[str, Any]:
         """The value of `describe`, of its parts; `sizes` by split."""
         return {

@@ -21,6 +21,7 @@ from metaplug.experiments.configuration import (
     merge,
 )
 from metaplug.experiments.plugin_files import permitted
+from metaplug.experiments.runs.data import as_trained, claimed, settings_for
 from metaplug.experiments.runs.layout import BEST, FORMER
 from metaplug.models.factories import is_own
 from metaplug.settings import validated
@@ -46,7 +47,8 @@ def load(
         model: the run's MODULE:FACTORY, where its model is one: a file names code, but only a
             caller lets it run.
         tasks: fields of TaskSettings that take the place of the run's own, to measure it on other
-            tasks. Another `source` takes none of the run's `settings` over.
+            tasks. Another `source` takes of the run's `settings` only what its data are read with,
+            as `TaskSource.resolved` has it, and one of another kind nothing.
         plugins: the paths of the run's plugin files, where it has some: they are as good as then,
             by their digests, and only a caller lets them run.
 
@@ -58,10 +60,11 @@ def load(
     """
     file, state = world.from_main(lambda: _read(path))
     config = permitted(_config_of(state, file, model), plugins, file)
+    own = config.tasks
     if device is not None:
         config = _changed(config, "runtime", device=device)
     if tasks:
-        config = config.model_copy(update={"tasks": _other_tasks(config.tasks, tasks)})
+        config = config.model_copy(update={"tasks": _other_tasks(own, tasks, state)})
     with nullcontext() if tasks else checkpoint.naming(file), world.main_first():
         source = build_tasks(config)
     try:
@@ -70,7 +73,9 @@ def load(
             checkpoint.rehearse(lambda: make_learner(config, source, meta), state, str(file))
         with checkpoint.naming(file):
             experiment = build(config, source, world)
-        experiment.learner.load_state_dict(state, str(file))
+        learner = experiment.learner
+        learner.load_state_dict(state, str(file))
+        learner.trained_on = claimed(learner.trained_on, state, own)
     except RunError as error:
         if not tasks:
             raise
@@ -83,9 +88,13 @@ def load(
     return experiment
 
 
-def _other_tasks(own: TaskSettings, given: Mapping[str, Any]) -> TaskSettings:
-    """The tasks of a run with other fields; another source takes none of its settings over."""
-    under = own.model_dump(exclude={"settings"} if "source" in given else set())
+def _other_tasks(
+    own: TaskSettings, given: Mapping[str, Any], state: Mapping[str, Any]
+) -> TaskSettings:
+    """The tasks of a run with other fields; another source takes few of its settings over."""
+    under = own.model_dump()
+    if "source" in given:
+        under["settings"] = settings_for(str(given["source"]), state, own)
     tasks = validated(TaskSettings, merge(under, given), "tasks")
     drawn = [name for name in ("ways", "shots") if name in given]
     if drawn and tasks.settings.get("varied_evaluation"):
@@ -109,6 +118,7 @@ def _config_of(state: dict[str, Any], file: Path, model: str | None) -> Experime
     if isinstance(config.preset, str) and config.preset.endswith(YAML_ENDINGS):
         what = f"names the file {one_line(config.preset)} as its preset, which no run does"
         raise RunError(f"{file} {what}: use another checkpoint of the run")
+    config = config.model_copy(update={"tasks": as_trained(state, config.tasks)})
     for section, part in (("tasks", config.tasks), ("model", config.model)):
         if part.settings.get("download"):  # what is there is used, and nothing fetched
             settings = {**part.settings, "download": False}

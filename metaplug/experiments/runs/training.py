@@ -22,6 +22,7 @@ from metaplug.experiments.json_values import environment, result_values, to_json
 from metaplug.experiments.loggers.asking import RunLoggers, make_loggers
 from metaplug.experiments.loggers.jsonl import Jsonl, step_of
 from metaplug.experiments.plugin_files import keep_names, recorded
+from metaplug.experiments.runs.data import claimed, kept_of
 from metaplug.experiments.runs.folder import RunFolder
 from metaplug.experiments.runs.layout import BEST, CONFIG, CURVES, LAST
 from metaplug.experiments.runs.reading import read_metrics, read_summary
@@ -120,6 +121,7 @@ def _begin(
     if found is not None:
         file, state = found
         learner.load_state_dict(state, str(file))
+        learner.trained_on = claimed(learner.trained_on, state, experiment.config.tasks)
         best, seconds, clock = state["best"], state["seconds"], [*state.get("clock", ())]
     run = learner.world.from_main(lambda: _take_up(folder, experiment, record, name))
     loggers = RunLoggers(asked, run, lambda: [step_of(line) for line in read_metrics(path)])
@@ -171,6 +173,7 @@ class _Run:
     def __post_init__(self) -> None:
         self._begun = time.monotonic() - self.seconds
         self._world = self.experiment.learner.world
+        self._data = kept_of(self.experiment.tasks)
 
     def iterate(self, on_record: Callable[[Record], None], stop: Callable[[], bool]) -> bool:
         """Train to the end; False if stopped on the way."""
@@ -274,6 +277,7 @@ class _Run:
             own = {
                 "best": self.best,
                 "config": to_yaml(self.experiment.config),
+                "data": self._data,
                 "seconds": time.monotonic() - self._begun,
                 "clock": self.clock,
             }

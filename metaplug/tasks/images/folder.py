@@ -99,6 +99,8 @@ class Folder(ImageSource):
     Config = FolderConfig
     argument = "path"
 
+    config: FolderConfig
+
     def __init__(
         self,
         path: str | Path,
@@ -133,6 +135,11 @@ class Folder(ImageSource):
     def describe(self) -> dict[str, Any]:
         """The data in words and numbers, ready for JSON."""
         return super().describe() | {"inverted": self.inverted}
+
+    def resolved(self) -> dict[str, Any]:
+        """Size and mode, and whether the training images were inverted."""
+        own = self.config.model_dump(mode="json", include={"size", "mode"})
+        return own | {"invert": self.inverted}
 
 
 def _place(root: Path, config: FolderConfig) -> Path | None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from metaplug.errors import RequestError, did_you_mean, one_line, unknown
+from metaplug.settings import Settings
 from metaplug.tasks.reading import UNPRINTABLE
 from metaplug.tasks.splits import SPLITS, SplitFractions, in_two_splits
 from metaplug.tasks.tables.rows import read_rows
@@ -22,6 +23,13 @@ from metaplug.tasks.tables.rows import read_rows
 _LARGEST = torch.finfo(torch.float32).max
 _SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "bar": "|"}
 _NO_NAME = "no name, as it has more than 200 characters, a line break or the like"
+
+
+class Moments(Settings):
+    """The mean of every column, and what its distance from it is divided by."""
+
+    mean: tuple[float, ...] = Field(description="Of the features, then of the targets.")
+    scale: tuple[Annotated[float, Field(gt=0)], ...] = Field(description="Of the same columns.")
 
 
 class TabularConfig(SplitFractions):
@@ -38,8 +46,10 @@ class TabularConfig(SplitFractions):
     split_column: str | None = Field(
         None, description="Column with the split of a row's task: train, val or test."
     )
-    standardise: bool = Field(
-        True, description="Scale columns to mean 0 and deviation 1 over the training tasks' rows."
+    standardise: bool | Moments = Field(
+        True,
+        description="Scale columns to mean 0 and deviation 1 over the training tasks' rows; "
+        "{mean, scale}: by these, of features, then targets.",
     )
     separator: Literal["comma", "semicolon", "tab", "bar"] = Field(
         "comma", description="What stands between the columns of a CSV file."

@@ -16,7 +16,7 @@ from metaplug.tasks.identities import digest
 from metaplug.tasks.sources import TaskSource
 from metaplug.tasks.splits import SPLITS, by_fractions, in_two_splits, read_splits
 from metaplug.tasks.tables.stream import TabularStream, TaskRows
-from metaplug.tasks.tables.table import Table, TabularConfig, read_table
+from metaplug.tasks.tables.table import Moments, Table, TabularConfig, read_table
 
 
 @final
@@ -30,7 +30,7 @@ class Tabular(TaskSource):
     changes a split.
 
     Standardised columns have mean 0 and deviation 1 over the training tasks' rows; one that is
-    constant there is only centred.
+    constant there is only centred. A mean and a scale that are given take the place of theirs.
 
     Args:
         path: the file.
@@ -65,7 +65,7 @@ class Tabular(TaskSource):
         table = read_table(self._path, config)
         names = _split(table, self._path, config)
         train = [place for name in names["train"] for place in table.tasks[name]]
-        self._mean, self._scale = _moments(table.values[train], config.standardise)
+        self._mean, self._scale = _moments(table.values[train], config.standardise, self._path)
         self._features = table.features
         self.kind = "regression"
         self.input_shape = (len(table.features),)
@@ -105,6 +105,15 @@ class Tabular(TaskSource):
             "standardisation": moments if self.config.standardise else None,
         }
 
+    def resolved(self) -> dict[str, Any]:
+        """The columns in their order, and the mean and scale of the training tasks' rows."""
+        moments = {"mean": self._mean.tolist(), "scale": self._scale.tolist()}
+        return {
+            "features": list(self._features),
+            "targets": list(self.config.targets),
+            "standardise": moments if self.config.standardise else False,
+        }
+
 
 def _split(table: Table, path: Path, config: TabularConfig) -> dict[str, list[str]]:
     """The names of every split's tasks, sorted."""
@@ -138,11 +147,20 @@ def _by_file(path: Path, tasks: Collection[str]) -> dict[str, str]:
 
 
 def _moments(
-    values: NDArray[np.float64], standardise: bool
+    values: NDArray[np.float64], standardise: bool | Moments, path: Path
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The number to subtract from every column, and the one to divide it by."""
+    columns = values.shape[1]
+    if isinstance(standardise, Moments):
+        counts = len(standardise.mean), len(standardise.scale)
+        if counts != (columns, columns):
+            raise RequestError(
+                f"standardise has {counts[0]} means and {counts[1]} scales, but the table {path} "
+                f"has {columns} columns of features and targets: give one of each for every column"
+            )
+        return np.array(standardise.mean), np.array(standardise.scale)
     if not standardise:
-        return np.zeros(values.shape[1]), np.ones(values.shape[1])
+        return np.zeros(columns), np.ones(columns)
     deviation = values.std(axis=0)
     # Rounding may hide from the deviation that a column is constant, but not from its range.
     varies = (np.ptp(values, axis=0) > 0) & (deviation > 0)

@@ -116,6 +116,10 @@ class Text(TaskSource):
             },
         }
 
+    def resolved(self) -> dict[str, Any]:
+        """The tokenizer, also where it is the model's own, and the most tokens of a text."""
+        return self.config.model_dump(mode="json", include={"tokenizer", "max_length"})
+
 
 def _class_texts(table: TextTable, names: list[str], tokens: Tokens) -> ClassTexts:
     places = np.concatenate([table.classes[name] for name in names])

@@ -1,0 +1,57 @@
+"""What a run keeps of its data, so that no other data pass for them in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from metaplug.experiments.configuration import TaskSettings
+from metaplug.tasks.identities import TrainedOn, digest_of_stream
+from metaplug.tasks.sources import TaskSource
+
+TRAINED = ("train", "val")
+"""The splits that decide a checkpoint."""
+
+
+def kept_of(tasks: TaskSource) -> dict[str, Any]:
+    """The resolved settings and the digests of a source, for a checkpoint.
+
+    The test split has no part in it: a checkpoint is the same whatever that is.
+    """
+    return {"settings": tasks.resolved(), "splits": digests_of(tasks, TRAINED)}
+
+
+def digests_of(tasks: TaskSource, splits: tuple[str, ...]) -> dict[str, str]:
+    """By split, the digest of its classes; without those whose streams do not say theirs."""
+    found = {split: digest_of_stream(getattr(tasks, split)) for split in splits}
+    return {split: digest for split, digest in found.items() if digest is not None}
+
+
+def as_trained(state: Mapping[str, Any], own: TaskSettings) -> TaskSettings:
+    """The tasks of a run, with the settings that were resolved when it was trained."""
+    return own.model_copy(update={"settings": {**own.settings, **_resolved(state)}})
+
+
+def settings_for(source: str, state: Mapping[str, Any], own: TaskSettings) -> dict[str, Any]:
+    """The settings that another place of a run's data is read with: those that were resolved.
+
+    A source of another kind has other settings, and takes none over.
+    """
+    is_kind = source.partition(":")[0] == own.source.partition(":")[0]
+    return _resolved(state) if is_kind else {}
+
+
+def claimed(trained_on: TrainedOn, state: Mapping[str, Any], own: TaskSettings) -> TrainedOn:
+    """The classes trained on, without a claim that others are unseen where that is not known.
+
+    Older versions took the digests of a folder's images after their inversion.
+    """
+    is_older = state.get("data") is None and own.source.startswith("folder:")
+    return replace(trained_on, complete=False) if is_older else trained_on
+
+
+def _resolved(state: Mapping[str, Any]) -> dict[str, Any]:
+    kept = (state.get("data") or {}).get("settings", {})
+    # Whatever a file says, nothing is fetched because of it.
+    return {name: value for name, value in kept.items() if name != "download"}

@@ -1,0 +1,162 @@
+"""Data that change after a run was trained: read as then, or refused, never mixed in silence."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.tiny_runs import tiny
+from support.tiny_tokenizer import save_tokenizer, write_texts
+
+from metaplug import RequestError, checkpoint
+from metaplug.experiments.build import build
+from metaplug.experiments.configuration import ExperimentConfig
+from metaplug.experiments.runs import load, train
+from metaplug.experiments.support_sets import read_support
+
+SPLITS = ("train", "val", "test")
+
+
+def draw(folder: Path, shades: dict[str, int], salt: int = 0) -> Path:
+    """Four classes a split, of noise around the split's shade."""
+    for split, shade in shades.items():
+        shutil.rmtree(folder / split, ignore_errors=True)
+        for place in range(4):
+            (folder / split / f"{split}{place}").mkdir(parents=True)
+            for index in range(3):
+                drawn = np.random.default_rng([salt, SPLITS.index(split), place, index])
+                noise = drawn.integers(0, 40, (28, 28)) + shade
+                image = Image.fromarray(noise.astype(np.uint8))
+                image.save(folder / split / f"{split}{place}" / f"{index}.png")
+    return folder
+
+
+def images(folder: Path, **fields: Any) -> ExperimentConfig:
+    tasks = {"source": f"folder:{folder}", "ways": 2, "shots": 1, "queries": 1}
+    return tiny(plugins=[], tasks=tasks | fields)
+
+
+def rewritten(file: Path) -> None:
+    """Make a checkpoint one of a version that kept nothing of its data."""
+    state = checkpoint.read(file)
+    del state["data"]
+    checkpoint.write(file, state)
+
+
+def refusal(make: Any) -> str:
+    with pytest.raises(RequestError) as error:
+        make()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def bright(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on bright images, which are inverted, with a folder of dark training images beside."""
+    folder = tmp_path_factory.mktemp("bright")
+    draw(folder / "own", dict.fromkeys(SPLITS, 130))
+    draw(folder / "other", {"train": 50, "val": 130, "test": 130})
+    train(images(folder / "own"), folder / "run")
+    return folder
+
+
+# What was decided from the training data
+
+
+def test_other_images_are_inverted_as_in_training(bright: Path) -> None:
+    own = load(bright / "run")
+    other = load(bright / "run", tasks={"source": f"folder:{bright}/other"})
+    assert other.config.tasks.settings == {"size": 28, "mode": "grey", "invert": True}
+    found = [each.learner.evaluate(each.tasks.test, num_tasks=20) for each in (own, other)]
+    assert torch.equal(found[0].per_task, found[1].per_task)
+
+
+def test_a_setting_that_is_given_counts_and_a_source_of_another_kind_takes_none(
+    bright: Path,
+) -> None:
+    given = {"source": f"folder:{bright}/other", "settings": {"invert": False}}
+    assert load(bright / "run", tasks=given).config.tasks.settings["invert"] is False
+    glyphs = load(bright / "run", tasks={"source": "glyphs"})
+    assert glyphs.config.tasks.settings == {}
+
+
+def test_where_the_own_images_have_changed_they_are_inverted_as_in_training(
+    tmp_path: Path,
+) -> None:
+    draw(tmp_path / "own", dict.fromkeys(SPLITS, 130))
+    train(images(tmp_path / "own"), tmp_path / "run")
+    draw(tmp_path / "own", {"train": 50})
+    tasks = load(tmp_path / "run").tasks
+    assert tasks.describe()["inverted"] is True
+    support = read_support(tasks, tmp_path / "own" / "test")
+    assert support.preprocessing["inverted"] is True
+
+
+def test_trained_classes_are_known_whatever_their_polarity(bright: Path) -> None:
+    settings = {"settings": {"invert": False}}
+    experiment = load(bright / "run", tasks=settings)
+    assert "draw on 4 of 4 classes that this learner is trained on" in refusal(
+        lambda: experiment.learner.evaluate(experiment.tasks.train, num_tasks=2)
+    )
+
+
+def test_of_a_run_that_kept_nothing_of_its_folder_no_class_is_claimed_unseen(
+    bright: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bright / "run", tmp_path / "run")
+    rewritten(tmp_path / "run" / "best.safetensors")
+    experiment = load(tmp_path / "run")
+    assert experiment.learner.evaluate(experiment.tasks.test, num_tasks=2).training_classes is None
+
+
+def write_table(path: Path, columns: list[str], scale: float) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        lines = csv.DictWriter(file, ["task", *columns])
+        lines.writeheader()
+        for task in range(15):
+            for row in range(6):
+                values = {"a": 10.0 + task + row, "b": 5.0 * row - task, "target": task * row + 1.0}
+                scaled = {name: scale * value for name, value in values.items()}
+                lines.writerow({"task": f"t{task}"} | scaled)
+    return path
+
+
+def test_other_tables_have_the_columns_and_the_moments_of_training(tmp_path: Path) -> None:
+    own = write_table(tmp_path / "own.csv", ["a", "b", "target"], 1)
+    other = write_table(tmp_path / "other.csv", ["target", "b", "a"], 3)
+    source = {"source": f"tabular:{own}", "shots": 2, "queries": 2}
+    train(tiny(plugins=[], tasks=source), tmp_path / "run")
+    trained = load(tmp_path / "run").tasks
+    found = load(tmp_path / "run", tasks={"source": f"tabular:{other}"}).tasks
+    moments = trained.describe()["standardisation"]
+    assert found.describe()["standardisation"] == moments
+    mean, scale = (torch.tensor(moments[name], dtype=torch.float64) for name in ("mean", "scale"))
+    raw = trained.test.rows.values.double() * scale + mean  # type: ignore[attr-defined]
+    expected = ((3 * raw - mean) / scale).float()
+    torch.testing.assert_close(found.test.rows.values, expected)  # type: ignore[attr-defined]
+
+
+def test_moments_of_another_number_of_columns_are_refused(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "own.csv", ["a", "b", "target"], 1)
+    given = {"standardise": {"mean": [0.0], "scale": [1.0, 1.0, 1.0]}}
+    config = tiny(plugins=[], tasks={"source": f"tabular:{table}", "shots": 2, "settings": given})
+    assert refusal(lambda: build(config)) == (
+        f"standardise has 1 means and 3 scales, but the table {table} has 3 columns of features "
+        "and targets: give one of each for every column"
+    )
+
+
+def test_other_texts_have_the_tokens_of_training(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    from metaplug.tasks.text.source import Text
+
+    table = write_texts(tmp_path / "own.csv")
+    tokenizer = str(save_tokenizer(tmp_path / "tokenizer"))
+    tasks = Text(table, ways=2, shots=1, queries=1, tokenizer=tokenizer, max_length=7)
+    assert tasks.resolved() == {"tokenizer": tokenizer, "max_length": 7}
