@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.tiny_runs import tiny
+from support.tiny_runs import stop_after, tiny
 from support.tiny_tokenizer import save_tokenizer, write_texts
 
 from metaplug import RequestError, checkpoint
@@ -160,3 +160,33 @@ def test_other_texts_have_the_tokens_of_training(tmp_path: Path) -> None:
     tokenizer = str(save_tokenizer(tmp_path / "tokenizer"))
     tasks = Text(table, ways=2, shots=1, queries=1, tokenizer=tokenizer, max_length=7)
     assert tasks.resolved() == {"tokenizer": tokenizer, "max_length": 7}
+
+
+# Going on
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_run_does_not_go_on_with_other_data(split: str, tmp_path: Path) -> None:
+    config = images(draw(tmp_path / "own", dict.fromkeys(SPLITS, 130)))
+    assert train(config, tmp_path / "run", stop=stop_after(5)) is None
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    draw(tmp_path / "own", {split: 130}, salt=1)
+    assert refusal(lambda: train(config, tmp_path / "run", resume=True)) == (
+        f"{tmp_path}/run/last.safetensors is of other {split} data than folder:{tmp_path}/own has "
+        "now, and one run cannot be of both: bring the data back as they were, or give another "
+        "--name"
+    )
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    draw(tmp_path / "own", {split: 130})
+    assert train(config, tmp_path / "run", resume=True) is not None
+
+
+def test_a_run_goes_on_with_other_test_data_and_where_nothing_was_kept(tmp_path: Path) -> None:
+    config = images(draw(tmp_path / "own", dict.fromkeys(SPLITS, 130)))
+    for changed in ("test", "train"):
+        folder = tmp_path / f"run-{changed}"
+        assert train(config, folder, stop=stop_after(5)) is None
+        if changed == "train":
+            rewritten(folder / "last.safetensors")
+        draw(tmp_path / "own", {changed: 130}, salt=2)
+        assert train(config, folder, resume=True) is not None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from metaplug.errors import RequestError
 from metaplug.experiments.configuration import TaskSettings
 from metaplug.tasks.identities import TrainedOn, digest_of_stream
 from metaplug.tasks.sources import TaskSource
@@ -26,6 +28,29 @@ def digests_of(tasks: TaskSource, splits: tuple[str, ...]) -> dict[str, str]:
     """By split, the digest of its classes; without those whose streams do not say theirs."""
     found = {split: digest_of_stream(getattr(tasks, split)) for split in splits}
     return {split: digest for split, digest in found.items() if digest is not None}
+
+
+def check_same_data(state: Mapping[str, Any], file: Path, tasks: TaskSource, source: str) -> None:
+    """Refuse to go on with a run on other data than its checkpoint is of.
+
+    Nothing is known of a checkpoint of an older version, nor of a stream that says nothing.
+
+    Args:
+        state: of the checkpoint.
+        file: where it is from, for errors.
+        tasks: of the run, as they are now.
+        source: their name.
+
+    Raises:
+        RequestError: the training or the validation classes are others.
+    """
+    then, now = (state.get("data") or {}).get("splits", {}), digests_of(tasks, TRAINED)
+    for split in TRAINED:
+        if {split} <= then.keys() & now.keys() and then[split] != now[split]:
+            raise RequestError(
+                f"{file} is of other {split} data than {source} has now, and one run cannot be of "
+                "both: bring the data back as they were, or give another --name"
+            )
 
 
 def as_trained(state: Mapping[str, Any], own: TaskSettings) -> TaskSettings:

@@ -22,7 +22,7 @@ from metaplug.experiments.json_values import environment, result_values, to_json
 from metaplug.experiments.loggers.asking import RunLoggers, make_loggers
 from metaplug.experiments.loggers.jsonl import Jsonl, step_of
 from metaplug.experiments.plugin_files import keep_names, recorded
-from metaplug.experiments.runs.data import claimed, kept_of
+from metaplug.experiments.runs.data import check_same_data, claimed, kept_of
 from metaplug.experiments.runs.folder import RunFolder
 from metaplug.experiments.runs.layout import BEST, CONFIG, CURVES, LAST
 from metaplug.experiments.runs.reading import read_metrics, read_summary
@@ -120,8 +120,11 @@ def _begin(
     best, seconds, clock = None, 0.0, list[float]()
     if found is not None:
         file, state = found
+        config, tasks = experiment.config, experiment.tasks
+        # On every rank alike, as one that stopped alone would leave the others waiting.
+        learner.world.from_main(lambda: check_same_data(state, file, tasks, config.tasks.source))
         learner.load_state_dict(state, str(file))
-        learner.trained_on = claimed(learner.trained_on, state, experiment.config.tasks)
+        learner.trained_on = claimed(learner.trained_on, state, config.tasks)
         best, seconds, clock = state["best"], state["seconds"], [*state.get("clock", ())]
     run = learner.world.from_main(lambda: _take_up(folder, experiment, record, name))
     loggers = RunLoggers(asked, run, lambda: [step_of(line) for line in read_metrics(path)])
