@@ -166,7 +166,7 @@ def run(
     """
     from metaplug.experiments.study.folder import begin, check_folder, finished
     from metaplug.experiments.study.results import read_results
-    from metaplug.experiments.study.running import check
+    from metaplug.experiments.study.running import check, on_other_data
 
     check_folder(folder)
     if kept_in is not None:
@@ -174,7 +174,14 @@ def run(
     runs = list({cell.digest: cell for cell in cells}.values())  # variants may be the same
     left = [cell for cell in runs if not finished(cell, folder)]
     if left and workers is not None:
-        check(left, _show_code)
+        read = check(left, _show_code)
+        if older := on_other_data(runs, folder, read):
+            are = "run, first {}, is" if len(older) == 1 else "runs, first {}, are"
+            line(
+                f"{len(older)} finished {are.format(older[0].label)} of other data than "
+                f"{older[0].config.tasks.source} has now, and will not be compared with new ones: "
+                "bring the data back as they were, or give another --name"
+            )
     begin(asked, cells, folder)
     line(f"{len(runs)} runs in {folder}, {len(runs) - len(left)} of them finished already")
     failed = _compute(runs, folder, workers, kept_in) if left and workers is not None else []

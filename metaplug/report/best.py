@@ -7,7 +7,14 @@ from typing import NamedTuple
 
 from metaplug.experiments.study.results import Row, StudyResult
 from metaplug.experiments.study.tuned import Comparison, comparisons
-from metaplug.report.comparing import by_seed_text, difference_text, mean_text, p_text, part_text
+from metaplug.report.comparing import (
+    apart_text,
+    by_seed_text,
+    difference_text,
+    mean_text,
+    p_text,
+    part_text,
+)
 from metaplug.report.terminal import value_text
 
 _COMPARED = ("by seed", "p (Holm)", "acceleration")
@@ -62,7 +69,7 @@ def _cells(metric: str, one: Comparison | None) -> tuple[str, ...]:
     if one is None:
         return ("", "", "", "")
     if not one.acceleration.targets:
-        return ("other seeds", "", "", "")
+        return (apart_text(one.row, one.over), "", "", "")
     return (
         difference_text(one.difference),
         by_seed_text(metric, one.by_seed),

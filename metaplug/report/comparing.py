@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from metaplug.evaluation.results import EvaluationResult
 from metaplug.experiments.study.acceleration import Acceleration
+from metaplug.experiments.study.results import Row
 from metaplug.report.terminal import scale_of
 
 MOST_SEEDS = 5
@@ -20,6 +21,11 @@ def difference_text(difference: EvaluationResult | None) -> str:
     scale, digits, unit = scale_of(difference.metric)
     unit = " pp" if unit else ""
     return f"{difference.mean * scale:+.{digits}f} ± {difference.interval * scale:.{digits}f}{unit}"
+
+
+def apart_text(row: Row, over: Row) -> str:
+    """Write why two rows have no pair of runs."""
+    return "other data" if {*row.seeds} & {*over.seeds} else "other seeds"
 
 
 def mean_text(acceleration: Acceleration | None) -> str:

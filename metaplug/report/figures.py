@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from metaplug.evaluation.curves import Curve, Point
 from metaplug.evaluation.results import Metric
 from metaplug.evaluation.scores import better
-from metaplug.experiments.study.results import StudyResult
+from metaplug.experiments.study.results import StudyResult, paired
 from metaplug.files import replacing
 from metaplug.report.terminal import scale_of
 
@@ -152,6 +152,7 @@ def _draw_acceleration(axes: Axes, result: StudyResult) -> None:
         index: found
         for index, row in enumerate(result.rows)
         if row.seeds == over.seeds
+        and len(paired(over, row)) == len(row.seeds)
         and result.baseline_of(row) is over
         and (found := result.acceleration_of_means(row, over)) is not None
     }

@@ -11,7 +11,7 @@ from metaplug.evaluation.results import transductive_text
 from metaplug.experiments.study.acceleration import Acceleration
 from metaplug.experiments.study.results import Row, StudyResult, paired
 from metaplug.report.best import Sheet, best_notes, best_sheets
-from metaplug.report.comparing import difference_text, mean_text
+from metaplug.report.comparing import apart_text, difference_text, mean_text
 from metaplug.report.console import new_table
 from metaplug.report.terminal import value_text
 
@@ -48,7 +48,7 @@ def _add_row(table: Table, result: StudyResult, row: Row, base: Row | None, seve
         "" if is_baseline or over is None else _difference(result, row, over),
         f"{row.seconds:.0f}",
     )
-    shared = [] if over is None else [seed for seed in row.seeds if seed in over.seeds]
+    shared = [] if over is None else [run.seed for _, run in paired(over, row)]
     for run in row.runs:
         place = shared.index(run.seed) if run.seed in shared else None
         first, *others = [_seed_text(each, place) for each in found]
@@ -95,7 +95,7 @@ def _notes(result: StudyResult, several: bool) -> list[str]:
     if result.missing:
         count = f"{len(result.missing)} run{'s' * (len(result.missing) != 1)}"
         notes.append(f"Not finished: {count}, first {result.missing[0].label}.")
-    notes += seeds_notes(result)
+    notes += [*seeds_notes(result), *data_notes(result)]
     texts = {row.variant: transductive_text(row.test.transductive) for row in result.rows}
     if len(set(texts.values())) == 1:
         text = next(iter(texts.values()))
@@ -110,6 +110,18 @@ def seeds_notes(result: StudyResult) -> list[str]:
     return [
         "The rows have different seeds, whose tasks differ in difficulty: compare them by their "
         "differences, which are over the seeds that both have."
+    ]
+
+
+def data_notes(result: StudyResult) -> list[str]:
+    """Warn of runs that are not all of the same data; none where they are, as far as they say."""
+    if not (found := result.on_other_data):
+        return []
+    runs = sum(len(row.runs) for row in result.rows)
+    return [
+        f"Different data: {len(found)} of {runs} runs are of other data than the first of the same "
+        f"tasks, as {found[0]} is. Runs are compared on the same data alone: compute all of them "
+        "on the same, under another --name."
     ]
 
 
@@ -130,7 +142,7 @@ def _target_text(result: StudyResult) -> str:
 
 def _difference(result: StudyResult, row: Row, over: Row) -> str:
     if not paired(over, row):
-        return "other seeds"
+        return apart_text(row, over)
     return difference_text(result.difference(row, over))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,14 @@ from support.tiny_runs import stop_after, tiny
 from support.tiny_tokenizer import save_tokenizer, write_texts
 
 from metaplug import RequestError, checkpoint
+from metaplug.cli.main import main
 from metaplug.experiments.build import build
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.runs import load, train
+from metaplug.experiments.study.cells import cells_of
+from metaplug.experiments.study.keeping import read_kept
+from metaplug.experiments.study.schema import read_study
+from metaplug.experiments.study.unpacking import kept_results
 from metaplug.experiments.support_sets import read_support
 
 SPLITS = ("train", "val", "test")
@@ -190,3 +196,56 @@ def test_a_run_goes_on_with_other_test_data_and_where_nothing_was_kept(tmp_path:
             rewritten(folder / "last.safetensors")
         draw(tmp_path / "own", {changed: 130}, salt=2)
         assert train(config, folder, resume=True) is not None
+
+
+# Comparing
+
+
+def called(*words: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*words])
+    assert not stopped.value.code
+
+
+def test_a_study_pairs_no_tests_of_different_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = images(draw(tmp_path / "own", dict.fromkeys(SPLITS, 130))).model_dump(mode="json")
+    base = {name: base[name] for name in ("tasks", "model", "learner", "training", "runtime")}
+    base["training"]["validation_tasks"] = 200
+    asked = {"base": base, "variants": ["maml"], "seeds": 1}
+    Path("mine.yaml").write_text(json.dumps(asked))
+    called("study", "mine.yaml", "--keep", "kept.jsonl")
+    assert "other data" not in "".join(capfd.readouterr())
+
+    draw(tmp_path / "own", {"test": 130}, salt=1)
+    Path("mine.yaml").write_text(json.dumps(asked | {"variants": ["maml", "anil"]}))
+    called("study", "mine.yaml", "--keep", "kept.jsonl")
+    out, err = capfd.readouterr()
+    assert " ".join(err.split()).startswith(
+        f"1 finished run, first maml, seed 0, is of other data than folder:{tmp_path}/own has "
+        "now, and will not be compared with new ones: bring the data back as they were, or give "
+        "another --name 2 runs in"
+    )
+    assert (
+        "Different data: 1 of 2 runs are of other data than the first of the same tasks, as anil, "
+        "seed 0 is. Runs are compared on the same data alone: compute all of them on the same, "
+        "under another --name."
+    ) in " ".join(out.split())
+    values = json.loads(Path("runs/mine/results.json").read_text())
+    assert values["other_data"] == ["anil, seed 0"]
+    assert [row["test_minus_baseline"] for row in values["rows"]][1] is None
+    called("report", "runs/mine")
+    assert "Different data: 1 of 2 runs" in Path("runs/mine/report.html").read_text()
+
+    # Kept runs of older versions have no digests, and count as before.
+    study = read_study(Path("mine.yaml"))
+    kept = read_kept(Path("kept.jsonl"))
+    assert [sorted(run.values["summary"]["data"]) for run in kept] == [sorted(SPLITS)] * 2
+    for run in kept:
+        del run.values["summary"]["data"]  # type: ignore[attr-defined]
+    found = kept_results(study, cells_of(study, ""), kept)
+    assert found is not None
+    assert found.on_other_data == ()
+    assert found.difference(found.rows[1], found.rows[0]) is not None

@@ -448,3 +448,46 @@ def test_over_fitting_is_the_query_loss_above_the_support_loss_early() -> None:
         pytest.approx(0.75),
         pytest.approx(math.nan, nan_ok=True),
     ]
+
+
+def with_data(found: StudyResult, label: str, *digests: str) -> StudyResult:
+    """The runs of a row with a digest of their test classes; "" for one of an older version."""
+    old = row(found, label)
+    runs = tuple(
+        replace(run, summary={**run.summary, **({"data": {"test": each}} if each else {})})
+        for run, each in zip(old.runs, digests, strict=True)
+    )
+    return replace(
+        found, rows=tuple(replace(each, runs=runs) if each is old else each for each in found.rows)
+    )
+
+
+def test_runs_of_other_data_are_no_pair() -> None:
+    lines = (curve(0.5, 0.6), curve(0.5, 0.7))
+    tests = {"maml": [[0.2, 0.4], [0.0, 0.0]], "anil": [[0.5, 0.6], [1.0, 1.0]]}
+    whole = result("accuracy", {"maml": lines, "anil": lines}, tests)
+    known = with_data(whole, "maml", "a", "a")
+    for digests, count in ((("a", "a"), 4), (("", ""), 4), (("a", "b"), 2)):
+        found = with_data(known, "anil", *digests)
+        difference = found.difference(row(found, "anil"), row(found, "maml"))
+        assert difference is not None
+        assert difference.num_tasks == count
+        assert len(found.acceleration(row(found, "anil"), row(found, "maml")).targets) == count / 2
+    assert found.on_other_data == ("anil, seed 1",)
+    assert difference.per_task.tolist() == pytest.approx([0.3, 0.2])
+    found = with_data(known, "anil", "b", "b")
+    assert found.difference(row(found, "anil"), row(found, "maml")) is None
+    text = io.StringIO()
+    show(study_tables(found), Console(file=text, width=120))
+    assert text.getvalue().count("other data") == 2  # in the table, and in the note
+
+
+def test_the_best_setting_is_chosen_on_the_same_data() -> None:
+    lines = {"maml@low": (curve(0.4), curve(0.9)), "maml@high": (curve(0.5), curve(0.1))}
+    settings = {"low": {"learner.inner_lr": 0.1}, "high": {"learner.inner_lr": 0.2}}
+    axes = {"learner.inner_lr": [0.1, 0.2]}
+    found = result("accuracy", lines, settings=settings, axes=axes)
+    assert found.best_validated(found.rows).setting == settings["low"]
+    for place, digests in ((0, ("a", "a")), (1, ("a", "b"))):
+        found = with_data(found, found.rows[place].label, *digests)
+    assert found.best_validated(found.rows).setting == settings["high"]

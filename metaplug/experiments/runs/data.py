@@ -30,6 +30,11 @@ def digests_of(tasks: TaskSource, splits: tuple[str, ...]) -> dict[str, str]:
     return {split: digest for split, digest in found.items() if digest is not None}
 
 
+def agree(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether no split that both know has another digest in one than in the other."""
+    return all(one[split] == other[split] for split in one.keys() & other.keys())
+
+
 def check_same_data(state: Mapping[str, Any], file: Path, tasks: TaskSource, source: str) -> None:
     """Refuse to go on with a run on other data than its checkpoint is of.
 

@@ -74,6 +74,7 @@ class Summary(Values):
     per_task: list[Figure] | None = None  # of runs before this was kept
     per_class: list[list[Figure]] | None = None
     clock: list[Figure] | None = None
+    data: dict[StrictStr, StrictStr] | None = None
     seconds: Figure = None
 
 

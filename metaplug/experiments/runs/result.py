@@ -49,6 +49,11 @@ class RunResult:
         """Of meta-training and its validations."""
         return float(self.summary["seconds"])
 
+    @property
+    def data(self) -> Mapping[str, str]:
+        """By split, the digest of the classes that it draws on; of older versions none."""
+        return self.summary.get("data") or {}
+
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""

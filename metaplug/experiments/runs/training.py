@@ -22,12 +22,13 @@ from metaplug.experiments.json_values import environment, result_values, to_json
 from metaplug.experiments.loggers.asking import RunLoggers, make_loggers
 from metaplug.experiments.loggers.jsonl import Jsonl, step_of
 from metaplug.experiments.plugin_files import keep_names, recorded
-from metaplug.experiments.runs.data import check_same_data, claimed, kept_of
+from metaplug.experiments.runs.data import check_same_data, claimed, digests_of, kept_of
 from metaplug.experiments.runs.folder import RunFolder
 from metaplug.experiments.runs.layout import BEST, CONFIG, CURVES, LAST
 from metaplug.experiments.runs.reading import read_metrics, read_summary
 from metaplug.experiments.runs.sessions import read_sessions, session
 from metaplug.tasks.sources import TaskSource
+from metaplug.tasks.splits import SPLITS
 
 
 class EndedError(Exception):
@@ -230,6 +231,7 @@ class _Run:
             "iterations": config.training.iterations,
             "skipped": skipped,
             "seed": config.seed,
+            "data": digests_of(self.experiment.tasks, SPLITS),
             "plugins": {hook: list(names) for hook, names in learner.chain.order().items()},
             "seconds": round(seconds, 3),
             "clock": [round(each, 3) for each in self.clock],

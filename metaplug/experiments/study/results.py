@@ -20,6 +20,7 @@ from metaplug.experiments.study.acceleration import Acceleration, accelerate
 from metaplug.experiments.study.cells import Cell, row_text
 from metaplug.experiments.study.checks import is_own
 from metaplug.experiments.study.folder import cell_folder, finished
+from metaplug.experiments.study.same_data import of_other_data, same_data
 from metaplug.experiments.study.schema import Study, is_tuned
 
 
@@ -94,6 +95,13 @@ class StudyResult:
     rows: tuple[Row, ...]
     missing: tuple[Cell, ...] = ()
 
+    @cached_property
+    def on_other_data(self) -> tuple[str, ...]:
+        """In words, the runs of other data than the first one with the same tasks."""
+        runs = {id(run): f"{row.label}, seed {run.seed}" for row in self.rows for run in row.runs}
+        found = of_other_data(run for row in self.rows for run in row.runs)
+        return tuple(runs[id(run)] for run in found)
+
     @property
     def baseline(self) -> str:
         """The label of the baseline."""
@@ -137,7 +145,7 @@ class StudyResult:
         return max(bases, key=lambda one: len(variants[one.variant].plugins), default=None)
 
     def acceleration(self, row: Row, over: Row) -> Acceleration:
-        """Of a row over another, in the seeds that both have.
+        """Of a row over another, in the seeds that both have on the same data.
 
         A target counts as reached at the first validation that is as good.
         """
@@ -147,7 +155,7 @@ class StudyResult:
     def acceleration_of_means(self, row: Row, over: Row) -> Acceleration | None:
         """Of a row's mean curve over another's, as if it were one seed; None without a common one.
 
-        The means are over the seeds that both have, since other seeds have other tasks.
+        The means are over the seeds that both have on the same data: others have other tasks.
         """
         if not (pairs := paired(over, row)):
             return None
@@ -159,7 +167,8 @@ class StudyResult:
     def difference(self, row: Row, over: Row) -> EvaluationResult | None:
         """A row's test value minus another's, task by task on the same tasks, seed by seed.
 
-        None where the tasks are not the same, as at other values of an axis of tasks.
+        Runs of other data are left out. None where no tasks are the same, as at other values of an
+        axis of tasks.
         """
         pairs = paired(over, row)
         if not pairs or any(not _same_tests(one, other) for one, other in pairs):
@@ -200,10 +209,13 @@ class StudyResult:
     def best_validated(self, rows: Sequence[Row]) -> Row:
         """The row with the best validation, the earlier of equal ones.
 
-        By the seeds that all rows have, since other seeds have other tasks; where they have none
-        in common, by each row's own. NaN and Inf are never the best.
+        By the seeds that all rows have on the same data, since others have other tasks; where they
+        have none in common, by each row's own. NaN and Inf are never the best.
         """
-        common = set(rows[0].seeds).intersection(*(row.seeds for row in rows))
+        pairs = [paired(rows[0], row) for row in rows]
+        common = set(rows[0].seeds).intersection(
+            *({run.seed for _, run in shared} for shared in pairs)
+        )
         values = [row.best_validation_of(common or row.seeds) for row in rows]
         best = 0
         for place, value in enumerate(values):
@@ -215,9 +227,13 @@ class StudyResult:
 
 
 def paired(over: Row, row: Row) -> list[tuple[RunResult, RunResult]]:
-    """The runs of two rows with the same seed."""
+    """The runs of two rows with the same seed and, as far as they say, the same data."""
     others = {run.seed: run for run in over.runs}
-    return [(others[run.seed], run) for run in row.runs if run.seed in others]
+    return [
+        (others[run.seed], run)
+        for run in row.runs
+        if run.seed in others and same_data(others[run.seed], run)
+    ]
 
 
 def read_results(study: Study, cells: Sequence[Cell], folder: Path) -> StudyResult | None:

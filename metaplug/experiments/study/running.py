@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,15 @@ from typing import Literal
 from metaplug.experiments.build import Experiment, build, build_tasks
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.parallel import Backend, Failed, in_parallel
+from metaplug.experiments.runs.data import agree, digests_of
 from metaplug.experiments.runs.folder import BusyError
+from metaplug.experiments.runs.reading import read_summary
 from metaplug.experiments.runs.result import is_finished
 from metaplug.experiments.runs.training import train
 from metaplug.experiments.study.cells import Cell, naming, row_text
 from metaplug.experiments.study.folder import cell_folder, finished
+from metaplug.experiments.study.same_data import key_of
+from metaplug.tasks.splits import SPLITS
 
 _WAIT = 1.0
 """Seconds until a cell that another process computes is looked at again."""
@@ -59,7 +63,9 @@ class _Job:
 Ended = Literal["finished", "stopped", "busy"]
 
 
-def check(cells: Sequence[Cell], on_built: Callable[[Cell, Experiment], None]) -> None:
+def check(
+    cells: Sequence[Cell], on_built: Callable[[Cell, Experiment], None]
+) -> dict[str, dict[str, str]]:
     """Build what cells name, so that what cannot be composed is refused before training.
 
     Of the grid that is every variant, and every value of an axis, once.
@@ -67,11 +73,14 @@ def check(cells: Sequence[Cell], on_built: Callable[[Cell, Experiment], None]) -
     Args:
         on_built: called for the first cell of every variant.
 
+    Returns:
+        The digests of the data that were read, by `key_of` and split.
+
     Raises:
         RequestError: a part is unknown or refuses its settings; names the variant and the setting.
     """
     seen: set[str] = set()
-    key, tasks = None, None
+    key, tasks, read = None, None, dict[str, dict[str, str]]()
     for cell in cells:
         marks = {f"{cell.variant} {path}={value!r}" for path, value in cell.setting.items()}
         marks.add(cell.variant)
@@ -80,10 +89,28 @@ def check(cells: Sequence[Cell], on_built: Callable[[Cell, Experiment], None]) -
         with naming(f"variant '{row_text(cell.variant, cell.setting)}'"):
             if key != (key := (cell.config.tasks, cell.config.model, cell.seed)):
                 tasks = build_tasks(cell.config)
+                read[key_of(cell.config)] = digests_of(tasks, SPLITS)
             experiment = build(cell.config, tasks)
         if cell.variant not in seen:
             on_built(cell, experiment)
         seen |= marks
+    return read
+
+
+def on_other_data(
+    cells: Sequence[Cell], folder: Path, read: Mapping[str, Mapping[str, str]]
+) -> list[Cell]:
+    """The finished cells that are of other data than `check` has read.
+
+    Raises:
+        RunError: the summary of one is damaged.
+    """
+    return [
+        cell
+        for cell in cells
+        if finished(cell, folder) and (now := read.get(key_of(cell.config))) is not None
+        if not agree(read_summary(cell_folder(cell, folder)).get("data") or {}, now)
+    ]
 
 
 def compute(

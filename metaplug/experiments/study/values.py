@@ -27,6 +27,7 @@ def to_values(result: StudyResult) -> dict[str, Any]:
         "best": [_best_values(result, rows) for rows in result.best_rows()],
         "over_fitting": [_over_fitting_values(each) for each in over_fitting(result)],
         "missing": [cell.label for cell in result.missing],
+        "other_data": list(result.on_other_data),
     }
 
 

@@ -43,7 +43,8 @@ def _finding(result: StudyResult, rows: Sequence[Row]) -> str:
     known = [(row, difference) for row, difference in pairs if difference is not None]
     if not known:
         return (
-            f"Nothing is compared with {base.variant}: it has no run with the same tasks and seed."
+            f"Nothing is compared with {base.variant}: it has no run with the same tasks, "
+            "data and seed."
         )
     if len(known) == 1:
         return _pair(result, base, *known[0])

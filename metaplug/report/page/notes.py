@@ -11,7 +11,7 @@ from metaplug.report.page.chosen import compared
 from metaplug.report.page.material import Material
 from metaplug.report.page.tables import DIFFERENCE, ITERATIONS, SEEDS, P, Table, reference_label
 from metaplug.report.page.words import listed
-from metaplug.report.study import seeds_notes
+from metaplug.report.study import data_notes, seeds_notes
 from metaplug.report.terminal import value_text
 
 
@@ -49,7 +49,7 @@ def notes(material: Material, shown: Sequence[Table]) -> list[str]:
         if any("seeds)" in row.texts.get(ITERATIONS, "") for table in shown for row in table.rows):
             said[-1] += " Where some seeds reach it, it is their mean, and so too good."
     said += best_notes(result, compared(result) if P in used else ())
-    said += seeds_notes(result)
+    said += [*seeds_notes(result), *data_notes(result)]
     said.append("Seconds: of meta-training and its validations, the mean over seeds.")
     texts = dict.fromkeys(transductive_text(row.test.transductive) for row in result.rows)
     return [*said, *(f"{text[:1].upper()}{text[1:]}." for text in texts)]

@@ -9,7 +9,14 @@ from metaplug.experiments.study.acceleration import Acceleration
 from metaplug.experiments.study.cells import setting_text
 from metaplug.experiments.study.results import Row, StudyResult, paired
 from metaplug.experiments.study.tuned import Comparison, comparisons
-from metaplug.report.comparing import MOST_SEEDS, by_seed_text, p_text, part_text, percent_text
+from metaplug.report.comparing import (
+    MOST_SEEDS,
+    apart_text,
+    by_seed_text,
+    p_text,
+    part_text,
+    percent_text,
+)
 from metaplug.report.page.chosen import compared, flat, reference_of
 from metaplug.report.page.findings import told
 from metaplug.report.page.material import Material
@@ -160,7 +167,9 @@ def _cells(material: Material, row: Row, over: Row | None, *, is_reference: bool
     if difference is not None:
         texts[DIFFERENCE] = signed(difference)
     elif over is not None:
-        texts[DIFFERENCE] = "not compared: other tasks" if paired(over, row) else "other seeds"
+        texts[DIFFERENCE] = (
+            "not compared: other tasks" if paired(over, row) else apart_text(row, over)
+        )
     elif is_reference:
         texts[DIFFERENCE] = "reference"
     if over is not None and paired(over, row):
