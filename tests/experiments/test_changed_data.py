@@ -25,6 +25,8 @@ from metaplug.experiments.study.keeping import read_kept
 from metaplug.experiments.study.schema import read_study
 from metaplug.experiments.study.unpacking import kept_results
 from metaplug.experiments.support_sets import read_support
+from metaplug.experiments.tuning import tune
+from metaplug.experiments.tuning.space import Asked
 
 SPLITS = ("train", "val", "test")
 
@@ -249,3 +251,15 @@ def test_a_study_pairs_no_tests_of_different_data(
     assert found is not None
     assert found.on_other_data == ()
     assert found.difference(found.rows[1], found.rows[0]) is not None
+
+
+def test_a_search_does_not_go_on_with_other_data(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    config = images(draw(tmp_path / "own", dict.fromkeys(SPLITS, 130)))
+    asked = [Asked("--search", "learner.inner_lr", "0.01..0.1")]
+    assert tune(config, asked, tmp_path / "search", trials=1) is not None
+    draw(tmp_path / "own", {"val": 130}, salt=1)
+    assert refusal(lambda: tune(config, asked, tmp_path / "search", trials=2)) == (
+        f"{tmp_path}/search was begun with other data than folder:{tmp_path}/own has now, and its "
+        "trials could not be compared: bring the data back as they were, or give another --name"
+    )

@@ -20,6 +20,7 @@ from metaplug.errors import RequestError, RunError, reason
 from metaplug.experiments.configuration import ExperimentConfig, to_yaml
 from metaplug.experiments.json_values import to_json
 from metaplug.experiments.plugin_files import comparable
+from metaplug.experiments.runs.data import agree
 from metaplug.experiments.runs.folder import differing
 from metaplug.experiments.runs.layout import CONFIG
 from metaplug.experiments.tuning.outcome import Outcome, to_values
@@ -75,15 +76,26 @@ class TuningFolder:
         """The folder of a trial's run."""
         return self.path / TRIALS / f"{number:04d}"
 
-    def begin(self, config: ExperimentConfig, search: Mapping[str, str]) -> None:
+    def begin(
+        self, config: ExperimentConfig, search: Mapping[str, str], data: Mapping[str, str]
+    ) -> None:
         """Write what is searched, and make the journal whole after a process that was killed.
 
+        Args:
+            config: what all trials share.
+            search: the range of each field, by path.
+            data: by split, the digest of the classes that trials draw on, where it is known.
+
         Raises:
-            RequestError: another configuration or other ranges are searched there.
+            RequestError: another configuration, other ranges or other data are searched there.
         """
         if (self.path / BEGUN).exists():
-            self._check_same(config, search)
-        begun = {"search": dict(search), "config": config.model_dump(mode="json")}
+            self._check_same(config, search, data)
+        begun = {
+            "search": dict(search),
+            "config": config.model_dump(mode="json"),
+            "data": dict(data),
+        }
         self._write(BEGUN, yaml.safe_dump(begun, sort_keys=False, allow_unicode=True, width=10_000))
         for left in self.path.glob(f"{LOG}.lock*"):  # Optuna's own lock, which a kill leaves behind
             left.unlink(missing_ok=True)
@@ -111,7 +123,9 @@ class TuningFolder:
         if best is not None:
             self._write(BEST, to_yaml(best))
 
-    def _check_same(self, config: ExperimentConfig, search: Mapping[str, str]) -> None:
+    def _check_same(
+        self, config: ExperimentConfig, search: Mapping[str, str], data: Mapping[str, str]
+    ) -> None:
         where = self.path / BEGUN
         begun = validated(_Begun, read_yaml(where), str(where))
         then, asked = _flat(begun.config, begun.search), _flat(config, search)
@@ -122,6 +136,12 @@ class TuningFolder:
             raise RequestError(
                 f"{self.path} was begun with {field} = {one}, which cannot become {other}: go on "
                 f"with it as it was begun ({where}), or {_OTHER}"
+            )
+
+        if not agree(begun.data, data):
+            raise RequestError(
+                f"{self.path} was begun with other data than {config.tasks.source} has now, and "
+                f"its trials could not be compared: bring the data back as they were, or {_OTHER}"
             )
 
     def _entries(self) -> list[Path]:
@@ -137,6 +157,7 @@ class _Begun(Settings):
 
     search: dict[str, str] = Field(description="The range of each field, by path.")
     config: ExperimentConfig = Field(description="What all trials share.")
+    data: dict[str, str] = Field({}, description="By split, the digest of its classes.")
 
 
 def _flat(config: ExperimentConfig, search: Mapping[str, str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from metaplug.evaluation.scores import as_score
 from metaplug.experiments.build import Experiment, build_tasks
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.plugin_files import recorded
+from metaplug.experiments.runs.data import TRAINED, digests_of
 from metaplug.experiments.tuning.folder import BEGUN, TuningFolder
 from metaplug.experiments.tuning.outcome import Outcome
 from metaplug.experiments.tuning.proposals import Proposals, import_optuna
@@ -69,7 +70,7 @@ def tune(
     if not (folder / BEGUN).exists():  # or it was checked when it began
         check_space(config, space, asked, tasks)
     with TuningFolder(folder) as place:
-        place.begin(config, search)
+        place.begin(config, search, digests_of(tasks, TRAINED))
         proposals = Proposals(
             place.log,
             space,
