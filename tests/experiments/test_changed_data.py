@@ -20,6 +20,7 @@ from metaplug.cli.main import main
 from metaplug.experiments.build import build
 from metaplug.experiments.configuration import ExperimentConfig
 from metaplug.experiments.runs import load, train
+from metaplug.experiments.runs.repeating import compare_runs
 from metaplug.experiments.study.cells import cells_of
 from metaplug.experiments.study.keeping import read_kept
 from metaplug.experiments.study.schema import read_study
@@ -251,6 +252,16 @@ def test_a_study_pairs_no_tests_of_different_data(
     assert found is not None
     assert found.on_other_data == ()
     assert found.difference(found.rows[1], found.rows[0]) is not None
+
+
+def test_a_run_that_is_trained_again_says_which_data_are_others(tmp_path: Path) -> None:
+    config = images(draw(tmp_path / "own", dict.fromkeys(SPLITS, 130)))
+    train(config, tmp_path / "run")
+    train(config, tmp_path / "same")
+    draw(tmp_path / "own", {"val": 130}, salt=1)
+    train(config, tmp_path / "changed")
+    assert compare_runs(tmp_path / "run", tmp_path / "same").changes == ()
+    assert compare_runs(tmp_path / "run", tmp_path / "changed").changes == ("other val data",)
 
 
 def test_a_search_does_not_go_on_with_other_data(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ class Repetition:
         tested: whether both are finished, so their tests were compared too.
         fault: the first difference and the largest, in words; None where both runs are the same bit
             for bit.
-        changes: what differs between the machines that they ran on, in words; empty for nothing.
+        changes: what differs between the machines that they ran on, and between their data where
+            both are finished, in words; empty for nothing.
     """
 
     iterations: int
@@ -143,7 +144,7 @@ def _distance(there: Mapping[str, Any], here: Mapping[str, Any]) -> float:
 
 
 def _changes(source: Path, folder: Path) -> tuple[str, ...]:
-    """The differences between the sessions that finished two runs."""
+    """The differences between the sessions that finished two runs, and between their data."""
     sessions = [read_sessions(one)[-1:] for one in (source, folder)]
     if not all(sessions):
         return (f"{source} has no {RECORD}",)
@@ -151,4 +152,12 @@ def _changes(source: Path, folder: Path) -> tuple[str, ...]:
     return tuple(
         f"{field.removeprefix('versions.')} {there.get(field)} there, {here.get(field)} here"
         for field in _differing(there, here)
-    )
+    ) + tuple(f"other {split} data" for split in _other_data(source, folder))
+
+
+def _other_data(source: Path, folder: Path) -> list[str]:
+    """The splits whose classes differ, of two finished runs that both say theirs."""
+    if not all((one / SUMMARY).is_file() for one in (source, folder)):
+        return []
+    there, here = (read_summary(one).get("data") or {} for one in (source, folder))
+    return [split for split in there if there[split] != here.get(split, there[split])]
