@@ -1,8 +1,9 @@
 """A run in a folder of its own: trained, killed and resumed, read back, and repeated.
 
 `training` runs it; `folder` orders the writes and holds the lock; `layout` names the files;
-`sessions` records who trained; `loading` makes the experiment again; `reading` checks metrics and
-summary; `repeating` compares a run with the one that it repeats.
+`sessions` records who trained; `data` keeps what tells other data from the run's own; `loading`
+makes the experiment again; `reading` checks metrics and summary; `repeating` compares a run with
+the one that it repeats.
 """
 
 from metaplug.experiments.runs.loading import load

@@ -31,7 +31,7 @@ def digest_of(config: ExperimentConfig) -> str:
     Settings of the runtime that change no result do not count. The code is the source of metaplug,
     of the plugins, and of the model's and the tasks' module, as it is now, and the version of torch
     and of the model's library: a cell is computed anew after one has changed. Files of data do not
-    count.
+    count: runs of different data are told apart by what they keep of them (see `same_data`).
     """
     text = to_json({"config": asked_by(config), "code": code_of(config)})
     return hashlib.sha256(text.encode()).hexdigest()[:16]
