@@ -688,7 +688,9 @@ def holed(monkeypatch):
         tasks = experiment.tasks
         return dataclasses.replace(
             experiment,
-            tasks=SimpleNamespace(train=Streams(tasks.train), val=tasks.val, test=tasks.test),
+            tasks=SimpleNamespace(
+                train=Streams(tasks.train), val=tasks.val, test=tasks.test, resolved=dict
+            ),
         )
 
     monkeypatch.setattr("metaplug.experiments.runs.training.build", build_holed)
@@ -1200,7 +1202,9 @@ def holed_validation(monkeypatch):
         tasks = experiment.tasks
         return dataclasses.replace(
             experiment,
-            tasks=SimpleNamespace(train=tasks.train, val=Streams(tasks.val), test=tasks.test),
+            tasks=SimpleNamespace(
+                train=tasks.train, val=Streams(tasks.val), test=tasks.test, resolved=dict
+            ),
         )
 
     monkeypatch.setattr("metaplug.experiments.runs.training.build", build_holed)

@@ -33,6 +33,7 @@ from metaplug.checks.refuse_other_weights import OTHER_WEIGHTS
 from metaplug.core import vmap_rules
 from metaplug.core.functional_model import FunctionalModel
 from metaplug.core.optimizers import DifferentiableOptimizer
+from metaplug.core.outer_loop import OuterLoop
 from metaplug.execution.ranks import Share, World
 from metaplug.execution.traced import CompiledDerivation
 from metaplug.testing import Stream, adapted, problem, reference
@@ -100,6 +101,7 @@ def unguarded(monkeypatch):
     monkeypatch.setattr("metaplug.learner.check_model", lambda model, batch_norm: None)
     monkeypatch.setattr("metaplug.learner.check_loss", lambda loss: None)
     monkeypatch.setattr(ModelChanges, "check", lambda self: False)
+    monkeypatch.setattr(OuterLoop, "_refuse_unregistered", lambda self, outer_loss: None)
     begin = FunctionalModel.begin
 
     def begin_with_old_buffers(self, training):
