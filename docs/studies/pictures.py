@@ -226,8 +226,9 @@ def _panels(
     figure.legend(
         handles, list(names), frameon=False, loc="outside upper left", ncols=columns, fontsize=9
     )
-    seeds = max(len(row.seeds) for row in result.rows)
-    means = "one seed" if seeds == 1 else f"means over {seeds} seeds"
+    counts = {len(row.seeds) for row in result.rows}
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    means = "one seed" if seeds == "1" else f"means over {seeds} seeds"
     _caption(figure, f"{means}; {note}")
     for text in figure.legends[0].get_texts():
         text.set_color(INK)
