@@ -291,7 +291,8 @@ class InnerStep:
                 f"plugin '{self._owner.name}' logs '{name}', {_form(value)}: log a tensor or a "
                 "number"
             )
-        value = torch.as_tensor(value)
+        beside = self.support_targets  # a number goes to the tasks' device, as other figures are
+        value = torch.as_tensor(value, device=None if beside is None else beside.device)
         if not value.is_floating_point():
             value = value.to(torch.get_default_dtype())
         self.keep(LOGGED + name, value.mean())

@@ -16,6 +16,7 @@ from metaplug import (
     RequestError,
     gradients_of,
     hookimpl,
+    key_of,
 )
 from metaplug.testing import Stream, assert_close, found, problem
 
@@ -34,7 +35,7 @@ class KeepsTheStart(Plugin):
     def setup(self, context: Context):
         for name, shape in context.shapes.items():
             buffer = torch.zeros(shape, **context.factory_kwargs)
-            self.register_buffer(name.replace(".", "/"), buffer)
+            self.register_buffer(key_of(name), buffer)
 
     @hookimpl
     def transform_outer_losses(self, losses, outcome):
@@ -44,7 +45,7 @@ class KeepsTheStart(Plugin):
     @hookimpl
     def commit(self, kept):
         for name, value in kept.items():
-            self.get_buffer(name.replace(".", "/")).copy_(value)
+            self.get_buffer(key_of(name)).copy_(value)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
@@ -55,15 +56,22 @@ def test_what_is_kept_is_of_the_time_when_it_was_kept(chunk_size):
     learner.engine.meta_step(learner.prepare_batch(case.batch), 1)
     moved = dict(learner.model.named_parameters())
     assert any(not torch.equal(moved[name], before[name]) for name in before)
-    assert_close({n: plugin.get_buffer(n.replace(".", "/")) for n in before}, before)
+    assert_close({n: plugin.get_buffer(key_of(n)) for n in before}, before)
 
 
-@pytest.mark.parametrize("value", [1.0, torch.tensor(3), torch.tensor([True])])
-def test_a_statistic_is_a_floating_tensor(value):
+@pytest.mark.parametrize(
+    ("value", "form"),
+    [
+        (1.0, "float"),
+        (torch.tensor(3), "a tensor of torch.int64"),
+        (torch.tensor([True]), "a tensor of torch.bool"),
+    ],
+)
+def test_a_statistic_is_a_floating_tensor(value, form):
     def transform_inner_losses(losses, step):
         step.keep("n", value)
 
-    assert "keeps 'n', a" in refusal(transform_inner_losses).replace("float:", "a float:")
+    assert f"keeps 'n', {form}: keep a mean over tasks" in refusal(transform_inner_losses)
 
 
 @pytest.mark.parametrize("value", [0.5, 2, torch.tensor([True, False]), torch.tensor([1, 2])])

@@ -22,7 +22,7 @@ from metaplug.experiments.runs.result import is_finished
 from metaplug.experiments.runs.training import train
 from metaplug.experiments.study.cells import Cell, naming, row_text
 from metaplug.experiments.study.folder import cell_folder, finished
-from metaplug.experiments.study.same_data import key_of
+from metaplug.experiments.study.same_data import source_key
 from metaplug.tasks.splits import SPLITS
 
 _WAIT = 1.0
@@ -74,7 +74,7 @@ def check(
         on_built: called for the first cell of every variant.
 
     Returns:
-        The digests of the data that were read, by `key_of` and split.
+        The digests of the data that were read, by `source_key` and split.
 
     Raises:
         RequestError: a part is unknown or refuses its settings; names the variant and the setting.
@@ -89,7 +89,7 @@ def check(
         with naming(f"variant '{row_text(cell.variant, cell.setting)}'"):
             if key != (key := (cell.config.tasks, cell.config.model, cell.seed)):
                 tasks = build_tasks(cell.config)
-                read[key_of(cell.config)] = digests_of(tasks, SPLITS)
+                read[source_key(cell.config)] = digests_of(tasks, SPLITS)
             experiment = build(cell.config, tasks)
         if cell.variant not in seen:
             on_built(cell, experiment)
@@ -108,7 +108,7 @@ def on_other_data(
     return [
         cell
         for cell in cells
-        if finished(cell, folder) and (now := read.get(key_of(cell.config))) is not None
+        if finished(cell, folder) and (now := read.get(source_key(cell.config))) is not None
         if not agree(read_summary(cell_folder(cell, folder)).get("data") or {}, now)
     ]
 

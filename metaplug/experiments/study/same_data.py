@@ -27,11 +27,13 @@ def of_other_data(runs: Iterable[RunResult]) -> list[RunResult]:
     first: dict[str, RunResult] = {}
     known = [run for run in runs if run.data]
     return [
-        run for run in known if not agree(first.setdefault(key_of(run.config), run).data, run.data)
+        run
+        for run in known
+        if not agree(first.setdefault(source_key(run.config), run).data, run.data)
     ]
 
 
-def key_of(config: ExperimentConfig) -> str:
+def source_key(config: ExperimentConfig) -> str:
     """What runs have in common that draw on the same classes while the data stay as they are."""
     source, settings = config.tasks.source, config.tasks.settings
     seed = None if source.partition(":")[0] in _WHATEVER_THE_SEED else config.seed
