@@ -2,8 +2,8 @@
 
 Stacked convolutions keep their activations as (n, tasks · channels, height, width). Batch norm and
 max-pooling treat channels one by one, so they work on that layout as it is; a linear layer with
-weights of each task is one batched matrix product: the same numbers as vmap's rules, with less
-memory and time (docs/performance.md). An embedding's padding row gets no gradient in any task,
+weights of each task is one batched matrix product, with the derivatives of `linear`: the same
+numbers as vmap's rules, with less memory and time (docs/performance.md). An embedding's padding row gets no gradient in any task,
 where vmap's rule protects it in the first task alone. Differentiation is outside vmap; on a CPU
 large batch norms, activations and poolings have derivatives of `batch_norm` and `max_pool`, and
 weight norm has those of `weight_norm`, as torch's second one is wrong.
@@ -11,7 +11,8 @@ weight norm has those of `weight_norm`, as torch's second one is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -34,6 +35,8 @@ from torch._C._functorch import (  # type: ignore[attr-defined]
     maybe_current_level,
     maybe_get_bdim,
     maybe_get_level,
+    pop_dynamic_layer_stack,
+    push_dynamic_layer_stack,
 )
 from torch.autograd import forward_ad
 from torch.nn import functional as F
@@ -41,6 +44,8 @@ from torch.nn import functional as F
 from metaplug.contract.inputs import Inputs, map_inputs
 from metaplug.core.batch_norm import batch_norm, takes
 from metaplug.core.function_mode import FunctionMode
+from metaplug.core.linear import linear
+from metaplug.core.linear import takes as takes_products
 from metaplug.core.max_pool import LARGE, activate, pool
 from metaplug.core.weight_norm import weight_norm
 
@@ -214,9 +219,17 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  
     if not _is_stacked(weight) or not _is_stacked(input) or input.dim() < 2 or weight.dim() < 2:
         return NotImplemented
     inputs, weights = _stacked(input), _stacked(weight)
-    outputs = torch.bmm(inputs.flatten(1, -2), weights.transpose(1, 2))
-    if bias is not None:
-        outputs = outputs + (_stacked(bias).unsqueeze(1) if _is_stacked(bias) else bias)
+    rows = inputs if input.dim() == 2 else inputs.flatten(1, -2)
+    own = bias is not None and _is_stacked(bias)
+    shift = _stacked(bias) if bias is not None and own else None
+    if _is_plain(rows, weights, shift) and takes_products(rows, weights, shift):
+        with _outside_vmap():
+            outputs = linear(rows, weights, shift)
+    else:
+        outputs = torch.bmm(rows, weights.mT)
+        outputs = outputs if shift is None else outputs + shift.unsqueeze(1)
+    if bias is not None and not own:
+        outputs = outputs + bias
     if input.dim() > 2:
         outputs = outputs.unflatten(1, inputs.shape[1:-1])
     return _add_batch_dim(outputs, 0, current_level())
@@ -281,6 +294,19 @@ def _is_plain(*values: Tensor | None) -> bool:
     """
     wrapped = (each is not None and is_functorch_wrapped_tensor(each) for each in values)
     return forward_ad._current_level < 0 and not any(wrapped)
+
+
+@contextmanager
+def _outside_vmap() -> Iterator[None]:
+    """Inside, a Function sees stacked tensors as they are, without what torch.func does around it.
+
+    That takes longer than a small layer.
+    """
+    layer = pop_dynamic_layer_stack()
+    try:
+        yield
+    finally:
+        push_dynamic_layer_stack(layer)
 
 
 def _is_large(x: Tensor) -> bool:
