@@ -26,17 +26,17 @@ import torch
 from torch import Tensor
 
 from metaplug.execution.graph_file import formats_by_name, read_graph, write_graph
+from metaplug.execution.graph_rewrites import rewrite
 
 Function = Callable[..., Any]
 
 _Graph = torch.fx.GraphModule
 _Process = subprocess.Popen[bytes]
-_aten = torch.ops.aten
 
 
 def inductor(graph: _Graph, inputs: Sequence[Tensor]) -> Function:
     """The graph, compiled for inputs of these forms, with torch's own random numbers."""
-    _rewrite(graph)
+    rewrite(graph)
     return _compiled(graph, inputs)
 
 
@@ -64,7 +64,7 @@ class Beside:
 
     def __init__(self, graph: _Graph, inputs: Sequence[Tensor]) -> None:
         forms = [(each.shape, each.stride(), each.dtype, each.device) for each in inputs]
-        _rewrite(graph)  # by what its nodes know of their results, which is not handed over
+        rewrite(graph)  # by what its nodes know of their results, which is not handed over
         folder, running = Path(tempfile.mkdtemp(prefix="metaplug-compile-")), list[_Process]()
         self._end = weakref.finalize(self, _stop, folder, running, os.getpid())
         task, self._said = folder / "task", folder / "said"
@@ -157,68 +157,6 @@ def _set(settings: _Settings) -> None:
     torch.set_default_dtype(dtype)
     for name, value in products.items():
         setattr(torch.backends.cuda.matmul, name, value)
-
-
-def _rewrite(graph: _Graph) -> None:
-    """Write what autograd cannot choose in the form that suits the compiler; twice is once."""
-    _widen_products(graph)
-    _sum_products(graph)
-    _free_views(graph)
-    graph.recompile()
-
-
-def _widen_products(graph: _Graph) -> None:
-    """On a CPU, write A B with more rows than columns as (Bᵀ Aᵀ)ᵀ: the same numbers, sooner.
-
-    Such products come from differentiating a weight gradient once more.
-    """
-    for node in list(graph.graph.nodes):
-        if node.target is not _aten.bmm.default or node.meta["val"].device.type != "cpu":
-            continue
-        _, rows, columns = node.meta["val"].shape
-        if rows > columns:
-            with graph.graph.inserting_before(node):
-                transposed = [
-                    graph.graph.call_function(_aten.transpose.int, (factor, 1, 2))
-                    for factor in reversed(node.args)
-                ]
-                product = graph.graph.call_function(_aten.bmm.default, tuple(transposed))
-                product.meta["val"] = node.meta["val"].mT
-                node.replace_all_uses_with(
-                    graph.graph.call_function(_aten.transpose.int, (product, 1, 2))
-                )
-            graph.graph.erase_node(node)
-
-
-def _sum_products(graph: _Graph) -> None:
-    """On a CPU, write products with a vector as sums, which the compiler joins with what is around.
-
-    A product of a library walks over the matrix once for itself.
-    """
-    for node in list(graph.graph.nodes):
-        if node.target not in (_aten.mv.default, _aten.mm.default, _aten.dot.default):
-            continue
-        (one, other), value = node.args, node.meta["val"]
-        is_row = node.target is _aten.mm.default and value.shape[0] == 1
-        if value.device.type != "cpu" or (node.target is _aten.mm.default and not is_row):
-            continue
-        with graph.graph.inserting_before(node):
-            if is_row:  # (1, n) (n, m)
-                one = graph.graph.call_function(_aten.transpose.int, (one, 0, 1))
-            product = graph.graph.call_function(_aten.mul.Tensor, (one, other))
-            total = graph.graph.call_function(
-                _aten.sum.dim_IntList, (product, [0 if is_row else -1], is_row)
-            )
-        total.meta["val"] = value
-        node.replace_all_uses_with(total)
-        graph.graph.erase_node(node)
-
-
-def _free_views(graph: _Graph) -> None:
-    """Let views be copies where they must: Inductor lays out some results otherwise than torch."""
-    for node in graph.graph.nodes:
-        if node.target is _aten.view.default:
-            node.target = _aten.reshape.default
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from metaplug.core import batch_norm
 from metaplug.core import vmap_rules as folding
 from metaplug.core.vmap_rules import TaskRules, for_all_tasks
-from metaplug.execution.compiling import _widen_products
+from metaplug.execution.graph_rewrites import _widen_products
 
 LAYERS = {
     "linear": (F.linear, (6, 4), (6,), (5, 4)),

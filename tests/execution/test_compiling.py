@@ -14,9 +14,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from metaplug import MetaLearner, RequestError, TaskBatch
 from metaplug.bench.encoder import TOKENS, VOCABULARY, Encoder, with_adapters
+from metaplug.contract.function_plugins import plugin_of
 from metaplug.execution import compiling, traced
 from metaplug.execution.compiling import Beside, inductor
 from metaplug.execution.graph_file import formats_by_name, read_graph, write_graph
+from metaplug.execution.graph_rewrites import rewrite
 from metaplug.execution.traced import PATIENCE, CompiledDerivation
 from metaplug.models.conv4 import Conv4
 from metaplug.models.resnet12 import ResNet12
@@ -89,21 +91,30 @@ def test_a_graph_that_calls_something_else_is_not_written(tmp_path):
         write_graph(tmp_path / "graph", graph)
 
 
-def test_views_and_products_are_rewritten_to_the_same_numbers():
+def test_a_graph_is_rewritten_to_the_same_numbers():
     def step(x, y):
         with_vectors = y[0] @ y[1, 0], x[0, :1] @ y[0], x[0, 0] @ y[0, :, 0]
-        return torch.bmm(x, y).view(-1), torch.bmm(y.mT, x.mT).reshape(2, -1), *with_vectors
+        rows = torch.linalg.vector_norm(x[0], dim=1).reciprocal()
+        matrices = x.view(10, 3), (x + 1).view(10, 3)
+        as_vectors = matrices[0].view(-1) @ matrices[1].view(-1)
+        products = torch.bmm(x, y).view(-1), torch.bmm(y.mT, x.mT).reshape(2, -1)
+        with_sum = torch.baddbmm(y[:, :1], x, y), torch.baddbmm(x, x, y[..., :3], beta=2)
+        large = rows.unsqueeze(1) * torch.ones(5, 40).double(), rows @ torch.ones(5, 40).double()
+        return *products, *with_vectors, as_vectors, *with_sum, *large
 
     x, y = (torch.rand(shape, dtype=torch.float64) for shape in ((2, 5, 3), (2, 3, 4)))
     graph = make_fx(step)(x, y)
     expected = step(x, y)
-    compiling._rewrite(graph)
+    rewrite(graph)
     for _ in range(2):  # twice is once
         called = [node.target for node in graph.graph.nodes]
         assert _aten.view.default not in called
         assert not {_aten.mv.default, _aten.mm.default, _aten.dot.default} & {*called}
+        assert [
+            called.count(each) for each in (_aten.baddbmm.default, _aten.as_strided.default)
+        ] == [1, 1]
         assert_close(dict(enumerate(graph(x, y))), dict(enumerate(expected)))
-        compiling._rewrite(graph)
+        rewrite(graph)
         assert len(called) == len(graph.graph.nodes)
 
 
@@ -330,3 +341,19 @@ def test_inductor_gives_the_meta_gradients_of_models_in_float64(name):
     expected, actual = found(plain, case.batch), found(ours, case.batch)
     assert ours.engine.derivation.refusal is None
     assert_close(actual.gradients, dict(expected.gradients), rtol=1e-10, atol=1e-11)
+
+
+def test_a_plugin_is_told_whether_its_step_is_recorded():
+    def transform_gradients(gradients, step):
+        if step.training:
+            step.log("traced", float(step.traced))
+        else:
+            assert not step.traced
+
+    for derivation in (None, CompiledDerivation):
+        learner = problem(steps=1).learner(plugins=[plugin_of(transform_gradients)()])
+        if derivation is not None:
+            learner.engine.derivation = derivation(learner.engine, lambda graph, inputs: graph)
+        [record] = learner.iterate(Stream(), iterations=1, tasks_per_batch=2)
+        assert record.step.figures == {"transform-gradients.traced": derivation is not None}
+        learner.evaluate(Stream(), num_tasks=2)
