@@ -88,7 +88,11 @@ class GradientSharing(Plugin, SharingParts):
         """The same in one operation, where one gate and one momentum are all there is."""
         k, parts = step.slot, [gradients[name] for name in self._sizes]
         logits = self.logit("gate", k), self.logit("momentum", k)
-        r, directions = blend(parts, *logits, self.started[k], self.running[k], step.over_ranks)
+        state, reads = (
+            (self.started[k], self.running[k]),
+            not step.traced and self.running.device.type == "cpu",
+        )
+        r, directions = blend(parts, *logits, *state, step.over_ranks, reads=reads)
         step.keep(f"{k}", r)
         return dict(zip(self._sizes, directions, strict=True))
 
@@ -114,9 +118,8 @@ class GradientSharing(Plugin, SharingParts):
 
     @hookimpl
     def commit(self, kept: Mapping[str, Tensor]) -> None:
-        for k, r in kept.items():
-            self.running[int(k)].copy_(r)
-            self.started[int(k)].fill_(True)
+        self.running.copy_(torch.stack([kept[f"{k}"] for k in range(len(self.running))]))
+        self.started.fill_(True)
 
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:

@@ -95,6 +95,15 @@ class InnerStep:
         return min(self.index, self.trained_steps - 1)
 
     @property
+    def traced(self) -> bool:
+        """Whether the step is recorded, to run compiled or captured: no number can be read then.
+
+        Elsewhere `tensor.item()` gives a number, which on a CPU costs nothing, as for a Function
+        that takes its derivatives by hand.
+        """
+        return not isinstance(self.meta_iteration, int)
+
+    @property
     def losses(self) -> Tensor:
         """(T,) support losses, before `transform_inner_losses`."""
         return self._of_forward("losses", self.support_losses)

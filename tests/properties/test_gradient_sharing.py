@@ -1,5 +1,8 @@
 """Gradient sharing keeps the invariants that its equations imply."""
 
+import math
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -319,7 +322,8 @@ def test_a_gate_learns_within_every_granularity():
 # The derivative by hand.
 
 
-def test_the_blend_is_differentiable_twice_however_its_gradients_lie_in_memory():
+@pytest.mark.parametrize("reads", [False, True])
+def test_the_blend_is_differentiable_twice_however_its_gradients_lie_in_memory(reads):
     torch.manual_seed(0)
     rows, columns = (torch.randn(3, *shape, dtype=torch.float64) for shape in ((2,), (4, 2)))
     rows[0], columns[0] = 0, 0  # a task without a gradient
@@ -329,7 +333,9 @@ def test_the_blend_is_differentiable_twice_however_its_gradients_lie_in_memory()
 
     def directions(rows, columns, s, m, *, turned=True):
         matrices = columns.mT if turned else columns.mT.contiguous()
-        r, (row, matrix) = blend([rows, matrices], s, m, begun, r_old, lambda mean: mean)
+        r, (row, matrix) = blend(
+            [rows, matrices], s, m, begun, r_old, lambda mean: mean, reads=reads
+        )
         assert r.shape == r_old.shape and not r.requires_grad
         return row, matrix, r
 
@@ -343,3 +349,24 @@ def test_the_blend_is_differentiable_twice_however_its_gradients_lie_in_memory()
     second = torch.autograd.grad(directions(*given)[1].sum(), given, create_graph=True)
     ends = torch.autograd.grad(sum(each.square().sum() for each in second), given)
     assert all(bool(torch.isfinite(each).all()) for each in (*second, *ends))
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(
+    "given", [(0.3, -0.7), (40.0, 40.0), (-40.0, -800.0), (math.inf, math.inf)]
+)
+def test_weights_read_as_numbers_blend_as_tensors_do(given, begun):
+    torch.manual_seed(0)
+    rows, matrices = (torch.randn(3, *form, dtype=torch.float64) for form in ((2,), (4, 2)))
+    rows[0], matrices[0] = 1e-13, 0  # a task with next to no gradient
+    weights = torch.tensor(given, dtype=torch.float64).unsqueeze(1)
+    r_old, ends = torch.randn(10, dtype=torch.float64), torch.randn(3, 10, dtype=torch.float64)
+    answers = []
+    for reads in (False, True):
+        leaves = [each.clone().requires_grad_() for each in (rows, matrices, *weights)]
+        state = torch.tensor(begun), r_old
+        r, found = blend(leaves[:2], *leaves[2:], *state, lambda mean: mean, reads=reads)
+        total = (torch.cat([each.flatten(1) for each in found], 1) * ends).sum()
+        answers.append((r, total, *torch.autograd.grad(total, leaves)))
+    for one, other in zip(*answers, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
