@@ -69,7 +69,7 @@ def exchanges(
             kept, and two meta-parameters with a value for each step.
         itemsize: bytes of an element.
     """
-    numbers, losses = sum(tensors), 1 + steps + 1 + len(tensors)
+    numbers, losses = sum(tensors), 1 + steps + 1 + 2 * len(tensors)
     last, flags = numbers + losses, len(tensors)
     means: tuple[int, ...] = ()
     host: tuple[int, ...] = ()

@@ -40,8 +40,8 @@ class MetaGradients:
         gradients: by name, each of its meta-parameter's shape.
         outer_loss: (), the loss that they belong to.
         losses: the mean over tasks of every support and query loss on the way; after them, of every
-            tensor of fast weights, and of what the last query pass used, the largest absolute
-            value. A non-finite value among these fails the iteration.
+            tensor of fast weights, and of what the last query pass used, the smallest and the
+            largest value. A non-finite value among these fails the iteration.
         statistics: what plugins kept, by plugin and name.
         outcome: how the tasks of this rank were adapted (everything else is over all ranks). None
             where it was not kept.
@@ -153,7 +153,7 @@ class OuterLoop:
             loss.detach().mean()
             for loss in (*outcome.support_losses, *outcome.query_losses.values())
         ]
-        on_the_way += [largest.to(outer_loss.dtype) for largest in self._largest(outcome)]
+        on_the_way += [end.to(outer_loss.dtype) for end in self._ends(outcome)]
         return MetaGradients(
             gradients, outer_loss.detach(), torch.stack(on_the_way), outcome.statistics, outcome
         )
@@ -221,25 +221,26 @@ class OuterLoop:
             if gradient is not None
         }
 
-    def _largest(self, outcome: Outcome) -> Iterator[Tensor]:
-        """The largest absolute value, (), of each tensor that the loop made or a query used."""
+    def _ends(self, outcome: Outcome) -> Iterator[Tensor]:
+        """The ends, () each, of the tensors that the loop made or a query used."""
         made, used = outcome.adapted_parameters, outcome.query_parameters
         values = [made[name] for name in outcome.adapted]
         values += [value for name, value in used.items() if value is not made[name]]
-        return (largest(value.detach()) for value in values if value.numel())
+        return (end for value in values if value.numel() for end in ends(value.detach()))
 
 
-def largest(values: Tensor) -> Tensor:
-    """Return the largest absolute value, (), of at least one; NaN where one is NaN.
+def ends(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value, () each, of at least one; NaN where one is NaN.
 
-    On a CPU torch's maximum norm takes fifteen times as long.
+    Of complex values these are the absolute ones. On a CPU torch's maximum norm takes fifteen times
+    as long.
 
     Example:
-        >>> largest(torch.tensor([1.0, -3.0]))
-        tensor(3.)
+        >>> ends(torch.tensor([1.0, -3.0]))
+        (tensor(-3.), tensor(1.))
     """
     low, high = torch.aminmax(values.abs() if values.is_complex() else values)
-    return torch.maximum(-low, high)
+    return low, high
 
 
 def _check_parameters(given: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:

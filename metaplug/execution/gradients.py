@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from metaplug.contract.inner_step import LOGGED
-from metaplug.core.outer_loop import MetaGradients, largest
+from metaplug.core.outer_loop import MetaGradients, ends
 from metaplug.execution.ranks import Share
 
 
@@ -53,7 +55,7 @@ def summed_up(found: MetaGradients, device: torch.device) -> Tensor:
         for name, tensor in tensors.items()
         if tensor.is_floating_point() and tensor.numel() and not name.startswith(LOGGED)
     ]
-    single = [norm.square(), found.outer_loss, *map(largest, kept)]
+    single = [norm.square(), found.outer_loss, *chain.from_iterable(map(ends, kept))]
     values = torch.stack([value.to(norm) for value in single])
     finite = torch.isfinite(torch.cat([values, found.losses.to(norm)])).all()
     return torch.stack([found.outer_loss.to(norm), norm, finite.to(norm.dtype)])
@@ -62,8 +64,8 @@ def summed_up(found: MetaGradients, device: torch.device) -> Tensor:
 def first_nonfinite(parameters: Mapping[str, Tensor], device: torch.device) -> str | None:
     """Return the first parameter that is NaN or Inf; None for none."""
     values = {name: each.detach() for name, each in parameters.items()}
-    sums = torch.stack([value.sum().to(device) for value in values.values()])
-    if torch.isfinite(sums).all():
+    total = torch.stack([value.sum().to(device) for value in values.values()]).sum()
+    if math.isfinite(total.item()):
         return None
     found = (name for name, value in values.items() if not torch.isfinite(value).all())
-    return next(found, None)  # the sum may overflow where no entry does
+    return next(found, None)  # a sum may overflow where no entry does

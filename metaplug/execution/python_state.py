@@ -114,6 +114,8 @@ def _globals_of(code: types.CodeType) -> tuple[str, ...]:
 
 def _image(value: Any, depth: int = 4) -> Any:
     """Something that is equal for as long as a value is what it was."""
+    if isinstance(value, _BY_IDENTITY):
+        return id(value)
     if isinstance(value, float) and math.isnan(value):
         return "NaN"
     if value is None or isinstance(value, PLAIN):
@@ -122,12 +124,9 @@ def _image(value: Any, depth: int = 4) -> Any:
         return id(value), 0 if value.is_inference() else value._version
     if isinstance(value, np.ndarray) and value.nbytes <= MOST_BYTES and not value.dtype.hasobject:
         return id(value), value.shape, hash(value.tobytes())
-    # A logger notes by itself which levels are on.
-    if depth == 0 or isinstance(
-        value, types.ModuleType | types.FunctionType | type | logging.Logger
-    ):
+    if depth == 0:
         return id(value)
-    if isinstance(value, Mapping | list | tuple | deque) and len(value) > MOST_ITEMS:
+    if isinstance(value, _CONTAINERS) and len(value) > MOST_ITEMS:
         return id(value), len(value)  # to look at each would cost more than the step
     if isinstance(value, Mapping):
         return [(_image(key, depth - 1), _image(each, depth - 1)) for key, each in value.items()]
@@ -136,3 +135,9 @@ def _image(value: Any, depth: int = 4) -> Any:
     if isinstance(value, set | frozenset):
         return sorted(map(id, value))
     return id(value), [_image(each, depth - 1) for each in getattr(value, "__dict__", {}).values()]
+
+
+_BY_IDENTITY = (types.ModuleType, types.FunctionType, type, logging.Logger)
+"""What is the same while it is the same object; a logger notes by itself which levels are on."""
+
+_CONTAINERS = (Mapping, list, tuple, deque)
