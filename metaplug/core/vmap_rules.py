@@ -3,10 +3,11 @@
 Stacked convolutions keep their activations as (n, tasks · channels, height, width). Batch norm and
 max-pooling treat channels one by one, so they work on that layout as it is; a linear layer with
 weights of each task is one batched matrix product, with the derivatives of `linear`: the same
-numbers as vmap's rules, with less memory and time (docs/performance.md). An embedding's padding row gets no gradient in any task,
-where vmap's rule protects it in the first task alone. Differentiation is outside vmap; on a CPU
-large batch norms, activations and poolings have derivatives of `batch_norm` and `max_pool`, and
-weight norm has those of `weight_norm`, as torch's second one is wrong.
+numbers as vmap's rules, with less memory and time (docs/performance.md). An embedding's padding row
+gets no gradient in any task, where vmap's rule protects it in the first task alone. Differentiation
+is outside vmap; on a CPU large batch norms, activations and poolings have derivatives of
+`batch_norm` and `max_pool`, and weight norm has those of `weight_norm`, as torch's second one is
+wrong.
 """
 
 from __future__ import annotations
