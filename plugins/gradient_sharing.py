@@ -124,10 +124,11 @@ class GradientSharing(Plugin, SharingParts):
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
         names = ("gate", "momentum") if self.config.statistics == "accumulated" else ("gate",)
-        slots = len(self.started)
-        with torch.no_grad():
-            means = [self.weight(name, slice(None)).mean(-1).expand(slots) for name in names]
-            by_name = zip(names, torch.stack(means).tolist(), strict=True)
-        return {
-            f"{name}/{k}": weight for name, weights in by_name for k, weight in enumerate(weights)
-        }
+        slots, figures = len(self.started), dict[str, float]()
+        for name in names:
+            with torch.no_grad():
+                weights = self.weight(name, slice(None))
+                by_tensor = weights.dim() == 2 and weights.shape[1] > 1
+                found = (weights.mean(-1) if by_tensor else weights.flatten()).tolist()
+            figures |= {f"{name}/{k}": found[k if len(found) > 1 else 0] for k in range(slots)}
+        return figures

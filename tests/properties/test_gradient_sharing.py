@@ -319,6 +319,21 @@ def test_a_gate_learns_within_every_granularity():
         assert bool((gradients["gradient-sharing.gate"] != 0).all())
 
 
+@pytest.mark.parametrize("granularity", ["step", "tensor", "step-and-tensor", "one"])
+def test_figures_are_the_means_of_the_weights_of_every_step(granularity):
+    plugin = GradientSharing(granularity=granularity, momentum=0)
+    case = problem(steps=30)  # more steps than weights
+    case.learner(plugins=[plugin]).meta_gradients(case.batch)
+    with torch.no_grad():
+        plugin.gate += torch.arange(plugin.gate.numel()).view_as(plugin.gate)
+        means = plugin.weight("gate", slice(None)).mean(1).expand(30).tolist()
+    figures = plugin.end_meta_step()
+    assert figures == pytest.approx(
+        {f"gate/{k}": mean for k, mean in enumerate(means)}
+        | {f"momentum/{k}": 0 for k in range(30)}
+    )
+
+
 # The derivative by hand.
 
 
