@@ -128,7 +128,7 @@ class GradientSharing(Plugin, SharingParts):
         for name in names:
             with torch.no_grad():
                 weights = self.weight(name, slice(None))
-                by_tensor = weights.dim() == 2 and weights.shape[1] > 1
-                found = (weights.mean(-1) if by_tensor else weights.flatten()).tolist()
+                by_tensor = "tensor" in self.config.granularity
+                found = (weights.mean(-1) if by_tensor else weights).flatten().tolist()
             figures |= {f"{name}/{k}": found[k if len(found) > 1 else 0] for k in range(slots)}
         return figures

@@ -326,7 +326,7 @@ def test_figures_are_the_means_of_the_weights_of_every_step(granularity):
     case.learner(plugins=[plugin]).meta_gradients(case.batch)
     with torch.no_grad():
         plugin.gate += torch.arange(plugin.gate.numel()).view_as(plugin.gate)
-        means = plugin.weight("gate", slice(None)).mean(1).expand(30).tolist()
+        means = plugin.weight("gate", slice(None)).mean(-1).expand(30).tolist()
     figures = plugin.end_meta_step()
     assert figures == pytest.approx(
         {f"gate/{k}": mean for k, mean in enumerate(means)}
