@@ -77,9 +77,10 @@ def _widen_products(graph: _Graph) -> None:
 
 
 def _keep_vectors(graph: _Graph) -> None:
-    """Compute a vector once where it meets what is larger, such as the norm of every row.
+    """Compute a vector once where it meets a larger matrix, such as the norms of its rows.
 
-    The compiler would compute it at each of the places. A view by strides makes it keep the vector.
+    The compiler would compute it at each place of the matrix. A view by strides makes it keep the
+    vector. Where a vector meets images, as in batch norm, what it is computed with counts for more.
     """
     for node in _calls(graph):
         value = node.meta.get("val")
@@ -95,7 +96,7 @@ def _keep_vectors(graph: _Graph) -> None:
 
 
 def _meets(node: fx.Node, size: int) -> bool:
-    """Whether what uses a node, or a view of it, has so many numbers, or takes them beside it."""
+    """Whether a node, or a view of it, is used with a matrix of so many numbers, or for one."""
     for user in node.users:
         if user.op != "call_function":  # as the end, which takes all results
             continue
@@ -104,7 +105,8 @@ def _meets(node: fx.Node, size: int) -> bool:
                 return True
             continue
         values = [each.meta.get("val") for each in (user, *user.all_input_nodes)]
-        if any(isinstance(value, Tensor) and value.numel() >= size for value in values):
+        matrices = [value for value in values if isinstance(value, Tensor) and value.dim() == 2]
+        if any(matrix.numel() >= size for matrix in matrices):
             return True
     return False
 

@@ -196,7 +196,7 @@ def test_maml_plus_plus_with_its_schedules_is_traced_twice_and_runs_as_untraced(
     weights = ours.engine.outer.weights
     ours.engine.outer.weights = lambda *now: schedules.append(weights(*now)) or schedules[-1]
     histories = [
-        learner.fit(Stream("batch-norm"), iterations=100, tasks_per_batch=2)
+        learner.fit(Stream("batch-norm"), iterations=200, tasks_per_batch=2)
         for learner in (plain, ours)
     ]
     assert len({tuple(each.items()) for each in schedules}) > 5
