@@ -4,8 +4,8 @@
   `task_model` runs the model for all tasks.
 * `functional_model` runs the model with weights from outside, on inputs and with answers of the
   forms in `model_calls`; `vmap_rules` does so for all tasks, with layers of its own where vmap's
-  rule is slow or wrong, and of `batch_norm` and `max_pool`, whose derivatives take less time than
-  torch's; `losses` has the loss where none is given.
+  rule is slow or wrong, and of `batch_norm`, `linear` and `max_pool`, whose derivatives take less
+  time than torch's; `losses` has the loss where none is given.
 * `frozen_features` keeps what the inner loop cannot change from step to step.
 * `recording` says how autograd records, whatever the caller has set.
 * `function_mode` is the base of what follows the torch functions that run.
