@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 EPSILON = 1e-12
 
@@ -173,7 +174,7 @@ def _sigmoid(x: float) -> float:
 
 def _joined(parts: Sequence[Any]) -> Tensor:
     """(T, P) of parts (T, *shape)."""
-    return torch.cat([part.flatten(1) for part in parts], 1)
+    return torch.cat([part.reshape(len(part), -1) for part in parts], 1)
 
 
 def _parted(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
@@ -181,6 +182,11 @@ def _parted(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     sizes = [shape.numel() // len(flat) for shape in shapes]
     found = zip(torch.split_with_sizes(flat, sizes, 1), shapes, strict=True)
     return [part if len(shape) == 2 else part.view(shape) for part, shape in found]
+
+
+def _is_plain(part: Tensor | None) -> bool:
+    """Whether a part is there, and no batch of gradients, which has no rule for some operations."""
+    return part is not None and not is_legacy_batchedtensor(part)
 
 
 def _plus(one: Tensor, other: Tensor | None) -> Tensor:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch.autograd import forward_ad
 
 
 def graph_leaves(output: Tensor) -> list[Tensor]:
@@ -24,3 +26,16 @@ def graph_nodes(output: Tensor, until: Iterable[Tensor] = ()) -> list[Any]:
             seen[node] = None
             waiting += [source for source, _ in node.next_functions]
     return list(seen)
+
+
+def is_seen_through(tensor: Tensor) -> bool:
+    """Whether more than autograd sees a tensor: a transform of torch.func, or a batch of gradients.
+
+    So does forward mode. A Function that is applied in a backward pass has no rule for any of these
+    or, of a batch of gradients (is_grads_batched), no graph.
+    """
+    return (
+        forward_ad._current_level >= 0
+        or is_functorch_wrapped_tensor(tensor)
+        or is_legacy_batchedtensor(tensor)
+    )

@@ -23,6 +23,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from metaplug.core.autograd_graph import is_seen_through
+
 LARGE = 2**16
 """Elements from which this takes about torch's time in first order, and a fraction in second."""
 
@@ -81,9 +83,13 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
         x, weight, mean, inverse = ctx.saved_tensors
-        # Without a graph for more, the values alone: a call of `apply` costs more than small sums.
-        derive = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
-        of_x, of_weight, of_bias = derive(gradient, x, weight, mean, inverse, ctx.eps)
+        if is_seen_through(gradient):
+            found: Any = _elementary(gradient, x, weight, ctx.eps)
+        else:
+            # Without a graph for more, the values alone: `apply` costs more than small sums.
+            derive = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
+            found = derive(gradient, x, weight, mean, inverse, ctx.eps)
+        of_x, of_weight, of_bias = found
         return of_x, None if weight is None else of_weight, of_bias if ctx.has_bias else None, None
 
 
@@ -177,6 +183,18 @@ def _by_autograd(
     """Return the same as what can be differentiated further."""
     given = [None if each is None else each.view_as(each) for each in (gradient, x, weight)]
     gradient, x, weight = cast("Any", given)  # views: their own graphs are not to be walked
+    derivatives = _elementary(gradient, x, weight, eps)
+    wanted = [each for each in given if each is not None and each.requires_grad]
+    pairs = zip(derivatives, cotangents, strict=True)  # of a constant gradient, Σ g is constant too
+    ends, into = zip(*((one, to) for one, to in pairs if one.requires_grad), strict=True)
+    found = iter(torch.autograd.grad(ends, wanted, into, create_graph=True))
+    return tuple(next(found) if any(each is one for one in wanted) else None for each in given)
+
+
+def _elementary(
+    gradient: Tensor, x: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx, dγ and dβ by operations that autograd, and whatever else, can see through."""
     axes = [axis for axis in range(x.dim()) if axis != 1]
     apart = x - x.mean(axes, keepdim=True)
     inverse = (apart.square().mean(axes, keepdim=True) + eps).rsqrt()
@@ -185,12 +203,7 @@ def _by_autograd(
     of_x = (of_x - normal * (gradient * normal).mean(axes, keepdim=True)) * inverse
     if weight is not None:
         of_x = of_x * _by_channel(weight, x)
-    derivatives = of_x, (gradient * normal).sum(axes), gradient.sum(axes)
-    wanted = [each for each in given if each is not None and each.requires_grad]
-    pairs = zip(derivatives, cotangents, strict=True)  # of a constant gradient, Σ g is constant too
-    ends, into = zip(*((one, to) for one, to in pairs if one.requires_grad), strict=True)
-    found = iter(torch.autograd.grad(ends, wanted, into, create_graph=True))
-    return tuple(next(found) if any(each is one for one in wanted) else None for each in given)
+    return of_x, (gradient * normal).sum(axes), gradient.sum(axes)
 
 
 def _typical(x: Tensor) -> Tensor:

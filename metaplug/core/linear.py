@@ -17,6 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from metaplug.core.autograd_graph import is_seen_through
+
 
 def takes(*tensors: Tensor | None) -> bool:
     """Whether `linear` has these: all of one real floating dtype, which autocast leaves alone."""
@@ -56,7 +58,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        derive = _Backward.apply if torch.is_grad_enabled() else _derivatives
+        alone = torch.is_grad_enabled() and not is_seen_through(gradient)
+        derive = _Backward.apply if alone else _derivatives
         return derive(gradient, x, weight, ctx.needs_input_grad)
 
 

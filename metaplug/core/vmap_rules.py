@@ -32,17 +32,16 @@ from torch._C._functorch import (  # type: ignore[attr-defined]
     current_level,
     get_unwrapped,
     is_batchedtensor,
-    is_functorch_wrapped_tensor,
     maybe_current_level,
     maybe_get_bdim,
     maybe_get_level,
     pop_dynamic_layer_stack,
     push_dynamic_layer_stack,
 )
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from metaplug.contract.inputs import Inputs, map_inputs
+from metaplug.core.autograd_graph import is_seen_through
 from metaplug.core.batch_norm import batch_norm, takes
 from metaplug.core.function_mode import FunctionMode
 from metaplug.core.linear import linear
@@ -289,12 +288,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
 
 
 def _is_plain(*values: Tensor | None) -> bool:
-    """Whether autograd alone sees these: no other vmap, transform of torch.func or forward mode.
-
-    The Functions of this package have a backward pass, and no rule for any of these.
-    """
-    wrapped = (each is not None and is_functorch_wrapped_tensor(each) for each in values)
-    return forward_ad._current_level < 0 and not any(wrapped)
+    """Whether autograd alone sees these, as the Functions of this package need it."""
+    return not any(each is not None and is_seen_through(each) for each in values)
 
 
 @contextmanager
