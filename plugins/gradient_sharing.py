@@ -118,8 +118,13 @@ class GradientSharing(Plugin, SharingParts):
 
     @hookimpl
     def commit(self, kept: Mapping[str, Tensor]) -> None:
-        self.running.copy_(torch.stack([kept[f"{k}"] for k in range(len(self.running))]))
-        self.started.fill_(True)
+        if len(kept) == len(self.running):  # as always in training, in fewer calls
+            self.running.copy_(torch.stack([kept[f"{k}"] for k in range(len(kept))]))
+            self.started.fill_(True)
+            return
+        for k, r in kept.items():
+            self.running[int(k)].copy_(r)
+            self.started[int(k)].fill_(True)
 
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
