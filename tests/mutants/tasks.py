@@ -175,20 +175,13 @@ class SharesBehindAZero(Plugin):
         }
 
 
-class DrawsByStrides(Plugin):
-    """Noise whose numbers follow the layout of memory, which differs with the batching."""
+class ReadsTheBatching(Plugin):
+    """Longer gradients where the engine stacks tasks, which is a choice of speed."""
 
     caught_by = "vectorized-equals-sequential"
     says = "vectorised and sequential"
-    exceptions = {"task-permutation": "its numbers follow a task's place"}
 
     @hookimpl
     def transform_gradients(self, gradients, step):
-        return (
-            {
-                name: gradient + 0.1 * torch.randn_like(gradient)
-                for name, gradient in gradients.items()
-            }
-            if step.training
-            else None
-        )
+        factor = 1.1 if step.passes.loop.vectorized else 1.0
+        return {name: factor * gradient for name, gradient in gradients.items()}
