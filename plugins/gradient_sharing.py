@@ -88,10 +88,8 @@ class GradientSharing(Plugin, SharingParts):
         """The same in one operation, where one gate and one momentum are all there is."""
         k, parts = step.slot, [gradients[name] for name in self._sizes]
         logits = self.logit("gate", k), self.logit("momentum", k)
-        state, reads = (
-            (self.started[k], self.running[k]),
-            not step.traced and self.running.device.type == "cpu",
-        )
+        state = self.started[k], self.running[k]
+        reads = not step.traced and self.running.device.type == "cpu"
         r, directions = blend(parts, *logits, *state, step.over_ranks, reads=reads)
         step.keep(f"{k}", r)
         return dict(zip(self._sizes, directions, strict=True))
