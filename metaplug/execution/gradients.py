@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import cmath
 from collections.abc import Mapping
 from itertools import chain
 
@@ -65,7 +65,7 @@ def first_nonfinite(parameters: Mapping[str, Tensor], device: torch.device) -> s
     """Return the first parameter that is NaN or Inf; None for none."""
     values = {name: each.detach() for name, each in parameters.items()}
     total = torch.stack([value.sum().to(device) for value in values.values()]).sum()
-    if math.isfinite(total.item()):
+    if cmath.isfinite(total.item()):  # of complex parameters, too
         return None
     found = (name for name, value in values.items() if not torch.isfinite(value).all())
     return next(found, None)  # a sum may overflow where no entry does

@@ -2,12 +2,14 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from metaplug.contract.function_plugins import plugin_of
+from metaplug.execution.gradients import first_nonfinite
 from metaplug.execution.meta_optimizer import META_OPTIMIZERS, step_fused
 from metaplug.testing import assert_close, problem
 
@@ -68,6 +70,17 @@ def test_complex_weights_and_those_without_a_gradient_are_updated_as_torch_does(
         assert len(optimizer.state) == 1  # else a checkpoint would have an empty one
     assert torch.equal(parameters[0], others[0])
     assert torch.equal(parameters[1], values[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_the_first_parameter_that_is_not_finite_is_found_in_any_dtype(dtype):
+    values = {"a": torch.ones(2), "b": torch.full((3,), 2.0, dtype=dtype)}
+    assert first_nonfinite(values, torch.device("cpu")) is None
+    largest = torch.finfo(torch.float32).max  # a sum that overflows is no fault of an entry
+    assert first_nonfinite({**values, "a": torch.full((2,), largest)}, torch.device("cpu")) is None
+    for bad in (math.inf, -math.inf, math.nan):
+        values["b"][1] = bad
+        assert first_nonfinite(values, torch.device("cpu")) == "b"
 
 
 def test_a_step_without_a_meta_gradient_has_norm_zero_and_updates_nothing():
