@@ -62,14 +62,14 @@ class _Blend(torch.autograd.Function):
         *gradients: Tensor,
     ) -> tuple[Tensor, ...]:
         """Return g (T, P), l (T,), ū (P,), r (P,), and d, each as its gradient (T, *shape)."""
-        g, length, shapes = _begin(ctx, mean, gradients)
+        g, length = _begin(ctx, mean, gradients)
         s, m = _weights(gate, momentum, started)
         shared = mean((len(g) * length).reciprocal() @ g)
         r = torch.lerp(shared, r_old, m)
         d = torch.lerp(g, torch.outer(length, r), s)
         ctx.save_for_backward(gate, momentum, started, r_old, g, length, shared)
         ctx.mark_non_differentiable(r)
-        return g, length, shared, r, *_parted(d, shapes)
+        return g, length, shared, r, *_parted(d, ctx.shapes)
 
     @staticmethod
     def backward(ctx: Any, *into: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -90,7 +90,7 @@ class _BlendByNumbers(_Blend):
         r_old: Tensor,
         *gradients: Tensor,
     ) -> tuple[Tensor, ...]:
-        g, length, shapes = _begin(ctx, mean, gradients)
+        g, length = _begin(ctx, mean, gradients)
         s, m = _sigmoid(gate.item()), _sigmoid(momentum.item()) if started.item() else 0.0
         ctx.weights = s, m
         inverse = length.reciprocal()
@@ -99,7 +99,7 @@ class _BlendByNumbers(_Blend):
         d = torch.addr(g, length, r, beta=1 - s, alpha=s)
         ctx.save_for_backward(gate, momentum, started, r_old, g, length, shared, r, inverse)
         ctx.mark_non_differentiable(r)
-        return g, length, shared, r, *_parted(d, shapes)
+        return g, length, shared, r, *_parted(d, ctx.shapes)
 
     @staticmethod
     def backward(ctx: Any, *into: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -155,12 +155,12 @@ def _derivatives(
 
 def _begin(
     ctx: Any, mean: Callable[[Tensor], Tensor], gradients: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, list[torch.Size]]:
-    """Return g (T, P), l (T,) and the gradients' shapes."""
+) -> tuple[Tensor, Tensor]:
+    """Return g (T, P) and l (T,)."""
     ctx.mean, ctx.shapes = mean, [each.shape for each in gradients]
     ctx.set_materialize_grads(False)
     g = _joined(gradients)
-    return g, torch.linalg.vector_norm(g, dim=1).clamp_min(EPSILON), ctx.shapes
+    return g, torch.linalg.vector_norm(g, dim=1).clamp_min(EPSILON)
 
 
 def _weights(gate: Tensor, momentum: Tensor, started: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,12 +83,12 @@ def _keep_vectors(graph: _Graph) -> None:
     vector. Where a vector meets images, as in batch norm, what it is computed with counts for more.
     """
     for node in _calls(graph):
-        value = node.meta.get("val")
+        value = node.meta["val"]
         if node.target in _VIEWS or node.target is _aten.as_strided.default:
             continue
-        if not isinstance(value, Tensor) or value.dim() != 1 or value.storage_offset():
+        if value.dim() != 1 or value.stride() != (1,) or value.storage_offset():
             continue
-        if len(value) < 2 or value.stride() != (1,) or not _meets(node, GROWS * len(value)):
+        if len(value) < 2 or not _meets(node, GROWS * len(value)):
             continue
         with graph.graph.inserting_after(node):
             kept = _call(graph, _aten.as_strided.default, (node, [len(value)], [1]), value)
@@ -119,33 +119,31 @@ def _sum_products(graph: _Graph) -> None:
     """
     for node in _calls(graph, _aten.mv.default, _aten.mm.default, _aten.dot.default):
         (one, other), value = node.args, node.meta["val"]
-        axis, keep = -1, False
-        if node.target is _aten.mm.default:
-            if len(value) != 1:
-                continue
-            axis, keep = 0, True  # (1, n) (n, m)
+        is_row = node.target is _aten.mm.default and len(value) == 1  # (1, n) (n, m)
+        if node.target is _aten.mm.default and not is_row:
+            continue
+        form = _form_of_matrix(one) if value.dim() == 0 else None
+        by_rows = form is not None and form == _form_of_matrix(other)
+        if by_rows:
+            one, other = one.args[0], other.args[0]
         with graph.graph.inserting_before(node):
-            if keep:
+            if is_row:
                 one = graph.graph.call_function(_aten.transpose.int, (one, 0, 1))
-            matrices = [_matrix_of(each) for each in (one, other)]
-            if node.target is _aten.dot.default and all(matrices) and _alike(*matrices):
-                one, other = matrices
             total = graph.graph.call_function(_aten.mul.Tensor, (one, other))
-            total = graph.graph.call_function(_aten.sum.dim_IntList, (total, [axis], keep))
-            if one is matrices[0]:
+            axis = 0 if is_row else -1
+            total = graph.graph.call_function(_aten.sum.dim_IntList, (total, [axis], is_row))
+            if by_rows:
                 total = graph.graph.call_function(_aten.sum.default, (total,))
         total.meta["val"] = value
         _replace(graph, node, total)
 
 
-def _matrix_of(vector: Any) -> Any:
-    """The matrix that is seen as this vector; None for a vector of its own."""
-    is_view = vector.target in (_aten.view.default, _aten.reshape.default)
-    return vector.args[0] if is_view and vector.args[0].meta["val"].dim() == 2 else None
-
-
-def _alike(one: Any, other: Any) -> bool:
-    return bool(one.meta["val"].shape == other.meta["val"].shape)
+def _form_of_matrix(vector: Any) -> torch.Size | None:
+    """The shape of the matrix that is seen as this vector; None for a vector of its own."""
+    if vector.target not in (_aten.view.default, _aten.reshape.default):
+        return None
+    form: torch.Size = vector.args[0].meta["val"].shape
+    return form if len(form) == 2 else None
 
 
 def _free_views(graph: _Graph) -> None:
