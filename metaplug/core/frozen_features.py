@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from metaplug.core.vmap_rules import as_stacked, from_stacked
+from metaplug.core.stacked_tensors import as_stacked, from_stacked
 
 Call = tuple[str, int]
 """A module's path, and which of its calls in one forward pass."""

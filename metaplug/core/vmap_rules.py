@@ -12,8 +12,7 @@ wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -21,8 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# There is no public way to reach the stacked tensor that is seen through vmap, nor into vmap but by
-# walking through trees of arguments.
+# There is no public way into vmap but by walking through trees of arguments.
 from torch._C._functorch import (  # type: ignore[attr-defined]
     _add_batch_dim,
     _remove_batch_dim,
@@ -31,12 +29,8 @@ from torch._C._functorch import (  # type: ignore[attr-defined]
     _vmap_increment_nesting,
     current_level,
     get_unwrapped,
-    is_batchedtensor,
     maybe_current_level,
     maybe_get_bdim,
-    maybe_get_level,
-    pop_dynamic_layer_stack,
-    push_dynamic_layer_stack,
 )
 from torch.nn import functional as F
 
@@ -47,6 +41,14 @@ from metaplug.core.function_mode import FunctionMode
 from metaplug.core.linear import linear
 from metaplug.core.linear import takes as takes_products
 from metaplug.core.max_pool import LARGE, activate, pool
+from metaplug.core.stacked_tensors import (
+    fold,
+    from_stacked,
+    is_stacked,
+    outside_vmap,
+    stack_of,
+    unfold,
+)
 from metaplug.core.weight_norm import weight_norm
 
 TaskFunction = Callable[[list[Tensor], Inputs, Tensor], tuple[Tensor, Tensor]]
@@ -153,13 +155,13 @@ def _batch_norm(  # noqa: PLR0917
     if maybe_current_level() is None:
         own = _is_plain(input, weight, bias) and takes(input, weight, bias)
         return batch_norm(input, weight, bias, eps) if own else NotImplemented
-    if not _is_stacked(input):
+    if not is_stacked(input):
         return NotImplemented
-    folded, tasks = _folded(input)
+    folded, tasks = fold(input)
     scale, shift = (_by_channel(parameter, tasks) for parameter in (weight, bias))
     if _is_plain(folded, scale, shift) and takes(folded, scale, shift):
-        return _unfolded(batch_norm(folded, scale, shift, eps), tasks)
-    return _unfolded(F.batch_norm(folded, None, None, scale, shift, training=True, eps=eps), tasks)
+        return unfold(batch_norm(folded, scale, shift, eps), tasks)
+    return unfold(F.batch_norm(folded, None, None, scale, shift, training=True, eps=eps), tasks)
 
 
 def _max_pool2d(  # noqa: PLR0917
@@ -182,14 +184,14 @@ def _max_pool2d(  # noqa: PLR0917
     if before is not None and before.result is input and not waited_for:
         given.append(before.source)
     slope = before.slope if before is not None and len(given) > 1 else None
-    stacked = _is_stacked(input)
-    folded = [_folded(each)[0] if stacked else each for each in given]
+    stacked = is_stacked(input)
+    folded = [fold(each)[0] if stacked else each for each in given]
     x = folded[0]
     if _is_plain(*folded) and _is_large(x) and x.is_contiguous():
         pooled = pool(x, folded[-1], slope, settings)
     else:
         pooled = F.max_pool2d(x, *settings)
-    return _unfolded(pooled, x.shape[1] // input.shape[1]) if stacked else pooled
+    return unfold(pooled, x.shape[1] // input.shape[1]) if stacked else pooled
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Any:  # noqa: A002
@@ -207,7 +209,7 @@ def _leaky_relu(
 
 
 def _activated(x: Tensor, slope: float) -> Any:
-    stacked = _is_stacked(x)
+    stacked = is_stacked(x)
     values = get_unwrapped(x) if stacked else x
     if not _is_plain(values) or not _is_large(values):
         return NotImplemented
@@ -216,14 +218,14 @@ def _activated(x: Tensor, slope: float) -> Any:
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
-    if not _is_stacked(weight) or not _is_stacked(input) or input.dim() < 2 or weight.dim() < 2:
+    if not is_stacked(weight) or not is_stacked(input) or input.dim() < 2 or weight.dim() < 2:
         return NotImplemented
-    inputs, weights = _stacked(input), _stacked(weight)
+    inputs, weights = stack_of(input), stack_of(weight)
     rows = inputs if input.dim() == 2 else inputs.flatten(1, -2)
-    own = bias is not None and _is_stacked(bias)
-    shift = _stacked(bias) if bias is not None and own else None
+    own = bias is not None and is_stacked(bias)
+    shift = stack_of(bias) if bias is not None and own else None
     if _is_plain(rows, weights, shift) and takes_products(rows, weights, shift):
-        with _outside_vmap():
+        with outside_vmap():
             outputs = linear(rows, weights, shift)
     else:
         outputs = torch.bmm(rows, weights.mT)
@@ -245,12 +247,12 @@ def _conv2d(  # noqa: PLR0917
     groups: int = 1,
 ) -> Any:
     """One grouped convolution with its bias, which vmap would add in passes of their own."""
-    if bias is None or input.dim() != 4 or not all(map(_is_stacked, (input, weight, bias))):
+    if bias is None or input.dim() != 4 or not all(map(is_stacked, (input, weight, bias))):
         return NotImplemented
-    folded, tasks = _folded(input)
-    weights, shifts = _stacked(weight).flatten(0, 1), _stacked(bias).flatten()
+    folded, tasks = fold(input)
+    weights, shifts = stack_of(weight).flatten(0, 1), stack_of(bias).flatten()
     groups = groups * tasks
-    return _unfolded(F.conv2d(folded, weights, shifts, stride, padding, dilation, groups), tasks)
+    return unfold(F.conv2d(folded, weights, shifts, stride, padding, dilation, groups), tasks)
 
 
 def _embedding(  # noqa: PLR0917
@@ -262,7 +264,7 @@ def _embedding(  # noqa: PLR0917
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    stacked = _is_stacked(input) or _is_stacked(weight)
+    stacked = is_stacked(input) or is_stacked(weight)
     if max_norm is not None or not (sparse or (stacked and padding_idx is not None)):
         return NotImplemented
     # Gradients are dense: fast weights of all tasks are, and sparse tensors have no vmap.
@@ -292,19 +294,6 @@ def _is_plain(*values: Tensor | None) -> bool:
     return not any(each is not None and is_seen_through(each) for each in values)
 
 
-@contextmanager
-def _outside_vmap() -> Iterator[None]:
-    """Inside, a Function sees stacked tensors as they are, without what torch.func does around it.
-
-    That takes longer than a small layer.
-    """
-    layer = pop_dynamic_layer_stack()
-    try:
-        yield
-    finally:
-        push_dynamic_layer_stack(layer)
-
-
 def _is_large(x: Tensor) -> bool:
     """Whether pooling and activations of this package take less time than torch's.
 
@@ -314,46 +303,9 @@ def _is_large(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.numel() >= LARGE and x.dtype in kinds
 
 
-def as_stacked(value: Any) -> tuple[Any, int | None]:
-    """Return a value as it is outside vmap, and its axis of tasks; None where it has none."""
-    if _is_stacked(value):
-        return get_unwrapped(value), maybe_get_bdim(value)
-    return value, None
-
-
-def from_stacked(value: Any, axis: int | None) -> Any:
-    """Return a value as vmap sees it, from what `as_stacked` gave in another call of vmap."""
-    return value if axis is None else _add_batch_dim(value, axis, current_level())
-
-
-def _is_stacked(value: Any) -> bool:
-    """Whether the innermost vmap sees this tensor as one task's of many."""
-    if not isinstance(value, Tensor) or not is_batchedtensor(value):
-        return False
-    return bool(maybe_get_level(value) == current_level())
-
-
-def _stacked(x: Tensor) -> Tensor:
-    """(tasks, ...) from one task's as vmap sees it."""
-    stacked: Tensor = get_unwrapped(x)
-    place = maybe_get_bdim(x)
-    return stacked.movedim(place, 0) if place else stacked
-
-
-def _folded(x: Tensor) -> tuple[Tensor, int]:
-    """(n, tasks · channels, ...) from one task's (n, channels, ...), and the number of tasks."""
-    folded: Tensor = get_unwrapped(x).movedim(maybe_get_bdim(x), 1)
-    return folded.flatten(1, 2), folded.shape[1]
-
-
-def _unfolded(folded: Tensor, tasks: int) -> Any:
-    """One task's as vmap sees it, from (n, tasks · channels, ...)."""
-    return _add_batch_dim(folded.unflatten(1, (tasks, -1)), 1, current_level())
-
-
 def _by_channel(parameter: Tensor | None, tasks: int) -> Tensor | None:
     """(tasks · channels,) from one task's (channels,), or from all tasks'."""
     if parameter is None:
         return None
-    stacked = _stacked(parameter) if _is_stacked(parameter) else parameter.expand(tasks, -1)
+    stacked = stack_of(parameter) if is_stacked(parameter) else parameter.expand(tasks, -1)
     return stacked.flatten()
