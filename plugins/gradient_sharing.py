@@ -11,6 +11,7 @@ from torch import Tensor
 from metaplug import Context, Gradients, InnerStep, Plugin, hookimpl
 
 from .gradient_sharing_fused import blend
+from .gradient_sharing_numbers import blend_by_numbers
 from .gradient_sharing_options import SharingOptions, SharingParts, plus_outer
 
 
@@ -87,10 +88,16 @@ class GradientSharing(Plugin, SharingParts):
     def _fused(self, gradients: Gradients, step: InnerStep) -> Gradients:
         """The same in one operation, where one gate and one momentum are all there is."""
         k, parts = step.slot, [gradients[name] for name in self._sizes]
-        logits = self.logit("gate", k), self.logit("momentum", k)
-        state = self.started[k], self.running[k]
-        reads = not step.traced and self.running.device.type == "cpu"
-        r, directions = blend(parts, *logits, *state, step.over_ranks, reads=reads)
+        running = self.running
+        if step.traced or running.device.type != "cpu":
+            logits = self.logit("gate", k), self.logit("momentum", k)
+            state = self.started[k], running[k]
+            r, directions = blend(parts, *logits, *state, step.over_ranks)
+        else:
+            gate, momentum = self.number("gate", k), self.number("momentum", k)
+            if not self.started.tolist()[k]:
+                momentum = momentum._replace(value=0.0)
+            r, directions = blend_by_numbers(parts, gate, momentum, running[k], step.over_ranks)
         step.keep(f"{k}", r)
         return dict(zip(self._sizes, directions, strict=True))
 
@@ -117,7 +124,7 @@ class GradientSharing(Plugin, SharingParts):
     @hookimpl
     def commit(self, kept: Mapping[str, Tensor]) -> None:
         if len(kept) == len(self.running):  # as always in training, in fewer calls
-            self.running.copy_(torch.stack([kept[f"{k}"] for k in range(len(kept))]))
+            torch.stack([kept[f"{k}"] for k in range(len(kept))], out=self.running)
             self.started.fill_(True)
             return
         for k, r in kept.items():
@@ -129,8 +136,11 @@ class GradientSharing(Plugin, SharingParts):
         names = ("gate", "momentum") if self.config.statistics == "accumulated" else ("gate",)
         slots, figures = len(self.started), dict[str, float]()
         for name in names:
-            with torch.no_grad():
-                weights = self.weight(name, slice(None))
+            if self.is_plain:
+                found = [self.number(name, k).value for k in range(slots)]
+            else:
+                with torch.no_grad():
+                    weights = self.weight(name, slice(None))
                 by_tensor = "tensor" in self.config.granularity
                 found = (weights.mean(-1) if by_tensor else weights).flatten().tolist()
             figures |= {f"{name}/{k}": found[k if len(found) > 1 else 0] for k in range(slots)}

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from metaplug import Context, Gradients, InnerStep, LearnedPluginConfig, RequestError, checkpoint
 
-EPSILON = 1e-12
+from .gradient_sharing_fused import EPSILON
+from .gradient_sharing_numbers import Weight
 
 SQUASH: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float], float]]] = {
     "sigmoid": (torch.sigmoid, lambda weight: math.log(weight / (1 - weight))),
@@ -149,6 +150,14 @@ class SharingParts(nn.Module):
             return self.running.new_tensor(math.inf if getattr(self.config, name) else -math.inf)
         return logits[k if len(logits) > 1 else 0]
 
+    def number(self, name: str, k: int) -> Weight:
+        """The weight of step k as a number, where one gate and one momentum are all there is."""
+        logits = self._parameters.get(name)
+        if logits is None:
+            return Weight(float(getattr(self.config, name)))
+        row = k if len(logits) > 1 else 0
+        return Weight(_sigmoid(logits.tolist()[row][0]), logits, row)
+
     def weight(self, name: str, k: Any, traits: Tensor | None = None) -> Tensor:
         """σ(λ) or σ(m) in step k: () or (1,), (P,) by tensor, (T, 1) or (T, P) given traits."""
         if name not in self._parameters:  # exactly 0 or 1, which σ does not reach
@@ -236,6 +245,10 @@ def plus_outer(own: Tensor, scale: Tensor, shared: Tensor) -> Tensor:
         # One matrix product is cheaper than a broadcast product in both derivatives.
         return torch.addmm(own, scale, shared.unsqueeze(0))
     return own + scale * shared
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
 
 
 def _norm(rows: Tensor) -> Tensor:

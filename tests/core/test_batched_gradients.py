@@ -3,7 +3,7 @@ derivatives written by hand, and what they give can be differentiated."""
 
 import pytest
 import torch
-from metaplug_plugins.gradient_sharing_fused import blend
+from support.blends import BLENDS
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
@@ -13,11 +13,11 @@ from metaplug.core.vmap_rules import TaskRules
 from metaplug.testing import problem
 
 
-def sharing(reads):
+def sharing(form):
     def function(x, weight):
         state = torch.tensor(True), torch.linspace(-1, 1, x[0].numel(), dtype=x.dtype)
         gate, momentum = weight[0, 0, :1], weight[0, 0, 1:2]
-        return blend([x], gate, momentum, *state, lambda mean: mean, reads=reads)[1][0]
+        return BLENDS[form]([x], gate, momentum, *state, lambda mean: mean)[1][0]
 
     return function
 
@@ -34,8 +34,7 @@ FUNCTIONS = {
     "linear": lambda x, weight: linear(x[..., 0], weight, weight[..., 0]),
     "batch norm": lambda x, weight: batch_norm.batch_norm(x, weight[0, 0], weight[0, 1], 1e-5),
     "pooling of ReLU": with_rules(lambda x, weight: F.max_pool2d(F.relu(x * weight[0, 0, 0]), 2)),
-    "sharing": sharing(reads=False),
-    "sharing by numbers": sharing(reads=True),
+    **{f"sharing {form}": sharing(form) for form in BLENDS},
 }
 
 

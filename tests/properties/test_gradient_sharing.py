@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from metaplug_plugins.gradient_sharing import GradientSharing
-from metaplug_plugins.gradient_sharing_fused import blend
+from support.blends import BLENDS
 from support.plugins import Spy
 
 from metaplug import Plugin, TaskBatch, hookimpl
@@ -337,8 +337,8 @@ def test_figures_are_the_means_of_the_weights_of_every_step(granularity):
 # The derivative by hand.
 
 
-@pytest.mark.parametrize("reads", [False, True])
-def test_the_blend_is_differentiable_twice_however_its_gradients_lie_in_memory(reads):
+@pytest.mark.parametrize("form", BLENDS)
+def test_the_blend_is_differentiable_twice_however_its_gradients_lie_in_memory(form):
     torch.manual_seed(0)
     rows, columns = (torch.randn(3, *shape, dtype=torch.float64) for shape in ((2,), (4, 2)))
     rows[0], columns[0] = 0, 0  # a task without a gradient
@@ -348,9 +348,8 @@ def test_the_blend_is_differentiable_twice_however_its_gradients_lie_in_memory(r
 
     def directions(rows, columns, s, m, *, turned=True):
         matrices = columns.mT if turned else columns.mT.contiguous()
-        r, (row, matrix) = blend(
-            [rows, matrices], s, m, begun, r_old, lambda mean: mean, reads=reads
-        )
+        given = [rows, matrices], s, m, begun, r_old, lambda mean: mean
+        r, (row, matrix) = BLENDS[form](*given)
         assert r.shape == r_old.shape and not r.requires_grad
         return row, matrix, r
 
@@ -377,10 +376,10 @@ def test_weights_read_as_numbers_blend_as_tensors_do(given, begun):
     weights = torch.tensor(given, dtype=torch.float64).unsqueeze(1)
     r_old, ends = torch.randn(10, dtype=torch.float64), torch.randn(3, 10, dtype=torch.float64)
     answers = []
-    for reads in (False, True):
+    for blend in BLENDS.values():
         leaves = [each.clone().requires_grad_() for each in (rows, matrices, *weights)]
         state = torch.tensor(begun), r_old
-        r, found = blend(leaves[:2], *leaves[2:], *state, lambda mean: mean, reads=reads)
+        r, found = blend(leaves[:2], *leaves[2:], *state, lambda mean: mean)
         total = (torch.cat([each.flatten(1) for each in found], 1) * ends).sum()
         answers.append((r, total, *torch.autograd.grad(total, leaves)))
     for one, other in zip(*answers, strict=True):
