@@ -57,9 +57,11 @@ def python_state(engine: Engine) -> tuple[tuple[Any, ...], dict[str, Any]]:
     for plugin in engine.chain.plugins:
         for path, module in plugin.named_modules():
             for name, value in vars(module).items():
+                if name in _MODULES_OWN:
+                    continue
                 if isinstance(value, PLAIN):
                     numbers.append(value)
-                elif name not in _MODULES_OWN:
+                else:
                     where = f"{path}.{name}".lstrip(".")
                     kept[f"'{where}' of plugin '{plugin.name}'"] = _image(value)
     for hook in engine.chain.order():
@@ -75,7 +77,7 @@ def python_state(engine: Engine) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(numbers), kept
 
 
-_MODULES_OWN = frozenset(vars(nn.Module())) | {"config"}
+_MODULES_OWN = (frozenset(vars(nn.Module())) | {"config"}) - {"training"}
 
 
 def _outside(function: Any, seen: frozenset[Any] = frozenset()) -> Iterator[tuple[str, Any]]:
@@ -83,11 +85,15 @@ def _outside(function: Any, seen: frozenset[Any] = frozenset()) -> Iterator[tupl
 
     So do the functions of its module that it reads.
     """
-    function = inspect.unwrap(getattr(function, "__func__", function))
+    function = getattr(function, "__func__", function)
+    if hasattr(function, "__wrapped__"):
+        function = inspect.unwrap(function)
     if not isinstance(function, types.FunctionType) or function in seen:
         return
     for name, value in _own_outside(function):
         yield name, value
+        if isinstance(value, types.ModuleType):  # of which even a look at its names takes long
+            continue
         if getattr(value, "__module__", None) == function.__module__:
             yield from _outside(value, seen | {function})
 

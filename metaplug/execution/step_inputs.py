@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,15 @@ class Step(NamedTuple):
     weights: Mapping[int, Any]
 
 
-def tensors_of(engine: Engine, step: Step) -> list[Tensor]:
+Places: TypeAlias = list[tuple[Any, str]]
+"""A mapping and the name in it, for each."""
+
+
+def tensors_of(engine: Engine, step: Step, places: Places) -> list[Tensor]:
     """Return all that a step reads: the model's and plugins' tensors, the tasks, the numbers."""
     inner = engine.inner
     return [
-        *(holder[name].detach() for holder, name in _places(engine)),
+        *(holder[name].detach() for holder, name in places),
         *(tensor.contiguous() for tensor in step.batch.tensors()),
         *(_full(each, torch.float64, inner.device) for each in (step.iteration, step.total)),
         *(_full(each, inner.dtype, inner.device) for each in step.weights.values()),
@@ -39,14 +43,14 @@ def _full(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((), number, dtype=dtype, device=device)
 
 
-def form_of(engine: Engine, step: Step) -> tuple[Any, ...]:
+def form_of(step: Step, places: Places) -> tuple[Any, ...]:
     """Return what a trace takes for granted of its inputs, whatever their numbers.
 
     A plugin may give a buffer another shape, make one of None, or part two that were one tensor.
     """
     first: dict[int, int] = {}
     own = []
-    for holder, name in _places(engine):
+    for holder, name in places:
         each = holder[name]
         same = first.setdefault(id(each), len(first))
         own.append((name, same, *_form(each), each.stride(), each.requires_grad))
@@ -61,7 +65,7 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
 @contextmanager
 def in_place(engine: Engine, tensors: Sequence[Tensor], like: Step) -> Iterator[Step]:
     """Inside, the engine computes with these tensors; yields the rest of them, in a step's form."""
-    places = _places(engine)
+    places = places_of(engine)
     before = [holder[name] for holder, name in places]
     meta_parameters = dict(engine.meta_parameters)
     # What a hook keeps of a trace, such as its figures, is of use to nobody.
@@ -91,7 +95,7 @@ def in_place(engine: Engine, tensors: Sequence[Tensor], like: Step) -> Iterator[
             now.update(then)
 
 
-def _places(engine: Engine) -> list[tuple[Any, str]]:
+def places_of(engine: Engine) -> Places:
     """Where tensors stand that may change from step to step: the model's and the plugins'."""
     holders: list[Any] = [
         holder for module in _modules(engine) for holder in (module._parameters, module._buffers)
@@ -99,7 +103,7 @@ def _places(engine: Engine) -> list[tuple[Any, str]]:
     # The clone that runs takes over the buffers of the model itself at every step.
     holders += [module._buffers for module in engine.inner.functional.model.modules()]
     inner = engine.inner
-    found: list[tuple[Any, str]] = [
+    found: Places = [
         (holder, name) for holder in (inner.parameters, inner.variables) for name in holder
     ]
     for holder in holders:

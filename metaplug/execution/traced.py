@@ -33,7 +33,7 @@ from metaplug.errors import said_by
 from metaplug.execution.compiling import Beside, Function, inductor
 from metaplug.execution.engine import Engine
 from metaplug.execution.python_state import NothingRead, python_state
-from metaplug.execution.step_inputs import Step, form_of, in_place, tensors_of
+from metaplug.execution.step_inputs import Places, Step, form_of, in_place, places_of, tensors_of
 from metaplug.random_streams import stream
 
 MOST_TRACES = 8
@@ -132,12 +132,13 @@ class CompiledDerivation:
             return self.engine.derive(*step)
         numbers, kept = python_state(self.engine)
         self._stop_where_changed(kept)
-        key = self._key(step, numbers)
+        places = places_of(self.engine)
+        key = self._key(step, places, numbers)
         self._row.count(key)
         if self._off or key in self._refused or not self._due(key, step):
             return self.engine.derive(*step)
         self.engine.inner.functional.begin(True)
-        inputs = tensors_of(self.engine, step)
+        inputs = tensors_of(self.engine, step, places)
         reason = trace = function = None
         try:
             trace = self._traces.get(key) or self._trace(inputs, step, key)
@@ -155,10 +156,10 @@ class CompiledDerivation:
             return self.engine.derive(*step)
         return self._checked(trace, function, inputs, step)
 
-    def _key(self, step: Step, numbers: Any) -> Any:
+    def _key(self, step: Step, places: Places, numbers: Any) -> Any:
         """What a trace is made for."""
         orders = self.engine.inner.orders_of(step.iteration, step.total)
-        return form_of(self.engine, step), orders, numbers
+        return form_of(step, places), orders, numbers
 
     def _due(self, key: Any, step: Step) -> bool:
         """Whether a step may be traced by now, or was."""
