@@ -134,14 +134,8 @@ class GradientSharing(Plugin, SharingParts):
     @hookimpl
     def end_meta_step(self) -> dict[str, float]:
         names = ("gate", "momentum") if self.config.statistics == "accumulated" else ("gate",)
-        slots, figures = len(self.started), dict[str, float]()
+        slots, figures = self.started.shape[0], dict[str, float]()
         for name in names:
-            if self.is_plain:
-                found = [self.number(name, k).value for k in range(slots)]
-            else:
-                with torch.no_grad():
-                    weights = self.weight(name, slice(None))
-                by_tensor = "tensor" in self.config.granularity
-                found = (weights.mean(-1) if by_tensor else weights).flatten().tolist()
+            found = self.numbers(name)
             figures |= {f"{name}/{k}": found[k if len(found) > 1 else 0] for k in range(slots)}
         return figures

@@ -61,7 +61,7 @@ class _Blend(torch.autograd.Function):
         shared = mean((len(g) * length).reciprocal() @ g)
         r = torch.lerp(shared, r_old, m)
         d = torch.lerp(g, torch.outer(length, r), s)
-        ctx.save_for_backward(gate, momentum, started, r_old, g, length, shared)
+        ctx.save_for_backward(gate, momentum, started, r_old, g, length, shared, r)
         ctx.mark_non_differentiable(r)
         return g, length, shared, r, *parted(d, ctx.shapes)
 
@@ -82,9 +82,10 @@ def derivatives(
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Return ∂L/∂λ, ∂L/∂m and ∂L/∂g by operations that can be differentiated themselves."""
     s, m = weights
-    r_old, g, length, shared = saved
+    r_old, g, length, shared, r = saved
     to_g, to_length, to_shared, _, *parts = into
-    r = torch.lerp(shared, r_old, m)
+    if torch.is_grad_enabled():
+        r = torch.lerp(shared, r_old, m)
     given = zip(parts, ctx.shapes, strict=True)
     d = joined([g.new_zeros(shape) if part is None else part for part, shape in given])
     a, q = d @ r, length @ d

@@ -70,10 +70,10 @@ class _BlendByNumbers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *into: Tensor | None) -> tuple[Tensor | None, ...]:
-        gate, momentum, *saved, r, inverse = ctx.saved_tensors
+        gate, momentum, *saved, inverse = ctx.saved_tensors
         if torch.is_grad_enabled() or not _is_plain(into) or not all(ctx.needs_input_grad[5:]):
             return _by_tensors(ctx, gate, momentum, saved, into)
-        (s, m, *rows), (r_old, g, length, _) = ctx.weights, saved
+        (s, m, *rows), (r_old, g, length, _, r) = ctx.weights, saved
         d = joined(into[4:])
         a, q = torch.mv(d, r), torch.mv(d.mT, length)
         to_gate = to_momentum = None

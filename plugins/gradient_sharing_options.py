@@ -155,8 +155,19 @@ class SharingParts(nn.Module):
         logits = self._parameters.get(name)
         if logits is None:
             return Weight(float(getattr(self.config, name)))
-        row = k if len(logits) > 1 else 0
+        row = k if logits.shape[0] > 1 else 0
         return Weight(_sigmoid(logits.tolist()[row][0]), logits, row)
+
+    def numbers(self, name: str) -> list[float]:
+        """The weight of every step, or the one of all: of tensors, their mean."""
+        logits = self._parameters.get(name)
+        if logits is not None and self.is_plain:  # in a call instead of six
+            return [_sigmoid(logit) for [logit] in logits.tolist()]
+        with torch.no_grad():
+            weights = self.weight(name, slice(None))
+        found = weights.mean(-1) if "tensor" in self.config.granularity else weights
+        values: list[float] = found.flatten().tolist()
+        return values
 
     def weight(self, name: str, k: Any, traits: Tensor | None = None) -> Tensor:
         """σ(λ) or σ(m) in step k: () or (1,), (P,) by tensor, (T, 1) or (T, P) given traits."""
