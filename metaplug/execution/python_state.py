@@ -57,11 +57,11 @@ def python_state(engine: Engine) -> tuple[tuple[Any, ...], dict[str, Any]]:
     for plugin in engine.chain.plugins:
         for path, module in plugin.named_modules():
             for name, value in vars(module).items():
-                if name in _MODULES_OWN:
+                if name in _STRUCTURE:
                     continue
                 if isinstance(value, PLAIN):
                     numbers.append(value)
-                else:
+                elif name not in _MODULES_OWN:
                     where = f"{path}.{name}".lstrip(".")
                     kept[f"'{where}' of plugin '{plugin.name}'"] = _image(value)
     for hook in engine.chain.order():
@@ -77,7 +77,12 @@ def python_state(engine: Engine) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(numbers), kept
 
 
-_MODULES_OWN = (frozenset(vars(nn.Module())) | {"config"}) - {"training"}
+_MODULES_OWN = frozenset(vars(nn.Module())) | {"config"}
+
+_STRUCTURE = frozenset(
+    name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)
+)
+"""Of these the attributes that are never numbers or texts."""
 
 
 def _outside(function: Any, seen: frozenset[Any] = frozenset()) -> Iterator[tuple[str, Any]]:

@@ -446,6 +446,24 @@ def test_a_trace_freezes_nothing_that_python_decides(name):
         torch.testing.assert_close(ours[key], each, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["scale", "config", "_is_full_backward_hook"])
+def test_a_number_of_a_part_of_a_plugin_is_part_of_a_traces_key(name):
+    def changing():
+        part = nn.Module()
+        setattr(part, name, 3.0)
+        return Factor(
+            lambda plugin, step: getattr(plugin.part, name),
+            lambda plugin: setattr(plugin.part, name, 0.3 * getattr(plugin.part, name)),
+            part=part,
+        )
+
+    exact, _ = run(changing(), traced=False)
+    ours, warned = run(changing(), traced=True)
+    assert warned == []
+    for key, each in exact.items():
+        torch.testing.assert_close(ours[key], each, rtol=1e-10, atol=1e-12)
+
+
 def test_a_trace_does_not_freeze_a_loss():
     results = []
     for traced in (False, True):
