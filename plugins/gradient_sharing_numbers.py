@@ -75,20 +75,22 @@ class _BlendByNumbers(torch.autograd.Function):
             return _by_tensors(ctx, gate, momentum, saved, into)
         (s, m, *rows), (r_old, g, length, _, r) = ctx.weights, saved
         d = joined(into[4:])
-        a, q = torch.mv(d, r), torch.mv(d.mT, length)
+        # s a and s (1 − m) q of the equations: ranks exchange the same on every way to here.
+        a = torch.addmv(length, d, r, beta=0, alpha=s)
+        q = torch.addmv(r_old, d.mT, length, beta=0, alpha=s * (1 - m))
         to_gate = to_momentum = None
         if gate is not None and ctx.needs_input_grad[2]:
-            to_gate, slope = torch.zeros_like(gate), s * (1 - s)
-            own = to_gate[rows[0]].addmv_(a.view(1, -1), length, alpha=slope)
-            own.addmv_(g.view(1, -1), d.view(-1), alpha=-slope)
+            to_gate = torch.zeros_like(gate)
+            own = to_gate[rows[0]].addmv_(a.view(1, -1), length, alpha=1 - s)
+            own.addmv_(g.view(1, -1), d.view(-1), alpha=-s * (1 - s))
         if momentum is not None and ctx.needs_input_grad[3]:
             to_momentum = torch.zeros_like(momentum)
-            to_momentum[rows[1]].addmv_(q.view(1, -1), r_old - r, alpha=s * m)
-        b, share = ctx.mean(q), (1 - m) / g.shape[0]
+            if m < 1:  # else r is r_old
+                to_momentum[rows[1]].addmv_(q.view(1, -1), r_old - r, alpha=m / (1 - m))
+        b, share = ctx.mean(q), 1 / g.shape[0]
         along = torch.addcmul(a, torch.mv(g, b), inverse.square(), value=-share)
         along.mul_(torch.threshold(length, EPSILON, math.inf).reciprocal_())
-        to = d.addr_(inverse, b, beta=1 - s, alpha=s * share)
-        to.addcmul_(along.unsqueeze(1), g, value=s)
+        to = d.addr_(inverse, b, beta=1 - s, alpha=share).addcmul_(along.unsqueeze(1), g)
         return None, None, to_gate, to_momentum, None, *parted(to, ctx.shapes)
 
 

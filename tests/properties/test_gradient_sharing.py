@@ -365,6 +365,30 @@ def test_the_blend_is_differentiable_twice_however_its_gradients_lie_in_memory(f
     assert all(bool(torch.isfinite(each).all()) for each in (*second, *ends))
 
 
+def test_ranks_exchange_the_same_whichever_way_a_derivative_takes():
+    torch.manual_seed(0)
+    rows, matrices = (torch.randn(3, *form, dtype=torch.float64) for form in ((2,), (4, 2)))
+    weights = torch.tensor([[0.3], [-0.7]], dtype=torch.float64)
+    r_old, sent = torch.randn(10, dtype=torch.float64), []
+
+    def mean(x):
+        sent.append(x.detach().clone())
+        return x
+
+    for blend in BLENDS.values():
+        leaves = [each.clone().requires_grad_() for each in (rows, matrices, *weights)]
+        given = torch.tensor(True), r_old, mean
+        row, matrix = blend(leaves[:2], *leaves[2:], *given)[1]
+        for total in (row.sum(), row.sum() + 0 * matrix.sum()):
+            for graph in (False, True):
+                torch.autograd.grad(total, leaves, retain_graph=True, create_graph=graph)
+    forward, backward = sent[::5], [each for k, each in enumerate(sent) if k % 5]
+    assert (len(forward), len(backward)) == (2, 8)
+    for messages in (forward, backward):
+        for each in messages:
+            torch.testing.assert_close(each, messages[0], rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize(
     "given", [(0.3, -0.7), (40.0, 40.0), (-40.0, -800.0), (math.inf, math.inf)]
