@@ -6,11 +6,12 @@ import errno
 import os
 import re
 import stat
+import unicodedata
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
 
-from metaplug.errors import one_line
+from metaplug.errors import RequestError, one_line
 
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Breaks a line, a terminal or the order of words; surrogates are bytes that are not UTF-8."""
@@ -63,6 +64,41 @@ def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key '{one_line(key, 80)}' stands twice")
         given[key] = value
     return given
+
+
+class Names:
+    """Names of classes or tasks, of which no two look alike.
+
+    Args:
+        what: they are of, for errors.
+
+    >>> names = Names("class")
+    >>> for name in ("cat", "dog", "cat"):
+    ...     names.add(name, "row 1")
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._by_looks: dict[str, str] = {}
+        self._known: set[str] = set()
+
+    def add(self, name: str, where: str) -> None:
+        """Take a name, which may be known already.
+
+        Raises:
+            RequestError: it differs from another in outer spaces, or in how Unicode composes its
+                letters, alone: they would be two classes, of which one may be trained on and the
+                other tested.
+        """
+        if name in self._known:
+            return
+        self._known.add(name)
+        looks = unicodedata.normalize("NFC", name).strip()
+        if (other := self._by_looks.setdefault(looks, name)) != name:
+            raise RequestError(
+                f"{where}: the {self._what} {name!a} looks as {other!a} does, and would "
+                "be another one: write both alike"
+            )
 
 
 def cache_folder() -> Path:

@@ -346,6 +346,16 @@ def test_values_are_float32_only_after_standardisation(tmp_path: Path) -> None:
     )
 
 
+def test_a_column_that_its_scale_lifts_out_of_float32_is_named(tmp_path: Path) -> None:
+    rows = [[part, part, i * 1e-30, i] for part in SPLITS for i in range(4)]
+    rows[-1][2] = 1e20
+    path = write(tmp_path / "t.csv", *rows, header="task,part,x,target")
+    assert message_of(lambda: Tabular(path, **SIZES, split_column="part")) == (
+        f"the table {path}, column 'x': divided by its scale, 1.12e-30, a number is too large for "
+        "float32: correct the column, or set standardise to false or to other moments"
+    )
+
+
 # Files
 
 
@@ -408,6 +418,21 @@ def test_parquet_reads_like_csv(tmp_path: Path, table: Path) -> None:
         (
             b",task,x,target\n0,a,1,2\n",
             " has a column without a name, as an index has: name it, or list the features",
+        ),
+        (
+            b"task,x,target \na,1,2\n",
+            " has no column 'target', which the setting targets names; set it to one that it has, "
+            "for train by --set 'tasks.settings={task: COLUMN, targets: [COLUMN]}': did you mean "
+            "'target '?",
+        ),
+        (
+            b"task,x,target\na,1,2\na ,1,2\n",
+            ", row 3: the task 'a ' looks as 'a' does, and would be another one: write both alike",
+        ),
+        (
+            b'task,x,target\n"a,1,2\nb,1,2\n"c,1,2\n',
+            ", line 4: text follows a closing quote, so a quote before it may stand for itself, "
+            "and rows may be lost: double every quote within a cell, and quote that cell",
         ),
         (
             b"task,x,target\na,1,2\n,1,2\n",

@@ -340,6 +340,37 @@ def table_of(path: Path, **settings: Any) -> Callable[[], object]:
             "set group to another column",
         ),
         (
+            "text,label,intent\na,b,c\n",
+            {},
+            "the table {} has the columns 'label', 'intent', any of which may be that of the "
+            "labels: set label to one of them",
+        ),
+        (
+            "text,label,domain,group\na,b,c,d\n",
+            {},
+            "the table {} has the columns 'group', 'domain', any of which may be that of the "
+            "groups: set group to one of them",
+        ),
+        (
+            "text,label\na,b\nc,b \n",
+            {},
+            "the table {}, row 3: the class 'b ' looks as 'b' does, and would be another one: "
+            "write both alike",
+        ),
+        (
+            "text,label\na,\u00e9\nc,e\u0301\n",
+            {},
+            "the table {}, row 3: the class 'e\\u0301' looks as '\\xe9' does, and would be another "
+            "one: write both alike",
+        ),
+        (
+            'text,label\n"a,b\nc,d\n"e,f\n',
+            {},
+            "the table {}, line 4: text follows a closing quote, so a quote before it may stand "
+            "for itself, and rows may be lost: double every quote within a cell, and quote that "
+            "cell",
+        ),
+        (
             b"text,label\ncaf\xe9,b\n",
             {},
             "the table {} is no readable CSV file in UTF-8 (In CSV column #0: Row #2: CSV "
@@ -353,6 +384,14 @@ def test_faults_of_a_table(
     path = tmp_path / "t.csv"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     assert message_of(table_of(path, **settings)) == fault.format(path)
+
+
+def test_a_line_break_and_a_quote_may_stand_in_a_quoted_cell(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text('text,label,intent\n"two\nlines","a ""b""",x\nanother,c,y\n')
+    table = read_texts(path, TextConfig(label="label"))
+    assert table.texts == ["two\nlines", "another"]
+    assert table.classes == {'a "b"': [0], "c": [1]}
 
 
 @pytest.mark.parametrize(

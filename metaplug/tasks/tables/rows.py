@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def read_rows(path: Path, separator: str) -> Iterator[tuple[int, Sequence[Any]]]
             f"cannot read the table {path}: {reason(error)}; give a CSV or Parquet file that you "
             "may read"
         ) from None
-    parquet = path.suffix.lower() == ".parquet"
+    parquet = checked = path.suffix.lower() == ".parquet"
     try:
         names, batches = _parquet(path) if parquet else _csv(path, separator)
         yield int(not parquet), names
@@ -49,7 +50,12 @@ def read_rows(path: Path, separator: str) -> Iterator[tuple[int, Sequence[Any]]]
         for batch in batches:
             for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 number += 1
+                if not checked and any(cell is not None and "\n" in cell for cell in row):
+                    _check_quotes(path, separator)
+                    checked = True
                 yield number, row
+    except RequestError:
+        raise
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError) as error:
         help_ = (
             "Parquet file ({}): write it anew, or save the table as CSV"
@@ -63,22 +69,38 @@ def read_rows(path: Path, separator: str) -> Iterator[tuple[int, Sequence[Any]]]
 
 def _csv(path: Path, separator: str) -> tuple[list[str], Iterable[Any]]:
     import pyarrow as pa  # noqa: PLC0415
-    from pyarrow import csv  # noqa: PLC0415
+    from pyarrow import csv as pa_csv  # noqa: PLC0415
 
     def opened(**types: Any) -> Any:
-        return csv.open_csv(
+        return pa_csv.open_csv(
             # pyarrow reads ahead in a thread of its own, also after its reader has failed or gone,
             # and that thread crashes on a file object of Python's.
             pa.OSFile(str(path)),
-            csv.ReadOptions(use_threads=False, block_size=_BLOCK),
-            csv.ParseOptions(delimiter=separator, newlines_in_values=True),
-            csv.ConvertOptions(**types),
+            pa_csv.ReadOptions(use_threads=False, block_size=_BLOCK),
+            pa_csv.ParseOptions(delimiter=separator, newlines_in_values=True),
+            pa_csv.ConvertOptions(**types),
         )
 
     # Twice, since the names must be known to have every cell as text: pyarrow would take a
     # task named 01 for the number 1.
     names = opened().schema.names
     return names, opened(column_types=dict.fromkeys(names, pa.string()))
+
+
+def _check_quotes(path: Path, separator: str) -> None:
+    """Refuse text after a closing quote: the rows between two stray quotes would be one cell."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = csv.reader(file, delimiter=separator, strict=True)
+        try:
+            for _ in rows:
+                pass
+        except csv.Error as error:
+            if "expected after" in str(error):
+                raise RequestError(
+                    f"the table {path}, line {rows.line_num}: text follows a closing quote, so a "
+                    "quote before it may stand for itself, and rows may be lost: double every "
+                    "quote within a cell, and quote that cell"
+                ) from None
 
 
 def _parquet(path: Path) -> tuple[list[str], Iterable[Any]]:

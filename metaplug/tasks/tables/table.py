@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from metaplug.errors import RequestError, did_you_mean, one_line, unknown
 from metaplug.settings import Settings
-from metaplug.tasks.reading import UNPRINTABLE
+from metaplug.tasks.reading import UNPRINTABLE, Names
 from metaplug.tasks.splits import SPLITS, SplitFractions, in_two_splits
 from metaplug.tasks.tables.rows import read_rows
 
@@ -110,6 +110,7 @@ def read_table(path: Path, config: TabularConfig) -> Table:
     values = array("d")
     tasks: dict[str, array[int]] = {}
     splits: dict[str, str] = {}
+    known = Names("task")
     for place, (number, cells) in enumerate(rows):
         where = f"the table {path}, row {number}"
         task = _text(cells[places[config.task]])
@@ -121,6 +122,7 @@ def read_table(path: Path, config: TabularConfig) -> Table:
             raise RequestError(
                 f"{where}, column '{config.task}': '{one_line(task, 80)}' is {_NO_NAME}: rename it"
             )
+        known.add(task, where)
         tasks.setdefault(task, array("q")).append(place)
         if config.split_column is not None:
             split = _text(cells[places[config.split_column]])
@@ -157,7 +159,7 @@ def _features(path: Path, header: Sequence[str], config: TabularConfig) -> tuple
     named = {column: field for field, column in config.named_columns()}
     for column, field in named.items():
         if column not in header:
-            hint = did_you_mean(column, [one_line(known, 80) for known in header])
+            hint = did_you_mean(column, header)
             raise RequestError(
                 f"the table {path} has no column '{column}', which the setting {field} names; set "
                 "it to one that it has, for train by --set "

@@ -84,7 +84,16 @@ class Tabular(TaskSource):
     def _rows(self, table: Table, names: list[str]) -> TaskRows:
         raw = [table.values[list(table.tasks[name])] for name in names]
         # Differences may be lost in float32 before the mean is subtracted.
-        values = torch.from_numpy((np.concatenate(raw) - self._mean) / self._scale).float()
+        scaled = (np.concatenate(raw) - self._mean) / self._scale
+        values = torch.from_numpy(scaled).float()
+        if not (fits := torch.isfinite(values).all(0)).all():
+            place = int(fits.int().argmin())
+            column = (*table.features, *self.config.targets)[place]
+            raise RequestError(
+                f"the table {self._path}, column '{column}': divided by its scale, "
+                f"{self._scale[place]:.3g}, a number is too large for float32: correct the column, "
+                "or set standardise to false or to other moments"
+            )
         digests = (digest(name, rows.tobytes()) for name, rows in zip(names, raw, strict=True))
         return TaskRows(tuple(names), values, tuple(map(len, raw)), tuple(digests))
 

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from metaplug.errors import RequestError, one_line, quoted, reason, unknown
 from metaplug.tasks.choice_options import ChoiceOptions
-from metaplug.tasks.reading import UNPRINTABLE, open_regular
+from metaplug.tasks.reading import UNPRINTABLE, Names, open_regular
 from metaplug.tasks.splits import SPLITS, SplitFractions, in_two_splits
 from metaplug.tasks.tables.rows import read_rows
 from metaplug.tasks.text.json_lines import read_json_lines
@@ -102,10 +102,12 @@ def read_texts(path: Path, config: TextConfig) -> TextTable:
     groups: dict[str, str] = {}
     splits: dict[str, str] = {}
     several: str | None = None
+    known = Names("class")
     for place, (number, cells) in enumerate(rows):
         where = f"the table {path}, row {number}"
         texts.append(_text(cells[places["text"]], f"{where}, column '{columns['text']}'"))
         label = _name(cells[places["label"]], f"{where}, column '{columns['label']}'", "label")
+        known.add(label, where)
         classes.setdefault(label, []).append(place)
         if "split_column" in places:
             split = str(cells[places["split_column"]])
@@ -157,8 +159,8 @@ def _columns(path: Path, header: Sequence[str], config: TextConfig) -> dict[str,
     shown = quoted(one_line(column, 80) for column in header[:50])
     named: dict[str, str | None] = {
         "text": config.text,
-        "label": config.label or next((name for name in LABELS if name in header), None),
-        "group": config.group or next((name for name in GROUPS if name in header), None),
+        "label": config.label or _found(path, header, "label", LABELS),
+        "group": config.group or _found(path, header, "group", GROUPS),
         "split_column": config.split_column,
     }
     if named["label"] is None:
@@ -184,6 +186,17 @@ def _columns(path: Path, header: Sequence[str], config: TextConfig) -> dict[str,
             f"group to columns of their own, of {shown}"
         )
     return columns
+
+
+def _found(path: Path, header: Sequence[str], role: str, usual: Sequence[str]) -> str | None:
+    """The column that has a role by its name."""
+    found = [name for name in usual if name in header]
+    if len(found) > 1:
+        raise RequestError(
+            f"the table {path} has the columns {quoted(found)}, any of which may be that of the "
+            f"{role}s: set {role} to one of them"
+        )
+    return found[0] if found else None
 
 
 def _text(cell: object, where: str) -> str:
