@@ -128,7 +128,8 @@ def export_run(
     """
     learner, tasks = experiment.learner, experiment.tasks
     _check(folder, formats)
-    given = read_support(tasks, support)
+    # A transformer tells a number of places apart, which tasks.settings.max_length may exceed.
+    given = read_support(tasks, support, most=getattr(learner.model, "most_tokens", None))
     _check_ways(support, len(given.labels), tasks.outputs, ways)
     device = learner.engine.device
     module = learner.adapt(

@@ -40,19 +40,20 @@ class SupportSet:
     preprocessing: dict[str, Any]
 
 
-def read_support(tasks: TaskSource, path: Path) -> SupportSet:
+def read_support(tasks: TaskSource, path: Path, *, most: int | None = None) -> SupportSet:
     """Read a support set from files, by the preprocessing of a run's tasks.
 
     Args:
         tasks: the source of the run's tasks.
         path: for images a folder of class folders, or a zip, as `folder:` reads them; for texts a
             table with the columns of the run's own.
+        most: tokens that the model takes, for texts that have no more; None: any number.
 
     Raises:
         RequestError: the run's tasks are neither; or the files are not what they should be.
     """
     if isinstance(tasks, Text):
-        return _read_texts(tasks, path)
+        return _read_texts(tasks, path, most)
     if isinstance(tasks.train, ImageEpisodes):
         return _read_images(tasks, path)
     raise RequestError(
@@ -114,15 +115,18 @@ def _inverted(tasks: TaskSource, pixels: Tensor) -> bool:
     return (float(trained.double().mean()) > half) != (float(pixels.double().mean()) > 127.5)
 
 
-def _read_texts(tasks: Text, path: Path) -> SupportSet:
+def _read_texts(tasks: Text, path: Path, most: int | None) -> SupportSet:
     config = tasks.config
     assert config.tokenizer is not None  # or there would be no source
     one_task = config.model_copy(update={"group": None, "split_column": None})
     table = read_texts(path.expanduser(), one_task)
     tokens = tokenize(table.texts, config.tokenizer, config.max_length, download=False)
     # Of full length, as a program has the length that it was made with.
-    ids = np.full((len(table.texts), config.max_length), tokens.pad, np.int64)
-    mask = np.arange(config.max_length) < tokens.lengths[:, None]
+    length = config.max_length
+    if most is not None and tokens.lengths.max() <= most:
+        length = min(length, most)
+    ids = np.full((len(table.texts), length), tokens.pad, np.int64)
+    mask = np.arange(length) < tokens.lengths[:, None]
     ids[mask] = tokens.ids
     labels = tuple(sorted(table.classes))
     y = torch.empty(len(table.texts), dtype=torch.int64)
@@ -131,7 +135,7 @@ def _read_texts(tasks: Text, path: Path) -> SupportSet:
     preprocessing = {
         "kind": "texts",
         "tokenizer": config.tokenizer,
-        "max_length": config.max_length,
+        "max_length": length,
         "padding": f"to max_length, at the end, with the id {tokens.pad}",
     }
     inputs = {

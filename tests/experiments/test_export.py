@@ -215,6 +215,19 @@ def test_texts_have_the_tokens_of_the_run(tmp_path):
     assert read.x["attention_mask"].sum(1).tolist() == [3, 4, 5]
 
 
+def test_texts_are_no_longer_than_the_model_takes(tmp_path):
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    write_texts(tmp_path / "texts.csv", classes=12, count=2)
+    tasks = Text(
+        tmp_path / "texts.csv", ways=2, shots=1, queries=1, tokenizer=str(tokenizer), max_length=9
+    )
+    (tmp_path / "new.csv").write_text("text,intent\nred,b\nbig blue,a\n")
+    for most, length in ((None, 9), (12, 9), (4, 4), (3, 9)):  # 3: the model refuses them
+        read = read_support(tasks, tmp_path / "new.csv", most=most)
+        assert read.x["input_ids"].shape == (2, length)
+        assert read.preprocessing["max_length"] == length
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["model", "causal"])
 def test_a_language_model_runs_as_a_program(name, tmp_path):
