@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 import traceback
 import warnings
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -25,7 +27,7 @@ from metaplug.cli.report import report
 from metaplug.cli.study import study
 from metaplug.cli.train import train
 from metaplug.cli.tune import tune
-from metaplug.errors import MetaplugError, reason
+from metaplug.errors import MetaplugError, one_line, reason
 from metaplug.report.console import line, lost_output, warn
 
 INTERRUPTED = 130  # the exit status after Ctrl-C
@@ -128,6 +130,9 @@ def _failure(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_status
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return "stopped", INTERRUPTED
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        name = max(Path(str(error.filename)).parts, key=len, default="")
+        return f"the name {one_line(name, 40)} is too long for the file system: shorten it", 2
     said = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
     return f"unexpected {said}; `metaplug --debug ...` shows the traceback", 1
 

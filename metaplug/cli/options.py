@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from metaplug.errors import RequestError
+from metaplug.errors import RequestError, one_line
 
 TASKS, LEARNING, RUN = "Tasks and model", "Learning", "Run"
 
@@ -150,8 +151,17 @@ RunSteps = Annotated[
 ]
 
 
+LONGEST_NAME = 200
+"""Bytes of a folder's name that is given. File systems take 255, and files beside add to it."""
+
+
 def check_name(name: str | None, what: str = "runs") -> None:
-    """Refuse a name that is a path."""
+    """Refuse a name that is a path, or that a folder cannot have, or a terminal not show."""
+    if name is not None and (len(os.fsencode(name)) > LONGEST_NAME or not name.isprintable()):
+        raise RequestError(
+            f"--name {one_line(name, 40)}: a name has at most {LONGEST_NAME} bytes, all of letters "
+            "that can be shown: give another"
+        )
     if name is not None and (Path(name).name != name or name == ".."):
         instead = f"give the folder that holds {what} by --out, and a plain name"
         raise RequestError(f"--name {name}: a name is no path; {instead}")

@@ -114,6 +114,8 @@ def train(
             )
         if not trained:
             line(f"{folder} is finished already")
+            if log:
+                warn("--log has nothing to show: it shows a run while it trains")
         world.from_main(lambda: None if trained or curves.exists() else draw())
         if summary is None:
             raise StoppedError(f"stopped, with a checkpoint in {folder}", stop.signal)

@@ -429,6 +429,14 @@ def test_what_nobody_foresaw_is_one_line_too(
     )
 
 
+def test_a_name_that_no_file_system_takes_is_one_line_too(metaplug: Any) -> None:
+    answer = metaplug("report", "n" * 300)
+    assert (answer.status, answer.err) == (
+        2,
+        f"metaplug: the name {'n' * 40}... is too long for the file system: shorten it\n",
+    )
+
+
 def test_train_writes_a_run(metaplug: Any) -> None:
     answer = metaplug("train", *TINY, "--with", "gradient-sharing")
     (folder,) = Path("runs").iterdir()

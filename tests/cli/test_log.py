@@ -79,6 +79,17 @@ def test_a_run_is_logged_and_repeated_without_the_loggers_of_its_record(metaplug
     assert (Path("lines.txt").read_text(), Path("again.txt").read_text()) == (ALL, ALL)
 
 
+def test_a_finished_run_is_not_logged_and_that_is_said(metaplug: Command) -> None:
+    assert metaplug("train", "tiny.yaml") == (0, [])
+    Path("lines.txt").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        again = metaplug("train", "tiny.yaml", "--resume", "--log", "lines")
+    said = "metaplug: warning: --log has nothing to show: it shows a run while it trains"
+    assert again == (0, [said])
+    assert not Path("lines.txt").exists()
+
+
 def test_a_logger_that_fails_is_one_line_and_the_run_succeeds(metaplug: Command) -> None:
     said = (
         "metaplug: warning: the logger 'lines' could not log iteration 1 (ConnectionError: the "

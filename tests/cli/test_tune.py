@@ -165,6 +165,15 @@ ERRORS: list[tuple[str, str]] = [
         "--name a/b",
         "--name a/b: a name is no path; give the folder that holds runs by --out, and a plain name",
     ),
+    (
+        f"--name {'ü' * 101}",
+        f"--name {'ü' * 40}...: a name has at most 200 bytes, all of letters that can be shown: "
+        "give another",
+    ),
+    (
+        "--name a\u202eb",
+        "--name a?b: a name has at most 200 bytes, all of letters that can be shown: give another",
+    ),
 ]
 
 

@@ -400,6 +400,8 @@ def test_unfinished_runs_are_drawn_as_far_as_they_came(tmp_path: Path) -> None:
         "Not finished, and drawn as far as it came: maml, inner_lr 0.01, seed 1: 20 of 30 "
         "iterations" in words(html)
     )
+    metrics.write_text("".join(lines))
+    assert "seed 1: 30 of 30 iterations, but no test" in words(page(study))
     assert "Thin dotted lines are unfinished runs" in words(html)
     assert "<title>maml, inner_lr 0.01, seed 1, unfinished</title>" in html
 
