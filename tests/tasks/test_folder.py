@@ -265,6 +265,14 @@ def test_splits_that_are_not_there_are_refused(tmp_path: Path) -> None:
     )
 
 
+def test_classes_whose_names_look_alike_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, ["train/\u00e9", "val/c", "test/e\u0301"])
+    assert message_of(lambda: Folder(tmp_path, **SIZES)) == (
+        f"the test split of the images in {tmp_path}: the class 'e\\u0301' looks as '\\xe9' does, "
+        "and would be another one: write both alike"
+    )
+
+
 def test_a_class_in_two_split_folders_is_refused(tmp_path: Path) -> None:
     write(tmp_path, ["train/a", "train/b", "val/c", "val/a", "test/e"])
     assert message_of(lambda: Folder(tmp_path, **SIZES)) == (

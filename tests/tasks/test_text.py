@@ -394,6 +394,16 @@ def test_a_line_break_and_a_quote_may_stand_in_a_quoted_cell(tmp_path: Path) -> 
     assert table.classes == {'a "b"': [0], "c": [1]}
 
 
+def test_a_column_with_a_role_is_not_taken_for_the_labels(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("text,intent,category\na,b,c\n")
+    assert read_texts(path, TextConfig(group="category")).columns == {
+        "text": "text",
+        "label": "intent",
+        "group": "category",
+    }
+
+
 @pytest.mark.parametrize(
     ("content", "fault"),
     [

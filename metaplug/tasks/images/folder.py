@@ -23,7 +23,7 @@ from metaplug.tasks.images.class_images import ClassImages, allocate
 from metaplug.tasks.images.decoded import DecodedImages, read_decoded, write_decoded
 from metaplug.tasks.images.fingerprint import fingerprint
 from metaplug.tasks.images.pixels import Mode, read_image
-from metaplug.tasks.reading import cache_folder, read_regular
+from metaplug.tasks.reading import Names, cache_folder, read_regular
 from metaplug.tasks.sources import ImageSource
 from metaplug.tasks.splits import (
     MOST_BYTES,
@@ -163,6 +163,10 @@ def _place(root: Path, config: FolderConfig) -> Path | None:
 def _decoded(root: Path, config: FolderConfig) -> DecodedImages:
     with ExitStack() as stack:
         classes, chosen = _split(find_classes(root, stack), root, config)
+        known = Names("class")
+        for split, names in chosen.items():
+            for name in names:
+                known.add(name, f"the {split} split of the images in {root}")
         images = {split: _read(classes, names, config) for split, names in chosen.items()}
     train = images["train"].images
     bright = config.mode == "grey" and int(train.sum()) > 127.5 * train.numel()

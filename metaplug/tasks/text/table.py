@@ -157,10 +157,12 @@ def _rows(path: Path, config: TextConfig) -> Iterator[tuple[int, Sequence[Any]]]
 def _columns(path: Path, header: Sequence[str], config: TextConfig) -> dict[str, str]:
     """By role, the column that has it."""
     shown = quoted(one_line(column, 80) for column in header[:50])
+    taken = {config.text, config.label, config.group, config.split_column}
+    free = [column for column in header if column not in taken]
     named: dict[str, str | None] = {
         "text": config.text,
-        "label": config.label or _found(path, header, "label", LABELS),
-        "group": config.group or _found(path, header, "group", GROUPS),
+        "label": config.label or _found(path, free, "label", LABELS),
+        "group": config.group or _found(path, free, "group", GROUPS),
         "split_column": config.split_column,
     }
     if named["label"] is None:
@@ -188,9 +190,9 @@ def _columns(path: Path, header: Sequence[str], config: TextConfig) -> dict[str,
     return columns
 
 
-def _found(path: Path, header: Sequence[str], role: str, usual: Sequence[str]) -> str | None:
-    """The column that has a role by its name."""
-    found = [name for name in usual if name in header]
+def _found(path: Path, columns: Sequence[str], role: str, usual: Sequence[str]) -> str | None:
+    """The column that has a role by its name alone."""
+    found = [name for name in usual if name in columns]
     if len(found) > 1:
         raise RequestError(
             f"the table {path} has the columns {quoted(found)}, any of which may be that of the "
