@@ -164,9 +164,9 @@ def _decoded(root: Path, config: FolderConfig) -> DecodedImages:
     with ExitStack() as stack:
         classes, chosen = _split(find_classes(root, stack), root, config)
         known = Names("class")
-        for split, names in chosen.items():
+        for part, names in chosen.items():
             for name in names:
-                known.add(name, f"the {split} split of the images in {root}")
+                known.add(name, f"the {part} split of the images in {root}")
         images = {split: _read(classes, names, config) for split, names in chosen.items()}
     train = images["train"].images
     bright = config.mode == "grey" and int(train.sum()) > 127.5 * train.numel()
