@@ -63,7 +63,7 @@ class _Blend(torch.autograd.Function):
         d = torch.lerp(g, torch.outer(length, r), s)
         ctx.save_for_backward(gate, momentum, started, r_old, g, length, shared, r)
         ctx.mark_non_differentiable(r)
-        return g, length, shared, r, *parted(d, ctx.shapes)
+        return g, length, shared, r, *parted(d, ctx)
 
     @staticmethod
     def backward(ctx: Any, *into: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -99,12 +99,13 @@ def derivatives(
     along = along * ((length > EPSILON) / length)
     to = _plus((1 - s) * d, to_g).addcmul_(along.unsqueeze(1), g)
     to.addcmul_(per_task.unsqueeze(1), b)
-    return to_gate, to_momentum, [*parted(to, ctx.shapes)]
+    return to_gate, to_momentum, [*parted(to, ctx)]
 
 
 def begin(ctx: Any, mean: Mean, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return g (T, P) and l (T,)."""
     ctx.mean, ctx.shapes = mean, [each.shape for each in gradients]
+    ctx.sizes = [shape[1:].numel() for shape in ctx.shapes]
     ctx.set_materialize_grads(False)
     g = joined(gradients)
     return g, torch.linalg.vector_norm(g, dim=1).clamp_min(EPSILON)
@@ -121,10 +122,9 @@ def joined(parts: Sequence[Any]) -> Tensor:
     return torch.cat([part if part.dim() == 2 else part.reshape(tasks, -1) for part in parts], 1)
 
 
-def parted(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+def parted(flat: Tensor, ctx: Any) -> list[Tensor]:
     """Undo `joined`."""
-    sizes = [shape[1:].numel() for shape in shapes]
-    found = zip(torch.split_with_sizes(flat, sizes, 1), shapes, strict=True)
+    found = zip(torch.split_with_sizes(flat, ctx.sizes, 1), ctx.shapes, strict=True)
     # Sizes one by one: torch takes a whole torch.Size three times as long.
     return [part if len(shape) == 2 else part.view(*shape) for part, shape in found]
 

@@ -66,7 +66,7 @@ class _BlendByNumbers(torch.autograd.Function):
         d = torch.addr(g, length, r, beta=1 - s, alpha=s)
         ctx.save_for_backward(gate, momentum, r_old, g, length, shared, r, inverse)
         ctx.mark_non_differentiable(r)
-        return g, length, shared, r, *parted(d, ctx.shapes)
+        return g, length, shared, r, *parted(d, ctx)
 
     @staticmethod
     def backward(ctx: Any, *into: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -89,9 +89,9 @@ class _BlendByNumbers(torch.autograd.Function):
                 to_momentum[rows[1]].addmv_(q.view(1, -1), r_old - r, alpha=m / (1 - m))
         b, share = ctx.mean(q), 1 / g.shape[0]
         along = torch.addcmul(a, torch.mv(g, b), inverse.square(), value=-share)
-        along.mul_(torch.threshold(length, EPSILON, math.inf).reciprocal_())
+        along.div_(torch.threshold(length, EPSILON, math.inf))
         to = d.addr_(inverse, b, beta=1 - s, alpha=share).addcmul_(along.unsqueeze(1), g)
-        return None, None, to_gate, to_momentum, None, *parted(to, ctx.shapes)
+        return None, None, to_gate, to_momentum, None, *parted(to, ctx)
 
 
 def _by_tensors(
