@@ -118,8 +118,8 @@ def _inverted(tasks: TaskSource, pixels: Tensor) -> bool:
 def _read_texts(tasks: Text, path: Path, most: int | None) -> SupportSet:
     config = tasks.config
     assert config.tokenizer is not None  # or there would be no source
-    one_task = config.model_copy(update={"group": None, "split_column": None})
-    table = read_texts(path.expanduser(), one_task)
+    own = config.model_copy(update={"label": tasks.describe()["columns"]["label"]})
+    table = read_texts(path.expanduser(), own, ("text", "label"))
     tokens = tokenize(table.texts, config.tokenizer, config.max_length, download=False)
     # Of full length, as a program has the length that it was made with.
     length = config.max_length

@@ -201,12 +201,16 @@ def test_glyphs_are_bright_on_dark_as_in_training(tmp_path):
     assert read[0].y.tolist() == [0, 0, 0, 1, 1, 1]
 
 
+def texts(folder, **settings):
+    """A run's tasks, of texts with their intents."""
+    tokenizer = save_tokenizer(folder / "tokenizer")
+    write_texts(folder / "texts.csv", classes=12, count=2)
+    sizes = {"ways": 2, "shots": 1, "queries": 1}
+    return Text(folder / "texts.csv", **sizes, tokenizer=str(tokenizer), **settings)
+
+
 def test_texts_have_the_tokens_of_the_run(tmp_path):
-    tokenizer = save_tokenizer(tmp_path / "tokenizer")
-    write_texts(tmp_path / "texts.csv", classes=12, count=2)
-    tasks = Text(
-        tmp_path / "texts.csv", ways=2, shots=1, queries=1, tokenizer=str(tokenizer), max_length=5
-    )
+    tasks = texts(tmp_path, max_length=5)
     (tmp_path / "new.csv").write_text("text,intent\nred,b\nbig blue,a\nold one two three,b\n")
     read = read_support(tasks, tmp_path / "new.csv")
     assert read.labels == ("a", "b")
@@ -215,12 +219,15 @@ def test_texts_have_the_tokens_of_the_run(tmp_path):
     assert read.x["attention_mask"].sum(1).tolist() == [3, 4, 5]
 
 
+def test_labels_of_a_support_set_are_in_the_column_of_the_run(tmp_path):
+    tasks = texts(tmp_path)
+    rows = "text,label,intent,category,group,domain\nred,x,b,u,v,w\nbig,y,a,u,v,w\n"
+    (tmp_path / "new.csv").write_text(rows)
+    assert read_support(tasks, tmp_path / "new.csv").labels == ("a", "b")
+
+
 def test_texts_are_no_longer_than_the_model_takes(tmp_path):
-    tokenizer = save_tokenizer(tmp_path / "tokenizer")
-    write_texts(tmp_path / "texts.csv", classes=12, count=2)
-    tasks = Text(
-        tmp_path / "texts.csv", ways=2, shots=1, queries=1, tokenizer=str(tokenizer), max_length=9
-    )
+    tasks = texts(tmp_path, max_length=9)
     (tmp_path / "new.csv").write_text("text,intent\nred,b\nbig blue,a\n")
     for most, length in ((None, 9), (12, 9), (4, 4), (3, 9)):  # 3: the model refuses them
         read = read_support(tasks, tmp_path / "new.csv", most=most)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,6 +19,8 @@ from metaplug.tasks.text.json_lines import read_json_lines
 
 LABELS, GROUPS = ("label", "intent", "class", "category"), ("group", "domain")
 """Names of the columns of labels and groups that need no setting."""
+ROLES = ("text", "label", "group", "split_column")
+"""What a column may be; the settings that name columns have these names."""
 _SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "bar": "|"}
 _JSON = (".jsonl", ".json", ".ndjson")
 _MOST_LETTERS = 2**20
@@ -87,15 +89,18 @@ class TextTable:
     columns: dict[str, str]
 
 
-def read_texts(path: Path, config: TextConfig) -> TextTable:
+def read_texts(path: Path, config: TextConfig, roles: Collection[str] = ROLES) -> TextTable:
     """Read a CSV, JSON lines or Parquet file of texts.
+
+    Args:
+        roles: the columns that are read, of ROLES; others need not be there.
 
     Raises:
         RequestError: the file, a column or a row is wrong; it is named.
     """
     rows = _rows(path, config)
     _, header = next(rows)
-    columns = _columns(path, header, config)
+    columns = _columns(path, header, config, roles)
     places = {role: header.index(column) for role, column in columns.items()}
     texts: list[str] = []
     classes: dict[str, list[int]] = {}
@@ -154,15 +159,20 @@ def _rows(path: Path, config: TextConfig) -> Iterator[tuple[int, Sequence[Any]]]
     return read_rows(path, _SEPARATORS[config.separator])
 
 
-def _columns(path: Path, header: Sequence[str], config: TextConfig) -> dict[str, str]:
+def _columns(
+    path: Path, header: Sequence[str], config: TextConfig, roles: Collection[str]
+) -> dict[str, str]:
     """By role, the column that has it."""
     shown = quoted(one_line(column, 80) for column in header[:50])
     taken = {config.text, config.label, config.group, config.split_column}
     free = [column for column in header if column not in taken]
+    group = config.group
+    if group is None and "group" in roles:
+        group = _found(path, free, "group", GROUPS)
     named: dict[str, str | None] = {
         "text": config.text,
         "label": config.label or _found(path, free, "label", LABELS),
-        "group": config.group or _found(path, free, "group", GROUPS),
+        "group": group,
         "split_column": config.split_column,
     }
     if named["label"] is None:
@@ -170,7 +180,9 @@ def _columns(path: Path, header: Sequence[str], config: TextConfig) -> dict[str,
             f"the table {path} has no column {quoted(LABELS)} for the labels: set label to one of "
             f"its columns, which are {shown}"
         )
-    columns = {role: column for role, column in named.items() if column is not None}
+    columns = {
+        role: column for role, column in named.items() if role in roles and column is not None
+    }
     for role, column in columns.items():
         if column not in header:
             raise RequestError(
